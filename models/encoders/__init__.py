@@ -1,0 +1,89 @@
+"""Frozen vision foundation models (VFMs): uint8 images → patch features ``[B, N, D]``."""
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from errors import UserError
+from models.encoders.registry import ENCODERS, EncoderSpec, encoder_spec
+from models.encoders.weights import load_weights
+
+__all__ = ["ENCODERS", "Encoder", "EncoderSpec", "build_encoder", "encoder_spec"]
+
+
+class Encoder(nn.Module):
+    """A frozen VFM that gives the token grid it was asked for.
+
+    Images are normalised in float32 and resized (bicubic, ``align_corners=False``, no antialiasing: the REPA protocol)
+    to ``grid · stride`` pixels. Always in eval mode, parameters frozen, forward without gradient.
+
+    Args:
+        spec: which network.
+        grid: tokens along a side.
+        network: the timm network, built for that input size.
+    """
+
+    def __init__(self, spec: EncoderSpec, grid: int, network: nn.Module):
+        super().__init__()
+        self.spec, self.grid, self.network = spec, grid, network
+        self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1) * 255.0, persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1) * 255.0, persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def embed_dim(self) -> int:
+        return self.spec.embed_dim
+
+    @property
+    def input_size(self) -> int:
+        """Side of the image that the network sees, in pixels."""
+        return self.grid * self.spec.stride
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Stays in eval mode: a frozen network whose statistics must not move."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images ``[B, 3, H, W]`` → float32 patch features ``[B, grid², D]``, row-major."""
+        x = self.preprocess(images)
+        if self.spec.kind == "cnn":
+            return self.network(x)[0].flatten(2).transpose(1, 2).float()
+        if self.spec.final_norm:
+            return self.network.forward_features(x)[:, self.network.num_prefix_tokens :].float()
+        return self.network.forward_intermediates(x, indices=1, norm=False, output_fmt="NLC", intermediates_only=True)[
+            -1
+        ].float()
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images ``[B, 3, H, W]`` → normalised float32 ``[B, 3, input_size, input_size]``."""
+        x = (images.float() - self.mean) / self.std
+        if x.shape[-2:] != (self.input_size, self.input_size):
+            x = F.interpolate(x, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
+        return x
+
+
+def build_encoder(enc_type: str, grid: int, checkpoint: str | None = None, random_weights: bool = False) -> Encoder:
+    """Build a VFM for a ``grid × grid`` token grid.
+
+    Args:
+        enc_type: a name of :data:`ENCODERS`.
+        grid: tokens along a side.
+        checkpoint: file with the weights; by default they are looked for (``models.encoders.weights``).
+        random_weights: build without weights, to measure sizes and speed.
+
+    Raises:
+        UserError: unknown name, a grid that the network cannot give, no weights.
+    """
+    spec = encoder_spec(enc_type)
+    if grid < 1:
+        raise UserError(f"--enc-type {enc_type} gives token grids of 1×1 and up, not {grid}×{grid}")
+    if spec.kind == "vit":
+        network = timm.create_model(spec.timm_name, img_size=grid * spec.stride, num_classes=0)
+    else:
+        network = timm.create_model(spec.timm_name, features_only=True, out_indices=(spec.stage,))
+    if not random_weights:
+        load_weights(network, enc_type, spec, checkpoint)
+    return Encoder(spec, grid, network)

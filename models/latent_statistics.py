@@ -1,0 +1,79 @@
+"""Per-channel mean and variance of a VAE's latents: the one owner of how latents are normalised."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+EPSILON = 1e-4  # added to the variance, both ways (REPA-E's BatchNorm)
+
+
+class LatentStatistics(nn.Module):
+    """Running statistics used as constants: a BatchNorm in eval mode without affine parameters.
+
+    Gradient passes through :meth:`normalize` as a plain scaling. The statistics follow the data through
+    :meth:`update`, called once a step with the moments of the whole global batch.
+
+    Args:
+        channels: C of the latent.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+
+    @property
+    def std(self) -> torch.Tensor:
+        """What latents are divided by, ``sqrt(var + 1e-4)``, ``[C]``."""
+        return (self.var + EPSILON).sqrt()
+
+    def normalize(self, z: torch.Tensor) -> torch.Tensor:
+        """Latent ``[B, C, h, w]`` → zero mean and unit variance a channel, in float32."""
+        return (z.float() - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def denormalize(self, z: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`normalize`."""
+        return z.float() * self.std[:, None, None] + self.mean[:, None, None]
+
+    @torch.no_grad()
+    def update(self, moments: torch.Tensor, momentum: float) -> None:
+        """Move towards a batch as BatchNorm does: ``running = (1 - momentum)·running + momentum·batch``.
+
+        A batch with a non-finite value changes nothing; finding out costs no synchronisation.
+
+        Args:
+            moments: what :func:`latent_moments` returns, summed over micro-batches and processes.
+            momentum: weight of the batch; 1 replaces the statistics.
+        """
+        mean, var = mean_and_variance(moments)
+        weight = torch.where(moments.isfinite().all(), momentum, 0.0).to(self.mean)
+        for buffer, batch in ((self.mean, mean), (self.var, var)):
+            buffer.lerp_(torch.nan_to_num(batch.to(buffer), 0.0, 0.0, 0.0), weight)
+
+    def load(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Take statistics from a file: mean and std, each ``[C]``, std as :attr:`std` defines it."""
+        self.mean.copy_(mean)
+        self.var.copy_((std.double().square() - EPSILON).clamp_min(0))
+
+
+@torch.no_grad()
+def latent_moments(z: torch.Tensor) -> torch.Tensor:
+    """Additive moments of a latent batch ``[B, C, h, w]``: float64 ``[2C + 1]``, (sums, sums of squares, count)."""
+    z = z.detach().double()
+    count = torch.full((1,), z.numel() / z.shape[1], dtype=torch.float64, device=z.device)
+    return torch.cat([z.sum((0, 2, 3)), z.square().sum((0, 2, 3)), count])
+
+
+def sum_over_processes(moments: torch.Tensor) -> torch.Tensor:
+    """All-reduce additive moments in place, on whatever backend there is (``SyncBatchNorm`` refuses CPUs)."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(moments)
+    return moments
+
+
+def mean_and_variance(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Additive moments → (mean, unbiased variance), each float64 ``[C]``."""
+    total, squares, count = moments.tensor_split((moments.numel() // 2, moments.numel() - 1))
+    mean = total / count
+    var = (squares - mean * total).clamp_min(0) / (count - 1).clamp_min(1)
+    return mean, var

@@ -1,0 +1,42 @@
+"""Small layers and constants that several networks share."""
+
+import torch
+from torch import nn
+
+
+def projector(in_features: int, out_features: int, width: int = 2048) -> nn.Sequential:
+    """Linear–SiLU–Linear–SiLU–Linear, applied to the last dimension: ``[..., in]`` → ``[..., out]`` (REPA, appendix A)."""
+    return nn.Sequential(
+        nn.Linear(in_features, width),
+        nn.SiLU(),
+        nn.Linear(width, width),
+        nn.SiLU(),
+        nn.Linear(width, out_features),
+    )
+
+
+def sincos_positions(width: int, grid: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine position embedding of a square token grid (MAE; DiT's order of the axes).
+
+    The first half of the channels encodes the column, the second half the row; in each half come the sines, then the
+    cosines, at frequencies ``10000^(-4i/width)``.
+
+    Returns:
+        float32 ``[grid², width]``, row-major over (row, column).
+    """
+    if width % 4:
+        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, got {width}")
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    phase = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    axis = torch.cat([phase.sin(), phase.cos()], dim=1)  # [grid, width/2]
+    column = axis[None, :, :].expand(grid, grid, -1)
+    row = axis[:, None, :].expand(grid, grid, -1)
+    return torch.cat([column, row], dim=-1).reshape(grid * grid, width).float()
+
+
+def xavier_linears(module: nn.Module) -> None:
+    """Initialise every linear layer as SiT does: Xavier uniform weight, zero bias. For ``module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
