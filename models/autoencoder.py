@@ -78,7 +78,7 @@ class Autoencoder(nn.Module):
         return self.network.decode(z).sample.float()
 
     def save(self, folder: Path) -> None:
-        """Write a diffusers folder with the latent statistics beside the weights; replaces an older one when complete."""
+        """Write a diffusers folder with the latent statistics beside the weights, complete or not at all."""
         folder = Path(folder)
         beside = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
@@ -110,7 +110,7 @@ def build_autoencoder(vae: str, checkpoint: str | None = None) -> tuple[Autoenco
 
     Args:
         vae: an architecture's name (:func:`architecture_names`) or a diffusers folder.
-        checkpoint: a diffusers folder with weights for it, ``"none"`` for random weights; by default the ``vae`` folder.
+        checkpoint: diffusers folder with weights for it, ``"none"`` for random ones; by default the ``vae`` folder.
 
     Returns:
         the autoencoder in eval mode, and whether its latent statistics are known (from our own file beside the weights,

@@ -38,7 +38,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class DiscriminatorPair(nn.Module):
-    """Scores real and fake images in one forward, so that one DDP reduction covers both; two calls, two batch statistics."""
+    """Scores real and fake images in one forward, so that one DDP reduction covers both."""
 
     def __init__(self, discriminator: PatchDiscriminator):
         super().__init__()

@@ -5,7 +5,7 @@ from torch import nn
 
 
 def projector(in_features: int, out_features: int, width: int = 2048) -> nn.Sequential:
-    """Linear–SiLU–Linear–SiLU–Linear, applied to the last dimension: ``[..., in]`` → ``[..., out]`` (REPA, appendix A)."""
+    """Linear–SiLU–Linear–SiLU–Linear, applied to the last dimension: ``[..., in]`` → ``[..., out]`` (REPA)."""
     return nn.Sequential(
         nn.Linear(in_features, width),
         nn.SiLU(),

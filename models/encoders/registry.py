@@ -1,4 +1,4 @@
-"""The vision foundation models that ``--enc-type`` knows: what is known of them without building or loading anything."""
+"""The vision foundation models that ``--enc-type`` knows: what can be said of them without building anything."""
 
 from dataclasses import dataclass
 from typing import Literal

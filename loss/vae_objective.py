@@ -1,0 +1,185 @@
+"""The whole objective of a VAE step: every term, its weight, and where the weighted sum is taken.
+
+Every trainer of a VAE calls this module. Terms come unweighted and by name; :func:`total` applies the
+weights, once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from errors import UserError
+from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
+from loss.reconstruction import RECONSTRUCTION_LOSSES, kl_divergence, reconstruction_loss
+
+# Keys of REPA-E's file without effect on a KL autoencoder: accepted with any value, so that the file can be reused.
+IGNORED_KEYS = frozenset({"quantizer_weight", "logvar_init"})
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """The YAML file of ``--loss-cfg-path``; the defaults are method's, and REPA-E's key names."""
+
+    reconstruction_loss: str = "l1"
+    reconstruction_weight: float = 1.0
+    perceptual_loss: str = "lpips"
+    perceptual_weight: float = 1.0
+    kl_weight: float = 1e-6
+    discriminator_weight: float = 0.1
+    discriminator_factor: float = 1.0
+    discriminator_start: int = 0
+    adaptive_discriminator_weight: bool = False
+    lecam_regularization_weight: float = 0.0
+
+    def __post_init__(self):
+        if self.reconstruction_loss not in RECONSTRUCTION_LOSSES:
+            raise UserError(f"reconstruction_loss {self.reconstruction_loss!r} is none of {[*RECONSTRUCTION_LOSSES]}")
+        if self.perceptual_loss != "lpips":
+            raise UserError(f"perceptual_loss {self.perceptual_loss!r} is not known; there is lpips")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and not value >= 0:
+                raise UserError(f"{field.name} must be a number of at least 0, got {value}")
+
+    @property
+    def uses_gan(self) -> bool:
+        return self.discriminator_weight * self.discriminator_factor > 0
+
+
+def load_loss_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> VAELossConfig:
+    """Read a loss configuration.
+
+    Args:
+        path: YAML with the fields of :class:`VAELossConfig`, at the top or under ``losses:``.
+        overrides: ``KEY=VALUE`` strings that win over the file.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, a value of the wrong type.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--loss-cfg-path {path}: no such file")
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--loss-cfg-path {path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("losses", {}), dict):
+        raise UserError(f"--loss-cfg-path {path}: KEY: VALUE lines are expected")
+    values = dict(values.get("losses", values))
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"--loss-override {text}: KEY=VALUE is expected")
+        values[key] = yaml.safe_load(value)
+    kinds = {field.name: field.type for field in fields(VAELossConfig)}
+    unknown = [key for key in values if key not in kinds and key not in IGNORED_KEYS]
+    if unknown:
+        raise UserError(f"{path}: unknown loss key {unknown[0]}; there are {', '.join(kinds)}")
+    return VAELossConfig(**{k: _typed(k, v, kinds[k]) for k, v in values.items() if k in kinds})
+
+
+def _typed(key: str, value, kind: type):
+    """YAML reads 1e-6 as a string; everything else must already be what the field is."""
+    try:
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return kind(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError):
+        raise UserError(f"loss key {key}: {value!r} is not of type {kind.__name__}") from None
+
+
+class VAEObjective(nn.Module):
+    """Terms of the generator's and the discriminator's loss.
+
+    Args:
+        config: weights and switches.
+        perceptual: LPIPS, or None where ``perceptual_weight`` is 0.
+    """
+
+    def __init__(self, config: VAELossConfig, perceptual: nn.Module | None):
+        super().__init__()
+        if config.perceptual_weight > 0 and perceptual is None:
+            raise ValueError("perceptual_weight is positive and there is no perceptual network")
+        self.config = config
+        self.perceptual = perceptual if config.perceptual_weight > 0 else None
+        self.lecam = LeCam() if config.lecam_regularization_weight > 0 else None
+
+    def gan_active(self, step: int) -> bool:
+        """Whether generator and discriminator play at ``step`` (counted from 0)."""
+        return self.config.uses_gan and step >= self.config.discriminator_start
+
+    def generator_terms(
+        self,
+        images: torch.Tensor,
+        reconstruction: torch.Tensor,
+        mean: torch.Tensor,
+        logvar: torch.Tensor,
+        discriminator: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Unweighted scalar terms of the VAE's loss.
+
+        Args:
+            images, reconstruction: ``[B, 3, H, W]`` in [-1, 1].
+            mean, logvar: posterior parameters ``[B, C, h, w]``.
+            discriminator: images → logits, unwrapped and with frozen parameters; None leaves the GAN term out.
+        """
+        terms = {"reconstruction": reconstruction_loss(images, reconstruction, self.config.reconstruction_loss)}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(images, reconstruction).float().mean()
+        terms["kl"] = kl_divergence(mean, logvar)
+        if discriminator is not None:
+            terms["gan"] = generator_loss(discriminator(reconstruction))
+        return terms
+
+    def generator_weights(
+        self,
+        terms: dict[str, torch.Tensor],
+        last_layer: torch.Tensor,
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
+    ) -> dict[str, float | torch.Tensor]:
+        """The weight of each term.
+
+        Args:
+            terms: from :meth:`generator_terms`.
+            last_layer: the decoder's last weight, for the adaptive GAN weight.
+            reduce: averages a gradient over processes, so that all of them use the same adaptive weight.
+        """
+        config = self.config
+        weights: dict[str, float | torch.Tensor] = {
+            "reconstruction": config.reconstruction_weight,
+            "perceptual": config.perceptual_weight,
+            "kl": config.kl_weight,
+            "gan": config.discriminator_weight * config.discriminator_factor,
+        }
+        weights = {name: weight for name, weight in weights.items() if name in terms}
+        if config.adaptive_discriminator_weight and "gan" in terms:
+            fidelity = total({k: v for k, v in terms.items() if k in ("reconstruction", "perceptual")}, weights)
+            gradients = [
+                reduce(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]) for loss in (fidelity, terms["gan"])
+            ]
+            weights["gan"] = weights["gan"] * adaptive_weight(*gradients)
+        return weights
+
+    def discriminator_terms(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Unweighted scalar terms of the discriminator's loss, from logits of any shape."""
+        terms = {"discriminator": hinge_discriminator_loss(real_logits, fake_logits)}
+        if self.lecam is not None:
+            terms["lecam"] = self.lecam(real_logits, fake_logits)
+        return terms
+
+    def discriminator_weights(self) -> dict[str, float]:
+        """The weight of each discriminator term."""
+        weights = {"discriminator": self.config.discriminator_factor}
+        if self.lecam is not None:
+            weights["lecam"] = self.config.lecam_regularization_weight
+        return weights
+
+
+def total(terms: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]) -> torch.Tensor:
+    """Σ weight·term over ``terms``; every term must have a weight."""
+    return sum(weights[name] * term for name, term in terms.items())
