@@ -1,0 +1,140 @@
+"""Flags that every training script has, and what follows from them before anything is built."""
+
+import argparse
+from pathlib import Path
+
+from errors import UserError
+from training.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
+from training.optimizer import SCHEDULES
+
+# What may differ when a run is resumed. The data's path may, because its content is compared.
+CHANGEABLE = frozenset(
+    {
+        *("max_train_steps", "epochs"),
+        *("num_workers", "prefetch", "stage_dir", "data_dir"),
+        *("log_steps", "val_steps", "sampling_steps", "checkpointing_steps", "keep_checkpoints", "milestone_steps"),
+        *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
+    }
+)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", default="exps", metavar="DIR", help="folder of all runs")
+    group.add_argument("--exp-name", metavar="NAME", help="this run's folder in --output-dir; same command = resume")
+    group.add_argument("--continue-train-exp-dir", metavar="DIR", help="resume the run in DIR (instead of --exp-name)")
+    group.add_argument("--resume-step", type=non_negative_int, default=0, metavar="N",
+                       help="resume from the checkpoint of step N; 0: the newest intact one")  # fmt: skip
+    group.add_argument("--seed", type=non_negative_int, default=0, help="of weights, data order and all noise")
+    group.add_argument("--deterministic", action="store_true",
+                       help="the same bits again on CUDA too, slower (a CPU needs no flag)")  # fmt: skip
+    group.add_argument("--dry-run", action="store_true",
+                       help="build all, run two steps, print sizes, memory and seconds, keep nothing")  # fmt: skip
+    group.add_argument("--random-weights", action="store_true",
+                       help="only with --dry-run: build VFM and LPIPS without their pretrained weights")  # fmt: skip
+    add_debug_argument(group)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", metavar="DIR", help="packed dataset of preprocessing.py, or a class-folder tree")
+    group.add_argument("--val-data-dir", metavar="DIR", help="held-out images, either kind; none: no validation")
+    group.add_argument("--resolution", type=positive_int, metavar="PX",
+                       help="side of the images, pixels (default: the packed dataset's, or 256)")  # fmt: skip
+    group.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
+    group.add_argument("--prefetch", type=positive_int, default=2, metavar="N", help="batches read ahead")
+    group.add_argument("--shuffle", choices=("full", "window"), default="full",
+                       help="full permutation, or windows of consecutive items (slow file systems)")  # fmt: skip
+    group.add_argument("--hflip", action="store_true", help="flip images at random (neither Send-VAE nor REPA-E does)")
+    group.add_argument("--stage-dir", metavar="DIR", help="copy the packed dataset to this local folder first")
+
+
+def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epochs: int) -> None:
+    group = parser.add_argument_group("schedule and optimizer")
+    group.add_argument("--batch-size", type=positive_int, default=batch_size, metavar="N",
+                       help="images a step, over all processes and accumulation")  # fmt: skip
+    group.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, metavar="N",
+                       help="micro-batches a step; each has batch-size / (processes · N) images a process")  # fmt: skip
+    group.add_argument("--epochs", type=positive_int, default=epochs, metavar="N", help="passes over the data")
+    group.add_argument("--max-train-steps", type=positive_int, metavar="N",
+                       help="steps, instead of --epochs (default: epochs · images / batch-size)")  # fmt: skip
+    group.add_argument("--lr-schedule", choices=SCHEDULES, default="constant", help="after the warm-up")
+    group.add_argument("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="linear warm-up, steps")
+    group.add_argument("--adam-beta1", type=fraction, default=0.9, metavar="X", help="AdamW's first beta")
+    group.add_argument("--adam-beta2", type=fraction, default=0.999, metavar="X", help="AdamW's second beta")
+    group.add_argument("--adam-weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's decay")
+    group.add_argument("--adam-epsilon", type=non_negative_float, default=1e-8, metavar="X", help="AdamW's epsilon")
+    group.add_argument("--max-grad-norm", type=non_negative_float, default=1.0, metavar="X",
+                       help="2-norm to which gradients are clipped, for each optimizer")  # fmt: skip
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("precision and speed")
+    group.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
+                       help="auto: bf16 on CUDA devices that have it, else no (float32)")  # fmt: skip
+    group.add_argument(
+        "--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up"
+    )
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
+    )
+    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                       help="recompute activations backward: less memory, more time")  # fmt: skip
+
+
+def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("logging, validation and checkpoints (intervals in steps)")
+    group.add_argument(
+        "--log-steps", type=positive_int, default=100, metavar="N", help="between lines of metrics.jsonl"
+    )
+    group.add_argument("--val-steps", type=positive_int, default=5000, metavar="N", help="between validations")
+    group.add_argument(
+        "--max-val-images", type=positive_int, default=1000, metavar="N", help="images a validation uses"
+    )
+    group.add_argument("--sampling-steps", type=positive_int, default=10000, metavar="N", help="between image grids")
+    group.add_argument(
+        "--checkpointing-steps", type=positive_int, default=10000, metavar="N", help="between checkpoints"
+    )
+    group.add_argument("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="newest ones kept whole")
+    group.add_argument("--milestone-steps", type=non_negative_int, default=0, metavar="N",
+                       help="keep the weights of every N steps for good (N a multiple of --checkpointing-steps)")  # fmt: skip
+    group.add_argument("--report-to", choices=("wandb", "tensorboard", "none"), default="none",
+                       help="tracker beside metrics.jsonl; wandb without a key runs offline")  # fmt: skip
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """The folder that --exp-name or --continue-train-exp-dir means."""
+    if args.continue_train_exp_dir:
+        folder = Path(args.continue_train_exp_dir)
+        if not (folder / "args.json").is_file():
+            raise UserError(f"--continue-train-exp-dir {folder} is not a run: it has no args.json")
+        return folder
+    if not args.exp_name:
+        raise UserError("--exp-name is needed: the name of the run's folder in --output-dir")
+    if Path(args.exp_name).name != args.exp_name or args.exp_name in (".", ".."):
+        raise UserError(f"--exp-name {args.exp_name} is a path; give a name, and the folder with --output-dir")
+    folder = Path(args.output_dir) / args.exp_name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --exp-name")
+    return folder
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse combinations of the shared flags that cannot be meant."""
+    if args.random_weights and not args.dry_run:
+        raise UserError("--random-weights is for --dry-run: a random VFM or LPIPS teaches nothing")
+    if args.milestone_steps % args.checkpointing_steps:
+        raise UserError(
+            f"--milestone-steps {args.milestone_steps} is not a multiple of --checkpointing-steps "
+            f"{args.checkpointing_steps}"
+        )
+    if not args.dry_run and not args.data_dir:
+        raise UserError("--data-dir is needed: a packed dataset (preprocessing.py) or a tree of class folders")
+
+
+def resolve_max_steps(args: argparse.Namespace, images: int) -> int:
+    """--max-train-steps, or the whole steps in --epochs."""
+    steps = args.max_train_steps or args.epochs * images // args.batch_size
+    if steps < 1:
+        raise UserError(f"--epochs {args.epochs} of {images} images are less than one batch of {args.batch_size}")
+    return steps

@@ -1,0 +1,186 @@
+"""Checkpoints: complete or absent, verified before use, nothing unpickled.
+
+``checkpoints/0050000/`` holds one safetensors file a module, one ``.pt`` a state (optimizers, counters; read with
+``weights_only=True``) and ``manifest.json`` with sizes and SHA-256 of them all. It is written under another name and
+renamed when it is complete.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class Checkpoint:
+    """One checkpoint on disk.
+
+    Args:
+        folder: e.g. ``exps/NAME/checkpoints/0050000``.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    @property
+    def step(self) -> int:
+        return int(self.folder.name)
+
+    def fault(self) -> str | None:
+        """What is wrong with it (a missing file, a wrong size or checksum), or None. Reads every byte."""
+        try:
+            manifest = json.loads((self.folder / MANIFEST).read_text())
+            if manifest["format_version"] != FORMAT_VERSION:
+                return f"format version {manifest['format_version']}, this code reads {FORMAT_VERSION}"
+            for name, entry in manifest["files"].items():
+                path = self.folder / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                if path.stat().st_size != entry["bytes"]:
+                    return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+                if sha256(path) != entry["sha256"]:
+                    return f"{name} has another checksum than when it was written"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{MANIFEST} is not readable ({error})"
+        return None
+
+    def load_module(self, name: str, module: nn.Module) -> None:
+        """Load ``name.safetensors``; keys must be exactly the module's."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            module.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{path} does not fit the network ({' '.join(str(error).split())[:200]})") from error
+
+    def load_state(self, name: str) -> dict:
+        """Load ``name.pt``: tensors, numbers, strings and containers of them, nothing else."""
+        path = self.folder / f"{name}.pt"
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} does not load ({' '.join(str(error).split())[:200]})") from error
+
+
+class CheckpointFolder:
+    """All checkpoints of a run.
+
+    Args:
+        run_folder: ``exps/NAME``.
+    """
+
+    def __init__(self, run_folder: Path):
+        self.whole = Path(run_folder) / "checkpoints"
+        self.milestones = Path(run_folder) / "milestones"
+
+    def list(self) -> list[Checkpoint]:
+        """Whole checkpoints, newest first."""
+        if not self.whole.is_dir():
+            return []
+        steps = sorted((p for p in self.whole.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
+        return [Checkpoint(path) for path in steps]
+
+    def newest_good(self, report=lambda message: None) -> Checkpoint | None:
+        """The newest checkpoint that verifies; ``report`` is told of each that does not."""
+        candidates = self.list()
+        for checkpoint in candidates:
+            fault = checkpoint.fault()
+            if fault is None:
+                return checkpoint
+            report(f"checkpoint {checkpoint.folder} is damaged ({fault}); trying the one before")
+        if candidates:
+            raise UserError(
+                f"{self.whole}: none of the {len(candidates)} checkpoints is intact; start under another name"
+            )
+        return None
+
+    def at_step(self, step: int) -> Checkpoint:
+        """The checkpoint of ``--resume-step``."""
+        checkpoint = Checkpoint(self.whole / f"{step:07d}")
+        if not checkpoint.folder.is_dir():
+            there = ", ".join(str(c.step) for c in self.list()) or "none"
+            raise UserError(f"--resume-step {step}: no such checkpoint in {self.whole}; there are: {there}")
+        if fault := checkpoint.fault():
+            raise UserError(f"--resume-step {step}: {checkpoint.folder} is damaged ({fault})")
+        return checkpoint
+
+    def save(
+        self, step: int, modules: Mapping[str, nn.Module], states: Mapping[str, dict], arguments: Mapping
+    ) -> Checkpoint:
+        """Write the checkpoint of ``step``, replacing a damaged one of the same step."""
+        folder = self.whole / f"{step:07d}"
+        beside = self.whole / f".{folder.name}.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name, module in modules.items():
+            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, beside / f"{name}.safetensors")
+        for name, state in states.items():
+            torch.save(state, beside / f"{name}.pt")
+        _write_manifest(beside, step, arguments)
+        if folder.exists():
+            shutil.rmtree(folder)
+        beside.rename(folder)
+        _fsync(self.whole)
+        return Checkpoint(folder)
+
+    def keep_milestone(self, checkpoint: Checkpoint, module: str, arguments: Mapping) -> None:
+        """Keep one module of a checkpoint for good, under ``milestones/``: a hard link, so that it costs no time."""
+        folder = self.milestones / checkpoint.folder.name
+        beside = self.milestones / f".{folder.name}.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        source = checkpoint.folder / f"{module}.safetensors"
+        try:
+            os.link(source, beside / source.name)
+        except OSError:  # file systems without hard links
+            shutil.copyfile(source, beside / source.name)
+        _write_manifest(beside, checkpoint.step, arguments)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+    def prune(self, keep: int) -> None:
+        """Delete all whole checkpoints but the newest ``keep``, and what an interrupted save left."""
+        for checkpoint in self.list()[keep:]:
+            # renamed first: half a deleted folder must not look like a damaged checkpoint
+            doomed = checkpoint.folder.with_name(f".{checkpoint.folder.name}.old")
+            checkpoint.folder.rename(doomed)
+        if self.whole.is_dir():
+            for path in self.whole.glob(".*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces of 8 MiB (``hashlib.file_digest`` needs Python 3.11)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 23):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _write_manifest(folder: Path, step: int, arguments: Mapping) -> None:
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "args": dict(arguments)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in folder.iterdir():
+        _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,60 @@
+"""AdamW, learning-rate schedules and an optimizer step that skips non-finite gradients without synchronising."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+SCHEDULES = ("constant", "cosine")
+
+
+def build_adamw(
+    parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float, eps: float
+) -> torch.optim.AdamW:
+    """Fused AdamW over the parameters that are trained; the learning rate is set at every step."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def learning_rate(base: float, step: int, max_steps: int, schedule: str = "constant", warmup_steps: int = 0) -> float:
+    """The rate of step ``step`` (from 0): linear warm-up to ``base``, then constant, or half a cosine down to 0."""
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps
+    if schedule == "cosine":
+        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        return base * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return base
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    max_grad_norm: float,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip, step, clear the gradients. A non-finite gradient leaves weights and moments as they are.
+
+    The decision is taken on the device: fused optimizers skip where their ``found_inf`` is 1. With fp16 the caller
+    updates the scaler once all optimizers have stepped.
+
+    Args:
+        optimizer: a fused AdamW with gradients.
+        rate: learning rate of this step.
+        max_grad_norm: gradients are scaled down to this 2-norm.
+        scaler: fp16's gradient scaler.
+
+    Returns:
+        the gradient norm before clipping and 1.0 where the step was skipped, as scalars on the device.
+    """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    skipped = (~norm.isfinite()).float()
+    optimizer.grad_scale, optimizer.found_inf = None, skipped
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped

@@ -1,0 +1,272 @@
+"""A run: its processes, its folder, its log, its trackers, and whether it is finished.
+
+Rank checks live here. The folder ``OUTPUT_DIR/EXP_NAME`` holds ``args.json``, ``log.txt``, ``metrics.jsonl`` (only what
+is reproducible), ``timing.jsonl`` (what is not), ``samples/``, ``checkpoints/`` and ``status.json``.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from tqdm import tqdm
+
+from errors import UserError
+
+logger = logging.getLogger("sendvae")
+
+PACKAGES = ("torch", "torchvision", "accelerate", "timm", "diffusers", "lpips", "numpy", "pillow", "safetensors")
+
+
+def build_accelerator(mixed_precision: str, report_to: str = "none", logging_dir: Path | None = None) -> Accelerator:
+    """Processes, device and precision. CUDA where there is one, else the CPU (any number of processes on either).
+
+    Args:
+        mixed_precision: ``auto`` (bf16 on CUDA devices that have it, else no), ``no``, ``bf16`` or ``fp16``.
+        report_to: ``wandb``, ``tensorboard`` or ``none``.
+        logging_dir: where tensorboard writes.
+    """
+    has_cuda = torch.cuda.is_available()
+    if mixed_precision == "auto":
+        mixed_precision = "bf16" if has_cuda and torch.cuda.is_bf16_supported() else "no"
+    if mixed_precision == "fp16" and not has_cuda:
+        raise UserError("--mixed-precision fp16 needs a CUDA device; use bf16 or no on a CPU")
+    return Accelerator(
+        cpu=not has_cuda,
+        mixed_precision=mixed_precision,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=None if logging_dir is None else str(logging_dir),
+        # PatchGAN's BatchNorm buffers stay local, and the latent statistics are reduced by the trainer itself
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=60)),  # rank 0 alone may verify or write a large file
+        ],
+    )
+
+
+def set_numerics(seed: int, allow_tf32: bool, deterministic: bool) -> None:
+    """Seed what is drawn while networks are built, choose TF32 and deterministic kernels. Same on every process."""
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+class Run:
+    """A run folder as one process sees it; only the main process writes.
+
+    Args:
+        folder: ``OUTPUT_DIR/EXP_NAME``.
+        accelerator: who the processes are.
+        arguments: all resolved flags, JSON-serialisable.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, arguments: dict[str, Any]):
+        self.folder, self.accelerator, self.arguments = Path(folder), accelerator, arguments
+        self.is_main = accelerator.is_main_process
+        self._lock = None
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder / ".lock")
+        setup_logging(self.folder / "log.txt" if self.is_main else None)
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples"
+
+    def start(self, step: int) -> None:
+        """Record the arguments, and drop what an earlier process logged after ``step``, which is done again."""
+        if not self.is_main:
+            return
+        record = {"args": self.arguments, "command": sys.argv, **_provenance()}
+        write_json(self.folder / "args.json", record)
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            _truncate(self.folder / name, step)
+        self.samples.mkdir(exist_ok=True)
+
+    def start_trackers(self, project: str) -> None:
+        """Start wandb or tensorboard; a resumed run continues the same wandb run."""
+        kind = self.arguments.get("report_to", "none")
+        if kind == "none":
+            return
+        options = {}
+        if kind == "wandb":
+            options["wandb"] = {
+                "name": self.folder.name,
+                "dir": str(self.folder),
+                "id": self._wandb_id(),
+                "resume": "allow",
+            }
+            if not _has_wandb_key():
+                os.environ.setdefault("WANDB_MODE", "offline")  # never a prompt
+        plain = {k: v for k, v in self.arguments.items() if isinstance(v, int | float | str | bool)}
+        self.accelerator.init_trackers(project, config=plain, init_kwargs=options)
+
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Append to ``metrics.jsonl`` what a repetition would reproduce, and send it to the trackers."""
+        self._append("metrics.jsonl", {"step": step, **values})
+        self.accelerator.log(values, step=step)
+
+    def log_timing(self, step: int, values: dict[str, float]) -> None:
+        """Append to ``timing.jsonl`` and send to the trackers."""
+        self._append("timing.jsonl", {"step": step, **values})
+        self.accelerator.log({f"timing/{k}": v for k, v in values.items()}, step=step)
+
+    def set_status(self, state: str, step: int, max_steps: int, reason: str | None = None) -> None:
+        """Write ``status.json``: running, finished, stopped (by a signal) or failed. Later stages look at it."""
+        if self.is_main:
+            status = {"state": state, "step": step, "max_train_steps": max_steps, "reason": reason}
+            write_json(self.folder / "status.json", status)
+
+    def finish(self) -> None:
+        self.accelerator.end_training()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _append(self, name: str, record: dict) -> None:
+        if self.is_main:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def _wandb_id(self) -> str:
+        path = self.folder / "wandb_id.txt"
+        if self.is_main and not path.exists():
+            path.write_text(f"{int(time.time()):x}{os.getpid():x}")
+        return path.read_text() if self.is_main else ""
+
+
+def status_of(folder: Path) -> dict | None:
+    """The content of a run's ``status.json``, or None where there is none."""
+    path = Path(folder) / "status.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def arguments_of(folder: Path) -> dict | None:
+    """The resolved flags of a run, or None where it never started."""
+    path = Path(folder) / "args.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())["args"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or start under another --exp-name") from error
+
+
+def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:
+    """A resumed run must be the same run: raise :class:`UserError` naming the first flag that differs."""
+    for name, value in new.items():
+        before = old.get(name, value)
+        if name not in changeable and before != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{folder} was started with {flag} {before}, not {value}: "
+                "give the old value to resume, or another --exp-name to start anew"
+            )
+
+
+def agree_on(value: int, accelerator: Accelerator) -> int:
+    """The main process's integer, on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64, device=accelerator.device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor.item())
+
+
+def setup_logging(file: Path | None, level: int = logging.INFO) -> None:
+    """Send the project's logger to the terminal, past progress bars, and to ``file``; silent where file is None."""
+    logger.handlers.clear()
+    logger.propagate = False
+    if file is None:
+        logger.addHandler(logging.NullHandler())
+        return
+    logger.setLevel(level)
+    for handler in (_TqdmHandler(), logging.FileHandler(file)):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+
+
+def progress_bar(total: int, initial: int, description: str, unit: str, shown: bool) -> tqdm:
+    """A progress bar with rate and ETA; one line every 30 seconds where the output is a file."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total, initial=initial, desc=description, unit=unit, disable=not shown, mininterval=interval,
+        maxinterval=interval, dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Replace a JSON file in one move."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(path)
+
+
+class _TqdmHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _lock(path: Path):
+    """Hold the folder: two processes that write one run would destroy it."""
+    file = open(path, "w")  # noqa: SIM115  held as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another process is training in {path.parent}: wait, or choose another --exp-name") from None
+    except OSError:
+        logger.info("the file system of %s has no locks: nothing keeps a second process out", path.parent)
+    return file
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keep the lines up to ``step``; a line that a kill cut short goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text("".join(kept))
+    beside.replace(path)
+
+
+def _has_wandb_key() -> bool:
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
+
+
+def _provenance() -> dict[str, Any]:
+    root = Path(__file__).resolve().parent.parent
+    commit = None
+    if git := shutil.which("git"):
+        answer = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = answer.stdout.strip() or None
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"versions": versions, "git_commit": commit}

@@ -1,0 +1,278 @@
+"""Stage 1: the networks that are trained together, and one step of their training."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from diffusion.flow import add_noise
+from loss.alignment import patch_cosine_loss
+from loss.vae_objective import VAEObjective, total
+from models.autoencoder import Autoencoder, to_signed
+from models.discriminator import DiscriminatorPair, PatchDiscriminator
+from models.encoders import Encoder
+from models.latent_statistics import latent_moments, sum_over_processes
+from models.mapper import Mapper
+from training.ema import EMA
+from training.optimizer import optimizer_step
+from training.randomness import Purpose, seeded_generator
+
+
+class Noise(NamedTuple):
+    """What a forward pass draws: standard normal ``posterior`` and ``path`` ``[B, C, h, w]``, uniform ``t`` ``[B]``."""
+
+    posterior: torch.Tensor
+    t: torch.Tensor
+    path: torch.Tensor
+
+
+class SendVAEOutput(NamedTuple):
+    """What the losses need.
+
+    Attributes:
+        mean, logvar: posterior parameters ``[B, C, h, w]``.
+        latent: the posterior sample, detached, un-normalised.
+        reconstruction: images ``[B, 3, H, W]``; None where the VAE is frozen.
+        tokens: predicted VFM features ``[B, N, D]``; None without a mapper.
+    """
+
+    mean: torch.Tensor
+    logvar: torch.Tensor
+    latent: torch.Tensor
+    reconstruction: torch.Tensor | None
+    tokens: torch.Tensor | None
+
+
+class SendVAE(nn.Module):
+    """VAE, latent statistics and mapper behind one forward, so that DDP sees every parameter (Send-VAE, section 3).
+
+    Args:
+        autoencoder: the VAE with its statistics.
+        mapper: predicts VFM features; None trains the VAE alone.
+        noise_injection: add noise to the normalised latent at a random time before the mapper sees it.
+        path_type: ``linear`` or ``cosine`` interpolant.
+        freeze_vae: train the mapper on a VAE that stays as it is.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        mapper: Mapper | None,
+        noise_injection: bool = True,
+        path_type: str = "linear",
+        freeze_vae: bool = False,
+    ):
+        super().__init__()
+        self.autoencoder, self.mapper = autoencoder, mapper
+        self.noise_injection, self.path_type, self.freeze_vae = noise_injection, path_type, freeze_vae
+        if freeze_vae:
+            autoencoder.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor, noise: Noise) -> SendVAEOutput:
+        """uint8 images ``[B, 3, H, W]`` and the draws for them → :class:`SendVAEOutput`."""
+        with torch.no_grad() if self.freeze_vae else nullcontext():
+            posterior = self.autoencoder.encode(images)
+            z = posterior.sample(noise.posterior)
+        reconstruction = None if self.freeze_vae else self.autoencoder.decode(z)
+        tokens = None if self.mapper is None else self.mapper(self.noisy_latent(z, noise))
+        return SendVAEOutput(posterior.mean, posterior.logvar, z.detach(), reconstruction, tokens)
+
+    def noisy_latent(self, z: torch.Tensor, noise: Noise) -> torch.Tensor:
+        """The mapper's input: the normalised latent, with noise where that is switched on."""
+        z = self.autoencoder.statistics.normalize(z)
+        return add_noise(z, noise.t, noise.path, self.path_type) if self.noise_injection else z
+
+
+def draw_noise(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Noise:
+    """Draw for a batch of latents of ``shape`` ``[B, C, h, w]``."""
+    posterior = torch.randn(shape, generator=generator, device=device)
+    t = torch.rand(shape[0], generator=generator, device=device)
+    return Noise(posterior, t, torch.randn(shape, generator=generator, device=device))
+
+
+class SendVAETrainer:
+    """One training step, and everything that changes in it.
+
+    Args:
+        model: the trained networks.
+        objective: the VAE's loss.
+        discriminator: PatchGAN, or None.
+        encoder: the frozen VFM, or None where there is no mapper.
+        align_coeff: weight of the alignment loss.
+        bn_momentum: of the latent statistics.
+        max_grad_norm: for each of the two optimizers.
+        seed: of the noise.
+        optimizer, disc_optimizer: over the parameters of ``model`` and ``discriminator``; one may be None.
+        ema: average of the autoencoder, or None.
+        accelerator: precision and processes.
+    """
+
+    def __init__(
+        self,
+        model: SendVAE,
+        objective: VAEObjective,
+        discriminator: PatchDiscriminator | None,
+        encoder: Encoder | None,
+        *,
+        align_coeff: float,
+        bn_momentum: float,
+        max_grad_norm: float,
+        seed: int,
+        optimizer: torch.optim.Optimizer,
+        disc_optimizer: torch.optim.Optimizer | None,
+        ema: EMA | None,
+        accelerator: Accelerator,
+    ):
+        self.model, self.objective, self.discriminator, self.encoder = model, objective, discriminator, encoder
+        self.align_coeff, self.bn_momentum, self.max_grad_norm = align_coeff, bn_momentum, max_grad_norm
+        self.seed = seed
+        self.optimizer, self.disc_optimizer, self.ema, self.accelerator = optimizer, disc_optimizer, ema, accelerator
+        # The wrapped modules are for the forwards that gradients are synchronised through; `model` for everything else.
+        self.wrapped = accelerator.prepare_model(model)
+        self.wrapped_pair = None
+        if discriminator is not None:
+            self.wrapped_pair = accelerator.prepare_model(DiscriminatorPair(discriminator))
+
+    @property
+    def statistics(self):
+        return self.model.autoencoder.statistics
+
+    def noise_for(self, images: torch.Tensor, step: int, micro_step: int) -> Noise:
+        """The draws of a micro-step on this process: a function of (seed, step, micro-step, rank)."""
+        counters = (step, micro_step, self.accelerator.process_index)
+        generator = seeded_generator(images.device, Purpose.TRAINING, self.seed, *counters)
+        shape = self.model.autoencoder.latent_shape(images.shape[-1])
+        return draw_noise((len(images), *shape), images.device, generator)
+
+    def step(
+        self, step: int, micro_batches: list[torch.Tensor], vae_rate: float, disc_rate: float
+    ) -> dict[str, torch.Tensor]:
+        """One step of both optimizers.
+
+        Args:
+            step: counted from 0.
+            micro_batches: this process's uint8 images, ``[b, 3, H, W]`` each.
+            vae_rate, disc_rate: learning rates.
+
+        Returns:
+            scalars on the device: unweighted terms (averaged over micro-batches), weights that vary, gradient norms,
+            skipped steps.
+        """
+        collected: list[dict[str, torch.Tensor]] = []
+        moments = 0
+        for micro_step, images in enumerate(micro_batches):
+            images = images.to(self.accelerator.device, non_blocking=True)
+            is_last = micro_step == len(micro_batches) - 1
+            noise = self.noise_for(images, step, micro_step)
+            metrics, latent = self.accumulate(images, noise, step, 1 / len(micro_batches), synchronise=is_last)
+            collected.append(metrics)
+            moments = moments + latent_moments(latent)
+        metrics = {name: torch.stack([m[name] for m in collected]).mean() for name in collected[0]}
+        metrics |= self._update(moments, metrics, vae_rate, disc_rate)
+        return metrics
+
+    def accumulate(
+        self, images: torch.Tensor, noise: Noise, step: int, share: float, synchronise: bool = True
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Add the gradients of one micro-batch, of VAE and mapper and of the discriminator.
+
+        Args:
+            images: uint8 ``[b, 3, H, W]`` on the device.
+            noise: draws for them.
+            step: counted from 0; decides whether the discriminator plays yet.
+            share: weight of this micro-batch in the step.
+            synchronise: reduce gradients over processes in this backward pass.
+
+        Returns:
+            the scalars of this micro-batch and its latents ``[b, C, h, w]``.
+        """
+        plays = self.discriminator is not None and self.objective.gan_active(step)
+        with self._reducing(self.wrapped, synchronise):
+            output = self.wrapped(images, noise)
+            terms, weights = self._generator_loss(images, output, plays)
+            loss = total(terms, weights)
+            self.accelerator.backward(loss * share)
+        metrics = {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
+        if self.objective.config.adaptive_discriminator_weight and "gan" in weights:
+            metrics["gan_weight"] = weights["gan"]
+        if plays:
+            metrics |= self._discriminator_backward(images, output.reconstruction.detach(), share, synchronise)
+        return metrics, output.latent
+
+    def _generator_loss(self, images: torch.Tensor, output: SendVAEOutput, plays: bool) -> tuple[dict, dict]:
+        terms, weights = {}, {}
+        if output.reconstruction is not None:
+            # Frozen while this graph is recorded: the generator's loss must not reach the discriminator's gradients.
+            with self.accelerator.autocast(), frozen(self.discriminator if plays else None):
+                terms = self.objective.generator_terms(
+                    to_signed(images),
+                    output.reconstruction,
+                    output.mean,
+                    output.logvar,
+                    self.discriminator if plays else None,
+                )
+            last_layer = self.model.autoencoder.last_layer
+            weights = self.objective.generator_weights(terms, last_layer, mean_over_processes)
+        if output.tokens is not None:
+            with self.accelerator.autocast():
+                features = self.encoder(images)
+            terms["alignment"] = patch_cosine_loss(output.tokens, features)
+            weights["alignment"] = self.align_coeff
+        return terms, weights
+
+    def _discriminator_backward(
+        self, images: torch.Tensor, reconstruction: torch.Tensor, share: float, synchronise: bool
+    ) -> dict[str, torch.Tensor]:
+        with self._reducing(self.wrapped_pair, synchronise):
+            real, fake = self.wrapped_pair(to_signed(images), reconstruction)
+            terms = self.objective.discriminator_terms(real, fake)
+            self.accelerator.backward(total(terms, self.objective.discriminator_weights()) * share)
+        logits = {"logits_real": real.detach().float().mean(), "logits_fake": fake.detach().float().mean()}
+        return {name: term.detach() for name, term in terms.items()} | logits
+
+    def _update(self, moments: torch.Tensor, metrics: dict, vae_rate: float, disc_rate: float) -> dict:
+        """Optimizers, latent statistics, LeCam's anchors and the EMA."""
+        scaler = self.accelerator.scaler
+        norm, skipped = optimizer_step(self.optimizer, vae_rate, self.max_grad_norm, scaler)
+        updated = {"grad_norm": norm, "skipped": skipped}
+        if "discriminator" in metrics:
+            norm, skipped = optimizer_step(self.disc_optimizer, disc_rate, self.max_grad_norm, scaler)
+            updated |= {"disc_grad_norm": norm, "disc_skipped": skipped}
+        if scaler is not None:
+            scaler.update()
+        self.statistics.update(sum_over_processes(moments), self.bn_momentum)
+        if self.objective.lecam is not None and "logits_real" in metrics:
+            self.objective.lecam.update(*(mean_over_processes(metrics[f"logits_{kind}"]) for kind in ("real", "fake")))
+        if self.ema is not None:
+            self.ema.update()
+        return updated
+
+    def _reducing(self, wrapped: nn.Module, synchronise: bool):
+        return nullcontext() if synchronise else self.accelerator.no_sync(wrapped)
+
+
+class frozen:
+    """Context: parameters of a module take no gradient. ``None`` is allowed and does nothing."""
+
+    def __init__(self, module: nn.Module | None):
+        self.module = module
+
+    def __enter__(self) -> None:
+        if self.module is not None:
+            self.module.requires_grad_(False)
+
+    def __exit__(self, *exception) -> None:
+        if self.module is not None:
+            self.module.requires_grad_(True)
+
+
+def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The average of a tensor over all processes; the tensor itself where there is one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
