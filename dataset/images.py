@@ -56,8 +56,10 @@ class PackedImages:
         return f"{self._reader.spec.file_name(shard)}[{place}]"
 
     def fingerprint(self) -> str:
-        shards = [sorted(file["sha256"] for file in shard["files"].values()) for shard in self._reader.index["shards"]]
-        return f"packed:{hashlib.sha256(repr(shards).encode()).hexdigest()}"
+        index = self._reader.index
+        parts = [index["labels"], *(shard["files"] for shard in index["shards"])]
+        checksums = [file["sha256"] for files in parts for file in files.values()]
+        return f"packed:{hashlib.sha256(' '.join(checksums).encode()).hexdigest()}"
 
     def read_into(self, items: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
         if self._reader.spec.codec == "raw":
