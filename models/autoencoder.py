@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from errors import UserError
-from models.latent_statistics import LatentStatistics
+from models.latent_statistics import EPSILON, LatentStatistics
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs" / "vae"
 STATISTICS_FILE = "latents_stats.safetensors"
@@ -83,8 +83,8 @@ class Autoencoder(nn.Module):
         beside = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         self.network.save_pretrained(beside, safe_serialization=True)
-        statistics = {"mean": self.statistics.mean, "std": self.statistics.std}
-        save_file({k: v.float().cpu().contiguous() for k, v in statistics.items()}, beside / STATISTICS_FILE)
+        std = (self.statistics.var.double() + EPSILON).sqrt()  # float64, so that the variance comes back bit for bit
+        save_file({"mean": self.statistics.mean.cpu(), "std": std.cpu()}, beside / STATISTICS_FILE)
         if folder.exists():
             shutil.rmtree(folder)
         beside.rename(folder)
@@ -120,17 +120,18 @@ def build_autoencoder(vae: str, checkpoint: str | None = None) -> tuple[Autoenco
         UserError: no such name, folder or weights, or weights of another architecture.
     """
     config = _architecture(vae)
-    if checkpoint is None:
-        if vae in architecture_names():
-            raise UserError(
-                f"--vae {vae} names an architecture without weights: add --vae-ckpt with a diffusers folder, "
-                "or --vae-ckpt none to train from scratch"
-            )
-        checkpoint = vae
+    if checkpoint is None and vae in architecture_names():
+        raise UserError(
+            f"--vae {vae} names an architecture without weights: add --vae-ckpt with a diffusers folder, "
+            "or --vae-ckpt none to train from scratch"
+        )
     if checkpoint == "none":
         return Autoencoder(_from_config(config, vae)).eval(), False
-    autoencoder = Autoencoder(_load_network(Path(checkpoint), config, vae))
-    known = _load_statistics(autoencoder, Path(checkpoint))
+    folder, given = (
+        (Path(vae), f"--vae {vae}") if checkpoint is None else (Path(checkpoint), f"--vae-ckpt {checkpoint}")
+    )
+    autoencoder = Autoencoder(_load_network(folder, given, config, vae))
+    known = _load_statistics(autoencoder, folder, given)
     return autoencoder.eval(), known
 
 
@@ -140,20 +141,20 @@ def _architecture(vae: str) -> dict:
     if not Path(vae).is_dir():
         names = ", ".join(architecture_names())
         raise UserError(f"--vae {vae}: neither a known architecture ({names}) nor a diffusers folder")
-    return _read_config(Path(vae))
+    return _read_config(Path(vae), f"--vae {vae}")
 
 
-def _read_config(folder: Path) -> dict:
+def _read_config(folder: Path, given: str) -> dict:
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is not a diffusers VAE folder: it has no config.json")
+        raise UserError(f"{given} is not a diffusers VAE folder: it has no config.json")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not readable as JSON ({error})") from error
+        raise UserError(f"{given}: config.json is not readable as JSON ({error})") from error
     if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{path} describes {found}, not an AutoencoderKL")
+        raise UserError(f"{given}: config.json describes {found}, not an AutoencoderKL")
     return config
 
 
@@ -164,16 +165,16 @@ def _from_config(config: dict, name: str) -> AutoencoderKL:
         raise UserError(f"--vae {name}: its configuration does not build ({error})") from error
 
 
-def _load_network(folder: Path, config: dict, vae: str) -> AutoencoderKL:
+def _load_network(folder: Path, given: str, config: dict, vae: str) -> AutoencoderKL:
     if not folder.exists():
-        raise UserError(f"--vae-ckpt {folder}: no such folder (a diffusers folder, or none for random weights)")
+        raise UserError(f"{given}: no such folder (a diffusers folder, or none for random weights)")
     if not folder.is_dir():
-        raise UserError(f"--vae-ckpt {folder} is a file; a diffusers folder with config.json and weights is expected")
-    found = _read_config(folder)
+        raise UserError(f"{given} is a file; a diffusers folder with config.json and weights is expected")
+    found = _read_config(folder, given)
     for key in ("block_out_channels", "latent_channels", "down_block_types", "layers_per_block"):
         if _list_or_value(found.get(key)) != _list_or_value(config.get(key)):
             raise UserError(
-                f"--vae-ckpt {folder} has {key} {found.get(key)} where --vae {vae} has {config.get(key)}: "
+                f"{given} has {key} {found.get(key)} where --vae {vae} has {config.get(key)}: "
                 "give the architecture that these weights belong to"
             )
     try:
@@ -181,15 +182,15 @@ def _load_network(folder: Path, config: dict, vae: str) -> AutoencoderKL:
             folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--vae-ckpt {folder}: weights do not load ({_first_line(error)})") from error
+        raise UserError(f"{given}: weights do not load ({_first_line(error)})") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             keys = ", ".join(str(key) for key in sorted(info[kind])[:3])
-            raise UserError(f"--vae-ckpt {folder}: {len(info[kind])} {kind.replace('_', ' ')}, first {keys}")
+            raise UserError(f"{given}: {len(info[kind])} {kind.replace('_', ' ')}, first {keys}")
     return network
 
 
-def _load_statistics(autoencoder: Autoencoder, folder: Path) -> bool:
+def _load_statistics(autoencoder: Autoencoder, folder: Path, given: str) -> bool:
     channels = autoencoder.latent_channels
     path = folder / STATISTICS_FILE
     if path.is_file():
@@ -197,16 +198,18 @@ def _load_statistics(autoencoder: Autoencoder, folder: Path) -> bool:
             tensors = load_file(path)
             mean, std = tensors["mean"], tensors["std"]
         except (SafetensorError, KeyError) as error:
-            raise UserError(f"{path}: latent statistics do not load ({_first_line(error)})") from error
-        source = str(path)
+            raise UserError(
+                f"{given}: latent statistics do not load from {STATISTICS_FILE} ({_first_line(error)})"
+            ) from error
+        source = STATISTICS_FILE
     else:
         config = autoencoder.network.config
         if config.get("latents_mean") is None or config.get("latents_std") is None:
             return False
         mean, std = torch.tensor(config.latents_mean).flatten(), torch.tensor(config.latents_std).flatten()
-        source = f"latents_mean, latents_std of {folder / 'config.json'}"
+        source = "latents_mean, latents_std of config.json"
     if mean.shape != (channels,) or std.shape != (channels,):
-        raise UserError(f"{source}: statistics of {mean.numel()} channels for a VAE with {channels}")
+        raise UserError(f"{given}: {source}: statistics of {mean.numel()} channels for a VAE with {channels}")
     autoencoder.statistics.load(mean, std)
     return True
 
