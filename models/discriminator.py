@@ -1,7 +1,14 @@
 """PatchGAN discriminator (pix2pix, arXiv 1611.07004; the layout of taming-transformers, so that its files load)."""
 
+import pickle
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+
+from errors import UserError
 
 
 class PatchDiscriminator(nn.Module):
@@ -47,6 +54,26 @@ class DiscriminatorPair(nn.Module):
     def forward(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two batches ``[B, 3, H, W]`` in [-1, 1] → (logits of real, logits of fake)."""
         return self.discriminator(real), self.discriminator(fake)
+
+
+def load_discriminator(discriminator: PatchDiscriminator, path: str | Path) -> None:
+    """Load PatchGAN weights, a state dict with keys ``main.N.…``, from a .safetensors or .pt file.
+
+    Raises:
+        UserError: no such file, not weights, or of another discriminator.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--disc-pretrained-ckpt {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        discriminator.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--disc-pretrained-ckpt {path} holds no weights of this PatchGAN ({reason})") from error
 
 
 def _init_weights(module: nn.Module) -> None:

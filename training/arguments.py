@@ -23,15 +23,25 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-dir", default="exps", metavar="DIR", help="folder of all runs")
     group.add_argument("--exp-name", metavar="NAME", help="this run's folder in --output-dir; same command = resume")
     group.add_argument("--continue-train-exp-dir", metavar="DIR", help="resume the run in DIR (instead of --exp-name)")
-    group.add_argument("--resume-step", type=non_negative_int, default=0, metavar="N",
-                       help="resume from the checkpoint of step N; 0: the newest intact one")  # fmt: skip
+    group.add_argument(
+        "--resume-step",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="resume from the checkpoint of step N; 0: the newest intact one",
+    )
     group.add_argument("--seed", type=non_negative_int, default=0, help="of weights, data order and all noise")
-    group.add_argument("--deterministic", action="store_true",
-                       help="the same bits again on CUDA too, slower (a CPU needs no flag)")  # fmt: skip
-    group.add_argument("--dry-run", action="store_true",
-                       help="build all, run two steps, print sizes, memory and seconds, keep nothing")  # fmt: skip
-    group.add_argument("--random-weights", action="store_true",
-                       help="only with --dry-run: build VFM and LPIPS without their pretrained weights")  # fmt: skip
+    group.add_argument(
+        "--deterministic", action="store_true", help="the same bits again on CUDA too, slower (a CPU needs no flag)"
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="build all, run two steps, print sizes, memory and seconds, keep nothing"
+    )
+    group.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="only with --dry-run: build VFM and LPIPS without their pretrained weights",
+    )
     add_debug_argument(group)
 
 
@@ -39,47 +49,82 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", metavar="DIR", help="packed dataset of preprocessing.py, or a class-folder tree")
     group.add_argument("--val-data-dir", metavar="DIR", help="held-out images, either kind; none: no validation")
-    group.add_argument("--resolution", type=positive_int, metavar="PX",
-                       help="side of the images, pixels (default: the packed dataset's, or 256)")  # fmt: skip
+    group.add_argument(
+        "--resolution",
+        type=positive_int,
+        metavar="PX",
+        help="side of the images, pixels (default: the packed dataset's, or 256)",
+    )
     group.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
     group.add_argument("--prefetch", type=positive_int, default=2, metavar="N", help="batches read ahead")
-    group.add_argument("--shuffle", choices=("full", "window"), default="full",
-                       help="full permutation, or windows of consecutive items (slow file systems)")  # fmt: skip
+    group.add_argument(
+        "--shuffle",
+        choices=("full", "window"),
+        default="full",
+        help="full permutation, or windows of consecutive items (slow file systems)",
+    )
     group.add_argument("--hflip", action="store_true", help="flip images at random (neither Send-VAE nor REPA-E does)")
     group.add_argument("--stage-dir", metavar="DIR", help="copy the packed dataset to this local folder first")
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epochs: int) -> None:
     group = parser.add_argument_group("schedule and optimizer")
-    group.add_argument("--batch-size", type=positive_int, default=batch_size, metavar="N",
-                       help="images a step, over all processes and accumulation")  # fmt: skip
-    group.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, metavar="N",
-                       help="micro-batches a step; each has batch-size / (processes · N) images a process")  # fmt: skip
+    group.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=batch_size,
+        metavar="N",
+        help="images a step, over all processes and accumulation",
+    )
+    group.add_argument(
+        "--gradient-accumulation-steps",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="micro-batches a step; each has batch-size / (processes · N) images a process",
+    )
     group.add_argument("--epochs", type=positive_int, default=epochs, metavar="N", help="passes over the data")
-    group.add_argument("--max-train-steps", type=positive_int, metavar="N",
-                       help="steps, instead of --epochs (default: epochs · images / batch-size)")  # fmt: skip
+    group.add_argument(
+        "--max-train-steps",
+        type=positive_int,
+        metavar="N",
+        help="steps, instead of --epochs (default: epochs · images / batch-size)",
+    )
     group.add_argument("--lr-schedule", choices=SCHEDULES, default="constant", help="after the warm-up")
     group.add_argument("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="linear warm-up, steps")
     group.add_argument("--adam-beta1", type=fraction, default=0.9, metavar="X", help="AdamW's first beta")
     group.add_argument("--adam-beta2", type=fraction, default=0.999, metavar="X", help="AdamW's second beta")
     group.add_argument("--adam-weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's decay")
     group.add_argument("--adam-epsilon", type=non_negative_float, default=1e-8, metavar="X", help="AdamW's epsilon")
-    group.add_argument("--max-grad-norm", type=non_negative_float, default=1.0, metavar="X",
-                       help="2-norm to which gradients are clipped, for each optimizer")  # fmt: skip
+    group.add_argument(
+        "--max-grad-norm",
+        type=non_negative_float,
+        default=1.0,
+        metavar="X",
+        help="2-norm to which gradients are clipped, for each optimizer",
+    )
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("precision and speed")
-    group.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
-                       help="auto: bf16 on CUDA devices that have it, else no (float32)")  # fmt: skip
+    group.add_argument(
+        "--mixed-precision",
+        choices=("auto", "no", "bf16", "fp16"),
+        default="auto",
+        help="auto: bf16 on CUDA devices that have it, else no (float32)",
+    )
     group.add_argument(
         "--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up"
     )
     group.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
     )
-    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
-                       help="recompute activations backward: less memory, more time")  # fmt: skip
+    group.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations backward: less memory, more time",
+    )
 
 
 def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,10 +141,19 @@ def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpointing-steps", type=positive_int, default=10000, metavar="N", help="between checkpoints"
     )
     group.add_argument("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="newest ones kept whole")
-    group.add_argument("--milestone-steps", type=non_negative_int, default=0, metavar="N",
-                       help="keep the weights of every N steps for good (N a multiple of --checkpointing-steps)")  # fmt: skip
-    group.add_argument("--report-to", choices=("wandb", "tensorboard", "none"), default="none",
-                       help="tracker beside metrics.jsonl; wandb without a key runs offline")  # fmt: skip
+    group.add_argument(
+        "--milestone-steps",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="keep the weights of every N steps for good; 0: never",
+    )
+    group.add_argument(
+        "--report-to",
+        choices=("wandb", "tensorboard", "none"),
+        default="none",
+        help="tracker beside metrics.jsonl; wandb without a key runs offline",
+    )
 
 
 def run_folder(args: argparse.Namespace) -> Path:

@@ -206,9 +206,15 @@ def progress_bar(total: int, initial: int, description: str, unit: str, shown: b
     """A progress bar with rate and ETA; one line every 30 seconds where the output is a file."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=total, initial=initial, desc=description, unit=unit, disable=not shown, mininterval=interval,
-        maxinterval=interval, dynamic_ncols=True,
-    )  # fmt: skip
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        disable=not shown,
+        mininterval=interval,
+        maxinterval=interval,
+        dynamic_ncols=True,
+    )
 
 
 def write_json(path: Path, content: dict) -> None:

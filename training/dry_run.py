@@ -1,0 +1,48 @@
+"""What --dry-run measures: sizes, memory and seconds of two steps, with nothing kept."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """(all parameters, those that are trained) of a module."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that was in use: the device's on CUDA, else the process's."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {torch.cuda.get_device_name(device)}"
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30:.2f} GiB of the process, on the CPU"
+
+
+def report(
+    networks: Mapping[str, nn.Module | None],
+    step: Callable[[int], dict[str, torch.Tensor]],
+    images_per_step: int,
+    device: torch.device,
+    *,
+    shown: bool,
+    steps: int = 2,
+) -> None:
+    """Print parameter counts, run ``steps`` steps, print their seconds, metrics and the peak memory."""
+    show = print if shown else lambda text: None
+    show(f"{'network':<16}{'parameters':>16}{'trained':>16}")
+    for name, network in networks.items():
+        if network is not None:
+            total, trained = count_parameters(network)
+            show(f"{name:<16}{total:>16,}{trained:>16,}")
+    for number in range(steps):
+        begin = time.perf_counter()
+        metrics = {name: value.item() for name, value in step(number).items()}
+        seconds = time.perf_counter() - begin
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        show(f"step {number + 1}: {seconds:.2f} s, {images_per_step / seconds:.2f} images/s  {values}")
+    show(f"peak memory: {peak_memory(device)}")

@@ -1,0 +1,112 @@
+"""Held-out quality of a Send-VAE: reconstruction and alignment, beside what a constant would reach."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from dataset.images import ImageDataset
+from dataset.loader import sequential_batches
+from loss.alignment import constant_predictor_cosine, patch_cosine
+from models.autoencoder import Autoencoder, to_signed, to_uint8
+from models.encoders import Encoder
+from models.latent_statistics import sum_over_processes
+from training.randomness import Purpose, seeded_generator
+from training.sendvae import SendVAE, draw_noise
+
+
+def psnr(images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each image in dB: two uint8 ``[B, 3, H, W]`` → float64 ``[B]``; 100 where equal."""
+    error = (images.double() - reconstruction.double()).square().mean((1, 2, 3))
+    return (10 * torch.log10(255.0**2 / error)).clamp_max(100.0)
+
+
+class SpreadImages:
+    """``count`` images of a dataset, evenly spread over it (and so over its classes)."""
+
+    def __init__(self, dataset: ImageDataset, count: int):
+        self._items = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(np.int64))
+        self._dataset, self.resolution = dataset, dataset.resolution
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def read_into(self, items, out: np.ndarray) -> None:
+        self._dataset.read_into(self._items[np.asarray(items)], out)
+
+
+@torch.no_grad()
+def validate(
+    model: SendVAE,
+    encoder: Encoder | None,
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    accelerator: Accelerator,
+    num_workers: int,
+    autoencoder: Autoencoder | None = None,
+) -> dict[str, float]:
+    """Measure on held-out images; every process takes a share, all get the result.
+
+    Args:
+        model: the networks that are trained.
+        encoder: the frozen VFM, or None where nothing is aligned.
+        dataset: the images.
+        batch_size: images at once on a process.
+        seed: of the noise that the mapper sees.
+        accelerator: precision and processes.
+        num_workers: reading threads.
+        autoencoder: the EMA's, to be measured in place of the model's.
+
+    Returns:
+        ``psnr`` (dB, posterior mean, uint8 images), ``l1`` (in [-1, 1] units), and with an encoder ``align_cosine``
+        (noise as in training), ``align_cosine_clean`` (posterior mean, no noise) and ``constant_cosine`` (the best
+        image-independent prediction, fitted on these very images).
+    """
+    device, rank = accelerator.device, accelerator.process_index
+    autoencoder = autoencoder or model.autoencoder
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # psnr, l1, cosine, clean cosine, count
+    unit_features = None
+    batches = sequential_batches(
+        dataset, batch_size, rank=rank, world_size=accelerator.num_processes, num_workers=num_workers
+    )
+    for items, images in batches:
+        images = images.to(device)
+        generator = seeded_generator(device, Purpose.VALIDATION, seed, int(items[0]))
+        noise = draw_noise((len(images), *autoencoder.latent_shape(images.shape[-1])), device, generator)
+        with accelerator.autocast():
+            posterior = autoencoder.encode(images)
+            reconstruction = autoencoder.decode(posterior.mean)
+            scores = [psnr(images, to_uint8(reconstruction)), _l1(images, reconstruction)]
+            if encoder is not None:
+                features = encoder(images)
+                noisy = model.noisy_latent(posterior.sample(noise.posterior), noise)
+                clean = autoencoder.statistics.normalize(posterior.mean)
+                scores += [patch_cosine(model.mapper(z), features).mean(1) for z in (noisy, clean)]
+                batch_sum = F.normalize(features.double(), dim=-1).sum(0)
+                unit_features = batch_sum if unit_features is None else unit_features + batch_sum
+        row = [score.double().sum() for score in scores] + [sums.new_tensor(0.0)] * (4 - len(scores))
+        sums += torch.stack([*row, sums.new_tensor(float(len(images)))])
+    model.train(was_training)
+    return _averages(sums, unit_features, encoder, device)
+
+
+def _averages(
+    sums: torch.Tensor, unit_features: torch.Tensor | None, encoder: Encoder | None, device: torch.device
+) -> dict[str, float]:
+    *totals, count = sum_over_processes(sums).tolist()
+    result = dict(zip(("psnr", "l1"), (value / count for value in totals[:2]), strict=True))
+    if encoder is not None:
+        if unit_features is None:  # more processes than images
+            unit_features = torch.zeros(encoder.grid**2, encoder.embed_dim, dtype=torch.float64, device=device)
+        constant = constant_predictor_cosine(sum_over_processes(unit_features), int(count))
+        result |= {"align_cosine": totals[2] / count, "align_cosine_clean": totals[3] / count}
+        result["constant_cosine"] = float(constant)
+    return result
+
+
+def _l1(images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    return (to_signed(images) - reconstruction).abs().mean((1, 2, 3))
