@@ -183,6 +183,8 @@ def _open(path: str | Path, resolution: int | None) -> ImageDataset:
 def resolve(args: argparse.Namespace, accelerator: Accelerator, images: ImageDataset | None) -> None:
     """Replace every default that depends on the data, so that ``args.json`` says what was done."""
     args.mixed_precision = accelerator.mixed_precision
+    if args.channels_last is None:
+        args.channels_last = accelerator.device.type == "cpu"
     args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
     args.mapper_grid = args.mapper_grid or max(1, args.resolution // 16)
     if images is not None:
@@ -204,9 +206,14 @@ def build_trainer(
     objective = build_objective(args, loss_config, accelerator)
     if args.gradient_checkpointing:
         autoencoder.network.enable_gradient_checkpointing()
+    networks = [autoencoder, mapper, encoder, discriminator, objective.perceptual]
+    if args.channels_last:
+        for network in networks:
+            if network is not None:
+                network.to(memory_format=torch.channels_last)
     ema = EMA(autoencoder, args.ema_decay) if args.ema_decay else None
     if args.compile:
-        compile_networks(autoencoder, mapper, encoder, discriminator, objective.perceptual)
+        compile_networks(*networks)
     adamw = {
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,

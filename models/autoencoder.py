@@ -1,5 +1,6 @@
 """The VAE: ``diffusers.AutoencoderKL`` with its latent statistics, from uint8 images to images in [-1, 1]."""
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -82,7 +83,9 @@ class Autoencoder(nn.Module):
         folder = Path(folder)
         beside = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
-        self.network.save_pretrained(beside, safe_serialization=True)
+        # a copy, because safetensors refuses weights that are in channels_last order
+        network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
+        network.save_pretrained(beside, safe_serialization=True)
         std = (self.statistics.var.double() + EPSILON).sqrt()  # float64, so that the variance comes back bit for bit
         save_file({"mean": self.statistics.mean.cpu(), "std": std.cpu()}, beside / STATISTICS_FILE)
         if folder.exists():

