@@ -7,6 +7,7 @@ from pathlib import Path
 import lpips
 import torch
 from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
 
 from errors import UserError
 
@@ -26,21 +27,28 @@ def build_lpips(checkpoint: str | None = None, random_weights: bool = False) -> 
     Raises:
         UserError: the weights cannot be had, or are not VGG16's.
     """
+    state = None if random_weights else _vgg16_state(checkpoint)
     with warnings.catch_warnings():  # lpips 0.1.4 asks torchvision in an outdated way
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net="vgg", version="0.1", pnet_rand=True, verbose=False)
-    if not random_weights:
-        _load_trunk(network, _vgg16_state(checkpoint), checkpoint or VGG16_FILE)
+    if state is not None:
+        _load_trunk(network, state)
     return network.requires_grad_(False).eval()
 
 
 def _vgg16_state(checkpoint: str | None) -> dict[str, torch.Tensor]:
+    """A state dict that holds the trunk's tensors, in torchvision's names."""
     path = Path(checkpoint) if checkpoint else Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
     if path.is_file():
+        source = f"--lpips-ckpt {checkpoint}" if checkpoint else str(path)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise UserError(f"{path} is not a file of VGG16 weights ({str(error).splitlines()[0][:120]})") from error
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise UserError(f"{source} is not a file of VGG16 weights ({type(error).__name__})") from error
+        wrong = _first_wrong(state)
+        if wrong:
+            raise UserError(f"{source} is not torchvision's VGG16: {wrong} is missing or has another shape")
+        return state
     if checkpoint:
         raise UserError(f"--lpips-ckpt {checkpoint}: no such file")
     try:
@@ -55,11 +63,19 @@ def _vgg16_state(checkpoint: str | None) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _load_trunk(network: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+def _first_wrong(state: object) -> str | None:
+    """The first tensor of VGG16's trunk that a loaded file lacks, or has in another shape."""
+    with torch.device("meta"):
+        trunk = make_layers(cfgs["D"])
+    for name, parameter in trunk.state_dict(prefix="features.").items():
+        found = state.get(name) if isinstance(state, dict) else None
+        if not isinstance(found, torch.Tensor) or found.shape != parameter.shape:
+            return name
+    return None
+
+
+def _load_trunk(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Copy torchvision's ``features.N`` into the slices of lpips, which keep the layers' numbers."""
-    for name, parameter in network.net.named_parameters():
-        key = "features." + name.split(".", 1)[1]
-        if key not in state or state[key].shape != parameter.shape:
-            raise UserError(f"{source} is not torchvision's VGG16: {key} is missing or has another shape")
-        with torch.no_grad():
-            parameter.copy_(state[key])
+    with torch.no_grad():
+        for name, parameter in network.net.named_parameters():
+            parameter.copy_(state["features." + name.split(".", 1)[1]])

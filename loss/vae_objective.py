@@ -4,6 +4,7 @@ Every trainer of a VAE calls this module. Terms come unweighted and by name; :fu
 weights, once.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,8 +43,8 @@ class VAELossConfig:
             raise UserError(f"perceptual_loss {self.perceptual_loss!r} is not known; there is lpips")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is float and not value >= 0:
-                raise UserError(f"{field.name} must be a number of at least 0, got {value}")
+            if field.type is float and not 0 <= value < math.inf:
+                raise UserError(f"{field.name} must be a finite number of at least 0, got {value}")
 
     @property
     def uses_gan(self) -> bool:
@@ -73,7 +74,10 @@ def load_loss_config(path: str | Path, overrides: tuple[str, ...] | list[str] = 
         key, separator, value = text.partition("=")
         if not separator:
             raise UserError(f"--loss-override {text}: KEY=VALUE is expected")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--loss-override {text}: {value!r} is not a YAML value") from error
     kinds = {field.name: field.type for field in fields(VAELossConfig)}
     unknown = [key for key in values if key not in kinds and key not in IGNORED_KEYS]
     if unknown:
@@ -84,12 +88,12 @@ def load_loss_config(path: str | Path, overrides: tuple[str, ...] | list[str] = 
 def _typed(key: str, value, kind: type):
     """YAML reads 1e-6 as a string; everything else must already be what the field is."""
     try:
-        if kind is bool and not isinstance(value, bool):
+        if isinstance(value, bool) != (kind is bool):
             raise ValueError
         if kind is int and float(value) != int(float(value)):
             raise ValueError
         return kind(float(value)) if kind is int else kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"loss key {key}: {value!r} is not of type {kind.__name__}") from None
 
 
