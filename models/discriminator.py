@@ -10,6 +10,12 @@ from torch import nn
 
 from errors import UserError
 
+# AttributeError and TypeError: the file unpickles, but not to a dictionary of tensors.
+LOAD_ERRORS = (
+    *(OSError, EOFError, RuntimeError, ValueError, AttributeError, TypeError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
+
 
 class PatchDiscriminator(nn.Module):
     """4×4 convolutions, BatchNorm, LeakyReLU 0.2; one logit for each overlapping image patch.
@@ -71,7 +77,7 @@ def load_discriminator(discriminator: PatchDiscriminator, path: str | Path) -> N
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         discriminator.load_state_dict(state)
-    except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--disc-pretrained-ckpt {path} holds no weights of this PatchGAN ({reason})") from error
 

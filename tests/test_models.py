@@ -1,6 +1,7 @@
 """VAE, mapper and PatchGAN: structure by numbers, values against independent float64 implementations."""
 
 import json
+import pickle
 
 import diffusers
 import numpy as np
@@ -20,7 +21,7 @@ from models.autoencoder import (
     to_signed,
     to_uint8,
 )
-from models.discriminator import DiscriminatorPair, PatchDiscriminator
+from models.discriminator import DiscriminatorPair, PatchDiscriminator, load_discriminator
 from models.layers import sincos_positions
 from models.mapper import Mapper, num_heads
 
@@ -632,3 +633,50 @@ def test_real_and_fake_are_normalised_by_their_own_statistics():
         assert torch.equal(real_logits, network(real))
         assert torch.equal(fake_logits, network(fake))
         assert not torch.allclose(fake_logits, network(torch.cat([real, fake]))[2:], atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_discriminator_weights_load_bit_for_bit(tmp_path, suffix):
+    source, target = PatchDiscriminator(width=8), PatchDiscriminator(width=8)
+    source(5 + torch.randn(2, 3, 32, 32))  # running statistics that are not the initial ones
+    path = tmp_path / f"disc{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(source.state_dict(), path)
+    load_discriminator(target, path)
+    assert all(torch.equal(source.state_dict()[name], tensor) for name, tensor in target.state_dict().items())
+
+
+class Opens:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+BAD_DISCRIMINATORS = {
+    "no such file": lambda path: None,
+    "directory": lambda path: path.mkdir(),
+    "text": lambda path: path.write_text("not weights\n"),
+    "empty": lambda path: path.write_bytes(b""),
+    "list": lambda path: torch.save([1], path),
+    "tensor": lambda path: torch.save(torch.zeros(2), path),
+    "numbered": lambda path: torch.save({0: torch.zeros(2)}, path),
+    "numbers": lambda path: torch.save(dict.fromkeys(PatchDiscriminator(width=8).state_dict(), 1), path),
+    "another width": lambda path: torch.save(PatchDiscriminator(width=4).state_dict(), path),
+    "more layers": lambda path: torch.save(PatchDiscriminator(width=8, num_layers=4).state_dict(), path),
+    "code": lambda path: path.write_bytes(pickle.dumps({"a": Opens(path.parent / "was_run")}, protocol=2)),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", BAD_DISCRIMINATORS)
+def test_a_file_without_discriminator_weights_is_a_one_line_error(kind, suffix, tmp_path):
+    path = tmp_path / f"disc{suffix}"
+    BAD_DISCRIMINATORS[kind](path)
+    with pytest.raises(UserError) as error:
+        load_discriminator(PatchDiscriminator(width=8), path)
+    assert "\n" not in str(error.value)
+    assert f"--disc-pretrained-ckpt {path}" in str(error.value)
+    assert not (tmp_path / "was_run").exists()
