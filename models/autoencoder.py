@@ -85,8 +85,10 @@ class Autoencoder(nn.Module):
         shutil.rmtree(beside, ignore_errors=True)
         # a copy, because safetensors refuses weights that are in channels_last order
         network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
-        network.save_pretrained(beside, safe_serialization=True)
         std = (self.statistics.var.double() + EPSILON).sqrt()  # float64, so that the variance comes back bit for bit
+        if network.config.get("latents_mean") is not None:  # still those of the VAE that training started from
+            network.register_to_config(latents_mean=self.statistics.mean.tolist(), latents_std=std.tolist())
+        network.save_pretrained(beside, safe_serialization=True)
         save_file({"mean": self.statistics.mean.cpu(), "std": std.cpu()}, beside / STATISTICS_FILE)
         if folder.exists():
             shutil.rmtree(folder)

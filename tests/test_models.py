@@ -353,6 +353,18 @@ def test_latents_mean_and_std_of_a_diffusers_configuration_are_the_statistics(sa
     torch.testing.assert_close(vae.statistics.std, torch.tensor([0.5, 1.5, 2.5, 9.0]), rtol=1e-6, atol=0)
 
 
+def test_statistics_in_a_diffusers_configuration_are_saved_up_to_date(saved):
+    _, folder = saved
+    edit_config(folder, latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5, 1.5, 2.5, 9.0])
+    (folder / STATISTICS_FILE).unlink()
+    vae, _ = build_autoencoder(str(folder))
+    vae.statistics.load(torch.tensor([5.0, 6.0, 7.0, 8.0]), torch.tensor([2.0, 3.0, 4.0, 5.0]))
+    vae.save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["latents_mean"] == [5, 6, 7, 8]
+    assert config["latents_std"] == pytest.approx([2, 3, 4, 5], rel=1e-7)
+
+
 def test_scratch_weights_follow_the_seed_and_have_no_known_statistics():
     torch.manual_seed(9)
     first, known = build_autoencoder("f4d4-tiny", "none")
