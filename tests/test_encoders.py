@@ -260,8 +260,10 @@ def refusal(enc_type: str, path: Path) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("kind", BAD_FILES)
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [(kind, ".pth") for kind in BAD_FILES] + [("empty", ".safetensors"), ("truncated", ".safetensors")],
+)
 def test_a_file_without_the_weights_is_a_one_line_error(kind, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     BAD_FILES[kind](path)
