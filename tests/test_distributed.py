@@ -1,0 +1,95 @@
+"""Two real processes (gloo) against one: a step of half the batch each is a step of the whole batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.autoencoder import to_signed
+from models.latent_statistics import latent_moments
+from tests.distributed_step import BATCH, batch_noise
+from tests.photographs import write_class_folders
+from tests.sendvae_runs import flags, gradients, random_images, tiny_trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def torchrun(*command: str, check: bool = True) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*launcher, *command], cwd=ROOT, env=ENVIRONMENT, check=check, capture_output=True, text=True, timeout=300
+    )
+
+
+def step_on_two_processes(tmp_path: Path, gan: str) -> list[dict[str, torch.Tensor]]:
+    torchrun("tests/distributed_step.py", str(tmp_path / gan), gan)
+    return [load_file(tmp_path / f"{gan}-{rank}.safetensors") for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+    ranks = step_on_two_processes(tmp_path, "plain")
+    trainer = tiny_trainer(gan=False)
+    _, latent = trainer.accumulate(random_images(BATCH), batch_noise(), step=0, share=1.0)
+    trainer.statistics.update(latent_moments(latent), 0.1)
+    expected = {f"model.{name}": g for name, g in gradients(trainer.model).items()}
+    expected |= {f"statistics.{name}": t for name, t in trainer.statistics.state_dict().items()}
+    for tensors in ranks:
+        assert tensors.keys() == expected.keys()
+        difference = max((tensors[name] - expected[name]).abs().max().item() for name in expected)
+        assert difference < 1e-5
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_discriminator_gradients_are_the_mean_of_local_ones(tmp_path):
+    """PatchGAN's BatchNorm sees its own process's images, so the reference is computed half by half."""
+    ranks = step_on_two_processes(tmp_path, "gan")
+    trainer = tiny_trainer(adaptive_discriminator_weight=True)
+    noise, half = batch_noise(), BATCH // 2
+    loss, reconstruction_gradient, gan_gradient = 0, 0, 0
+    for rank in (0, 1):
+        mine = slice(rank * half, (rank + 1) * half)
+        x = random_images(BATCH)[mine]
+        x_hat = trainer.model(x, type(noise)(*(tensor[mine] for tensor in noise))).reconstruction
+        last, l1 = trainer.model.autoencoder.last_layer, (to_signed(x) - x_hat).abs().mean()
+        reconstruction_gradient = reconstruction_gradient + torch.autograd.grad(l1, last, retain_graph=True)[0] / 2
+        generator = -trainer.discriminator(x_hat).mean()
+        gan_gradient = gan_gradient + torch.autograd.grad(generator, last)[0] / 2
+        real, fake = trainer.discriminator(to_signed(x)), trainer.discriminator(x_hat.detach())
+        loss = loss + 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
+    loss.backward()
+    expected = {f"discriminator.{name}": g for name, g in gradients(trainer.discriminator).items()}
+    weight = 0.1 * reconstruction_gradient.norm() / (gan_gradient.norm() + 1e-4)
+    for tensors in ranks:
+        assert max((tensors[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
+        torch.testing.assert_close(tensors["gan_weight"], weight, rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_training_on_two_processes_runs_resumes_and_keeps_one_log(tmp_path):
+    data = write_class_folders(tmp_path / "images", per_class=4)
+    argv = flags(data, tmp_path / "exps", "two", batch_size=4, log_steps=2, val_data_dir=data, checkpointing_steps=2)
+    torchrun("train_sendvae.py", *argv, "--max-train-steps", "2")
+    torchrun("train_sendvae.py", *argv, "--max-train-steps", "4")
+    torchrun("train_sendvae.py", *[a if a != "two" else "straight" for a in argv], "--max-train-steps", "4")
+    runs = [tmp_path / "exps" / name for name in ("two", "straight")]
+    last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-2]) for run in runs]
+    assert last[0] == last[1]
+    weights = [load_file(run / "checkpoints" / "0000004" / "model.safetensors") for run in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_wrong_input_on_two_processes_is_one_line(tmp_path):
+    answer = torchrun("train_sendvae.py", *flags(tmp_path / "missing", tmp_path / "exps"), check=False)
+    assert answer.returncode != 0
+    lines = [line for line in answer.stderr.splitlines() if line.startswith("train_sendvae.py: error")]
+    assert lines
+    assert "missing" in lines[0]

@@ -1,0 +1,112 @@
+"""Real processes, really killed: the same command continues bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.photographs import write_class_folders
+from tests.sendvae_runs import flags
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # networks this small are faster so
+# 24 images in batches of 4: the epoch ends within the resumed part; log lines straddle checkpoints
+RUN = {
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "ema_decay": 0.9,
+    "num_workers": 2,
+    "max_train_steps": 40,
+    "checkpointing_steps": 20,
+    "log_steps": 3,
+    "sampling_steps": 23,
+    "val_steps": 20,
+    "mapper_grid": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("photographs") / "images", per_class=8)
+
+
+@pytest.fixture(scope="module")
+def straight(data) -> Path:
+    start(data, "straight").wait()
+    return run_folder(data, "straight")
+
+
+def run_folder(data: Path, name: str) -> Path:
+    return data.parent / "exps" / name
+
+
+def start(data: Path, name: str, **changes) -> subprocess.Popen:
+    argv = flags(data, data.parent / "exps", name, **(RUN | {"val_data_dir": data} | changes))
+    return subprocess.Popen(
+        [sys.executable, "train_sendvae.py", *argv],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def kill_when(process: subprocess.Popen, path: Path, number: int) -> int:
+    """Send a signal as soon as a file appears; returns the exit code."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    return process.wait(timeout=60)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    for name in ("model", "discriminator", "ema"):
+        x, y = (load_file(run / "checkpoints" / "0000040" / f"{name}.safetensors") for run in (a, b))
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[key], y[key]) for key in x), name
+    for name in ("optimizer", "disc_optimizer"):
+        x, y = (torch.load(run / "checkpoints" / "0000040" / f"{name}.pt", weights_only=True) for run in (a, b))
+        assert x["param_groups"] == y["param_groups"]
+        for index in x["state"]:
+            assert all(torch.equal(x["state"][index][key], y["state"][index][key]) for key in x["state"][index]), name
+    for file in ("diffusion_pytorch_model.safetensors", "latents_stats.safetensors"):
+        assert (a / "vae" / file).read_bytes() == (b / "vae" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_sigkill_after_step_23_and_the_same_command_give_the_same_run(data, straight):
+    process = start(data, "killed")
+    code = kill_when(process, run_folder(data, "killed") / "samples" / "0000023.png", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    folder = run_folder(data, "killed")
+    assert [path.name for path in sorted((folder / "checkpoints").glob("[0-9]*"))] == ["0000020"]
+    assert json.loads((folder / "status.json").read_text())["state"] == "running"
+    assert start(data, "killed").wait() == 0
+    assert_same_run(straight, folder)
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_sigterm_saves_stops_and_resumes_exactly(data, straight):
+    process = start(data, "stopped", num_workers=0)
+    folder = run_folder(data, "stopped")
+    code = kill_when(process, folder / "samples" / "0000023.png", signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert 23 <= status["step"] < 40
+    assert (folder / "checkpoints" / f"{status['step']:07d}").is_dir()
+    assert not (folder / "vae").exists()
+    assert start(data, "stopped").wait() == 0
+    assert_same_run(straight, folder)

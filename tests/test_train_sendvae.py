@@ -1,0 +1,144 @@
+"""train_sendvae.py as a user calls it, in this process: results, dry run, frozen VAE, a second call."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_sendvae
+from dataset.toy import main as make_toy
+from preprocessing import main as preprocess
+from tests.photographs import PHOTOGRAPHS, needs_photographs
+from tests.sendvae_runs import flags
+from training.cli import EXIT_FAILED, run
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    make_toy(["--output", str(folder / "images"), "--num-images", "48", "--resolution", "32"])
+    packed = ["--imagenet-path", str(folder / "images"), "--output-path", str(folder / "packed"), "--resolution", "32"]
+    preprocess(packed)
+    return folder / "packed"
+
+
+def train(*argv: str) -> int:
+    return run(train_sendvae.main, list(argv))
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_it_promises(toy, tmp_path, capsys):
+    argv = flags(
+        toy, tmp_path, "run", val_data_dir=toy, ema_decay=0.5, max_train_steps=4, checkpointing_steps=2,
+        milestone_steps=2, keep_checkpoints=1, log_steps=2, report_to="tensorboard",
+    )  # fmt: skip
+    assert train(*argv) == 0
+    folder = tmp_path / "run"
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    weights = {"reconstruction": 1.0, "kl": 1e-6, "gan": 0.1, "alignment": 1.0}
+    assert lines[0]["loss"] == pytest.approx(sum(weight * lines[0][name] for name, weight in weights.items()), rel=1e-5)
+    assert {"val/psnr", "val/align_cosine", "val/constant_cosine", "val_ema/psnr"} <= lines[2].keys()
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0000004"]
+    assert sorted(path.name for path in (folder / "milestones").iterdir()) == ["0000002", "0000004"]
+    assert Image.open(folder / "samples" / "0000004.png").size == (8 * 34 - 2, 3 * 34 - 2)
+    assert any("tfevents" in path.name for path in folder.rglob("*"))
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    averaged = load_file(folder / "checkpoints" / "0000004" / "ema.safetensors")
+    for name, tensor in vae.state_dict().items():
+        assert torch.equal(tensor, averaged[f"network.{name}"])
+    stats = load_file(folder / "vae" / "latents_stats.safetensors")
+    torch.testing.assert_close(stats["std"], (averaged["statistics.var"] + 1e-4).sqrt())
+
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert train(*argv) == 0  # finished: nothing is done again
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_the_finished_vae_is_the_next_run_s_checkpoint(toy, tmp_path):
+    assert train(*flags(toy, tmp_path, "first", align_coeff=0, loss_cfg_path="configs/l1_kl.yaml")) == 0
+    vae = tmp_path / "first" / "vae"
+    start = load_file(vae / "latents_stats.safetensors")
+    assert train(*flags(toy, tmp_path, "second", vae_ckpt=vae, freeze_vae=True)) == 0
+    for name in ("diffusion_pytorch_model.safetensors", "latents_stats.safetensors"):
+        kept, ours = load_file(tmp_path / "second" / "vae" / name), load_file(vae / name)
+        assert all(torch.allclose(kept[key], ours[key], rtol=1e-6, atol=0) for key in ours), name
+    assert (start["std"] > 0).all()
+    assert "reconstruction" not in metrics(tmp_path / "second")[0]
+
+
+def test_longer_training_continues_a_finished_run(toy, tmp_path):
+    argv = flags(toy, tmp_path, "run", align_coeff=0, loss_cfg_path="configs/l1_kl.yaml", max_train_steps=None)
+    assert train(*argv, "--max-train-steps", "2") == 0
+    assert train(*argv, "--max-train-steps", "4") == 0
+    assert train(*[a if a != "run" else "straight" for a in argv], "--max-train-steps", "4") == 0
+    runs = [metrics(tmp_path / name) for name in ("run", "straight")]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("vae", ["f4d4-tiny"])
+def test_dry_run_prints_sizes_and_leaves_nothing(vae, tmp_path, capsys, monkeypatch):
+    argv = ["--dry-run", "--random-weights", "--vae", vae, "--vae-ckpt", "none", "--resolution", "32"]
+    argv += ["--enc-type", "dinov2-vit-s", "--loss-cfg-path", "configs/l1_kl_gan.yaml", "--output-dir", str(tmp_path)]
+    assert train(*argv) == 0
+    out = capsys.readouterr().out
+    assert "681,911" in out
+    assert "2,764,737" in out
+    assert "step 2:" in out
+    assert "peak memory" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_trains_on_a_cpu(toy, tmp_path):
+    assert train(*flags(toy, tmp_path, "run", mixed_precision="bf16", gradient_checkpointing=True)) == 0
+    line = metrics(tmp_path / "run")[-1]
+    assert np.isfinite(line["loss"])
+    assert line["skipped"] == 0
+
+
+def test_gradient_checkpointing_changes_no_bit(toy, tmp_path):
+    for name, flag in (("plain", None), ("recomputed", True)):
+        assert train(*flags(toy, tmp_path, name, gradient_checkpointing=flag)) == 0
+    assert metrics(tmp_path / "plain") == metrics(tmp_path / "recomputed")
+
+
+def test_divergence_stops_the_run_with_its_reason(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.loop.MAX_CONSECUTIVE_SKIPS", 3)
+    monkeypatch.setattr("training.sendvae.patch_cosine_loss", lambda tokens, features: tokens.sum() * float("nan"))
+    argv = flags(toy, tmp_path, "run", max_train_steps=9, checkpointing_steps=1, loss_cfg_path="configs/l1_kl.yaml")
+    assert train(*argv) == EXIT_FAILED
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "alignment" in status["reason"]
+    assert status["step"] == 3
+    line = [line for line in capsys.readouterr().err.splitlines() if "training failed" in line]
+    assert len(line) == 1
+
+
+@pytest.mark.slow
+class TestPhotographs:
+    pytestmark = needs_photographs
+
+    def test_the_photographs_are_packed_and_trained_on(self, tmp_path):
+        packed = ["--imagenet-path", str(PHOTOGRAPHS), "--output-path", str(tmp_path / "packed")]
+        assert preprocess([*packed, "--resolution", "64"]) == 0
+        argv = flags(
+            tmp_path / "packed", tmp_path / "exps", "photographs", resolution=64, batch_size=8, max_train_steps=12,
+            log_steps=6, val_data_dir=tmp_path / "packed", max_val_images=16, vae_learning_rate=1e-3,
+        )  # fmt: skip
+        assert train(*argv) == 0
+        first, second, held_out = metrics(tmp_path / "exps" / "photographs")
+        assert second["reconstruction"] < first["reconstruction"]
+        assert second["alignment"] < first["alignment"]
+        assert 5 < held_out["val/psnr"] < 40
+        assert -1 < held_out["val/align_cosine"] < 1

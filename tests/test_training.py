@@ -1,0 +1,264 @@
+"""The parts of a run: checkpoints, EMA, optimizer step, schedules, metrics, run folder, stop flag."""
+
+import copy
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from errors import UserError
+from training.arguments import CHANGEABLE
+from training.checkpoint import CheckpointFolder
+from training.ema import EMA
+from training.metrics import MeanMetrics
+from training.optimizer import build_adamw, learning_rate, optimizer_step
+from training.randomness import Purpose, seeded_generator
+from training.run import Run, build_accelerator, refuse_changed_arguments, status_of
+from training.stop import StopFlag
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+def saved(tmp_path, *steps: int, **modules) -> CheckpointFolder:
+    folder = CheckpointFolder(tmp_path)
+    for step in steps:
+        folder.save(step, modules or {"model": network(step)}, {"counts": {"step": step}}, {"seed": 0})
+    return folder
+
+
+def test_checkpoint_round_trip_is_exact(tmp_path):
+    module = network(1)
+    optimizer = build_adamw(module.parameters(), (0.9, 0.999), 0.0, 1e-8)
+    module(torch.randn(5, 3)).sum().backward()
+    optimizer_step(optimizer, 1e-2, 1.0)
+    folder = CheckpointFolder(tmp_path)
+    folder.save(7, {"model": module}, {"optimizer": optimizer.state_dict()}, {})
+    checkpoint = folder.newest_good()
+    other = network(2)
+    checkpoint.load_module("model", other)
+    assert checkpoint.step == 7
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    fresh = build_adamw(other.parameters(), (0.9, 0.999), 0.0, 1e-8)
+    fresh.load_state_dict(checkpoint.load_state("optimizer"))
+    for a, b in zip(optimizer.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_channels_last_weights_are_saved(tmp_path):
+    convolution = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, {"model": convolution}, {}, {})
+    other = nn.Conv2d(4, 8, 3)
+    folder.newest_good().load_module("model", other)
+    assert torch.equal(other.weight, convolution.weight)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip a bit", "remove", "manifest"])
+def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage):
+    folder = saved(tmp_path, 10, 20)
+    weights = tmp_path / "checkpoints" / "0000020" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if damage == "truncate":
+        weights.write_bytes(content[:-1])
+    elif damage == "flip a bit":
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        weights.with_name("manifest.json").write_text("{")
+    messages = []
+    assert folder.newest_good(messages.append).step == 10
+    assert len(messages) == 1
+    assert "0000020" in messages[0]
+    with pytest.raises(UserError, match="damaged"):
+        folder.at_step(20)
+
+
+def test_no_intact_checkpoint_is_an_error_rather_than_a_fresh_start(tmp_path):
+    folder = saved(tmp_path, 10)
+    (tmp_path / "checkpoints" / "0000010" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="intact"):
+        folder.newest_good()
+
+
+def test_an_interrupted_save_is_invisible_and_swept_away(tmp_path):
+    folder = saved(tmp_path, 10)
+    torn = tmp_path / "checkpoints" / ".0000020.tmp"
+    torn.mkdir()
+    assert folder.newest_good().step == 10
+    folder.prune(keep=2)
+    assert not torn.exists()
+
+
+def test_retention_keeps_the_newest_whole_and_milestones_for_good(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for step in (10, 20, 30, 40):
+        checkpoint = folder.save(step, {"model": network(step), "ema": network(-step)}, {}, {"seed": 0})
+        if step % 20 == 0:
+            folder.keep_milestone(checkpoint, "ema", {"seed": 0})
+        folder.prune(keep=1)
+    assert [checkpoint.step for checkpoint in folder.list()] == [40]
+    milestones = sorted((tmp_path / "milestones").iterdir())
+    assert [m.name for m in milestones] == ["0000020", "0000040"]
+    assert {path.name for path in milestones[0].iterdir()} == {"ema.safetensors", "manifest.json"}
+
+
+def test_pickled_code_in_a_checkpoint_does_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = saved(tmp_path, 10)
+    torch.save({"x": Payload()}, tmp_path / "checkpoints" / "0000010" / "counts.pt")
+    with pytest.raises(UserError, match="does not load"):
+        folder.list()[0].load_state("counts")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_ema_starts_as_the_copy_and_follows_parameters_and_buffers():
+    module = network()
+    ema = EMA(module, decay=0.75)
+    expected = {name: tensor.double() for name, tensor in module.state_dict().items()}
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1.0)
+        module(torch.randn(6, 3))
+        ema.update()
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                expected[name] = 0.75 * expected[name] + 0.25 * tensor.double()
+            else:
+                expected[name] = tensor.double()
+    for name, tensor in ema.module.state_dict().items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in ema.module.parameters())
+
+
+def test_adamw_step_equals_the_update_rule():
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = build_adamw([parameter], (0.9, 0.99), 0.1, 1e-8)
+    value, m, v = parameter.detach().double(), torch.zeros(2).double(), torch.zeros(2).double()
+    for step in range(1, 4):
+        gradient = torch.tensor([3.0, 4.0]).double() * step  # norm 5·step, clipped to 1
+        parameter.grad = gradient.float()
+        norm, skipped = optimizer_step(optimizer, 0.01 * step, max_grad_norm=1.0)
+        assert norm.item() == pytest.approx(5.0 * step)
+        assert skipped.item() == 0
+        clipped = gradient / (5.0 * step)
+        m, v = 0.9 * m + 0.1 * clipped, 0.99 * v + 0.01 * clipped**2
+        value = value * (1 - 0.01 * step * 0.1)
+        value = value - 0.01 * step * (m / (1 - 0.9**step)) / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-5, atol=1e-6)
+        assert parameter.grad is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_gradient_changes_neither_weights_nor_moments(bad):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = build_adamw([parameter], (0.9, 0.999), 0.1, 1e-8)
+    parameter.grad = torch.ones(2)
+    optimizer_step(optimizer, 0.1, 1.0)
+    weights, state = parameter.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"][0])
+    parameter.grad = torch.tensor([1.0, bad])
+    _, skipped = optimizer_step(optimizer, 0.1, 1.0)
+    assert skipped.item() == 1
+    assert torch.equal(parameter, weights)
+    assert all(torch.equal(state[key], optimizer.state_dict()["state"][0][key]) for key in state)
+
+
+def test_learning_rates():
+    assert [learning_rate(1.0, step, 10, "constant", 4) for step in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert learning_rate(2.0, 0, 10, "cosine") == 2.0
+    assert learning_rate(2.0, 5, 10, "cosine") == pytest.approx(1.0)
+    assert learning_rate(2.0, 10, 10, "cosine") == pytest.approx(0.0)
+
+
+def test_metrics_average_over_steps_and_name_non_finite_values():
+    metrics = MeanMetrics()
+    metrics.update({"a": torch.tensor(1.0), "b": torch.tensor(float("nan"))})
+    metrics.update({"a": torch.tensor(3.0), "b": torch.tensor(5.0)})
+    metrics.update({"a": torch.tensor(5.0), "c": torch.tensor(7.0)})
+    means, bad = metrics.pop()
+    assert means == {"a": 3.0, "b": 5.0, "c": 7.0}
+    assert bad == {"b": 1}
+    assert metrics.pop() == ({}, {})
+
+
+def test_metrics_continue_from_their_state():
+    straight, stopped = MeanMetrics(), MeanMetrics()
+    for value in (0.1, 0.7):
+        straight.update({"a": torch.tensor(value)})
+        stopped.update({"a": torch.tensor(value)})
+    resumed = MeanMetrics()
+    resumed.load_state_dict(stopped.state_dict(), rank=0, world_size=1, device=torch.device("cpu"))
+    for metrics in (straight, resumed):
+        metrics.update({"a": torch.tensor(0.3)})
+    assert straight.pop() == resumed.pop()
+
+
+def test_generators_are_functions_of_their_counters():
+    def draw(*counters):
+        return torch.rand(4, generator=seeded_generator(torch.device("cpu"), *counters)).tolist()
+
+    assert draw(Purpose.TRAINING, 0, 1, 2) == draw(Purpose.TRAINING, 0, 1, 2)
+    keys = [(Purpose.TRAINING, 0, 1, 2), (Purpose.VALIDATION, 0, 1, 2), (Purpose.TRAINING, 1, 1, 2),
+            (Purpose.TRAINING, 0, 2, 1), (Purpose.TRAINING, 0, 1, 2, 0)]  # fmt: skip
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+
+
+def test_changed_flag_is_refused_by_name_and_steps_may_change(tmp_path):
+    old = {"max_train_steps": 10, "seed": 0, "vae_learning_rate": 3e-4}
+    refuse_changed_arguments(old, old | {"max_train_steps": 20}, CHANGEABLE, tmp_path)
+    with pytest.raises(UserError, match=r"--vae-learning-rate 0.0003, not 0.001"):
+        refuse_changed_arguments(old, old | {"vae_learning_rate": 1e-3}, CHANGEABLE, tmp_path)
+
+
+def test_run_folder_truncates_what_is_done_again_and_locks_itself(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    run = Run(tmp_path / "run", accelerator, {"seed": 0})
+    for step in (1, 2, 3):
+        run.log_metrics(step, {"loss": 0.5})
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    with pytest.raises(UserError, match="another process"):
+        Run(tmp_path / "run", accelerator, {"seed": 0})
+    run.start(step=2)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    run.set_status("stopped", 2, 9, "signal 15")
+    assert status_of(tmp_path / "run") == {"state": "stopped", "step": 2, "max_train_steps": 9, "reason": "signal 15"}
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["args"] == {"seed": 0}
+    assert record["versions"]["torch"]
+    run.finish()
+    Run(tmp_path / "run", accelerator, {"seed": 0}).finish()
+
+
+def test_fp16_on_a_cpu_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(UserError, match="fp16"):
+        build_accelerator("fp16")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stop_flag_remembers_a_signal_and_gives_the_handlers_back(number):
+    before = signal.getsignal(number)
+    flag = StopFlag()
+    assert not flag.poll()
+    os.kill(os.getpid(), number)
+    assert flag.poll()
+    assert flag.received == number
+    flag.restore()
+    assert signal.getsignal(number) == before
