@@ -1,6 +1,5 @@
 """LPIPS through the ``lpips`` package, with the VGG16 trunk taken from a local file, torch's cache or its download."""
 
-import pickle
 import warnings
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from errors import UserError
+from models.weight_files import NotWeightsError, read_state_dict
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG16_FILE = VGG16_URL.rsplit("/", 1)[1]
@@ -42,9 +42,9 @@ def _vgg16_state(checkpoint: str | None) -> dict[str, torch.Tensor]:
     if path.is_file():
         source = f"--lpips-ckpt {checkpoint}" if checkpoint else str(path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise UserError(f"{source} is not a file of VGG16 weights ({type(error).__name__})") from error
+            state = read_state_dict(path)
+        except NotWeightsError as error:
+            raise UserError(f"{source} is not a file of VGG16 weights ({error})") from error
         wrong = _first_wrong(state)
         if wrong:
             raise UserError(f"{source} is not torchvision's VGG16: {wrong} is missing or has another shape")
@@ -63,13 +63,12 @@ def _vgg16_state(checkpoint: str | None) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _first_wrong(state: object) -> str | None:
+def _first_wrong(state: dict[str, torch.Tensor]) -> str | None:
     """The first tensor of VGG16's trunk that a loaded file lacks, or has in another shape."""
     with torch.device("meta"):
         trunk = make_layers(cfgs["D"])
     for name, parameter in trunk.state_dict(prefix="features.").items():
-        found = state.get(name) if isinstance(state, dict) else None
-        if not isinstance(found, torch.Tensor) or found.shape != parameter.shape:
+        if name not in state or state[name].shape != parameter.shape:
             return name
     return None
 

@@ -145,6 +145,7 @@ class VAEObjective(nn.Module):
         terms: dict[str, torch.Tensor],
         last_layer: torch.Tensor,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> dict[str, float | torch.Tensor]:
         """The weight of each term.
 
@@ -152,6 +153,7 @@ class VAEObjective(nn.Module):
             terms: from :meth:`generator_terms`.
             last_layer: the decoder's last weight, for the adaptive GAN weight.
             reduce: averages a gradient over processes, so that all of them use the same adaptive weight.
+            scaler: fp16's, without which the adaptive weight's small gradients would be rounded to 0.
         """
         config = self.config
         weights: dict[str, float | torch.Tensor] = {
@@ -163,10 +165,8 @@ class VAEObjective(nn.Module):
         weights = {name: weight for name, weight in weights.items() if name in terms}
         if config.adaptive_discriminator_weight and "gan" in terms:
             fidelity = total({k: v for k, v in terms.items() if k in ("reconstruction", "perceptual")}, weights)
-            gradients = [
-                reduce(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]) for loss in (fidelity, terms["gan"])
-            ]
-            weights["gan"] = weights["gan"] * adaptive_weight(*gradients)
+            gradients = [_gradient(loss, last_layer, scaler) for loss in (fidelity, terms["gan"])]
+            weights["gan"] = weights["gan"] * adaptive_weight(*map(reduce, gradients))
         return weights
 
     def discriminator_terms(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -182,6 +182,13 @@ class VAEObjective(nn.Module):
         if self.lecam is not None:
             weights["lecam"] = self.config.lecam_regularization_weight
         return weights
+
+
+def _gradient(loss: torch.Tensor, weight: torch.Tensor, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
+    if scaler is None:
+        return torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    gradient = torch.autograd.grad(scaler.scale(loss), weight, retain_graph=True)[0]
+    return gradient / scaler.scale(torch.ones_like(loss))
 
 
 def total(terms: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]) -> torch.Tensor:

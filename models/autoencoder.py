@@ -90,9 +90,12 @@ class Autoencoder(nn.Module):
             network.register_to_config(latents_mean=self.statistics.mean.tolist(), latents_std=std.tolist())
         network.save_pretrained(beside, safe_serialization=True)
         save_file({"mean": self.statistics.mean.cpu(), "std": std.cpu()}, beside / STATISTICS_FILE)
+        replaced = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(replaced)  # so that no half-deleted folder ever has the name
         beside.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def to_signed(images: torch.Tensor) -> torch.Tensor:

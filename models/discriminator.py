@@ -1,20 +1,12 @@
 """PatchGAN discriminator (pix2pix, arXiv 1611.07004; the layout of taming-transformers, so that its files load)."""
 
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from errors import UserError
-
-# AttributeError and TypeError: the file unpickles, but not to a dictionary of tensors.
-LOAD_ERRORS = (
-    *(OSError, EOFError, RuntimeError, ValueError, AttributeError, TypeError),
-    *(pickle.UnpicklingError, SafetensorError),
-)
+from models.weight_files import NotWeightsError, one_line, read_state_dict
 
 
 class PatchDiscriminator(nn.Module):
@@ -72,14 +64,11 @@ def load_discriminator(discriminator: PatchDiscriminator, path: str | Path) -> N
     if not path.is_file():
         raise UserError(f"--disc-pretrained-ckpt {path}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        discriminator.load_state_dict(state)
-    except LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--disc-pretrained-ckpt {path} holds no weights of this PatchGAN ({reason})") from error
+        discriminator.load_state_dict(read_state_dict(path))
+    except (NotWeightsError, RuntimeError) as error:
+        raise UserError(
+            f"--disc-pretrained-ckpt {path} holds no weights of this PatchGAN ({one_line(error)})"
+        ) from error
 
 
 def _init_weights(module: nn.Module) -> None:

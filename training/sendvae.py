@@ -215,7 +215,7 @@ class SendVAETrainer:
                     self.discriminator if plays else None,
                 )
             last_layer = self.model.autoencoder.last_layer
-            weights = self.objective.generator_weights(terms, last_layer, mean_over_processes)
+            weights = self.objective.generator_weights(terms, last_layer, mean_over_processes, self.accelerator.scaler)
         if output.tokens is not None:
             with self.accelerator.autocast():
                 features = self.encoder(images)

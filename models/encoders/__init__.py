@@ -7,7 +7,7 @@ from torch import nn
 
 from errors import UserError
 from models.encoders.registry import ENCODERS, EncoderSpec, encoder_spec
-from models.encoders.weights import load_weights
+from models.encoders.weights import find_weights, load_weights
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "build_encoder", "encoder_spec"]
 
@@ -80,10 +80,11 @@ def build_encoder(enc_type: str, grid: int, checkpoint: str | None = None, rando
     spec = encoder_spec(enc_type)
     if grid < 1:
         raise UserError(f"--enc-type {enc_type} gives token grids of 1×1 and up, not {grid}×{grid}")
+    path = None if random_weights else find_weights(enc_type, spec, checkpoint)  # before a large network is built
     if spec.kind == "vit":
         network = timm.create_model(spec.timm_name, img_size=grid * spec.stride, num_classes=0)
     else:
         network = timm.create_model(spec.timm_name, features_only=True, out_indices=(spec.stage,))
-    if not random_weights:
-        load_weights(network, enc_type, spec, checkpoint)
+    if path is not None:
+        load_weights(network, enc_type, spec, path)
     return Encoder(spec, grid, network)

