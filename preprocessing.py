@@ -232,7 +232,8 @@ def finish(
     if rejected > MAX_REJECTED * total and not allow_rejected:
         raise UserError(
             f"{rejected} of {total} files ({100 * rejected / total:.1f} %) cannot be used, see "
-            f"{folder / 'rejected.csv'}; mend them and start in an empty folder, or run again with --allow-rejected, which only has to finish"
+            f"{folder / 'rejected.csv'}; mend them and start in an empty folder, or run again with --allow-rejected, "
+            "which only has to finish"
         )
     write_index(folder, spec, records, source.classes, settings)
     is_complete(folder, settings)

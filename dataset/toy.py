@@ -1,7 +1,7 @@
 """A procedural set of images whose every attribute is known: one coloured shape on a flat background.
 
 ``python -m dataset.toy --output DIR`` writes class folders (the class is the shape) and attributes.csv. Image ``i``
-depends on the seed, ``i`` and the resolution alone. All attributes are drawn independently of each other and equally often.
+depends on the seed, ``i`` and the resolution alone. Attributes are drawn independently of each other and uniformly.
 """
 
 import csv
@@ -31,7 +31,7 @@ COLOURS = {
     "purple": (148, 60, 200),
     "orange": (255, 127, 14),
 }
-BACKGROUNDS = {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (16, 16, 16), "brown": (90, 62, 40)}
+BACKGROUNDS = {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (16, 16, 16), "cyan": (150, 225, 225)}
 SIZES = {"small": 0.3, "medium": 0.4, "large": 0.52}  # diameter of the shape's circle, as a share of the side
 TEXTURES = ("solid", "striped")
 POSITIONS = {  # centre of the shape; the largest one still fits

@@ -11,8 +11,9 @@ from PIL import Image
 
 DEFAULT_MAX_PIXELS = 178_956_970  # where Pillow itself refuses a file as a decompression bomb
 
-# Nothing that runs other programs (EPS starts Ghostscript) or needs libraries that Pillow may lack.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# MPO, of some cameras, is found by the JPEG reader. Nothing that runs other programs (EPS starts Ghostscript) or needs
+# libraries that Pillow may lack.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 
 # load_image checks the size against its own argument, which may be above Pillow's limit as well as below it.
