@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from errors import UserError
-from models.latent_statistics import EPSILON, LatentStatistics
+from models.latent_statistics import LatentStatistics
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs" / "vae"
 STATISTICS_FILE = "latents_stats.safetensors"
@@ -85,11 +85,11 @@ class Autoencoder(nn.Module):
         shutil.rmtree(beside, ignore_errors=True)
         # a copy, because safetensors refuses weights that are in channels_last order
         network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
-        std = (self.statistics.var.double() + EPSILON).sqrt()  # float64, so that the variance comes back bit for bit
+        statistics = self.statistics.tensors()
         if network.config.get("latents_mean") is not None:  # still those of the VAE that training started from
-            network.register_to_config(latents_mean=self.statistics.mean.tolist(), latents_std=std.tolist())
+            network.register_to_config(latents_mean=statistics["mean"].tolist(), latents_std=statistics["std"].tolist())
         network.save_pretrained(beside, safe_serialization=True)
-        save_file({"mean": self.statistics.mean.cpu(), "std": std.cpu()}, beside / STATISTICS_FILE)
+        save_file(statistics, beside / STATISTICS_FILE)
         replaced = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
@@ -204,7 +204,7 @@ def _load_statistics(autoencoder: Autoencoder, folder: Path, given: str) -> bool
     if path.is_file():
         try:
             tensors = load_file(path)
-            mean, std = tensors["mean"], tensors["std"]
+            mean, std, var = tensors["mean"], tensors["std"], tensors.get("var")
         except (SafetensorError, KeyError) as error:
             raise UserError(
                 f"{given}: latent statistics do not load from {STATISTICS_FILE} ({_first_line(error)})"
@@ -215,10 +215,10 @@ def _load_statistics(autoencoder: Autoencoder, folder: Path, given: str) -> bool
         if config.get("latents_mean") is None or config.get("latents_std") is None:
             return False
         mean, std = torch.tensor(config.latents_mean).flatten(), torch.tensor(config.latents_std).flatten()
-        source = "latents_mean, latents_std of config.json"
-    if mean.shape != (channels,) or std.shape != (channels,):
+        var, source = None, "latents_mean, latents_std of config.json"
+    if any(tensor is not None and tensor.shape != (channels,) for tensor in (mean, std, var)):
         raise UserError(f"{given}: {source}: statistics of {mean.numel()} channels for a VAE with {channels}")
-    autoencoder.statistics.load(mean, std)
+    autoencoder.statistics.load(mean, std, var)
     return True
 
 

@@ -50,10 +50,14 @@ class LatentStatistics(nn.Module):
         for buffer, batch in ((self.mean, mean), (self.var, var)):
             buffer.lerp_(torch.nan_to_num(batch.to(buffer), 0.0, 0.0, 0.0), weight)
 
-    def load(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Take statistics from a file: mean and std, each ``[C]``, std as :attr:`std` defines it."""
+    def load(self, mean: torch.Tensor, std: torch.Tensor, var: torch.Tensor | None = None) -> None:
+        """Take statistics, each ``[C]``: std as :attr:`std` defines it; var, where given, makes them bit-exact."""
         self.mean.copy_(mean)
-        self.var.copy_((std.double().square() - EPSILON).clamp_min(0))
+        self.var.copy_((std.double().square() - EPSILON).clamp_min(0) if var is None else var)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What :meth:`load` takes, float32 on the CPU."""
+        return {"mean": self.mean.cpu(), "std": self.std.cpu(), "var": self.var.cpu()}
 
 
 @torch.no_grad()

@@ -304,7 +304,7 @@ def test_statistics_of_any_size_survive_the_file_bit_for_bit(tmp_path):
 def test_the_statistics_file_holds_mean_and_divisor(saved):
     vae, folder = saved
     tensors = load_file(folder / STATISTICS_FILE)
-    assert set(tensors) == {"mean", "std"}
+    assert set(tensors) == {"mean", "std", "var"}
     torch.testing.assert_close(tensors["mean"].float(), vae.statistics.mean, rtol=0, atol=0)
     expected = (vae.statistics.var.double() + 1e-4).sqrt()
     torch.testing.assert_close(tensors["std"].double(), expected, rtol=1e-6, atol=0)
