@@ -1,0 +1,43 @@
+"""Whatever a user gets wrong ends in exit code 2 and one line that says what, where and what to do."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import preprocessing
+import train_sendvae
+from tests.bad_inputs import preprocessing_cases, train_sendvae_cases
+from tests.bad_inputs.case import Case
+from training.cli import run
+
+SCRIPTS = {preprocessing: preprocessing_cases, train_sendvae: train_sendvae_cases}
+CASES = [
+    pytest.param(script.main, case, id=f"{script.__name__}-{case.name}")
+    for script, table in SCRIPTS.items()
+    for case in table.CASES
+]
+
+
+@pytest.mark.parametrize(("main", "case"), CASES)
+def test_one_line_and_exit_code_2(
+    main: Callable, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    argv = case.prepare(tmp_path, monkeypatch)
+    capsys.readouterr()
+    try:
+        code = run(main, argv)
+    except SystemExit as exit_:  # argparse
+        code = exit_.code
+    lines = errors_in(capsys.readouterr().err)
+    assert code == 2
+    assert len(lines) == 1, lines
+    for part in case.expect:
+        assert part in lines[0]
+
+
+def errors_in(stderr: str) -> list[str]:
+    """The lines of stderr, without progress bars (which return to the start of their line) and notes of libraries."""
+    lines = [line.rsplit("\r", 1)[-1].strip() for line in stderr.splitlines()]
+    assert "Traceback" not in stderr
+    return [line for line in lines if line and "it/s" not in line and "img/s" not in line]
