@@ -5,7 +5,7 @@
 Writes exps/NAME with checkpoints, metrics.jsonl, reconstruction grids and, at the end, vae/: a diffusers folder with
 its latent statistics. The same command resumes exactly where the run stopped; SIGTERM and SIGUSR1 save and stop. Runs
 under python, torchrun and accelerate launch. Exit codes: 0 finished, 1 training failed, 2 wrong input, 128 + n stopped
-by signal n.
+by signal n (a launcher of several processes makes 1 of it).
 """
 
 import argparse

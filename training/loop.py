@@ -138,6 +138,7 @@ class Loop:
                     self._save(step)
                     self.run.set_status("stopped", step, self.max_steps, f"signal {stop.received}")
                     logger.info("stopped by signal %d after step %d; the same command resumes", stop.received, step)
+                    self.run.accelerator.wait_for_everyone()  # a launcher kills the rest as soon as one has left
                     return stop.received
             self._finish(step)
             return 0
