@@ -1,5 +1,7 @@
 """Whatever a user gets wrong ends in exit code 2 and one line that says what, where and what to do."""
 
+import re
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def test_one_line_and_exit_code_2(
 
 
 def errors_in(stderr: str) -> list[str]:
-    """The lines of stderr, without progress bars (which return to the start of their line) and notes of libraries."""
-    lines = [line.rsplit("\r", 1)[-1].strip() for line in stderr.splitlines()]
+    """The lines of stderr, without progress bars (which return to the start of their line) and dated log lines."""
     assert "Traceback" not in stderr
-    return [line for line in lines if line and "it/s" not in line and "img/s" not in line]
+    lines = [line.rsplit("\r", 1)[-1].strip() for line in stderr.splitlines()]
+    return [line for line in lines if line and not re.search(r"(it|img|step)/s|s/step|^\d{4}-\d\d-\d\d ", line)]

@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -91,18 +91,22 @@ class CheckpointFolder:
         steps = sorted((p for p in self.whole.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
         return [Checkpoint(path) for path in steps]
 
-    def newest_good(self, report=lambda message: None) -> Checkpoint | None:
-        """The newest checkpoint that verifies; ``report`` is told of each that does not."""
-        candidates = self.list()
-        for checkpoint in candidates:
+    def newest_good(self, report: Callable[[str], object] = lambda message: None) -> Checkpoint | None:
+        """The newest checkpoint that verifies, or None where there is none; ``report`` is told of damaged newer ones.
+
+        Raises:
+            UserError: there are checkpoints, and none is intact.
+        """
+        damaged = []
+        for checkpoint in self.list():
             fault = checkpoint.fault()
             if fault is None:
+                for message in damaged:
+                    report(f"{message}; taking {checkpoint.folder.name}")
                 return checkpoint
-            report(f"checkpoint {checkpoint.folder} is damaged ({fault}); trying the one before")
-        if candidates:
-            raise UserError(
-                f"{self.whole}: none of the {len(candidates)} checkpoints is intact; start under another name"
-            )
+            damaged.append(f"checkpoint {checkpoint.folder} is damaged ({fault})")
+        if damaged:
+            raise UserError(f"{damaged[0]}, and no other is intact; start under another --exp-name")
         return None
 
     def at_step(self, step: int) -> Checkpoint:
