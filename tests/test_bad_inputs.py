@@ -1,7 +1,6 @@
 """Whatever a user gets wrong ends in exit code 2 and one line that says what, where and what to do."""
 
 import re
-import re
 from collections.abc import Callable
 from pathlib import Path
 
