@@ -185,6 +185,20 @@ def test_bad_files_are_listed_and_left_out(tree, packed, tmp_path, capsys):
     np.testing.assert_array_equal(everything(png), everything(output))
 
 
+def test_damaged_members_of_a_zip_are_rejected(tree, tmp_path):
+    path = as_zip(tree, tmp_path / "in.zip", zipfile.ZIP_STORED)
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("n02/003.png")
+    data = bytearray(path.read_bytes())
+    data[member.header_offset + 100] ^= 255
+    path.write_bytes(data)
+    output = pack(path, tmp_path / "out", "--allow-rejected")
+    assert (output / "rejected.csv").read_text().splitlines()[1:] == [
+        "n02/003.png,cannot be read: damaged in its zip file (wrong CRC)"
+    ]
+    assert len(open_images(output)) == 35
+
+
 def start(source: Path, output: Path, workers: int) -> subprocess.Popen:
     command = [sys.executable, "preprocessing.py", "--imagenet-path", str(source), "--output-path", str(output)]
     command += ["--resolution", "64", "--shard-size", "50", "--num-workers", str(workers)]
