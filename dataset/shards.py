@@ -149,12 +149,12 @@ class ShardWriter:
             os.ftruncate(self._descriptor, self._start + offsets[-1])
             os.fsync(self._descriptor)
         path = self.folder / self.spec.file_name(self.number)
-        files = {path.name: _checksum(self._path)}
+        files = {path.name: checksum(self._path)}
         os.replace(self._path, path)
         if self.spec.codec != "raw":
             offsets_path = self.folder / self.spec.offsets_name(self.number)
             write_atomically(offsets_path, _npy_bytes(np.array(offsets, np.int64)))
-            files[offsets_path.name] = _checksum(offsets_path)
+            files[offsets_path.name] = checksum(offsets_path)
         record = ShardRecord(len(labels), files, [int(label) for label in labels], [list(pair) for pair in rejected])
         write_atomically(self.folder / self.spec.record_name(self.number), _json_bytes(asdict(record)))
         return record
@@ -224,7 +224,7 @@ def write_index(
         "count": len(labels),
         "rejected": sum(len(record.rejected) for record in records),
         "source": source,
-        "labels": {LABELS_NAME: _checksum(folder / LABELS_NAME)},
+        "labels": {LABELS_NAME: checksum(folder / LABELS_NAME)},
         "shards": [{"count": record.count, "files": record.files} for record in records],
         "class_names": list(class_names),
     }
@@ -334,7 +334,7 @@ class PackedReader:
     def verify(self) -> None:
         """Compare every file with its checksum; reads the whole dataset. Raises UserError at the first that differs."""
         for name, expected in self._files():
-            if _checksum(self.folder / name) != expected:
+            if checksum(self.folder / name) != expected:
                 raise UserError(f"{self.folder / name} differs from its checksum; delete it, then {_RERUN}")
 
     def close(self) -> None:
@@ -460,7 +460,8 @@ def _json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode()
 
 
-def _checksum(path: Path) -> dict:
+def checksum(path: Path) -> dict:
+    """{"bytes": size, "sha256": hexadecimal digest} of a file."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_READ_BYTES):

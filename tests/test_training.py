@@ -177,6 +177,24 @@ def test_non_finite_gradient_changes_neither_weights_nor_moments(bad):
     assert all(torch.equal(state[key], optimizer.state_dict()["state"][0][key]) for key in state)
 
 
+def test_fp16_scaler_s_overflow_is_a_skipped_step_and_halves_the_scale():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = build_adamw([parameter], (0.9, 0.999), 0.0, 1e-8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale((parameter * torch.tensor([3.0, 4.0])).sum()).backward()
+    norm, skipped = optimizer_step(optimizer, 0.1, 10.0, scaler)
+    scaler.update()
+    assert norm.item() == pytest.approx(5.0)  # unscaled
+    assert skipped.item() == 0
+    moved = parameter.detach().clone()
+    scaler.scale((parameter * 3e38).sum()).backward()
+    _, skipped = optimizer_step(optimizer, 0.1, 10.0, scaler)
+    scaler.update()
+    assert skipped.item() == 1
+    assert torch.equal(parameter, moved)
+    assert scaler.get_scale() == 2.0
+
+
 def test_learning_rates():
     assert [learning_rate(1.0, step, 10, "constant", 4) for step in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert learning_rate(2.0, 0, 10, "cosine") == 2.0

@@ -5,7 +5,6 @@
 renamed when it is complete.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dataset.shards import checksum
 from errors import UserError
 
 FORMAT_VERSION = 1
@@ -50,7 +50,7 @@ class Checkpoint:
                     return f"{name} is missing"
                 if path.stat().st_size != entry["bytes"]:
                     return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-                if sha256(path) != entry["sha256"]:
+                if checksum(path) != entry:
                     return f"{name} has another checksum than when it was written"
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{MANIFEST} is not readable ({error})"
@@ -164,17 +164,8 @@ class CheckpointFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces of 8 MiB (``hashlib.file_digest`` needs Python 3.11)."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 23):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _write_manifest(folder: Path, step: int, arguments: Mapping) -> None:
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+    files = {path.name: checksum(path) for path in sorted(folder.iterdir())}
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "args": dict(arguments)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in folder.iterdir():

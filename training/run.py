@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from tqdm import tqdm
 
+from dataset.shards import write_atomically
 from errors import UserError
 
 logger = logging.getLogger("sendvae")
@@ -65,7 +66,10 @@ def set_numerics(seed: int, allow_tf32: bool, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass is not deterministic
+        # Warnings only: torch calls max pooling's backward pass non-deterministic, which it is where windows overlap;
+        # those of LPIPS do not.
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 class Run:
@@ -219,9 +223,7 @@ def progress_bar(total: int, initial: int, description: str, unit: str, shown: b
 
 def write_json(path: Path, content: dict) -> None:
     """Replace a JSON file in one move."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.replace(path)
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 class _TqdmHandler(logging.Handler):
@@ -253,9 +255,7 @@ def _truncate(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+    write_atomically(path, "".join(kept).encode())
 
 
 def _has_wandb_key() -> bool:
