@@ -6,7 +6,7 @@
 Ours: preprocessing.py as a user runs it (``--codec raw``), start of the processes and checksums included.
 Baseline: a process pool decodes and crops, one image a task (``imap``); the parent receives the pixels and writes each
 as an uncompressed PNG into an HDF5 file, as the tools of the neighbouring codebases do.
-Both do the same crop with the same number of workers on the same files, in turn, ``--repeats`` times; medians are shown.
+Both do the same crop with the same number of workers on the same files, in turn, ``--repeats`` times; shown: medians.
 Images a second are wall-clock time, divided by the workers; CPU seconds are user and system time of all processes.
 """
 
