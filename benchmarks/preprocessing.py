@@ -3,7 +3,8 @@
     pip install h5py
     python benchmarks/preprocessing.py --images /data/ILSVRC2012/train/n01440764
 
-Ours: preprocessing.py as a user runs it (``--codec raw``), start of the processes and checksums included.
+Ours: preprocessing.py as a user runs it (``--codec raw``), start of the processes, checksums and flushing included.
+Shards are small (64 files), so that finishing one overlaps with packing the next as in a large dataset.
 Baseline: a process pool decodes and crops, one image a task (``imap``); the parent receives the pixels and writes each
 as an uncompressed PNG into an HDF5 file, as the tools of the neighbouring codebases do.
 Both do the same crop with the same number of workers on the same files, in turn, ``--repeats`` times; shown: medians.
@@ -60,7 +61,7 @@ def pack_baseline(folder: Path, output: Path, resolution: int, num_workers: int)
 def pack_ours(folder: Path, output: Path, resolution: int, num_workers: int) -> None:
     argv = ["--imagenet-path", str(folder), "--output-path", str(output), "--resolution", str(resolution)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        preprocessing.main([*argv, "--num-workers", str(num_workers)])
+        preprocessing.main([*argv, "--num-workers", str(num_workers), "--shard-size", "64"])
 
 
 def measure(pack: Callable[[Path, Path, int, int], None], *arguments) -> tuple[float, float]:
