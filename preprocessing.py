@@ -52,7 +52,7 @@ LOCK_NAME = ".lock"
 LOCK_SECONDS = 5.0  # the workers of a killed run notice within a second, and hold its lock until then
 
 EXAMPLES = """examples:
-  # ImageNet at 256 px: 252 GB, or about half of that (slower to read) with --codec png
+  # ImageNet at 256 px: 252 GB, or about 0.6 of that (slower to read) with --codec png
   python preprocessing.py --imagenet-path /data/ILSVRC2012/train --output-path data/imagenet256 --resolution 256
 
   # what would it take? writes nothing
