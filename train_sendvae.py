@@ -30,7 +30,16 @@ from models.discriminator import PatchDiscriminator, load_discriminator
 from models.encoders import ENCODERS, Encoder, build_encoder
 from models.mapper import Mapper
 from training import arguments, dry_run
-from training.cli import EXIT_FAILED, ArgumentParser, fraction, non_negative_float, non_negative_int, positive_int, run
+from training.cli import (
+    EXIT_FAILED,
+    EXIT_OK,
+    ArgumentParser,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    run,
+)
 from training.ema import EMA
 from training.loop import Loop, Schedule, TrainingFailed, find_checkpoint, restore
 from training.optimizer import build_adamw
@@ -315,48 +324,69 @@ def train(
     held_out: ImageDataset | None,
     accelerator: Accelerator,
 ) -> int:
+    """Start or resume the run; returns the exit code."""
     resolved = vars(args) | {"loss": asdict(loss_config), "num_processes": accelerator.num_processes}
     the_run = Run(folder, accelerator, resolved)
     try:
-        if (old := arguments_of(folder)) is not None:
-            refuse_changed_arguments(old, resolved, arguments.CHANGEABLE | {"num_processes"}, folder)
+        check_same_run(the_run)
         checkpoint = find_checkpoint(the_run, args.resume_step)
         start_step = 0 if checkpoint is None else checkpoint.step
         if is_finished(folder, start_step, args.max_train_steps):
             logger.info("%s is finished: %d steps, its VAE lies in %s", folder, start_step, folder / "vae")
-            return 0
-        loader = build_loader(args, images, accelerator, start_step)
-        trainer, has_statistics = build_trainer(args, loss_config, accelerator)
-        task = build_task(args, trainer, images, held_out)
-        loop = Loop(
-            task,
-            the_run,
-            loader,
-            args,
-            max_steps=args.max_train_steps,
-            images=len(images),
-            wait_seconds=lambda: loader.wait_seconds,
-        )
-        accelerator.wait_for_everyone()
-        the_run.start(start_step)
-        if checkpoint is not None:
-            restore(checkpoint, task, loop.metrics, the_run)
-        elif not has_statistics:
-            with build_loader(args, images, accelerator, 0) as first_batches:
-                count = measure_latent_statistics(trainer, first_batches, args.batch_size, len(images))
-            logger.info("the VAE has no latent statistics: measured over %d images", count)
-            if trainer.ema is not None:
-                trainer.ema.module.statistics.load_state_dict(trainer.statistics.state_dict())
-        the_run.start_trackers("sendvae")
-        describe(args, trainer, images, start_step, accelerator)
-        with loader:
+            return EXIT_OK
+        with build_loader(args, images, accelerator, start_step) as loader:
+            trainer, has_statistics = build_trainer(args, loss_config, accelerator)
+            task = build_task(args, trainer, images, held_out)
+            loop = Loop(
+                task,
+                the_run,
+                loader,
+                args,
+                max_steps=args.max_train_steps,
+                images=len(images),
+                wait_seconds=lambda: loader.wait_seconds,
+            )
+            the_run.start(start_step)
+            if checkpoint is not None:
+                restore(checkpoint, task, loop.metrics, the_run)
+            elif not has_statistics:
+                initialise_statistics(args, trainer, images, accelerator)
+            the_run.start_trackers("sendvae")
+            describe(args, trainer, images, start_step, accelerator)
             signal_number = loop.fit(start_step)
-        return 128 + signal_number if signal_number else 0
+        return 128 + signal_number if signal_number else EXIT_OK
     except TrainingFailed as error:
         print(f"train_sendvae.py: training failed: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0]}): raise --gradient-accumulation-steps, which keeps the "
+            "global batch, or add --gradient-checkpointing"
+        ) from error
     finally:
         the_run.finish()
+
+
+def check_same_run(the_run: Run) -> None:
+    """A folder that was begun holds the same run, or its first differing flag is named."""
+    old = arguments_of(the_run.folder)
+    if old is None:
+        return
+    refuse_changed_arguments(old, the_run.arguments, arguments.CHANGEABLE, the_run.folder)
+    before, now = old.get("num_processes"), the_run.arguments["num_processes"]
+    if before != now:
+        logger.warning("%s processes before, %d now: from here on the noise is drawn otherwise", before, now)
+
+
+def initialise_statistics(
+    args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDataset, accelerator: Accelerator
+) -> None:
+    """Measure the latent statistics of a VAE that came without."""
+    with build_loader(args, images, accelerator, 0) as first_batches:
+        count = measure_latent_statistics(trainer, first_batches, args.batch_size, len(images))
+    if trainer.ema is not None:
+        trainer.ema.module.statistics.load_state_dict(trainer.statistics.state_dict())
+    logger.info("the VAE has no latent statistics: measured over %d images", count)
 
 
 def is_finished(folder: Path, step: int, max_steps: int) -> bool:

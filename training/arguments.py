@@ -14,6 +14,7 @@ CHANGEABLE = frozenset(
         *("num_workers", "prefetch", "stage_dir", "data_dir"),
         *("log_steps", "val_steps", "sampling_steps", "checkpointing_steps", "keep_checkpoints", "milestone_steps"),
         *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
+        "num_processes",
     }
 )
 

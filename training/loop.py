@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -142,8 +143,9 @@ class Loop:
                     return stop.received
             self._finish(step)
             return 0
-        except TrainingFailed as error:
-            self.run.set_status("failed", step, self.max_steps, str(error))
+        except Exception as error:
+            with suppress(OSError):  # the disk may be what failed
+                self.run.set_status("failed", step, self.max_steps, f"{type(error).__name__}: {error}")
             raise
         finally:
             bar.close()
