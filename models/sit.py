@@ -1,0 +1,276 @@
+"""SiT, the scalable interpolant transformer: noisy latent, time and class → velocity (arXiv 2401.08740, DiT's blocks).
+
+Parameter names are those of the public SiT, REPA and REPA-E code, so that their checkpoints load.
+"""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from errors import UserError
+from models.layers import projector, sincos_positions, xavier_linears
+
+
+@dataclass(frozen=True)
+class SiTSize:
+    """Depth in blocks, width, attention heads."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+SIT_SIZES = {
+    "Ti": SiTSize(6, 192, 3),
+    "S": SiTSize(12, 384, 6),
+    "B": SiTSize(12, 768, 12),
+    "L": SiTSize(24, 1024, 16),
+    "XL": SiTSize(28, 1152, 16),
+}
+PATCH_SIZES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """Everything that determines a SiT's parameters; saved whole in checkpoints.
+
+    Attributes:
+        model: ``SiT-SIZE/PATCH``, e.g. ``SiT-XL/1``.
+        latent_channels: C.
+        latent_size: h = w of the latent.
+        num_classes: real classes; the null class of guidance comes on top.
+        qk_norm: LayerNorm on queries and keys.
+        encoder_depth: block after which hidden states are projected to VFM features (REPA), counted from 1.
+        feature_dims: D of each VFM, one projector each; empty without REPA.
+        projector_width: hidden width of the projectors.
+    """
+
+    model: str
+    latent_channels: int
+    latent_size: int
+    num_classes: int
+    qk_norm: bool = False
+    encoder_depth: int = 8
+    feature_dims: tuple[int, ...] = ()
+    projector_width: int = 2048
+
+    @property
+    def size(self) -> SiTSize:
+        return SIT_SIZES[self._name[0]]
+
+    @property
+    def patch_size(self) -> int:
+        return int(self._name[1])
+
+    @property
+    def grid(self) -> int:
+        """Tokens along a side."""
+        return self.latent_size // self.patch_size
+
+    @property
+    def _name(self) -> tuple[str, str]:
+        return re.fullmatch(r"SiT-(\w+)/(\d+)", self.model).groups()
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; ``SiTConfig.from_dict`` is the inverse."""
+        return asdict(self) | {"feature_dims": list(self.feature_dims)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "SiTConfig":
+        return cls(**(values | {"feature_dims": tuple(values["feature_dims"])}))
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for a name or a combination that cannot be built."""
+        if self.model not in model_names():
+            sizes, patches = ", ".join(SIT_SIZES), ", ".join(map(str, PATCH_SIZES))
+            raise UserError(f"--model {self.model} is not known; give SiT-SIZE/PATCH with {sizes} and {patches}")
+        if self.latent_size % self.patch_size:
+            raise UserError(
+                f"--model {self.model}: patch {self.patch_size} does not divide the "
+                f"{self.latent_size}×{self.latent_size} latent"
+            )
+        if self.feature_dims and not 1 <= self.encoder_depth <= self.size.depth:
+            raise UserError(
+                f"--encoder-depth {self.encoder_depth}: {self.model} has blocks 1 to {self.size.depth}; choose one"
+            )
+
+
+def model_names() -> list[str]:
+    """The names that ``--model`` knows."""
+    return [f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in PATCH_SIZES]
+
+
+class SiT(nn.Module):
+    """The diffusion model on latents, with REPA's projectors beside it.
+
+    Args:
+        config: its sizes.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    def __init__(self, config: SiTConfig):
+        super().__init__()
+        config.check()
+        self.config = config
+        width, patch = config.size.width, config.patch_size
+        self.gradient_checkpointing = False
+        self.x_embedder = PatchEmbedding(config.latent_channels, width, patch)
+        self.register_buffer("pos_embed", sincos_positions(width, config.grid)[None])
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(config.num_classes, width)
+        self.blocks = nn.ModuleList(Block(width, config.size.heads, config.qk_norm) for _ in range(config.size.depth))
+        self.projectors = nn.ModuleList(projector(width, dim, config.projector_width) for dim in config.feature_dims)
+        self.final_layer = FinalLayer(width, patch * patch * config.latent_channels)
+        self._initialise()
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class", for classifier-free guidance."""
+        return self.config.num_classes
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, with_tokens: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Predict the velocity.
+
+        Args:
+            x: noisy normalised latent ``[B, C, h, w]``.
+            t: time in [0, 1], data at 0, noise at 1, ``[B]``.
+            y: class in 0…num_classes, the last one the null class, int64 ``[B]``.
+            with_tokens: also return the projected hidden states of block ``encoder_depth``.
+
+        Returns:
+            velocity ``[B, C, h, w]``; with ``with_tokens`` also a list of ``[B, N, D]``, one for each VFM.
+        """
+        x = self.x_embedder(x) + self.pos_embed  # [B, N, width]
+        condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
+        tokens = []
+        for number, block in enumerate(self.blocks, start=1):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, condition, use_reentrant=False)
+            else:
+                x = block(x, condition)
+            if with_tokens and number == self.config.encoder_depth:
+                tokens = [project(x) for project in self.projectors]
+        velocity = self._unpatchify(self.final_layer(x, condition))
+        return (velocity, tokens) if with_tokens else velocity
+
+    def _unpatchify(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, N, p·p·C]`` → ``[B, C, h, w]``."""
+        grid, patch = self.config.grid, self.config.patch_size
+        x = x.unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, self.config.latent_channels))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b r c p q C → b C (r p) (c q)
+
+    def _initialise(self) -> None:
+        self.apply(xavier_linears)
+        embedding = self.x_embedder.proj
+        nn.init.xavier_uniform_(embedding.weight.view(embedding.out_channels, -1))
+        nn.init.zeros_(embedding.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        zero = [block.adaLN_modulation[1] for block in self.blocks]
+        for layer in (*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches → tokens: ``[B, C, h, w]`` → ``[B, (h/p)·(w/p), width]``."""
+
+    def __init__(self, channels: int, width: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Time ``[B]`` in [0, 1] → ``[B, width]``: 128 cosines and 128 sines (longest period 10000·2π), then an MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10000.0):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        half = frequencies // 2
+        frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        phase = t.float()[:, None] * self.frequency
+        embedding = torch.cat([phase.cos(), phase.sin()], dim=-1)
+        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A vector for each class and one for the null class: int64 ``[B]`` → ``[B, width]``."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: ``[B, N, width]`` → the same."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, w]
+        x = F.scaled_dot_product_attention(self.q_norm(q).to(v), self.k_norm(k).to(v), v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """An adaLN-Zero transformer block (DiT): shift, scale and gate of both branches come from the condition."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(width, 4 * width, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Tokens ``[B, N, width]`` and the condition after its SiLU ``[B, width]`` → tokens."""
+        modulation = self.adaLN_modulation(condition)[:, None]  # [B, 1, 6·width]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """Tokens ``[B, N, width]`` → ``[B, N, out]``, modulated by the condition."""
+
+    def __init__(self, width: int, out_features: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x·(1 + scale) + shift``."""
+    return torch.addcmul(shift, x, 1 + scale)
