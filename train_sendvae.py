@@ -19,8 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dataset.images import ImageDataset, open_images
-from dataset.loader import BatchLoader, stage_dataset
-from dataset.order import SampleOrder
+from dataset.loader import stage_dataset
 from diffusion.flow import PATH_TYPES
 from errors import UserError
 from loss.perceptual import build_lpips
@@ -31,8 +30,6 @@ from models.encoders import ENCODERS, Encoder, build_encoder
 from models.mapper import Mapper
 from training import arguments, dry_run
 from training.cli import (
-    EXIT_FAILED,
-    EXIT_OK,
     ArgumentParser,
     fraction,
     non_negative_float,
@@ -41,19 +38,12 @@ from training.cli import (
     run,
 )
 from training.ema import EMA
-from training.loop import Loop, Schedule, TrainingFailed, find_checkpoint, restore
+from training.loop import Schedule
 from training.optimizer import build_adamw
-from training.run import (
-    Run,
-    arguments_of,
-    build_accelerator,
-    logger,
-    refuse_changed_arguments,
-    set_numerics,
-    status_of,
-)
+from training.run import build_accelerator, logger, set_numerics
 from training.sendvae import SendVAE, SendVAETrainer
 from training.sendvae_task import SendVAETask, measure_latent_statistics
+from training.session import Job, build_loader, micro_batch_size, train
 
 DEFAULT_RESOLUTION = 256
 
@@ -168,7 +158,8 @@ def main(argv: Sequence[str]) -> int:
         trainer, _ = build_trainer(args, loss_config, accelerator)
         dry_run_step(trainer, args, images, accelerator)
         return 0
-    return train(args, loss_config, folder, images, held_out, accelerator)
+    job = build_job(args, loss_config, images, held_out, accelerator)
+    return train(args, vars(args) | {"loss": asdict(loss_config)}, folder, job, accelerator)
 
 
 def open_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageDataset | None, ImageDataset | None]:
@@ -316,66 +307,32 @@ def dry_run_step(
     )
 
 
-def train(
+def build_job(
     args: argparse.Namespace,
     loss_config: VAELossConfig,
-    folder: Path,
     images: ImageDataset,
     held_out: ImageDataset | None,
     accelerator: Accelerator,
-) -> int:
-    """Start or resume the run; returns the exit code."""
-    resolved = vars(args) | {"loss": asdict(loss_config), "num_processes": accelerator.num_processes}
-    the_run = Run(folder, accelerator, resolved)
-    try:
-        check_same_run(the_run)
-        checkpoint = find_checkpoint(the_run, args.resume_step)
-        start_step = 0 if checkpoint is None else checkpoint.step
-        if is_finished(folder, start_step, args.max_train_steps):
-            logger.info("%s is finished: %d steps, its VAE lies in %s", folder, start_step, folder / "vae")
-            return EXIT_OK
-        with build_loader(args, images, accelerator, start_step) as loader:
-            trainer, has_statistics = build_trainer(args, loss_config, accelerator)
-            task = build_task(args, trainer, images, held_out)
-            loop = Loop(
-                task,
-                the_run,
-                loader,
-                args,
-                max_steps=args.max_train_steps,
-                images=len(images),
-                wait_seconds=lambda: loader.wait_seconds,
-            )
-            the_run.start(start_step)
-            if checkpoint is not None:
-                restore(checkpoint, task, loop.metrics, the_run)
-            elif not has_statistics:
-                initialise_statistics(args, trainer, images, accelerator)
-            the_run.start_trackers("sendvae")
-            describe(args, trainer, images, start_step, accelerator)
-            signal_number = loop.fit(start_step)
-        return 128 + signal_number if signal_number else EXIT_OK
-    except TrainingFailed as error:
-        print(f"train_sendvae.py: training failed: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory ({str(error).splitlines()[0]}): raise --gradient-accumulation-steps, which keeps the "
-            "global batch, or add --gradient-checkpointing"
-        ) from error
-    finally:
-        the_run.finish()
+) -> Job:
+    has_statistics = False
 
+    def build() -> SendVAETask:
+        nonlocal has_statistics
+        trainer, has_statistics = build_trainer(args, loss_config, accelerator)
+        return build_task(args, trainer, images, held_out)
 
-def check_same_run(the_run: Run) -> None:
-    """A folder that was begun holds the same run, or its first differing flag is named."""
-    old = arguments_of(the_run.folder)
-    if old is None:
-        return
-    refuse_changed_arguments(old, the_run.arguments, arguments.CHANGEABLE, the_run.folder)
-    before, now = old.get("num_processes"), the_run.arguments["num_processes"]
-    if before != now:
-        logger.warning("%s processes before, %d now: from here on the noise is drawn otherwise", before, now)
+    def begin(task: SendVAETask) -> None:
+        if not has_statistics:
+            initialise_statistics(args, task.trainer, images, accelerator)
+
+    return Job(
+        project="sendvae",
+        dataset=images,
+        build=build,
+        begin=begin,
+        describe=lambda task: describe(args, task.trainer, images),
+        products=("vae",),
+    )
 
 
 def initialise_statistics(
@@ -389,33 +346,9 @@ def initialise_statistics(
     logger.info("the VAE has no latent statistics: measured over %d images", count)
 
 
-def is_finished(folder: Path, step: int, max_steps: int) -> bool:
-    status = status_of(folder)
-    return status is not None and status["state"] == "finished" and step >= max_steps and (folder / "vae").is_dir()
-
-
-def build_loader(
-    args: argparse.Namespace, images: ImageDataset, accelerator: Accelerator, start_step: int
-) -> BatchLoader:
-    return BatchLoader(
-        images,
-        SampleOrder(len(images), args.seed, args.shuffle),
-        batch_size=args.batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        accumulation=args.gradient_accumulation_steps,
-        start_step=start_step,
-        num_workers=args.num_workers,
-        prefetch=args.prefetch,
-        pin_memory=accelerator.device.type == "cuda",
-        hflip=args.hflip,
-    )
-
-
 def build_task(
     args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDataset, held_out: ImageDataset | None
 ) -> SendVAETask:
-    processes = trainer.accelerator.num_processes
     return SendVAETask(
         trainer,
         Schedule(args.lr_schedule, args.warmup_steps, args.max_train_steps),
@@ -423,30 +356,23 @@ def build_task(
         disc_rate=args.disc_learning_rate,
         images=images,
         held_out=held_out,
-        val_batch_size=args.batch_size // processes // args.gradient_accumulation_steps,
+        val_batch_size=micro_batch_size(args, trainer.accelerator),
         max_val_images=args.max_val_images,
         num_workers=args.num_workers,
     )
 
 
-def describe(
-    args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDataset, start_step: int, accelerator: Accelerator
-) -> None:
-    """The resolved sizes, once, in the log."""
-    processes, accumulation = accelerator.num_processes, args.gradient_accumulation_steps
-    micro = args.batch_size // processes // accumulation
-    logger.info("%d images at %d px, %d classes", len(images), args.resolution, len(images.class_names))
-    logger.info("batch %d = %d processes × %d micro-steps × %d images", args.batch_size, processes, accumulation, micro)
-    logger.info("device %s, precision %s", accelerator.device, accelerator.mixed_precision)
-    logger.info("loss %s", trainer.objective.config)
+def describe(args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDataset) -> list[str]:
+    """The resolved sizes, for the log."""
+    lines = [
+        f"{len(images)} images at {args.resolution} px, {len(images.class_names)} classes",
+        f"loss {trainer.objective.config}",
+    ]
     if trainer.encoder is not None:
         latent = trainer.model.autoencoder.latent_shape(args.resolution)
         grid, pixels, width = trainer.encoder.grid, trainer.encoder.input_size, trainer.encoder.embed_dim
-        logger.info(
-            "latent %s → mapper → %d×%d tokens of %d (%s sees %d px)", latent, grid, grid, width, args.enc_type, pixels
-        )
-    verb = f"resuming after step {start_step}" if start_step else "starting"
-    logger.info("%s; %d steps in all", verb, args.max_train_steps)
+        lines.append(f"latent {latent} → mapper → {grid}×{grid} tokens of {width} ({args.enc_type} sees {pixels} px)")
+    return lines
 
 
 if __name__ == "__main__":

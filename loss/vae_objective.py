@@ -16,6 +16,7 @@ from torch import nn
 from errors import UserError
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
 from loss.reconstruction import RECONSTRUCTION_LOSSES, kl_divergence, reconstruction_loss
+from loss.total import total
 
 # Keys of REPA-E's file without effect on a KL autoencoder: accepted with any value, so that the file can be reused.
 IGNORED_KEYS = frozenset({"quantizer_weight", "logvar_init"})
@@ -189,8 +190,3 @@ def _gradient(loss: torch.Tensor, weight: torch.Tensor, scaler: torch.amp.GradSc
         return torch.autograd.grad(loss, weight, retain_graph=True)[0]
     gradient = torch.autograd.grad(scaler.scale(loss), weight, retain_graph=True)[0]
     return gradient / scaler.scale(torch.ones_like(loss))
-
-
-def total(terms: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]) -> torch.Tensor:
-    """Σ weight·term over ``terms``; every term must have a weight."""
-    return sum(weights[name] * term for name, term in terms.items())

@@ -10,7 +10,8 @@ from torch import nn
 
 from diffusion.flow import add_noise
 from loss.alignment import patch_cosine_loss
-from loss.vae_objective import VAEObjective, total
+from loss.total import total
+from loss.vae_objective import VAEObjective
 from models.autoencoder import Autoencoder, to_signed
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.encoders import Encoder
