@@ -6,11 +6,7 @@ bytes. Files that cannot be used are listed, with the reason, in rejected.csv.
 """
 
 import argparse
-import errno
-import fcntl
-import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -19,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,15 +22,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dataset.packing import PackingJob, check_space, images_per_shard, sigterm_as_interrupt
 from dataset.shards import (
     PackedReader,
     ShardRecord,
     ShardSpec,
     ShardWriter,
-    read_index,
     read_records,
-    remove_leftovers,
-    write_atomically,
     write_index,
     write_rejected,
 )
@@ -47,9 +40,7 @@ from training.cli import ArgumentParser, add_debug_argument, positive_int, run
 MAX_REJECTED = 0.01  # share of the files above which --allow-rejected is needed
 PNG_RATIO = 0.65  # of the raw size: photographs at 256 px give 0.62
 CHUNK_FILES = 32
-SETTINGS_NAME = "settings.json"
-LOCK_NAME = ".lock"
-LOCK_SECONDS = 5.0  # the workers of a killed run notice within a second, and hold its lock until then
+FLAGS = {"kind": "--imagenet-path", "fingerprint": "--imagenet-path", "files": "--max-images"}  # of settings
 
 EXAMPLES = """examples:
   # ImageNet at 256 px: 252 GB, or about 0.6 of that (slower to read) with --codec png
@@ -86,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     source = open_source(args.imagenet_path)
     items = select(len(source), args.max_images)
     spec = ShardSpec("images", (3, args.resolution, args.resolution), "uint8", args.codec)
-    shard_size = args.shard_size or max(1, 4096 * 256**2 // args.resolution**2)
+    shard_size = args.shard_size or images_per_shard(args.resolution)
     print(f"{len(items)} of {len(source)} images in {len(source.classes)} classes ({source.kind})")
     if args.dry_run:
         return dry_run(source, items, spec, args)
@@ -94,20 +85,26 @@ def main(argv: Sequence[str]) -> int:
     settings = describe(source, len(items), spec, args.max_images, args.max_pixels, shard_size)
     folder = args.output_path
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder), sigterm_as_interrupt():
-        if is_complete(folder, settings):
+    packing = PackingJob(folder, spec, settings, flags=FLAGS)
+    with packing.lock(), sigterm_as_interrupt():
+        if packing.is_complete():
             print(f"{folder} is complete already: {len(PackedReader(folder))} images")
             return 0
-        claim(folder, settings)
+        packing.claim()
+        for leftover in folder.glob("*.tmp"):  # they take space, and nobody else is at work here
+            leftover.unlink()
         jobs = [
             ShardJob(number, items[first : first + shard_size])
             for number, first in enumerate(range(0, len(items), shard_size))
         ]
         records = read_records(folder, spec)
-        check_space(folder, spec, sum(len(job.items) for job in jobs if job.number not in records))
+        to_do = [job for job in jobs if job.number not in records]
+        needed = bytes_needed(spec, sum(len(job.items) for job in to_do))
+        advice = "take --codec png, fewer --max-images or a smaller --resolution"
+        check_space(folder, needed, advice, approximate=spec.codec != "raw")
         packer = Packer(folder, spec, source, args.max_pixels)
-        records.update(packer.run([job for job in jobs if job.number not in records], args.num_workers))
-        finish(folder, spec, [records[job.number] for job in jobs], source, settings, args.allow_rejected)
+        records.update(packer.run(to_do, args.num_workers))
+        finish(packing, [records[job.number] for job in jobs], source, args.allow_rejected)
     return 0
 
 
@@ -155,56 +152,6 @@ def check_paths(photographs: Path, output: Path) -> None:
         raise UserError(f"--output-path {output} lies in --imagenet-path {photographs}; write the dataset elsewhere")
 
 
-def is_complete(folder: Path, settings: dict) -> bool:
-    """Whether there is a complete dataset with these settings; tidies up if a run was killed right before its end."""
-    index = read_index(folder)
-    if index is None:
-        return False
-    check_settings(folder, index["source"], settings)
-    remove_leftovers(folder, "images")
-    (folder / SETTINGS_NAME).unlink(missing_ok=True)
-    return True
-
-
-def claim(folder: Path, settings: dict) -> None:
-    """Note the settings in a new folder, or compare them with those of the run that began there."""
-    path = folder / SETTINGS_NAME
-    if path.exists():
-        check_settings(folder, json.loads(path.read_bytes()), settings)
-    else:
-        strangers = sorted(
-            entry.name for entry in folder.iterdir() if entry.name not in (LOCK_NAME, path.name + ".tmp")
-        )
-        if strangers:
-            raise UserError(f"--output-path {folder} holds other files ({strangers[0]}); give an empty or new folder")
-        write_atomically(path, (json.dumps(settings) + "\n").encode())
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
-
-
-def check_settings(folder: Path, found: dict, settings: dict) -> None:
-    flags = {"kind": "--imagenet-path", "fingerprint": "--imagenet-path", "files": "--max-images"}
-    for key, value in settings.items():
-        if found.get(key) != value:
-            flag = flags.get(key, "--" + key.replace("_", "-"))
-            raise UserError(
-                f"{folder} was begun with another {flag} ({key}: {found.get(key)}, now {value}); "
-                "use the same or another --output-path"
-            )
-
-
-def check_space(folder: Path, spec: ShardSpec, count: int) -> None:
-    """Print the bytes needed and free, and refuse what does not fit."""
-    needed = bytes_needed(spec, count)
-    free = shutil.disk_usage(folder).free
-    print(f"needs {'' if spec.codec == 'raw' else 'about '}{needed / 1e9:.2f} GB, {free / 1e9:.2f} GB free in {folder}")
-    if needed > free:
-        raise UserError(
-            f"{folder} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; free some, write elsewhere, or "
-            "take --codec png, fewer --max-images or a smaller --resolution"
-        )
-
-
 def bytes_needed(spec: ShardSpec, count: int) -> int:
     return int(spec.item_bytes * count * (1 if spec.codec == "raw" else PNG_RATIO))
 
@@ -221,10 +168,9 @@ def dry_run(source: Source, items: np.ndarray, spec: ShardSpec, args: argparse.N
     return 0
 
 
-def finish(
-    folder: Path, spec: ShardSpec, records: list[ShardRecord], source: Source, settings: dict, allow_rejected: bool
-) -> None:
+def finish(packing: PackingJob, records: list[ShardRecord], source: Source, allow_rejected: bool) -> None:
     """Write labels, rejected.csv and the index; without --allow-rejected only if few enough files were rejected."""
+    folder, settings = packing.folder, packing.settings
     write_rejected(folder, records)
     rejected, total = sum(len(record.rejected) for record in records), settings["files"]
     if rejected == total:
@@ -235,8 +181,8 @@ def finish(
             f"{folder / 'rejected.csv'}; mend them and start in an empty folder, or run again with --allow-rejected, "
             "which only has to finish"
         )
-    write_index(folder, spec, records, source.classes, settings)
-    is_complete(folder, settings)
+    write_index(folder, packing.spec, records, source.classes, settings)
+    packing.is_complete()  # tidies up
     print(f"{folder}: {total - rejected} images, {rejected} rejected")
 
 
@@ -380,47 +326,6 @@ def decode(source: Source, item: int, spec: ShardSpec, max_pixels: int) -> tuple
     except OSError as error:
         return None, f"cannot be read: {error.strerror or error}"
     return (encode_png(pixels) if spec.codec == "png" else pixels), ""
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the folder. Forked workers hold the lock too: it outlasts a kill until all are gone."""
-    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-    deadline = time.monotonic() + LOCK_SECONDS
-    try:
-        while not _try_lock(descriptor):
-            if time.monotonic() > deadline:
-                raise UserError(f"another run is writing into {folder}; wait for it or give another --output-path")
-            time.sleep(0.1)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-        print("this file system has no locks: be sure that no second run writes into the folder", file=sys.stderr)
-    return True
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM stop the run as Ctrl-C does."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ class ShardSpec:
     """What all shards of a packed dataset have in common.
 
     Attributes:
-        kind: ``"images"`` or ``"latents"``; also the first part of the file names.
-        shape: of one item, ``(3, H, W)`` or ``(2C, h, w)``.
+        kind: ``"images"``, ``"latents"`` or ``"features"``; also the first part of the file names.
+        shape: of one item, ``(3, H, W)``, ``(2C, h, w)`` or ``(N, D)``.
         dtype: numpy's name of the item's type, ``"uint8"``, ``"float16"`` or ``"float32"``.
         codec: ``"raw"`` for arrays, ``"png"`` for encoded files.
     """
@@ -186,11 +186,20 @@ def read_records(folder: str | os.PathLike, spec: ShardSpec) -> dict[int, ShardR
     """The records of the complete shards in an unfinished folder, by number of the shard."""
     records = {}
     for path in sorted(Path(folder).glob(f"{spec.kind}-?????.json")):
-        with suppress(ValueError, TypeError, OSError):  # a record or shard that someone damaged is made again
-            record = ShardRecord(**json.loads(path.read_bytes()))
-            if all((path.parent / name).stat().st_size == file["bytes"] for name, file in record.files.items()):
-                records[int(path.stem.rsplit("-", 1)[1])] = record
+        number = int(path.stem.rsplit("-", 1)[1])
+        if (record := read_record(folder, spec, number)) is not None:
+            records[number] = record
     return records
+
+
+def read_record(folder: str | os.PathLike, spec: ShardSpec, number: int) -> ShardRecord | None:
+    """The record of a complete shard in an unfinished folder; None where it is missing or does not fit its shard."""
+    path = Path(folder) / spec.record_name(number)
+    with suppress(ValueError, TypeError, OSError):  # a record or shard that someone damaged is made again
+        record = ShardRecord(**json.loads(path.read_bytes()))
+        if all((path.parent / name).stat().st_size == file["bytes"] for name, file in record.files.items()):
+            return record
+    return None
 
 
 def write_rejected(folder: str | os.PathLike, records: Iterable[ShardRecord]) -> None:

@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 import preprocessing
+from dataset import packing
 from dataset.images import open_images
-from dataset.shards import PackedReader
+from dataset.shards import PackedReader, ShardSpec
 from dataset.sources import open_source
 from errors import UserError
 from tests.photographs import PHOTOGRAPHS, needs_photographs, write_class_folders
@@ -247,9 +248,13 @@ def test_killed_at_an_awkward_moment(name, tree, packed, tmp_path, monkeypatch):
     def killed(*arguments, **options):
         raise SystemExit(name)
 
-    place = {"before settings": "claim", "before the first shard": "Packer", "before tidying up": "remove_leftovers"}
+    place = {
+        "before settings": "dataset.packing.PackingJob.claim",
+        "before the first shard": "preprocessing.Packer",
+        "before tidying up": "dataset.packing.remove_leftovers",
+    }
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(preprocessing, place[name], killed)
+        patched.setattr(place[name], killed)
         pack(tree, output, "--shard-size", "10")
     assert_same_bytes(packed, pack(tree, output, "--shard-size", "10"))
 
@@ -263,9 +268,10 @@ def test_sigterm_stops_cleanly(many, tmp_path):
 
 
 def test_a_second_run_is_kept_out(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(packing, "LOCK_SECONDS", 0.2)
     (tmp_path / "out").mkdir()
-    with preprocessing.lock(tmp_path / "out"), pytest.raises(UserError, match="another run is writing"):
+    other = packing.PackingJob(tmp_path / "out", ShardSpec("images", (3, 32, 32), "uint8"), {})
+    with other.lock(), pytest.raises(UserError, match="another run is writing"):
         pack(tree, tmp_path / "out")
     pack(tree, tmp_path / "out")
 

@@ -128,8 +128,8 @@ def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(preprocessing, "LOCK_SECONDS", 0.0)
-    monkeypatch.setattr(preprocessing, "_try_lock", lambda descriptor: False)
+    monkeypatch.setattr("dataset.packing.LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("dataset.packing._try_lock", lambda descriptor: False)
     return command(class_folders(tmp_path / "in"), tmp_path / "out")
 
 

@@ -1,0 +1,62 @@
+"""Who this process is among independent ones: no process group, no collective, nobody waits for anybody."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of several processes that share a job without talking to each other.
+
+    Attributes:
+        rank: from 0.
+        world_size: number of processes, over all machines.
+        device: CUDA's ``LOCAL_RANK``-th where there is one, else the CPU.
+        local_size: number of processes on this machine.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` equal pieces are this process's: rank, rank + world_size, …"""
+        return range(self.rank, count, self.world_size)
+
+
+def this_process() -> Process:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun and accelerate launch set; else alone.
+
+    Also selects the CUDA device.
+    """
+    rank, world_size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
+    local_rank, local_size = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK={rank} is not one of WORLD_SIZE={world_size} processes; start them with launch.sh")
+    if not torch.cuda.is_available():
+        return Process(rank, world_size, torch.device("cpu"), local_size)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs; start fewer processes"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return Process(rank, world_size, device, local_size)
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise UserError(f"{name}={text} is not a number; torchrun and accelerate launch set it") from None
