@@ -1,0 +1,111 @@
+"""From noise to data along a velocity: Euler, Heun and Euler–Maruyama (SiT, arXiv 2401.08740).
+
+Every sampler takes any ``velocity(x, t, y)``: ``x`` ``[B, ...]`` in the type of the noise that was given, ``t`` a
+Python float (so that what depends on the time is decided without asking the device), ``y`` int64 ``[B]``. The state
+and the times are float64. Nothing here synchronises with the device.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from diffusion.flow import score_from_velocity
+
+Velocity = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
+
+LAST_SDE_TIME = 0.04  # the SDE ends here, as its score is infinite at 0; one deterministic step does the rest
+
+
+def ode_times(num_steps: int) -> list[float]:
+    """The uniform grid from 1 to 0, ``num_steps + 1`` times."""
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+
+
+def sde_times(num_steps: int) -> list[float]:
+    """``num_steps`` uniform times from 1 to 0.04, then 0: all steps but the last are stochastic."""
+    return [*torch.linspace(1, LAST_SDE_TIME, num_steps, dtype=torch.float64).tolist(), 0.0]
+
+
+def evaluation_times(mode: str, num_steps: int, heun: bool = False) -> list[float]:
+    """At which times a sampler evaluates the velocity, in order; ``mode`` is ``"ode"`` or ``"sde"``."""
+    times = (ode_times(num_steps) if mode == "ode" else sde_times(num_steps))[:-1]
+    return [times[0], *(time for time in times[1:] for _ in range(2))] if heun else times
+
+
+@torch.no_grad()
+def sample_ode(
+    velocity: Velocity, noise: torch.Tensor, labels: torch.Tensor, num_steps: int, heun: bool = False
+) -> torch.Tensor:
+    """Follow ``dx = v dt`` from 1 to 0.
+
+    Args:
+        velocity: see the module.
+        noise: the state at t = 1, ``[B, ...]``.
+        labels: classes, int64 ``[B]``.
+        num_steps: of equal size.
+        heun: correct each step but the last by the slope at its end, where the velocity is evaluated at that end's own
+            time (REPA-E's guidance interval looks at the time of the step's beginning for both evaluations).
+
+    Returns:
+        the state at t = 0, in the noise's type.
+    """
+    times = ode_times(num_steps)
+    x = noise.double()
+    for step, (now, then) in enumerate(pairwise(times)):
+        slope = velocity(x.to(noise.dtype), now, labels).double()
+        ahead = x + (then - now) * slope
+        if heun and step < num_steps - 1:
+            slope = (slope + velocity(ahead.to(noise.dtype), then, labels).double()) / 2
+            ahead = x + (then - now) * slope
+        x = ahead
+    return x.to(noise.dtype)
+
+
+@torch.no_grad()
+def sample_sde(
+    velocity: Velocity,
+    noise: torch.Tensor,
+    labels: torch.Tensor,
+    num_steps: int,
+    step_noise: Callable[[int], torch.Tensor],
+    path_type: str = "linear",
+) -> torch.Tensor:
+    """Euler–Maruyama on ``dx = (v − ½·w_t·s) dt + √w_t dW`` backwards in time, ``w_t = 2t`` and s the score.
+
+    Score and drift are affine in the velocity with coefficients that sum to one under guidance: guiding the velocity
+    is guiding both.
+
+    Args:
+        velocity: see the module.
+        noise: the state at t = 1, ``[B, ...]``.
+        labels: classes, int64 ``[B]``.
+        num_steps: evaluations of the velocity (:func:`sde_times`).
+        step_noise: number of the stochastic step, from 0 → standard normal noise in the shape of the state.
+        path_type: of the interpolant that the velocity belongs to.
+
+    Returns:
+        the state at t = 0, in the noise's type.
+    """
+    times = sde_times(num_steps)
+    x = noise.double()
+    for step, (now, then) in enumerate(pairwise(times)):
+        v = velocity(x.to(noise.dtype), now, labels).double()
+        score = score_from_velocity(v, x, torch.full((1,), now, dtype=x.dtype, device=x.device), path_type)
+        diffusion = 2 * now
+        x = x + (then - now) * (v - diffusion / 2 * score)
+        if step < num_steps - 1:
+            x = x + (diffusion * (now - then)) ** 0.5 * step_noise(step)
+    return x.to(noise.dtype)
+
+
+def model_velocity(model: nn.Module, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Velocity:
+    """The velocity of a network ``model(x, t, y)`` with one time a sample, computed under ``autocast()``."""
+
+    def velocity(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
+        with autocast():
+            return model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y).to(x.dtype)
+
+    return velocity
