@@ -1,0 +1,202 @@
+"""SiT: sizes, the names that public checkpoints use, and its output against a plain derivation in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from errors import UserError
+from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig, model_names
+
+TINY = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6, encoder_depth=4, feature_dims=(112,), projector_width=64)
+
+
+def randomised(config: SiTConfig = TINY, seed: int = 0) -> SiT:
+    """A SiT whose zero-initialised layers are not zero: every part of it then reaches the output."""
+    torch.manual_seed(seed)
+    model = SiT(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def inputs(count: int = 3, config: SiTConfig = TINY, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    side = config.latent_size
+    x = torch.randn(count, config.latent_channels, side, side, generator=generator, dtype=dtype)
+    return x, torch.rand(count, generator=generator, dtype=dtype), torch.arange(count)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_size_and_patch_builds_and_answers(name):
+    """Large ones on the meta device: shapes without memory."""
+    patch = int(name.rsplit("/", 1)[1])
+    config = SiTConfig(name, 32, 16, num_classes=1000, encoder_depth=4, feature_dims=(768, 1024))
+    with torch.device("meta"):
+        model = SiT(config)
+        x, t, y = torch.empty(2, 32, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.int64)
+        velocity, tokens = model(x, t, y, with_tokens=True)
+    assert velocity.shape == x.shape
+    assert [token.shape for token in tokens] == [(2, (16 // patch) ** 2, dim) for dim in (768, 1024)]
+
+
+# DiT's published sizes are 33, 130, 458 and 675 million with 1000 classes and 4 channels (8 output channels there, 4
+# here): https://arxiv.org/abs/2212.09748, table 1
+@pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
+def test_parameter_counts_are_the_published_ones(size, millions):
+    with torch.device("meta"):
+        model = SiT(SiTConfig(f"SiT-{size}/2", 4, 32, num_classes=1000))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+
+
+def test_keys_are_those_of_public_checkpoints():
+    expected = {"pos_embed", "y_embedder.embedding_table.weight"}
+    linears = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
+    linears += ["final_layer.adaLN_modulation.1", "projectors.0.0", "projectors.0.2", "projectors.0.4"]
+    for number in range(6):
+        parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+        linears += [f"blocks.{number}.{part}" for part in parts]
+    expected |= {f"{linear}.{part}" for linear in linears for part in ("weight", "bias")}
+    assert set(SiT(TINY).state_dict()) == expected
+
+
+def test_initialisation():
+    """Zero output, identity blocks (adaLN-Zero), Xavier bounds, 0.02 for labels and times."""
+    torch.manual_seed(0)
+    model = SiT(SiTConfig("SiT-S/1", 4, 8, num_classes=1000))
+    x, t, y = inputs(config=model.config)
+    assert torch.equal(model(x, t, y), torch.zeros_like(x))
+    block = model.blocks[0]
+    tokens = torch.randn(2, 5, 384)
+    assert torch.equal(block(tokens, torch.randn(2, 384)), tokens)
+    bound = math.sqrt(6 / (384 + 3 * 384))
+    assert block.attn.qkv.weight.abs().max() <= bound
+    assert block.attn.qkv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
+    assert model.y_embedder.embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.t_embedder.mlp[2].weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not model.x_embedder.proj.bias.any()
+    assert model.null_class == 1000
+
+
+def reference_velocity(state: dict, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """SiT-Ti/2 written out once more, with einsum and loops, from the paper's description."""
+
+    def linear(name: str, value: torch.Tensor) -> torch.Tensor:
+        return value @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(value: torch.Tensor) -> torch.Tensor:
+        centred = value - value.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    batch, channels, side, _ = x.shape
+    grid = side // 2
+    kernel = state["x_embedder.proj.weight"]
+    tokens = torch.zeros(batch, grid * grid, 192, dtype=x.dtype)
+    for row in range(grid):
+        for column in range(grid):
+            patch = x[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            tokens[:, row * grid + column] = torch.einsum("bcpq,dcpq->bd", patch, kernel)
+    tokens = tokens + state["x_embedder.proj.bias"] + state["pos_embed"]
+    angles = t[:, None] * torch.tensor([10000 ** (-k / 128) for k in range(128)], dtype=x.dtype)
+    time = torch.cat([angles.cos(), angles.sin()], -1)
+    time = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", time)))
+    condition = F.silu(time + state["y_embedder.embedding_table.weight"][y])
+    for n in range(6):
+        six = linear(f"blocks.{n}.adaLN_modulation.1", condition)[:, None].split(192, dim=-1)
+        h = norm(tokens) * (1 + six[1]) + six[0]
+        q, k, v = (part.reshape(batch, -1, 3, 64) for part in linear(f"blocks.{n}.attn.qkv", h).split(192, -1))
+        weights = torch.einsum("bihd,bjhd->bhij", q, k).div(8).softmax(-1)
+        h = torch.einsum("bhij,bjhd->bihd", weights, v).reshape(batch, -1, 192)
+        tokens = tokens + six[2] * linear(f"blocks.{n}.attn.proj", h)
+        h = linear(f"blocks.{n}.mlp.fc1", norm(tokens) * (1 + six[4]) + six[3])
+        h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        tokens = tokens + six[5] * linear(f"blocks.{n}.mlp.fc2", h)
+    shift, scale = linear("final_layer.adaLN_modulation.1", condition)[:, None].split(192, dim=-1)
+    out = linear("final_layer.linear", norm(tokens) * (1 + scale) + shift)
+    return torch.einsum("bhwpqc->bchpwq", out.reshape(batch, grid, grid, 2, 2, channels)).reshape(x.shape)
+
+
+def test_velocity_equals_the_written_out_network_in_float64():
+    model = randomised().double()
+    model.t_embedder.frequency.copy_(10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128))
+    x, t, y = inputs(dtype=torch.float64)
+    # the embedding itself is computed in float32 (as everywhere in the field): 1e-6 is its rounding
+    torch.testing.assert_close(model(x, t, y), reference_velocity(model.state_dict(), x, t, y), rtol=1e-5, atol=1e-6)
+
+
+def test_time_label_and_every_position_reach_the_output():
+    model = randomised()
+    x, t, y = inputs()
+    base = model(x, t, y)
+    assert not torch.allclose(base, model(x, t + 0.1, y))
+    assert not torch.allclose(base, model(x, t, y + 1))
+    assert not torch.allclose(base, model(x, t, torch.full_like(y, model.null_class)))
+    shifted = model(x.roll(2, dims=-1), t, y).roll(-2, dims=-1)
+    assert not torch.allclose(base, shifted)  # positions count
+
+
+def test_samples_do_not_mix():
+    model = randomised()
+    x, t, y = inputs()
+    torch.testing.assert_close(model(x, t, y)[1:2], model(x[1:2], t[1:2], y[1:2]), rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_are_the_projected_states_of_the_chosen_block():
+    model = randomised()
+    x, t, y = inputs()
+    seen = []
+    model.blocks[3].register_forward_hook(lambda module, args, output: seen.append(output))
+    velocity, tokens = model(x, t, y, with_tokens=True)
+    assert torch.equal(tokens[0], model.projectors[0](seen[0]))
+    assert torch.equal(velocity, model(x, t, y))
+
+
+def test_qk_norm_has_its_parameters_and_changes_the_result():
+    config = SiTConfig(**(TINY.to_dict() | {"qk_norm": True, "feature_dims": ()}))
+    model = randomised(config)
+    assert model.blocks[0].attn.q_norm.weight.shape == (64,)
+    x, t, y = inputs()
+    assert model(x, t, y).isfinite().all()
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for switch in (False, True):
+        model = randomised().train()
+        model.gradient_checkpointing = switch
+        velocity, tokens = model(*inputs(), with_tokens=True)
+        (velocity.square().mean() + tokens[0].square().mean()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert all(gradient is not None for gradient in gradients[0].values())
+
+
+def test_bf16_autocast_stays_close():
+    model = randomised()
+    x, t, y = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x, t, y)
+    full = model(x, t, y)
+    assert ((low.float() - full).norm() / full.norm()).item() < 0.05
+
+
+def test_config_survives_json():
+    assert SiTConfig.from_dict(TINY.to_dict()) == TINY
+    assert (TINY.patch_size, TINY.grid, TINY.size) == (2, 4, SIT_SIZES["Ti"])
+    assert set(PATCH_SIZES) == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "SiT-XXL/2"}, "--model SiT-XXL/2"),
+        ({"model": "DiT-B/2"}, "--model DiT-B/2"),
+        ({"model": "SiT-Ti/8", "latent_size": 12}, "patch 8 does not divide the 12×12 latent"),
+        ({"encoder_depth": 7}, "--encoder-depth 7"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(changes, message):
+    config = SiTConfig(**(TINY.to_dict() | {"feature_dims": (112,)} | changes))
+    with pytest.raises(UserError, match=message):
+        SiT(config)
