@@ -1,6 +1,5 @@
 """Images by number, whatever they lie in: a packed dataset, or photographs that are cropped on the fly."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dataset.packing import images_per_shard
 from dataset.shards import PackedReader, is_unfinished, read_index
 from dataset.sources import Source, open_source
 from dataset.transforms import BadImageError, decode_png, load_image
@@ -21,11 +21,13 @@ class ImageDataset(Protocol):
         resolution: side of the images in pixels.
         labels: int64 ``[N]``.
         class_names: label ``c`` means ``class_names[c]``.
+        shard_counts: images in each of its shards, or in each of those that what is made from it should have.
     """
 
     resolution: int
     labels: np.ndarray
     class_names: list[str]
+    shard_counts: list[int]
 
     def __len__(self) -> int: ...
 
@@ -47,6 +49,7 @@ class PackedImages:
         self.resolution: int = self._reader.spec.shape[-1]
         self.labels = self._reader.labels
         self.class_names = self._reader.class_names
+        self.shard_counts: list[int] = [shard["count"] for shard in self._reader.index["shards"]]
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -56,10 +59,7 @@ class PackedImages:
         return f"{self._reader.spec.file_name(shard)}[{place}]"
 
     def fingerprint(self) -> str:
-        index = self._reader.index
-        parts = [index["labels"], *(shard["files"] for shard in index["shards"])]
-        checksums = [file["sha256"] for files in parts for file in files.values()]
-        return f"packed:{hashlib.sha256(' '.join(checksums).encode()).hexdigest()}"
+        return f"packed:{self._reader.fingerprint()}"
 
     def read_into(self, items: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
         if self._reader.spec.codec == "raw":
@@ -78,6 +78,8 @@ class SourceImages:
         self.resolution = resolution
         self.labels = source.labels
         self.class_names = source.classes
+        size = images_per_shard(resolution)
+        self.shard_counts = [min(size, len(source) - first) for first in range(0, len(source), size)]
 
     def __len__(self) -> int:
         return len(self._source)

@@ -9,9 +9,10 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +20,48 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.images import ImageDataset
+from dataset.latents import cache_files
 from dataset.order import SampleOrder
-from dataset.shards import INDEX_NAME, PackedReader
+from dataset.shards import INDEX_NAME, PackedReader, read_index
 from errors import UserError
+
+
+class BatchSource(Protocol):
+    """What batches are made of: a few arrays for each item. ``dataset.latents.LatentDataset`` is one."""
+
+    has_flipped: bool
+
+    @property
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each array of an item."""
+
+    def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
+        """Read n items into arrays ``[n, …]``, those in ``flips`` mirrored. Several threads may call it at once."""
+
+    def batch(self, tensors: Mapping[str, Tensor]) -> Any:
+        """What is handed out for a (micro-)batch of such arrays."""
+
+
+class ImageSource:
+    """A :class:`BatchSource` of images alone: a batch is a uint8 tensor ``[n, 3, H, W]``."""
+
+    has_flipped = True
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    @property
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"images": ((3, self._dataset.resolution, self._dataset.resolution), torch.uint8)}
+
+    def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
+        pixels = out["images"]
+        self._dataset.read_into(items, pixels)
+        if flips is not None:
+            pixels[flips] = pixels[flips, :, :, ::-1]
+
+    def batch(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["images"]
 
 
 class BatchLoader:
@@ -31,11 +71,12 @@ class BatchLoader:
     equal parts and splits it into ``accumulation`` micro-batches. What comes out depends on nothing else, neither on
     the number of workers nor on how far they read ahead.
 
-    ``next(loader)`` gives a list of ``accumulation`` uint8 tensors ``[b, 3, H, W]``, 0…255, with
-    ``b = batch_size / world_size / accumulation``. An error of a worker is raised there.
+    ``next(loader)`` gives a list of ``accumulation`` micro-batches of ``b = batch_size / world_size / accumulation``
+    items: uint8 tensors ``[b, 3, H, W]``, 0…255, for images, a ``LatentBatch`` for latents. An error of a worker is
+    raised there.
 
     Args:
-        dataset: the images.
+        dataset: the images or latents.
         order: the stream that the batches are cut from.
         batch_size: images in a global batch, over all ranks and micro-batches.
         rank: of this process.
@@ -45,19 +86,19 @@ class BatchLoader:
         num_workers: threads; 0 reads in the caller's.
         prefetch: batches read ahead.
         pin_memory: page-locked tensors, for ``to(device, non_blocking=True)``.
-        hflip: mirror half of the images, by a coin per (seed, epoch, item).
+        hflip: mirror half of the items, by a coin per (seed, epoch, item).
 
     Attributes:
         step: the ``k`` of the next batch.
         wait_seconds: time that the caller has spent waiting for batches.
 
     Raises:
-        UserError: the batch cannot be split evenly.
+        UserError: the batch cannot be split evenly, or the latents have no mirrored copy.
     """
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: ImageDataset | BatchSource,
         order: SampleOrder,
         *,
         batch_size: int,
@@ -83,21 +124,25 @@ class BatchLoader:
         self._rank = rank
         self._accumulation = accumulation
         self._hflip = hflip
-        self._reader = _BatchReader(dataset, num_workers, pin_memory)
+        self._source = _as_source(dataset)
+        if hflip and not self._source.has_flipped:
+            raise UserError("--hflip needs the latents' mirrored copy: run cache_latents.py again with --hflip")
+        self._reader = _BatchReader(self._source, num_workers, pin_memory)
         self._prefetch = prefetch if num_workers else 0
         self._ahead: deque[_PendingBatch] = deque()
 
     def __iter__(self) -> "BatchLoader":
         return self
 
-    def __next__(self) -> list[Tensor]:
+    def __next__(self) -> list:
         begin = time.perf_counter()
         while len(self._ahead) <= self._prefetch:
             self._ahead.append(self._start(self.step + len(self._ahead)))
-        images = self._ahead.popleft().result()
+        tensors = self._ahead.popleft().result()
         self.wait_seconds += time.perf_counter() - begin
         self.step += 1
-        return list(images.chunk(self._accumulation))
+        parts = zip(*(tensor.chunk(self._accumulation) for tensor in tensors.values()), strict=True)
+        return [self._source.batch(dict(zip(tensors, part, strict=True))) for part in parts]
 
     def close(self) -> None:
         """Stop reading ahead; waits for the reads in progress."""
@@ -117,49 +162,70 @@ class BatchLoader:
 
 
 def sequential_batches(
-    dataset: ImageDataset,
+    dataset: ImageDataset | BatchSource,
     batch_size: int,
     *,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[tuple[np.ndarray, Tensor]]:
+    flips: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, Any]]:
     """Go once over a dataset, for validation: rank ``r`` gets items ``r, r + world_size, …``.
 
     Args:
-        dataset: the images.
-        batch_size: images in a batch of this rank; the last may be shorter.
+        dataset: the images or latents.
+        batch_size: items in a batch of this rank; the last may be shorter.
         rank: of this process.
         world_size: number of processes.
         num_workers: threads that read one batch ahead; 0 reads in the caller's.
         pin_memory: page-locked tensors.
+        flips: bool ``[N]``, which items to mirror, e.g. of ``dataset.order.flip_mask``.
 
     Yields:
-        item numbers int64 ``[n]`` and images uint8 ``[n, 3, H, W]``, 0…255.
+        item numbers int64 ``[n]`` and images uint8 ``[n, 3, H, W]``, 0…255, or a ``LatentBatch``.
     """
     items = np.arange(rank, len(dataset), world_size, dtype=np.int64)
     batches = [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
-    reader = _BatchReader(dataset, num_workers, pin_memory)
+    read = read_batches(dataset, batches, num_workers=num_workers, pin_memory=pin_memory, flips=flips)
+    yield from zip(batches, read, strict=True)
+
+
+def read_batches(
+    dataset: ImageDataset | BatchSource,
+    batches: Sequence[np.ndarray],
+    *,
+    num_workers: int = 0,
+    prefetch: int = 1,
+    pin_memory: bool = False,
+    flips: np.ndarray | None = None,
+) -> Iterator[Any]:
+    """Read given batches, in order; arguments as of :func:`sequential_batches`, ``prefetch`` batches ahead."""
+    source = _as_source(dataset)
+    reader = _BatchReader(source, num_workers, pin_memory)
+    ahead: deque[_PendingBatch] = deque()
     try:
-        ahead: deque[_PendingBatch] = deque()
-        for number, batch in enumerate(batches):
-            wanted = batches[number + len(ahead) : number + (2 if num_workers else 1)]
-            ahead.extend(reader.start(items, None) for items in wanted)
-            yield batch, ahead.popleft().result()
+        for number in range(len(batches)):
+            wanted = batches[number + len(ahead) : number + 1 + (prefetch if num_workers else 0)]
+            ahead.extend(reader.start(items, None if flips is None else flips[items]) for items in wanted)
+            yield source.batch(ahead.popleft().result())
     finally:
         reader.close()
 
 
+def _as_source(dataset: ImageDataset | BatchSource) -> BatchSource:
+    return dataset if hasattr(dataset, "read_arrays") else ImageSource(dataset)
+
+
 class _PendingBatch:
-    def __init__(self, images: Tensor, parts: list[Future]) -> None:
-        self._images = images
+    def __init__(self, tensors: dict[str, Tensor], parts: list[Future]) -> None:
+        self._tensors = tensors
         self._parts = parts
 
-    def result(self) -> Tensor:
+    def result(self) -> dict[str, Tensor]:
         for part in self._parts:
             part.result()
-        return self._images
+        return self._tensors
 
 
 class _BatchReader:
@@ -169,26 +235,33 @@ class _BatchReader:
     of our own would not.
     """
 
-    def __init__(self, dataset: ImageDataset, num_workers: int, pin_memory: bool) -> None:
-        self._dataset = dataset
+    def __init__(self, source: BatchSource, num_workers: int, pin_memory: bool) -> None:
+        self._source = source
         self._pin_memory = pin_memory
         self._num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="reader") if num_workers else None
 
     def start(self, items: np.ndarray, flips: np.ndarray | None) -> _PendingBatch:
-        shape = (len(items), 3, self._dataset.resolution, self._dataset.resolution)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
-        pixels = images.numpy()
+        tensors = {
+            name: torch.empty((len(items), *shape), dtype=dtype, pin_memory=self._pin_memory)
+            for name, (shape, dtype) in self._source.layout.items()
+        }
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         if self._pool is None:
-            self._read(items, flips, pixels)
-            return _PendingBatch(images, [])
+            self._source.read_arrays(items, flips, arrays)
+            return _PendingBatch(tensors, [])
         # Several parts a thread: photographs differ in size, and a thread that is done takes the next part.
         size = max(4, -(-len(items) // (4 * self._num_workers)))
         parts = [slice(first, first + size) for first in range(0, len(items), size)]
         return _PendingBatch(
-            images,
+            tensors,
             [
-                self._pool.submit(self._read, items[part], None if flips is None else flips[part], pixels[part])
+                self._pool.submit(
+                    self._source.read_arrays,
+                    items[part],
+                    None if flips is None else flips[part],
+                    {name: array[part] for name, array in arrays.items()},
+                )
                 for part in parts
             ],
         )
@@ -197,40 +270,57 @@ class _BatchReader:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, items: np.ndarray, flips: np.ndarray | None, pixels: np.ndarray) -> None:
-        self._dataset.read_into(items, pixels)
-        if flips is not None:
-            pixels[flips] = pixels[flips, :, :, ::-1]
 
-
-def stage_dataset(path: str | os.PathLike, stage_dir: str | os.PathLike, *, kind: str = "images") -> Path:
+def stage_dataset(
+    path: str | os.PathLike, stage_dir: str | os.PathLike, *, kind: str = "images", parts: Sequence[str] = ()
+) -> Path:
     """Copy a packed dataset to a local disk and return where it lies there.
 
     Files that are there already are not copied again, so an interrupted copy continues. One process a machine calls
     this, the others wait for it and then call it too: for them nothing is left to copy.
 
+    Args:
+        path: the dataset.
+        stage_dir: folder on the local disk.
+        kind: ``"images"``, or ``"latents"`` for a cache, whose VAE and statistics come along.
+        parts: of a cache, the sub-folders in use (``dataset.latents.FLIPPED_NAME``, ``features_name(...)``).
+
     Raises:
-        UserError: no packed dataset, or not enough space.
+        UserError: no packed dataset, no such part, or not enough space.
     """
     path = Path(path)
-    index = PackedReader(path, kind).index
-    sizes = {name: file["bytes"] for shard in index["shards"] for name, file in shard["files"].items()}
-    sizes.update({name: file["bytes"] for name, file in index["labels"].items()})
-    sizes[INDEX_NAME] = (path / INDEX_NAME).stat().st_size  # last: without it the copy is no dataset
-    version = hashlib.sha256((path / INDEX_NAME).read_bytes()).hexdigest()[:12]
-    target = Path(stage_dir) / f"{path.resolve().name}-{version}"
+    PackedReader(path, kind)  # complete, and of that kind
+    folders, others = cache_files(path, parts) if kind == "latents" else (["."], [])
+    sizes = {name: (path / name).stat().st_size for name in others}
+    version = hashlib.sha256()
+    for folder in folders:
+        sizes.update(_packed_sizes(path, folder))
+        version.update((path / folder / INDEX_NAME).read_bytes())
+    target = Path(stage_dir) / f"{path.resolve().name}-{version.hexdigest()[:12]}"
     target.mkdir(parents=True, exist_ok=True)
     missing = {name: size for name, size in sizes.items() if not _has_size(target / name, size)}
     _check_space(target, sum(missing.values()))
     with tqdm(total=sum(missing.values()), unit="B", unit_scale=True, desc="staging", disable=not missing) as progress:
         for name, size in missing.items():
             temporary = target / f"{name}.tmp"
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path / name, temporary)
             if temporary.stat().st_size != size:
                 raise UserError(f"{path / name} changed while it was copied; run the same command again")
             os.replace(temporary, target / name)
             progress.update(size)
     return target
+
+
+def _packed_sizes(path: Path, folder: str) -> dict[str, int]:
+    """Bytes of the files of a packed folder, the index last: without it the copy is no dataset."""
+    index = read_index(path / folder)
+    if index is None:
+        raise UserError(f"{path / folder} is not complete; run the command that made {path} again")
+    files = [*(shard["files"] for shard in index["shards"]), index["labels"]]
+    sizes = {os.path.normpath(f"{folder}/{name}"): file["bytes"] for names in files for name, file in names.items()}
+    name = os.path.normpath(f"{folder}/{INDEX_NAME}")
+    return sizes | {name: (path / name).stat().st_size}
 
 
 def _has_size(path: Path, size: int) -> bool:

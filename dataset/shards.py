@@ -18,6 +18,7 @@ import bisect
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -339,6 +340,17 @@ class PackedReader:
         if len(data) != end - begin:
             raise UserError(f"{self._shard_path(shard)} is cut short; {_RERUN}")
         return data
+
+    def read_all(self, out: np.ndarray) -> None:
+        """Read a whole raw dataset into a contiguous array ``[N, *shape]``, one read a shard."""
+        for shard, (first, last) in enumerate(itertools.pairwise(self._starts)):
+            if last > first:
+                _, start, _ = self._open(shard)
+                self._read_rest(shard, memoryview(out[first:last].reshape(-1).view(np.uint8)), start)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all checksums: the same for the same bytes; cheap."""
+        return hashlib.sha256(" ".join(file["sha256"] for _, file in self._files()).encode()).hexdigest()
 
     def verify(self) -> None:
         """Compare every file with its checksum; reads the whole dataset. Raises UserError at the first that differs."""

@@ -1,6 +1,7 @@
 """The VAE: ``diffusers.AutoencoderKL`` with its latent statistics, from uint8 images to images in [-1, 1]."""
 
 import copy
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,9 +15,15 @@ from torch import nn
 
 from errors import UserError
 from models.latent_statistics import LatentStatistics
+from models.weight_files import weights_checksum
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs" / "vae"
 STATISTICS_FILE = "latents_stats.safetensors"
+# What the layers do, beside what the weights' names and shapes say; a fixed list, because diffusers adds keys.
+_ARCHITECTURE_KEYS = (
+    *("in_channels", "out_channels", "latent_channels", "block_out_channels", "down_block_types", "up_block_types"),
+    *("layers_per_block", "act_fn", "norm_num_groups", "mid_block_add_attention"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,13 @@ class Autoencoder(nn.Module):
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Un-normalised latents ``[B, C, h, w]`` → images ``[B, 3, H, W]``, nominally in [-1, 1], not clamped."""
         return self.network.decode(z).sample.float()
+
+    def checksum(self) -> str:
+        """SHA-256 of architecture and weights: which VAE this is, whatever its statistics, scaling factor or folder."""
+        config = {key: _list_or_value(self.network.config.get(key)) for key in _ARCHITECTURE_KEYS}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        digest.update(weights_checksum(self.network.state_dict()).encode())
+        return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write a diffusers folder with the latent statistics beside the weights, complete or not at all."""

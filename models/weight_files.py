@@ -1,6 +1,8 @@
 """Reading other people's files of weights: tensors by name, nothing unpickled."""
 
+import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -40,6 +42,16 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     if not state:
         raise NotWeightsError("it is empty")
     return state
+
+
+def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values, in the order of the names; wherever the tensors lie."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def one_line(error: Exception) -> str:

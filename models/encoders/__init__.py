@@ -8,6 +8,7 @@ from torch import nn
 from errors import UserError
 from models.encoders.registry import ENCODERS, EncoderSpec, encoder_spec
 from models.encoders.weights import find_weights, load_weights
+from models.weight_files import weights_checksum
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "build_encoder", "encoder_spec"]
 
@@ -40,6 +41,11 @@ class Encoder(nn.Module):
     def input_size(self) -> int:
         """Side of the image that the network sees, in pixels."""
         return self.grid * self.spec.stride
+
+    def checksum(self) -> str:
+        """SHA-256 of the weights, without position embeddings: they were resampled to the grid."""
+        state = self.network.state_dict()
+        return weights_checksum({name: state[name] for name in state if not name.endswith("pos_embed")})
 
     def train(self, mode: bool = True) -> "Encoder":
         """Stays in eval mode: a frozen network whose statistics must not move."""

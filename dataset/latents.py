@@ -1,0 +1,302 @@
+"""Latents by number: a cache made by cache_latents.py, with what a diffusion transformer is trained on beside them.
+
+::
+
+    index.json labels.npy     a packed dataset of kind "latents": [2C, h, w], posterior mean, then standard deviation
+    latents-00000.npy …
+    latents_stats.safetensors mean, std, var of posterior samples over the whole set
+    vae/                      the VAE that made it, a diffusers folder
+    flipped/                  a packed dataset: latents of the mirrored images
+    features/ENC/             a packed dataset of kind "features": [N, D], what the VFM ENC sees
+    features-flipped/ENC/     the same of the mirrored images
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dataset.images import ImageDataset
+from dataset.shards import PackedReader, read_index
+from errors import UserError
+from models.latent_statistics import LatentStatistics
+
+STATISTICS_NAME = "latents_stats.safetensors"
+VAE_NAME = "vae"
+FLIPPED_NAME = "flipped"
+_MAKE = "make it with cache_latents.py"
+
+
+class LatentBatch(NamedTuple):
+    """What a training step is given.
+
+    Attributes:
+        moments: ``[b, 2C, h, w]``, posterior mean, then standard deviation, of the cache's type.
+        labels: int64 ``[b]``.
+        images: uint8 ``[b, 3, H, W]``, 0…255, or None.
+        features: ``[b, N, D]`` of the VFM, of the cache's type, or None.
+    """
+
+    moments: Tensor
+    labels: Tensor
+    images: Tensor | None = None
+    features: Tensor | None = None
+
+
+def features_name(enc_type: str, flipped: bool = False) -> str:
+    """The sub-folder of a VFM's features."""
+    return f"{'features-flipped' if flipped else 'features'}/{enc_type}"
+
+
+def latents_folder(data_dir: str | os.PathLike | None, name: str) -> Path:
+    """The folder that --vae-latents-name means: a name is a folder in a packed dataset, a path is itself.
+
+    Raises:
+        UserError: a name without a packed dataset, or no name at all.
+    """
+    if os.sep in name or "/" in name:
+        return Path(name)
+    if name in ("", ".", ".."):
+        raise UserError(f"--vae-latents-name {name!r} is no name; give one, or a path such as ./latents")
+    if data_dir is None:
+        raise UserError(f"--vae-latents-name {name} is a folder in --data-dir, which is not given; give it, or a path")
+    if read_index(data_dir) is None:
+        raise UserError(
+            f"--data-dir {data_dir} is no packed dataset that could hold the folder {name}; give --vae-latents-name a "
+            f"path, such as ./{name}"
+        )
+    return Path(data_dir) / name
+
+
+class LatentDataset:
+    """A latent cache, and on demand its mirrored copy, VFM features, and the images it was made from.
+
+    What fits is held in memory and gathered with one vectorised take; the rest is read item by item. Feeds
+    ``dataset.loader``; several threads may read at once.
+
+    Args:
+        folder: of the cache.
+        hflip: open the mirrored copy too.
+        features: VFM whose features are read, a name of ``--enc-type``.
+        images: the dataset that the cache was made from, to read its images too.
+        memory_limit: bytes that may be held in memory; by default a quarter of what is available, divided by the
+            processes; 0 reads from the files always.
+        local_processes: processes on this machine, each of which holds its own copy.
+
+    Attributes:
+        latent_shape: (C, h, w).
+        labels: int64 ``[N]``.
+        class_names: label ``c`` means ``class_names[c]``.
+        vae_folder: diffusers folder of the VAE that made the cache.
+        statistics: of posterior samples over the whole set.
+        feature_shape: (N, D), or None.
+        has_flipped: whether items can be mirrored.
+        source: what the cache was made from and how, from its index.
+
+    Raises:
+        UserError: no complete cache, no such part in it, or images of another dataset.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        hflip: bool = False,
+        features: str | None = None,
+        images: ImageDataset | None = None,
+        memory_limit: int | None = None,
+        local_processes: int = 1,
+    ) -> None:
+        self.folder = Path(folder)
+        if read_index(self.folder) is None:
+            raise UserError(_explain_missing(self.folder))
+        latents = PackedReader(self.folder, kind="latents")
+        self.source: dict = latents.index["source"]
+        self.labels = latents.labels
+        self.class_names = latents.class_names
+        self.vae_folder = self.folder / VAE_NAME
+        self.latent_shape = self._latent_shape(latents)
+        self.statistics = self._load_statistics()
+        self.has_flipped = hflip
+        self._fingerprint = latents.fingerprint()
+        self._images = images
+        if images is not None:
+            self._check_images(images)
+        limit = available_memory() // (4 * local_processes) if memory_limit is None else memory_limit
+        readers = [latents, self._open(FLIPPED_NAME, "latents", "--hflip")] if hflip else [latents]
+        self._moments = _Array(readers, limit)
+        self._features = None
+        if features is not None:
+            names = [features_name(features, flipped) for flipped in ((False, True) if hflip else (False,))]
+            flags = f"--cache-features --enc-type {features}{' --hflip' if hflip else ''}"
+            readers = [self._open(name, "features", flags) for name in names]
+            self._features = _Array(readers, limit - self._moments.held_bytes)
+        self.feature_shape = None if self._features is None else self._features.spec.shape
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """The same for the same latents and labels in the same order, on any machine; cheap."""
+        return f"latents:{self._fingerprint}"
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that this process holds in memory."""
+        return self._moments.held_bytes + (0 if self._features is None else self._features.held_bytes)
+
+    @property
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each array of an item."""
+        layout = {"moments": _torch_layout(self._moments), "labels": ((), torch.int64)}
+        if self._images is not None:
+            layout["images"] = ((3, self._images.resolution, self._images.resolution), torch.uint8)
+        if self._features is not None:
+            layout["features"] = _torch_layout(self._features)
+        return layout
+
+    def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
+        """Read n items into arrays ``[n, …]`` of :attr:`layout`; those in ``flips``, bool ``[n]``, mirrored."""
+        self._moments.read(items, flips, out["moments"])
+        out["labels"][...] = self.labels[items]
+        if self._images is not None:
+            pixels = out["images"]
+            self._images.read_into(items, pixels)
+            if flips is not None:
+                pixels[flips] = pixels[flips, :, :, ::-1]
+        if self._features is not None:
+            self._features.read(items, flips, out["features"])
+
+    def batch(self, tensors: Mapping[str, Tensor]) -> LatentBatch:
+        """What the loader hands out."""
+        return LatentBatch(**tensors)
+
+    def _latent_shape(self, latents: PackedReader) -> tuple[int, int, int]:
+        path = self.vae_folder / "config.json"
+        try:
+            channels = int(json.loads(path.read_bytes())["latent_channels"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} does not say latent_channels ({error}); copy the whole cache again") from error
+        shape = latents.spec.shape
+        if len(shape) != 3 or shape[0] != 2 * channels:
+            raise UserError(
+                f"{self.folder} holds items of shape {shape}; posterior means and standard deviations of a VAE with "
+                f"{channels} latent channels have {2 * channels}; {_MAKE}"
+            )
+        return channels, *shape[1:]
+
+    def _load_statistics(self) -> LatentStatistics:
+        path = self.folder / STATISTICS_NAME
+        try:
+            tensors = load_file(path)
+            statistics = LatentStatistics(self.latent_shape[0])
+            statistics.load(tensors["mean"], tensors["std"], tensors["var"])
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); copy the whole cache again") from error
+        return statistics
+
+    def _check_images(self, images: ImageDataset) -> None:
+        if images.fingerprint() != self.source.get("dataset"):
+            raise UserError(
+                f"{self.folder} was made from another dataset than the one given ({len(self)} latents, {len(images)} "
+                "images); give its --data-dir, or make a cache of this one"
+            )
+
+    def _open(self, name: str, kind: str, flags: str) -> PackedReader:
+        folder = self.folder / name
+        if read_index(folder) is None:
+            raise UserError(
+                f"{self.folder} has no complete {name}/; run the same cache_latents.py command again with {flags}"
+            )
+        reader = PackedReader(folder, kind)
+        if not np.array_equal(reader.labels, self.labels):
+            raise UserError(f"{folder} belongs to another dataset than {self.folder}; delete it and make it again")
+        return reader
+
+
+class _Array:
+    """The items of a packed dataset and, as numbers N and up, those of its mirrored copy."""
+
+    def __init__(self, readers: Sequence[PackedReader], limit: int) -> None:
+        self.spec = readers[0].spec
+        self._readers = readers
+        self._length = len(readers[0])
+        if any(reader.spec != self.spec for reader in readers):
+            raise UserError(
+                f"{readers[1].folder} holds {readers[1].spec.shape} of {readers[1].spec.dtype}, {readers[0].folder} "
+                f"{self.spec.shape} of {self.spec.dtype}; make one of them again"
+            )
+        self._held: np.ndarray | None = None
+        size = self.spec.item_bytes * self._length * len(readers)
+        if size <= limit:
+            self._held = np.empty((len(readers) * self._length, *self.spec.shape), self.spec.dtype)
+            for number, reader in enumerate(readers):
+                reader.read_all(self._held[number * self._length : (number + 1) * self._length])
+
+    @property
+    def held_bytes(self) -> int:
+        return 0 if self._held is None else self._held.nbytes
+
+    def read(self, items: np.ndarray, flips: np.ndarray | None, out: np.ndarray) -> None:
+        if self._held is not None:
+            rows = items if flips is None else items + self._length * flips
+            # "clip" writes straight into out, where "raise" goes through a copy; the numbers are within bounds
+            np.take(self._held, rows, axis=0, out=out, mode="clip")
+            return
+        for place, item in enumerate(items):
+            reader = self._readers[0 if flips is None else int(flips[place])]
+            reader.read_into(int(item), out[place])
+
+
+def available_memory() -> int:
+    """Bytes of main memory that this process could still take: the machine's, or less where a cgroup says so."""
+    available = _meminfo("MemAvailable")
+    if available is None:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no cgroup, or "max"
+            continue
+    return max(0, available)
+
+
+def cache_files(folder: Path, parts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What of a cache has to be copied: its packed folders, itself last, and its other files; relative to ``folder``.
+
+    Args:
+        folder: of the cache.
+        parts: sub-folders in use, e.g. ``"flipped"`` or ``features_name(...)``.
+    """
+    others = [STATISTICS_NAME, *(f"{VAE_NAME}/{path.name}" for path in sorted((folder / VAE_NAME).iterdir()))]
+    return [*parts, "."], others
+
+
+def _meminfo(key: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _torch_layout(array: _Array) -> tuple[tuple[int, ...], torch.dtype]:
+    return array.spec.shape, getattr(torch, array.spec.dtype)
+
+
+def _explain_missing(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder} does not exist; {_MAKE}, or correct --vae-latents-name"
+    if any(folder.glob("latents-?????.*")) or (folder / "settings.json").exists():
+        return f"{folder} is not finished; run the same cache_latents.py command again, it continues"
+    return f"{folder} is no latent cache (it has no index.json); {_MAKE}"
