@@ -61,6 +61,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_interval_arguments(parser)
     args = parser.parse_args(argv)
     arguments.check_arguments(args)
+    if not args.dry_run and not args.data_dir:
+        raise UserError("--data-dir is needed: a packed dataset (preprocessing.py) or a tree of class folders")
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")
     return args

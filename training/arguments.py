@@ -11,7 +11,7 @@ from training.optimizer import SCHEDULES
 CHANGEABLE = frozenset(
     {
         *("max_train_steps", "epochs"),
-        *("num_workers", "prefetch", "stage_dir", "data_dir"),
+        *("num_workers", "prefetch", "stage_dir", "data_dir", "vae_latents_name", "val_vae_latents_name"),
         *("log_steps", "val_steps", "sampling_steps", "checkpointing_steps", "keep_checkpoints", "milestone_steps"),
         *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
         "num_processes",
@@ -189,8 +189,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--milestone-steps {args.milestone_steps} is not a multiple of --checkpointing-steps "
             f"{args.checkpointing_steps}"
         )
-    if not args.dry_run and not args.data_dir:
-        raise UserError("--data-dir is needed: a packed dataset (preprocessing.py) or a tree of class folders")
 
 
 def resolve_max_steps(args: argparse.Namespace, images: int) -> int:

@@ -1,0 +1,374 @@
+"""Stage 3: train a SiT on cached latents, its hidden states aligned with frozen VFM features (REPA).
+
+  python train_ldm.py --exp-name ldm --data-dir data/imagenet256 --vae-latents-name sendvae --model SiT-XL/1
+
+Reads the cache that cache_latents.py made, and the images themselves only where REPA's features are not cached. Writes
+exps/NAME with checkpoints (weights, EMA), metrics.jsonl, sample grids and vae/, a copy of the cache's VAE, so that
+generate.py needs nothing else. The same command resumes exactly where the run stopped; SIGTERM and SIGUSR1 save and
+stop. Runs under python, torchrun and accelerate launch. Exit codes: 0 finished, 1 training failed, 2 wrong input,
+128 + n stopped by signal n (a launcher of several processes makes 1 of it).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from dataset.images import ImageDataset, open_images
+from dataset.latents import LatentBatch, LatentDataset, features_name, latents_folder
+from dataset.loader import stage_dataset
+from dataset.shards import read_index
+from diffusion.flow import PATH_TYPES, WEIGHTINGS
+from errors import UserError
+from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
+from models.encoders import ENCODERS, Encoder, build_encoder, encoder_spec
+from models.sit import SIT_SIZES, SiT, SiTConfig
+from training import arguments, dry_run
+from training.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
+from training.ema import EMA
+from training.ldm import LDMTrainer
+from training.ldm_task import LDMTask
+from training.loop import Schedule
+from training.optimizer import build_adamw
+from training.processes import this_process
+from training.run import build_accelerator, set_numerics
+from training.session import Job, micro_batch_size, train
+
+DRY_RUN_CLASSES = 1000
+DEFAULT_RESOLUTION = 256
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="train_ldm.py",
+        usage="%(prog)s --exp-name NAME --data-dir DIR --vae-latents-name NAME [flags]",
+        description=__doc__,
+    )
+    arguments.add_run_arguments(parser)
+    arguments.add_data_arguments(parser)
+    add_latent_arguments(parser)
+    add_model_arguments(parser)
+    add_alignment_arguments(parser)
+    arguments.add_schedule_arguments(parser, batch_size=256, epochs=80)
+    arguments.add_speed_arguments(parser)
+    arguments.add_interval_arguments(parser)
+    add_grid_arguments(parser)
+    args = parser.parse_args(argv)
+    arguments.check_arguments(args)
+    if not args.dry_run and not args.vae_latents_name:
+        raise UserError("--vae-latents-name is needed: the latent cache that cache_latents.py made")
+    return args
+
+
+def add_latent_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("latents")
+    group.add_argument(
+        "--vae-latents-name",
+        metavar="NAME",
+        help="latent cache: a folder inside --data-dir (and inside --val-data-dir), or a path",
+    )
+    group.add_argument(
+        "--val-vae-latents-name", metavar="NAME", help="held-out cache, where it is called otherwise or is a path"
+    )
+    group.add_argument(
+        "--vae",
+        metavar="NAME",
+        help=f"architecture for a --dry-run without a cache ({', '.join(architecture_names())}, or a diffusers "
+        "folder); else the cache's own VAE is used",
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("SiT and its objective")
+    group.add_argument(
+        "--model",
+        "--models",
+        default="SiT-XL/1",
+        metavar="NAME",
+        help=f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1, 2, 4 or 8 latent positions",
+    )
+    group.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise q and k")
+    group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
+    group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
+    group.add_argument("--weighting", choices=WEIGHTINGS, default="uniform", help="how training times are drawn")
+    group.add_argument(
+        "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"
+    )
+    group.add_argument("--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of AdamW")
+    group.add_argument(
+        "--ema-decay", type=fraction, default=0.9999, metavar="X", help="of the averaged weights; 0: no EMA"
+    )
+
+
+def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("alignment (REPA)")
+    group.add_argument(
+        "--proj-coeff", type=non_negative_float, default=0.5, metavar="X", help="weight of REPA; 0: no VFM is used"
+    )
+    group.add_argument(
+        "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
+    )
+    group.add_argument("--enc-type", default="dinov2-vit-b", metavar="NAME", help=f"frozen VFM: {', '.join(ENCODERS)}")
+    group.add_argument("--enc-ckpt", metavar="FILE", help="its weights (default: $VFM_DIR, timm's cache, the hub)")
+    group.add_argument(
+        "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
+    )
+    group.add_argument(
+        "--repa-source",
+        choices=("auto", "images", "features"),
+        default="auto",
+        help="run the VFM on the images, or read cached features; auto: features where the cache has them",
+    )
+
+
+def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sample grids")
+    group.add_argument("--grid-steps", type=positive_int, default=50, metavar="N", help="Euler steps of a sample grid")
+    group.add_argument(
+        "--grid-cfg-scale",
+        type=non_negative_float,
+        default=4.0,
+        metavar="X",
+        help="guidance of a grid's lower half; 1: none",
+    )
+
+
+@dataclass
+class Data:
+    """What is trained on; a dry run may lack all of it."""
+
+    latents: LatentDataset | None = None
+    held_out: LatentDataset | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_arguments(argv)
+    folder = None if args.dry_run else arguments.run_folder(args)
+    accelerator = build_accelerator(args.mixed_precision, args.report_to, folder)
+    set_numerics(args.seed, args.allow_tf32, args.deterministic)
+    data = open_data(args, accelerator)
+    autoencoder = load_autoencoder(args, data.latents)
+    config = resolve(args, accelerator, data, autoencoder)
+    if args.dry_run:
+        dry_run_step(args, config, data, autoencoder, accelerator)
+        return 0
+    job = build_job(args, config, data, autoencoder, accelerator)
+    return train(args, vars(args), folder, job, accelerator)
+
+
+def open_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
+    """The latent caches; a dry run does without where none is named."""
+    if not args.vae_latents_name:
+        return Data()
+    folder = latents_folder(args.data_dir, args.vae_latents_name)
+    if args.stage_dir and not args.dry_run:
+        if accelerator.is_local_main_process:
+            stage_dataset(folder, args.stage_dir, kind="latents")
+        accelerator.wait_for_everyone()
+        folder = stage_dataset(folder, args.stage_dir, kind="latents")
+    latents = LatentDataset(
+        folder,
+        hflip=args.hflip,
+        features=args.enc_type if args.repa_source == "features" else None,
+        images=open_repa_images(args) if args.repa_source == "images" else None,
+        local_processes=this_process().local_size,
+    )
+    held_out = None
+    if args.val_data_dir or args.val_vae_latents_name:
+        held_out = LatentDataset(latents_folder(args.val_data_dir, args.val_vae_latents_name or args.vae_latents_name))
+    return Data(latents, held_out)
+
+
+def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
+    """Where the features come from: ``none``, ``features`` (cached) or ``images``."""
+    if not args.proj_coeff:
+        return "none"
+    if args.repa_source == "auto":
+        return "images" if read_index(folder / features_name(args.enc_type)) is None else "features"
+    return args.repa_source
+
+
+def open_repa_images(args: argparse.Namespace) -> ImageDataset:
+    if not args.data_dir:
+        raise UserError("--data-dir is needed: REPA reads the images (or cache features, or --proj-coeff 0)")
+    packed = (Path(args.data_dir) / "index.json").is_file()
+    return open_images(args.data_dir, args.resolution if packed or args.resolution else DEFAULT_RESOLUTION)
+
+
+def load_autoencoder(args: argparse.Namespace, latents: LatentDataset | None) -> Autoencoder:
+    """The cache's VAE with its statistics; for a dry run without a cache a random one of ``--vae``."""
+    if latents is None:
+        return build_autoencoder(args.vae or "f16d32", "none")[0]
+    autoencoder, _ = build_autoencoder(str(latents.vae_folder))
+    if args.vae:
+        named, _ = build_autoencoder(args.vae, "none")
+        if (named.latent_channels, named.downsampling) != (autoencoder.latent_channels, autoencoder.downsampling):
+            raise UserError(
+                f"--vae {args.vae} is not the VAE that {latents.folder} was made with: leave the flag away, or give "
+                "the cache of that VAE"
+            )
+    return autoencoder
+
+
+def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, autoencoder: Autoencoder) -> SiTConfig:
+    """Replace every default that depends on the data, so that ``args.json`` and checkpoints say what was done."""
+    args.mixed_precision = accelerator.mixed_precision
+    latents = data.latents
+    args.resolution = latents.source["resolution"] if latents is not None else args.resolution or DEFAULT_RESOLUTION
+    channels, side, _ = autoencoder.latent_shape(args.resolution)
+    config = SiTConfig(
+        model=args.model,
+        latent_channels=channels,
+        latent_size=side,
+        num_classes=DRY_RUN_CLASSES if latents is None else len(latents.class_names),
+        qk_norm=args.qk_norm,
+        encoder_depth=args.encoder_depth,
+        feature_dims=(encoder_spec(args.enc_type).embed_dim,) if args.proj_coeff else (),
+        projector_width=args.projector_width,
+    )
+    config.check()
+    args.sit = config.to_dict()
+    if latents is not None:
+        check_features(args, config, latents)
+        args.class_names = latents.class_names
+        args.data_fingerprint = latents.fingerprint()
+        args.vae_checksum = autoencoder.checksum()
+        if not args.dry_run:
+            args.max_train_steps = arguments.resolve_max_steps(args, len(latents))
+    return config
+
+
+def check_features(args: argparse.Namespace, config: SiTConfig, latents: LatentDataset) -> None:
+    """Cached features must lie on the SiT's token grid."""
+    if args.repa_source != "features":
+        return
+    tokens, width = latents.feature_shape
+    if (tokens, width) != (config.grid**2, config.feature_dims[0]):
+        raise UserError(
+            f"{latents.folder}: cached features of {args.enc_type} are {tokens} tokens of {width}, {args.model} needs "
+            f"{config.grid**2} of {config.feature_dims[0]}: cache them with --features-grid {config.grid}"
+        )
+
+
+def build_trainer(
+    args: argparse.Namespace, config: SiTConfig, autoencoder: Autoencoder, accelerator: Accelerator
+) -> LDMTrainer:
+    """Build every network and the optimizer."""
+    device = accelerator.device
+    torch.manual_seed(args.seed)
+    model = SiT(config).to(device).train()
+    model.gradient_checkpointing = args.gradient_checkpointing
+    encoders = build_encoders(args, config, accelerator)
+    ema = EMA(model, args.ema_decay) if args.ema_decay else None
+    if args.compile:
+        for network in (model, *(encoders or ())):
+            network.compile()
+    return LDMTrainer(
+        model,
+        autoencoder.to(device).statistics,
+        encoders,
+        proj_coeff=args.proj_coeff,
+        cfg_prob=args.cfg_prob,
+        path_type=args.path_type,
+        weighting=args.weighting,
+        max_grad_norm=args.max_grad_norm,
+        seed=args.seed,
+        optimizer=build_adamw(
+            model.parameters(),
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        ),
+        ema=ema,
+        accelerator=accelerator,
+    )
+
+
+def build_encoders(args: argparse.Namespace, config: SiTConfig, accelerator: Accelerator) -> list[Encoder] | None:
+    """The VFM that images are run through; None where features are cached or nothing is aligned."""
+    if not args.proj_coeff or args.repa_source == "features":
+        return None
+    with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
+        encoder = build_encoder(args.enc_type, config.grid, args.enc_ckpt, args.random_weights)
+    return [encoder.to(accelerator.device)]
+
+
+def build_job(
+    args: argparse.Namespace, config: SiTConfig, data: Data, autoencoder: Autoencoder, accelerator: Accelerator
+) -> Job:
+    def prepare(folder: Path) -> None:
+        if not (folder / "vae").exists():
+            autoencoder.save(folder / "vae")
+
+    def build() -> LDMTask:
+        trainer = build_trainer(args, config, autoencoder, accelerator)
+        return LDMTask(
+            trainer,
+            Schedule(args.lr_schedule, args.warmup_steps, args.max_train_steps),
+            rate=args.learning_rate,
+            autoencoder=autoencoder,
+            held_out=data.held_out,
+            val_batch_size=micro_batch_size(args, accelerator),
+            max_val_images=args.max_val_images,
+            num_workers=args.num_workers,
+            grid_steps=args.grid_steps,
+            grid_cfg_scale=args.grid_cfg_scale,
+        )
+
+    return Job("sendvae-ldm", data.latents, build, prepare=prepare, describe=lambda task: describe(args, config, data))
+
+
+def describe(args: argparse.Namespace, config: SiTConfig, data: Data) -> list[str]:
+    """The resolved sizes, for the log."""
+    shape, held = (config.latent_channels, config.latent_size, config.latent_size), data.latents.held_bytes
+    lines = [
+        f"{len(data.latents)} latents {shape}, {config.num_classes} classes, {held / 1e9:.2f} GB held in memory",
+        f"{config.model}: {config.size.depth} blocks of {config.size.width}, {config.grid}×{config.grid} tokens",
+    ]
+    if args.proj_coeff:
+        lines.append(f"REPA after block {config.encoder_depth} with {args.enc_type}, from {args.repa_source}")
+    return lines
+
+
+def dry_run_step(
+    args: argparse.Namespace, config: SiTConfig, data: Data, autoencoder: Autoencoder, accelerator: Accelerator
+) -> None:
+    """Two steps at the real shapes: batch 2 on each process, of random latents."""
+    trainer = build_trainer(args, config, autoencoder, accelerator)
+    batch = random_batch(args, config, count=2)
+    networks = {
+        args.model: trainer.model,
+        f"VFM {args.enc_type}": None if trainer.encoders is None else trainer.encoders[0],
+        "VAE": autoencoder,
+    }
+    dry_run.report(
+        networks,
+        lambda number: trainer.step(number, [batch], args.learning_rate),
+        2 * accelerator.num_processes,
+        accelerator.device,
+        shown=accelerator.is_main_process,
+    )
+
+
+def random_batch(args: argparse.Namespace, config: SiTConfig, count: int) -> LatentBatch:
+    """What a batch of the cache would hold, made up."""
+    side = config.latent_size
+    images = features = None
+    if args.repa_source == "features":
+        features = torch.randn(count, config.grid**2, config.feature_dims[0])
+    elif args.proj_coeff:
+        images = torch.randint(0, 256, (count, 3, args.resolution, args.resolution), dtype=torch.uint8)
+    return LatentBatch(
+        moments=torch.rand(count, 2 * config.latent_channels, side, side),
+        labels=torch.randint(0, config.num_classes, (count,)),
+        images=images,
+        features=features,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
