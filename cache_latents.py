@@ -1,0 +1,410 @@
+"""Stage 2: a VAE encodes a dataset once; what train_ldm.py reads is the posterior's mean and standard deviation.
+
+  python cache_latents.py --data-dir data/imagenet256 --vae exps/sendvae/vae --vae-latents-name latents-sendvae
+
+Makes the folder latents-sendvae in the packed dataset (or any folder, given as a path): latents, latent statistics over
+the whole set, a copy of the VAE, and on demand the latents of the mirrored images and VFM features. Any number of
+processes work on it, under python, torchrun or accelerate launch; none waits for another. Stopped at any moment, the
+same command makes the missing shards, and ends with the same bytes whatever the batch and the number of processes.
+Run it again with --hflip or --cache-features to add these to a complete cache.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from dataset.images import ImageDataset, open_images
+from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_name, latents_folder
+from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
+from dataset.shards import ShardSpec, read_index
+from errors import UserError
+from models.autoencoder import STATISTICS_FILE, Autoencoder, architecture_names, build_autoencoder
+from models.encoders import ENCODERS, Encoder, build_encoder, encoder_spec
+from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
+from training.dry_run import count_parameters, peak_memory
+from training.latent_cache import (
+    Cacher,
+    ChunkEncoder,
+    MeasuredStatistics,
+    Target,
+    autocast_for,
+    chunk_size,
+    differences,
+    features_encoder,
+    latents_encoder,
+    one_thread_each,
+    save_beside,
+)
+from training.processes import Process, this_process
+from training.run import progress_bar, status_of
+
+DEFAULT_RESOLUTION = 256
+IMAGENET_IMAGES = 1_281_167  # what a dry run without data counts
+MAX_DIFFERENCE = 0.02  # of measured latent statistics from the VAE's, above which there is a warning
+OUTPUT_FLAG = "--vae-latents-name"
+FLAGS = {  # which flag a setting comes from
+    "dataset": "--data-dir",
+    "vae": "--vae-ckpt",
+    "precision": "--mixed-precision",
+    "encoder": "--enc-ckpt",
+    "grid": "--features-grid",
+    "enc_type": "--enc-type",
+}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="cache_latents.py", usage="%(prog)s --data-dir DIR --vae DIR [flags]", description=__doc__
+    )
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", help="packed dataset of preprocessing.py, a class-folder tree or a zip")
+    add(
+        "--resolution",
+        type=positive_int,
+        metavar="PX",
+        help="side of the images, pixels (default: the packed dataset's, or 256)",
+    )
+    names = ", ".join(architecture_names())
+    add("--vae", "--vae-arch", default="f16d32", metavar="NAME", help=f"diffusers folder, or architecture ({names})")
+    add("--vae-ckpt", "--vae-ckpt-path", metavar="DIR", help="folder with its weights (default: the --vae folder)")
+    add(
+        OUTPUT_FLAG,
+        metavar="NAME",
+        help="folder to make: a name is a folder in the packed --data-dir, anything with a / is a path "
+        "(default: latents- and the name of the VAE's run or folder)",
+    )
+    add("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
+    add("--hflip", action="store_true", help="also encode the mirrored images (twice the size and time)")
+    add("--cache-features", action="store_true", help="also store VFM features, for small sets (--dry-run: how many)")
+    add("--enc-type", metavar="NAME", help=f"VFM of --cache-features: {', '.join(ENCODERS)}")
+    add("--enc-ckpt", metavar="FILE", help="its weights (default: $VFM_DIR, timm's cache, the hub)")
+    add("--features-grid", type=positive_int, metavar="N", help="its tokens along a side (default: resolution / 16)")
+    add(
+        "--pproc-batch-size",
+        "--batch-size",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="images that a process reads and writes at once, rounded up to the fixed chunks that are encoded; "
+        "changes no byte",
+    )
+    add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the networks; a cache is made only once")
+    add("--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
+    add(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="convolution weights in NHWC order (default: on a CPU, where it is faster)",
+    )
+    add("--allow-unfinished", action="store_true", help="take the VAE of a training that has not finished")
+    add("--dry-run", action="store_true", help="encode two batches; print sizes, bytes, seconds; write nothing")
+    add("--random-weights", action="store_true", help="only with --dry-run: build networks without weights")
+    add_debug_argument(parser)
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, before anything is built."""
+    if args.random_weights and not args.dry_run:
+        raise UserError("--random-weights is for --dry-run: latents of a random VAE teach nothing")
+    if args.random_weights and args.vae in architecture_names():
+        args.vae_ckpt = args.vae_ckpt or "none"
+    if args.vae_ckpt == "none" and not args.dry_run:
+        raise UserError("--vae-ckpt none is for --dry-run: give the diffusers folder of a trained VAE")
+    if not args.dry_run and not args.data_dir:
+        raise UserError("--data-dir is needed: a packed dataset (preprocessing.py), a tree of class folders or a zip")
+    if args.cache_features and not args.enc_type:
+        raise UserError(f"--cache-features needs --enc-type: {', '.join(ENCODERS)}")
+    if not args.cache_features and (args.enc_type or args.enc_ckpt or args.features_grid):
+        raise UserError("--enc-type, --enc-ckpt and --features-grid belong to --cache-features; add it")
+    if not args.allow_unfinished:
+        for path in (args.vae, args.vae_ckpt):
+            refuse_unfinished(path)
+
+
+def refuse_unfinished(path: str | None) -> None:
+    """Refuse a VAE that lies beside the status of a training that has not finished."""
+    if path is None or path in ("none", *architecture_names()):
+        return
+    try:
+        status = status_of(Path(path).parent)
+        state = None if status is None else status["state"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{Path(path).parent / 'status.json'} is damaged ({error}); add --allow-unfinished") from error
+    if state not in (None, "finished"):
+        raise UserError(
+            f"{path} is of a training that is {state} at step {status.get('step')}; run the same training command "
+            "again to finish it, or add --allow-unfinished"
+        )
+
+
+@dataclass
+class Networks:
+    """What encodes: the VAE, whether it came with statistics, and the VFM of --cache-features."""
+
+    autoencoder: Autoencoder
+    has_statistics: bool
+    encoder: Encoder | None
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_arguments(argv)
+    process = this_process()
+    set_numerics(args, process)
+    images = open_dataset(args)
+    args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
+    folder = None if args.dry_run else cache_folder(args)
+    networks = build_networks(args, process)
+    try:
+        with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads:
+            if args.dry_run:
+                dry_run(args, networks, images, process, threads)
+            else:
+                with sigterm_as_interrupt():
+                    make_cache(args, folder, networks, images, process, threads)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0]}): free the GPU of other processes, or add "
+            "--mixed-precision bf16; what is complete is kept"
+        ) from error
+    return 0
+
+
+def set_numerics(args: argparse.Namespace, process: Process) -> None:
+    """TF32, and kernels that are chosen by shape alone: the same in every process."""
+    if args.mixed_precision == "bf16" and process.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("--mixed-precision bf16: this GPU has no bf16; use no")
+    torch.manual_seed(0)  # of the random weights of a dry run
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def open_dataset(args: argparse.Namespace) -> ImageDataset | None:
+    """The images; None in a dry run without them."""
+    if not args.data_dir:
+        return None
+    packed = read_index(args.data_dir) is not None
+    return open_images(args.data_dir, args.resolution if packed or args.resolution else DEFAULT_RESOLUTION)
+
+
+def cache_folder(args: argparse.Namespace) -> Path:
+    """The folder to make."""
+    if args.vae_latents_name is None:
+        source = Path(args.vae_ckpt or args.vae).resolve()
+        args.vae_latents_name = f"latents-{source.parent.name if source.name == VAE_NAME else source.name}"
+    folder = latents_folder(args.data_dir, args.vae_latents_name)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{OUTPUT_FLAG} {folder} is a file; give a folder")
+    return folder
+
+
+def build_networks(args: argparse.Namespace, process: Process) -> Networks:
+    """VAE and VFM, on the device."""
+    if args.cache_features:
+        args.features_grid = args.features_grid or max(1, args.resolution // 16)
+        encoder_spec(args.enc_type)  # its error comes before a large VAE is read
+    autoencoder, has_statistics = build_autoencoder(args.vae, args.vae_ckpt)
+    autoencoder.latent_shape(args.resolution)
+    encoder = None
+    if args.cache_features:
+        encoder = build_encoder(args.enc_type, args.features_grid, args.enc_ckpt, args.random_weights)
+    channels_last = process.device.type == "cpu" if args.channels_last is None else args.channels_last
+    for network in (autoencoder, encoder):
+        if network is not None:
+            network.requires_grad_(False).to(process.device)
+            if channels_last:
+                network.to(memory_format=torch.channels_last)
+    if args.compile:
+        autoencoder.network.encoder.compile()
+        if encoder is not None:
+            encoder.network.compile()
+    return Networks(autoencoder, has_statistics, encoder)
+
+
+def build_targets(
+    args: argparse.Namespace, folder: Path, networks: Networks, images: ImageDataset, process: Process
+) -> list[Target]:
+    """The packed folders of the cache, its latents first."""
+    tf32 = process.device.type == "cuda" and args.allow_tf32
+    common = {
+        "dataset": images.fingerprint(),
+        "resolution": args.resolution,
+        "dtype": args.dtype,
+        "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if tf32 else "float32",
+    }
+    dtype, vae, shards = getattr(torch, args.dtype), networks.autoencoder, len(images.shard_counts)
+    specs = build_specs(args, networks)
+    measured: MeasuredStatistics | None = None
+
+    def before_index() -> None:
+        save_beside(folder, vae, networks.has_statistics, measured.total(shards))
+
+    def packing(part: Path, kind: str, settings: dict) -> PackingJob:
+        return PackingJob(part, specs[kind], common | settings, OUTPUT_FLAG, FLAGS)
+
+    targets = []
+    for flipped in (False, True) if args.hflip else (False,):
+        job = packing(
+            folder / FLIPPED_NAME if flipped else folder, "latents", {"vae": vae.checksum(), "flipped": flipped}
+        )
+        encode, name = latents_encoder(vae, dtype), "mirrored latents" if flipped else "latents"
+        if flipped:
+            targets.append(Target(name, job, encode, flipped, images.class_names))
+        else:
+            measured = MeasuredStatistics(job, vae.latent_channels)
+            targets.append(Target(name, job, encode, flipped, images.class_names, before_index, measured.shard))
+    if (encoder := networks.encoder) is not None:
+        settings = {"enc_type": args.enc_type, "grid": encoder.grid, "encoder": encoder.checksum()}
+        for flipped in (False, True) if args.hflip else (False,):
+            job = packing(folder / features_name(args.enc_type, flipped), "features", settings | {"flipped": flipped})
+            name = "mirrored features" if flipped else "features"
+            targets.append(Target(name, job, features_encoder(encoder, dtype), flipped, images.class_names))
+    return targets
+
+
+def build_specs(args: argparse.Namespace, networks: Networks) -> dict[str, ShardSpec]:
+    """What an item is, of the latents and of the features."""
+    channels, *sides = networks.autoencoder.latent_shape(args.resolution)
+    specs = {"latents": ShardSpec("latents", (2 * channels, *sides), args.dtype)}
+    if (encoder := networks.encoder) is not None:
+        specs["features"] = ShardSpec("features", (encoder.grid**2, encoder.embed_dim), args.dtype)
+    return specs
+
+
+def make_cache(
+    args: argparse.Namespace, folder: Path, networks: Networks, images: ImageDataset, process: Process, threads: int
+) -> None:
+    """Make what is missing of this process's shards, complete what is complete, say what came out."""
+    targets = build_targets(args, folder, networks, images, process)
+    complete = [target.packing.begin() for target in targets]
+    shards = len(images.shard_counts)
+    todo = sorted({number for target in targets for number in target.packing.missing(process.share(shards))})
+    if process.is_main:
+        show_plan(folder, targets, images)
+    count = sum(images.shard_counts[number] for number in todo)
+    cacher = Cacher(
+        images,
+        targets,
+        ChunkEncoder(
+            process.device,
+            chunk_size(args.resolution, process.device),
+            threads,
+            autocast_for(process.device, args.mixed_precision),
+        ),
+        batch_size=args.pproc_batch_size,
+        num_workers=args.num_workers,
+        pin_memory=process.device.type == "cuda",
+    )
+    begin = time.perf_counter()
+    if todo:
+        with progress_bar(count, 0, "caching", "img", process.is_main) as progress:
+            cacher.run(todo, progress)
+    seconds = time.perf_counter() - begin
+    completed = [target.finish(shards) for target in targets]
+    if completed[0]:
+        MeasuredStatistics(targets[0].packing, 0).tidy_up()
+    if count:
+        print(
+            f"process {process.rank} of {process.world_size}: {count} images in {seconds:.1f} s, "
+            f"{count / seconds:.1f} images/s"
+        )
+    if not all(completed):
+        if process.is_main:
+            print(f"{folder}: this process's shards are complete; whoever comes last completes the cache")
+    elif process.is_main or not all(complete):
+        report(folder, targets, len(images), networks)
+
+
+def show_plan(folder: Path, targets: Sequence[Target], images: ImageDataset) -> None:
+    """Bytes needed and free."""
+    needed = 0
+    for target in targets:
+        missing = target.packing.missing(range(len(images.shard_counts)))
+        count = sum(images.shard_counts[number] for number in missing)
+        needed += count * target.packing.spec.item_bytes
+        if count:
+            print(describe_bytes(target.name, target.packing.spec, count))
+    if needed:
+        check_space(folder, needed, "take --dtype float16, or leave out --hflip or --cache-features")
+
+
+def describe_bytes(name: str, spec: ShardSpec, count: int) -> str:
+    total = count * spec.item_bytes
+    shape = " × ".join(str(side) for side in spec.shape)
+    return f"{name}: {count} items of {shape} {spec.dtype}, {total} bytes ({total / 1e9:.2f} GB)"
+
+
+def report(folder: Path, targets: Sequence[Target], count: int, networks: Networks) -> None:
+    """What the complete cache is, and how its statistics compare with those the VAE came with."""
+    size = sum(target.packing.spec.item_bytes for target in targets) * count
+    print(f"{folder} is complete: {count} images, {', '.join(target.name for target in targets)}, {size} bytes")
+    if not networks.has_statistics:
+        print("the VAE came without latent statistics; the measured ones are stored with the cache's copy of it")
+        return
+    mean, std = differences(load_file(folder / STATISTICS_NAME), load_file(folder / VAE_NAME / STATISTICS_FILE))
+    text = f"the VAE's by at most {100 * mean:.2f} % of a std in the mean and {100 * std:.2f} % in the std"
+    if max(mean, std) > MAX_DIFFERENCE:
+        print(
+            f"WARNING: latent statistics over this dataset differ from {text}; training on this cache should "
+            f"normalise with {folder / STATISTICS_NAME}",
+            file=sys.stderr,
+        )
+    else:
+        print(f"latent statistics over this dataset differ from {text}")
+
+
+def dry_run(
+    args: argparse.Namespace, networks: Networks, images: ImageDataset | None, process: Process, threads: int
+) -> None:
+    """Encode two batches and say what the whole would take."""
+    count = IMAGENET_IMAGES if images is None else len(images)
+    dtype, vae, encoder = getattr(torch, args.dtype), networks.autoencoder, networks.encoder
+    specs, encoders = build_specs(args, networks), {"latents": latents_encoder(vae, dtype)}
+    if encoder is not None:
+        encoders["features"] = features_encoder(encoder, dtype)
+    chunk = chunk_size(args.resolution, process.device)
+    size = -(-min(args.pproc_batch_size, 4 * chunk * threads) // chunk) * chunk
+    batch = torch.randint(0, 256, (size, 3, args.resolution, args.resolution), dtype=torch.uint8)
+    if images is not None:
+        images.read_into(np.arange(size) % len(images), batch.numpy())
+    flips = (False, True) if args.hflip else (False,)
+    targets = [Target(name, None, encode, flipped, ()) for name, encode in encoders.items() for flipped in flips]
+    worker = ChunkEncoder(process.device, chunk, threads, autocast_for(process.device, args.mixed_precision))
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        worker.start(batch, targets)()
+        seconds.append(time.perf_counter() - begin)
+    worker.close()
+    if not process.is_main:
+        return
+    for name, network in (("VAE", vae), (f"VFM {args.enc_type}", encoder)):
+        if network is not None:
+            print(f"{name}: {count_parameters(network)[0]:,} parameters")
+    for name, spec in specs.items():
+        for flipped in flips:
+            print(describe_bytes(f"mirrored {name}" if flipped else name, spec, count))
+    rate = size / seconds[-1] * process.world_size
+    print(
+        f"batches of {size} in chunks of {chunk}: {seconds[0]:.2f} and {seconds[1]:.2f} s; {rate:.2f} images/s with "
+        f"{process.world_size} processes, about {count / rate / 3600:.2f} hours for {count} images"
+    )
+    print(f"peak memory: {peak_memory(process.device)}; nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
