@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 exec ./launch.sh cache_latents.py \
     --data-dir "${DATA_DIR:-data/imagenet256}" \
     --vae "${VAE:-${EXP_PATH:-exps/sendvae-f16d32-dinov2-vit-b}/vae}" \
-    --vae-latents-name "${VAE_LATENTS_NAME:-latents-sendvae-f16d32}" \
+    --vae-latents-name "${LATENTS:-sendvae-f16d32-dinov2-vit-b}" \
     --dtype "${DTYPE:-float16}" \
     --pproc-batch-size "${PPROC_BATCH_SIZE:-64}" \
     --num-workers "${NUM_WORKERS:-4}" \

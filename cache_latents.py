@@ -247,7 +247,7 @@ def build_targets(
         "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if tf32 else "float32",
     }
     dtype, vae, shards = getattr(torch, args.dtype), networks.autoencoder, len(images.shard_counts)
-    specs = build_specs(args, networks)
+    specs, checksum = build_specs(args, networks), vae.checksum()
     measured: MeasuredStatistics | None = None
 
     def before_index() -> None:
@@ -258,9 +258,7 @@ def build_targets(
 
     targets = []
     for flipped in (False, True) if args.hflip else (False,):
-        job = packing(
-            folder / FLIPPED_NAME if flipped else folder, "latents", {"vae": vae.checksum(), "flipped": flipped}
-        )
+        job = packing(folder / FLIPPED_NAME if flipped else folder, "latents", {"vae": checksum, "flipped": flipped})
         encode, name = latents_encoder(vae, dtype), "mirrored latents" if flipped else "latents"
         if flipped:
             targets.append(Target(name, job, encode, flipped, images.class_names))
