@@ -38,14 +38,26 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.folder.name)
 
-    def fault(self) -> str | None:
-        """What is wrong with it (a missing file, a wrong size or checksum), or None. Reads every byte."""
+    def manifest(self) -> dict:
+        """The content of ``manifest.json``."""
+        try:
+            return json.loads((self.folder / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / MANIFEST} is not readable ({error})") from error
+
+    def fault(self, module: str | None = None) -> str | None:
+        """What is wrong with it (a missing file, a wrong size or checksum), or None. Reads every byte.
+
+        Args:
+            module: look at this module's weights alone.
+        """
         try:
             manifest = json.loads((self.folder / MANIFEST).read_text())
             if manifest["format_version"] != FORMAT_VERSION:
                 return f"format version {manifest['format_version']}, this code reads {FORMAT_VERSION}"
-            for name, entry in manifest["files"].items():
-                path = self.folder / name
+            names = manifest["files"] if module is None else [f"{module}.safetensors"]
+            for name in names:
+                path, entry = self.folder / name, manifest["files"][name]
                 if not path.is_file():
                     return f"{name} is missing"
                 if path.stat().st_size != entry["bytes"]:
@@ -56,11 +68,12 @@ class Checkpoint:
             return f"{MANIFEST} is not readable ({error})"
         return None
 
-    def load_module(self, name: str, module: nn.Module) -> None:
-        """Load ``name.safetensors``; keys must be exactly the module's."""
+    def load_module(self, name: str, module: nn.Module, without: str | None = None) -> None:
+        """Load ``name.safetensors``; keys must be exactly the module's, those that begin with ``without`` left out."""
         path = self.folder / f"{name}.safetensors"
         try:
-            module.load_state_dict(load_file(path))
+            weights = load_file(path)
+            module.load_state_dict({k: v for k, v in weights.items() if without is None or not k.startswith(without)})
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(f"{path} does not fit the network ({' '.join(str(error).split())[:200]})") from error
 

@@ -1,0 +1,213 @@
+"""What sampling and evaluation read of a train_ldm.py run: its SiT, its VAE, and how they were trained.
+
+Nothing of it can be given by a flag that might contradict the training.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from errors import UserError
+from models.autoencoder import STATISTICS_FILE, Autoencoder, build_autoencoder
+from models.sit import SiT, SiTConfig
+from training.checkpoint import Checkpoint, CheckpointFolder
+from training.run import arguments_of, status_of
+
+WEIGHTS = ("ema", "model")
+
+
+@dataclass(frozen=True)
+class TrainedLDM:
+    """A checkpoint of a latent diffusion model.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: a whole one or a milestone; its weights are verified.
+        weights: ``"ema"`` or ``"model"``.
+        config: of the SiT without projectors.
+        path_type: of the interpolant it was trained on.
+        class_names: label ``c`` means ``class_names[c]``.
+        resolution: side of the images in pixels.
+        vae_checksum: which VAE its latents came from.
+        checksum: SHA-256 of the weights' file.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    weights: str
+    config: SiTConfig
+    path_type: str
+    class_names: list[str]
+    resolution: int
+    vae_checksum: str
+    checksum: str
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step
+
+    def load_model(self) -> SiT:
+        """The SiT in eval mode, on the CPU, without REPA's projectors."""
+        model = SiT(self.config)
+        self.checkpoint.load_module(self.weights, model, without="projectors.")
+        return model.eval().requires_grad_(False)
+
+    def load_autoencoder(self) -> Autoencoder:
+        """The run's VAE with its latent statistics; refused if it is not the one of the training."""
+        folder = self.folder / "vae"
+        if not folder.is_dir():
+            raise UserError(f"{folder} is missing: the VAE that the run was trained with; copy it back")
+        try:
+            autoencoder, has_statistics = build_autoencoder(str(folder))
+        except UserError as error:
+            raise UserError(str(error).removeprefix("--vae ")) from error
+        if not has_statistics:
+            raise UserError(
+                f"{folder} has no latent statistics ({STATISTICS_FILE}): without those of the training, latents "
+                "cannot be decoded; copy the file back"
+            )
+        shape, side = autoencoder.latent_shape(self.resolution), self.config.latent_size
+        if shape != (self.config.latent_channels, side, side):
+            expected = (self.config.latent_channels, side, side)
+            raise UserError(f"{folder} decodes latents {shape}, the SiT makes {expected}: not the VAE of this run")
+        if autoencoder.checksum() != self.vae_checksum:
+            raise UserError(
+                f"{folder} holds other weights than the VAE that the run was trained with; copy the right one back"
+            )
+        return autoencoder.requires_grad_(False)
+
+
+def open_trained_ldm(
+    folder: Path, train_steps: int | None, weights: str, report: Callable[[str], object] = lambda message: None
+) -> TrainedLDM:
+    """Find a checkpoint, verify its weights and read how they were trained.
+
+    Args:
+        folder: of the run (``--exp-path``).
+        train_steps: of the checkpoint or milestone; None: the newest intact one of a finished run.
+        weights: one of ``WEIGHTS``.
+        report: is told of damaged checkpoints that were passed over.
+
+    Raises:
+        UserError: no such run, not finished, no such checkpoint, damaged, or not made by train_ldm.py.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--exp-path {folder}: no such folder; give that of a train_ldm.py run, e.g. exps/NAME")
+    if arguments_of(folder) is None:
+        raise UserError(
+            f"--exp-path {folder} is not a run (it has no args.json); give the folder of a train_ldm.py run"
+        )
+    checkpoints = _checkpoints(folder, weights)
+    if train_steps is None:
+        last_step = _finished_at(folder, checkpoints)
+        checkpoint = _newest_good(folder, checkpoints, weights, report)
+        if checkpoint.step != last_step:
+            report(f"{folder} was trained for {last_step} steps; its newest intact checkpoint is of {checkpoint.step}")
+    else:
+        checkpoint = _at_step(folder, train_steps, checkpoints, weights)
+    return _describe(folder, checkpoint, weights)
+
+
+def _checkpoints(folder: Path, weights: str) -> dict[int, Checkpoint]:
+    """Those that hold the weights, whole ones and milestones, by step, newest first."""
+    places = CheckpointFolder(folder)
+    found = {}
+    for place in (places.milestones, places.whole):
+        for path in place.glob("[0-9]*") if place.is_dir() else ():
+            if path.name.isdigit() and (path / f"{weights}.safetensors").is_file():
+                found[int(path.name)] = Checkpoint(path)
+    return dict(sorted(found.items(), reverse=True))
+
+
+def _finished_at(folder: Path, checkpoints: Mapping[int, Checkpoint]) -> int:
+    """The last step of a finished run."""
+    try:
+        status = status_of(folder) or {}
+        state, step, steps = status.get("state", "not started"), status.get("step"), status.get("max_train_steps")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'status.json'} is damaged ({error}); choose with --train-steps") from error
+    if state != "finished":
+        at = "" if step is None else f", at step {step} of {steps}"
+        raise UserError(
+            f"{folder} is not finished ({state}{at}): run the same training command again, or choose a checkpoint "
+            f"with --train-steps; there are: {_listed(checkpoints)}"
+        )
+    return step
+
+
+def _newest_good(folder: Path, checkpoints: Mapping[int, Checkpoint], weights: str, report: Callable) -> Checkpoint:
+    damaged = []
+    for checkpoint in checkpoints.values():
+        fault = checkpoint.fault(weights)
+        if fault is None:
+            for message in damaged:
+                report(message)
+            return checkpoint
+        damaged.append(f"{checkpoint.folder} is damaged ({fault})")
+    if damaged:
+        raise UserError(f"{damaged[0]}, and no other checkpoint is intact; copy the run again")
+    raise _without_weights(folder, weights)
+
+
+def _at_step(folder: Path, step: int, checkpoints: Mapping[int, Checkpoint], weights: str) -> Checkpoint:
+    if not checkpoints:
+        raise _without_weights(folder, weights)
+    if step not in checkpoints:
+        raise UserError(
+            f"--train-steps {step}: {folder} has no checkpoint of that step with --weights {weights}; there are: "
+            f"{_listed(checkpoints)}"
+        )
+    if fault := checkpoints[step].fault(weights):
+        raise UserError(f"--train-steps {step}: {checkpoints[step].folder} is damaged ({fault}); choose another")
+    return checkpoints[step]
+
+
+def _without_weights(folder: Path, weights: str) -> UserError:
+    others = [name for name in WEIGHTS if name != weights and _checkpoints(folder, name)]
+    if others:
+        return UserError(f"--weights {weights}: no checkpoint of {folder} holds them; take --weights {others[0]}")
+    return UserError(f"{folder} has no checkpoints with a diffusion model; give the folder of a train_ldm.py run")
+
+
+def _listed(checkpoints: Mapping[int, Checkpoint]) -> str:
+    return ", ".join(map(str, sorted(checkpoints))) or "none"
+
+
+def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
+    manifest = checkpoint.manifest()
+    arguments = manifest["args"]
+    try:
+        config = SiTConfig.from_dict(arguments["sit"])
+        trained = TrainedLDM(
+            folder=folder,
+            checkpoint=checkpoint,
+            weights=weights,
+            config=replace(config, feature_dims=()),
+            path_type=arguments["path_type"],
+            class_names=arguments["class_names"],
+            resolution=arguments["resolution"],
+            vae_checksum=arguments["vae_checksum"],
+            checksum=manifest["files"][f"{weights}.safetensors"]["sha256"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint.folder} does not say how its diffusion model was trained ({error} in manifest.json); "
+            "give the folder of a train_ldm.py run"
+        ) from error
+    trained.config.check()
+    if len(trained.class_names) != config.num_classes:
+        raise UserError(
+            f"{checkpoint.folder}: manifest.json names {len(trained.class_names)} classes for a SiT with "
+            f"{config.num_classes}; it is damaged"
+        )
+    return trained
+
+
+def statistics_checksum(autoencoder: Autoencoder) -> str:
+    """SHA-256 of the latent statistics."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(autoencoder.statistics.tensors().items()):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
