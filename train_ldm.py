@@ -170,6 +170,7 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
             stage_dataset(folder, args.stage_dir, kind="latents")
         accelerator.wait_for_everyone()
         folder = stage_dataset(folder, args.stage_dir, kind="latents")
+    args.repa_source = choose_repa_source(args, folder)
     latents = LatentDataset(
         folder,
         hflip=args.hflip,
