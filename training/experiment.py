@@ -1,0 +1,320 @@
+"""An experiment: stages that run one after the other, each a script and its flags, as a preset in configs/experiments.
+
+  ./run_experiment.sh PRESET [--dry-run] [--STAGE.FLAG VALUE …] [--VARIABLE VALUE …]
+
+Finished stages are skipped, the first failure stops the experiment with the stage's exit code, and the same command
+goes on from there: every stage resumes by itself. --dry-run prints every command and builds every stage at its real
+sizes (two steps each) without training anything.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dataset.shards import write_atomically
+from errors import UserError
+from training.cli import EXIT_OK, ArgumentParser, add_debug_argument, run
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = ROOT / "configs" / "experiments"
+STAMPS_NAME = "experiment.json"
+PRESET_KEYS = {"base", "description", "variables", "stages", "closing"}
+STAGE_KEYS = {"script", "flags", "product", "if", "dry_run", "dry_run_needs", "single_process"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of an experiment.
+
+    Attributes:
+        name: e.g. ``ldm``.
+        command: what is run from the repository's root.
+        product: a path that exists once the stage is done.
+        dry_command: what a dry run runs; None where that needs the product of an earlier stage that is not there.
+        waits_for: that product.
+    """
+
+    name: str
+    command: list[str]
+    product: Path
+    dry_command: list[str] | None
+    waits_for: str = ""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A preset with all its variables replaced.
+
+    Attributes:
+        name: of the preset.
+        folder: where its stamps lie.
+        stages: in order.
+        closing: what to tell the user at the end.
+    """
+
+    name: str
+    folder: Path
+    stages: list[Stage]
+    closing: str
+
+
+def preset_names() -> list[str]:
+    """What may be given as PRESET."""
+    return sorted(str(path.relative_to(PRESETS).with_suffix("")) for path in PRESETS.rglob("*.yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Read a preset and what it is based on: stages and flags of the base hold unless they are replaced; null removes.
+
+    Raises:
+        UserError: no such preset, or one with keys that nobody reads.
+    """
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"there is no preset {name}; there are {', '.join(preset_names())}")
+    try:
+        preset = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(preset, dict):
+        raise UserError(f"{path} holds no mapping; see {PRESETS / 'sendvae_imagenet256.yaml'}")
+    _refuse_unknown(preset, PRESET_KEYS, str(path))
+    base = preset.pop("base", None)
+    merged = _merge(load_preset(base) if base else {}, preset)
+    for stage_name, stage in merged["stages"].items():
+        _refuse_unknown(stage, STAGE_KEYS, f"{path}: stage {stage_name}")
+    return merged
+
+
+def resolve(name: str, preset: Mapping[str, Any], output_dir: str, overrides: Sequence[str]) -> Experiment:
+    """Apply a command line's overrides and replace variables.
+
+    Args:
+        name: of the preset.
+        preset: of :func:`load_preset`.
+        output_dir: folder of all runs.
+        overrides: ``--STAGE.FLAG [VALUE]`` and ``--VARIABLE VALUE``.
+    """
+    name = name.replace("/", "-")
+    variables = {"name": name, "exps": output_dir, **preset.get("variables", {})}
+    flags = {stage: dict(spec.get("flags") or {}) for stage, spec in preset["stages"].items()}
+    for key, value in _parse_overrides(overrides):
+        stage, _, flag = key.partition(".")
+        if flag:
+            if stage not in flags:
+                raise UserError(f"--{key}: {name} has no stage {stage}; it has {', '.join(flags)}")
+            flags[stage][flag] = value
+        elif key.replace("-", "_") in preset.get("variables", {}):
+            variables[key.replace("-", "_")] = value
+        else:
+            known = ", ".join(f"--{variable.replace('_', '-')}" for variable in preset.get("variables", {})) or "none"
+            raise UserError(f"--{key} is not known: flags of stages are --STAGE.FLAG, variables of {name} are {known}")
+    variables = {key: _expand(value, variables) for key, value in variables.items()}
+    stages = [
+        _stage(stage, spec, flags[stage], variables)
+        for stage, spec in preset["stages"].items()
+        if "if" not in spec or variables.get(spec["if"])
+    ]
+    closing = _expand(preset.get("closing", ""), variables)
+    return Experiment(name, Path(variables["exps"]) / variables["name"], stages, closing)
+
+
+def run_stages(experiment: Experiment) -> int:
+    """Run what is not finished; returns the exit code of the first stage that fails, or 0."""
+    stamps = _read_stamps(experiment.folder)
+    begin = time.monotonic()
+    for number, stage in enumerate(experiment.stages, start=1):
+        title = f"[{number}/{len(experiment.stages)}] {stage.name}"
+        if stamps.get(stage.name) == stage.command and stage.product.exists():
+            print(f"{title}: finished already", flush=True)
+            continue
+        print(f"{title}: {shlex.join(stage.command)}", flush=True)
+        stage_begin = time.monotonic()
+        code = call(stage.command)
+        if code:
+            print(f"{title}: stopped with exit code {code}; the same command goes on from here", file=sys.stderr)
+            return code
+        if not stage.product.exists():
+            raise UserError(f"stage {stage.name} ended well but left no {stage.product}: correct the preset's product")
+        stamps[stage.name] = stage.command
+        _write_stamps(experiment.folder, stamps)
+        print(f"{title}: done in {_minutes(time.monotonic() - stage_begin)}", flush=True)
+    print(f"{experiment.name}: all stages are finished ({_minutes(time.monotonic() - begin)})")
+    if experiment.closing:
+        print(f"\n{experiment.closing.rstrip()}")
+    return EXIT_OK
+
+
+def dry_run(experiment: Experiment) -> int:
+    """Print every command and build every stage that can be built."""
+    for number, stage in enumerate(experiment.stages, start=1):
+        print(f"[{number}/{len(experiment.stages)}] {stage.name}: {shlex.join(stage.command)}", flush=True)
+        if stage.dry_command is None:
+            print(f"    not built: it needs {stage.waits_for}, which is not there yet", flush=True)
+        elif code := call(stage.dry_command):
+            print(f"    failed: {shlex.join(stage.dry_command)}", file=sys.stderr)
+            return code
+    return EXIT_OK
+
+
+def call(command: Sequence[str]) -> int:
+    """Run a command from the repository's root; signals go on to it. Returns its exit code, 128 + n for signal n."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    previous = {n: signal.signal(n, lambda received, frame: process.send_signal(received)) for n in numbers}
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the child too
+    try:
+        code = process.wait()
+    finally:
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+    return 128 - code if code < 0 else code
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = ArgumentParser(
+        prog="run_experiment.sh",
+        usage="%(prog)s PRESET [--dry-run] [--STAGE.FLAG VALUE ...] [--VARIABLE VALUE ...]",
+        description=__doc__,
+        epilog=_describe_presets(),
+    )
+    parser.add_argument("preset", metavar="PRESET", help="a file of configs/experiments, without .yaml")
+    parser.add_argument("--output-dir", default="exps", metavar="DIR", help="folder of all runs")
+    parser.add_argument("--stages", metavar="A,B", help="only these, in the preset's order")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, build every stage, train nothing")
+    add_debug_argument(parser)
+    args, overrides = parser.parse_known_args(argv)
+    experiment = resolve(args.preset, load_preset(args.preset), args.output_dir, overrides)
+    experiment = _select(experiment, args)
+    return dry_run(experiment) if args.dry_run else run_stages(experiment)
+
+
+def _select(experiment: Experiment, args: argparse.Namespace) -> Experiment:
+    if not args.stages:
+        return experiment
+    wanted, there = args.stages.split(","), [stage.name for stage in experiment.stages]
+    if unknown := [name for name in wanted if name not in there]:
+        raise UserError(f"--stages {unknown[0]}: {experiment.name} has {', '.join(there)}")
+    stages = [stage for stage in experiment.stages if stage.name in wanted]
+    return Experiment(experiment.name, experiment.folder, stages, "")
+
+
+def _stage(name: str, spec: Mapping[str, Any], flags: Mapping[str, Any], variables: Mapping[str, str]) -> Stage:
+    script = spec["script"].split()
+    if spec.get("single_process") or script[0] == "-m":
+        start = [os.environ.get("PYTHON", sys.executable), *script]
+    else:
+        start = ["./launch.sh", *script]
+    product = Path(_expand(spec["product"], variables))
+    dry, waits_for = None, _expand(spec.get("dry_run_needs", ""), variables)
+    if not waits_for or (ROOT / waits_for).exists():
+        waits_for = ""
+        dry = start + _command_line(_merge(flags, spec.get("dry_run") or {}), variables) + ["--dry-run"]
+    return Stage(name, start + _command_line(flags, variables), product, dry, waits_for)
+
+
+def _command_line(flags: Mapping[str, Any], variables: Mapping[str, str]) -> list[str]:
+    """``{flag: value}`` → words.
+
+    true is a bare flag, false and null none, a list several values, ``{if: VARIABLE, value: …}`` a condition.
+    """
+    words = []
+    for flag, value in flags.items():
+        if isinstance(value, Mapping):
+            value = value["value"] if variables.get(value["if"]) else None
+        if value is None or value is False:
+            continue
+        words.append(f"--{flag}")
+        if value is not True:
+            words += [_expand(part, variables) for part in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            pairs.append((key, value if equals else True))
+        elif pairs and pairs[-1][1] is True:
+            pairs[-1] = pairs[-1][0], word
+        elif pairs:
+            before = pairs[-1][1]
+            pairs[-1] = pairs[-1][0], [*(before if isinstance(before, list) else [before]), word]
+        else:
+            raise UserError(f"{word!r} belongs to no flag; give --STAGE.FLAG VALUE")
+    return pairs
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` over ``base``, mappings merged in depth, null removing."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(merged.get(key, {}), Mapping):
+            merged[key] = _merge(merged.get(key, {}), value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _expand(value: Any, variables: Mapping[str, str]) -> str:
+    """Replace ``{variable}``, also within variables."""
+    text = str(value)
+    for _ in range(4):
+        if "{" not in text:
+            break
+        try:
+            text = text.format(**variables)
+        except KeyError as error:
+            raise UserError(f"the preset refers to {{{error.args[0]}}}, which is no variable of it") from error
+    return text
+
+
+def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(set(mapping) - known):
+        raise UserError(f"{where}: {unknown[0]} is not known; there are {', '.join(sorted(known))}")
+
+
+def _read_stamps(folder: Path) -> dict[str, list[str]]:
+    path = folder / STAMPS_NAME
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, finished stages are then looked at again") from error
+
+
+def _write_stamps(folder: Path, stamps: Mapping[str, list[str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / STAMPS_NAME, (json.dumps(stamps, indent=1) + "\n").encode())
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def _describe_presets() -> str:
+    lines = ["presets:"]
+    for name in preset_names():
+        description = load_preset(name).get("description", "").strip().splitlines()
+        lines.append(f"  {name:24}{description[0] if description else ''}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "run_experiment.sh"  # what the user called
+    sys.exit(run(main))
