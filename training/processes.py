@@ -54,6 +54,16 @@ def this_process() -> Process:
     return Process(rank, world_size, device, local_size)
 
 
+def set_inference_numerics(process: Process, mixed_precision: str, allow_tf32: bool) -> None:
+    """TF32, and kernels that are chosen by shape alone: the same in every process and every time."""
+    if mixed_precision == "bf16" and process.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("--mixed-precision bf16: this GPU has no bf16; use no")
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
 def _variable(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     try:

@@ -1,0 +1,392 @@
+"""Stage 4: images from a train_ldm.py run, as packed shards and one .npz for the evaluators.
+
+  python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
+
+What the model is, its path, its classes, its VAE and its resolution come from the run. Image i, its label and its noise
+depend on --seed and i alone (last bits apart: another batch size, GPU or --compile may move a pixel by a level). Any
+number of processes work on it, under python, torchrun or accelerate launch; none waits for another. Stopped at any
+moment, the same command makes the missing shards. In the folder then are
+
+  index.json, labels.npy, images-*.npy    a packed dataset, as preprocessing.py makes them
+  samples.npz                             arr_0: uint8 [N, H, W, 3]
+  preview.png
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.npz import npz_bytes
+from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
+from dataset.shards import ShardSpec
+from diffusion.counted_noise import MAX_SEED
+from errors import UserError
+from models.autoencoder import Autoencoder
+from models.sit import SiT
+from training.cli import (
+    ArgumentParser,
+    add_debug_argument,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    run,
+)
+from training.dry_run import count_parameters, peak_memory
+from training.latent_cache import autocast_for, chunk_size
+from training.processes import Process, set_inference_numerics, this_process
+from training.run import progress_bar
+from training.sampling import (
+    LABEL_SAMPLINGS,
+    MODES,
+    NPZ_NAME,
+    ROUNDINGS,
+    ImageSampler,
+    SamplerSettings,
+    ShardMaker,
+    choose_labels,
+    complete,
+    default_shard_size,
+)
+from training.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm, statistics_checksum
+
+OUTPUT_FLAG = "--sample-dir"
+FLAGS = {  # which flag a setting comes from
+    "weights_sha256": "--exp-path",
+    "vae": "--exp-path",
+    "latent_statistics": "--exp-path",
+    "path_type": "--exp-path",
+    "precision": "--mixed-precision",
+}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="generate.py", usage="%(prog)s --exp-path DIR [flags]", description=__doc__)
+    add_run_arguments(parser.add_argument_group("what is sampled"))
+    add_sampler_arguments(parser.add_argument_group("sampler"))
+    add_label_arguments(parser.add_argument_group("labels and noise"))
+    add_output_arguments(parser.add_argument_group("output"))
+    add_speed_arguments(parser.add_argument_group("precision and speed"))
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--exp-path", type=Path, required=True, metavar="DIR", help="run of train_ldm.py: exps/NAME")
+    group.add_argument(
+        "--train-steps",
+        type=positive_int,
+        metavar="N",
+        help="checkpoint or milestone of step N, also of an unfinished run (default: a finished run's newest)",
+    )
+    group.add_argument("--weights", choices=WEIGHTS, default="ema", help="ema: their moving average; model: as trained")
+
+
+def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--mode", choices=MODES, default="sde", help="sde: Euler–Maruyama; ode: Euler or Heun")
+    group.add_argument("--num-steps", type=positive_int, default=250, metavar="N", help="steps of the sampler")
+    group.add_argument("--heun", action="store_true", help="for the ODE: second order, almost twice the evaluations")
+    group.add_argument(
+        "--cfg-scale", type=non_negative_float, default=1.0, metavar="X", help="classifier-free guidance; 1: none"
+    )
+    group.add_argument(
+        "--guidance-low", type=fraction, default=0.0, metavar="T", help="guide from this time on (data: 0)"
+    )
+    group.add_argument("--guidance-high", type=fraction, default=1.0, metavar="T", help="guide to this time (noise: 1)")
+
+
+def add_label_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--num-fid-samples", type=positive_int, default=50_000, metavar="N", help="images")
+    group.add_argument(
+        "--label-sampling",
+        choices=LABEL_SAMPLINGS,
+        default="random",
+        help="random: drawn uniformly; equal: in turn, so that each class comes equally often",
+    )
+    group.add_argument("--classes", metavar="A,B,…", help="only these, by number or name (default: all)")
+    group.add_argument(
+        "--seed", "--global-seed", type=non_negative_int, default=0, metavar="N", help="of labels and noise"
+    )
+
+
+def add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        OUTPUT_FLAG,
+        type=Path,
+        metavar="DIR",
+        help="folder of these images (default: in --exp-path, named by step, sampler, guidance, number and seed)",
+    )
+    group.add_argument(
+        "--npz", action=argparse.BooleanOptionalAction, default=True, help="write samples.npz beside the shards"
+    )
+    group.add_argument(
+        "--preview", type=non_negative_int, default=64, metavar="N", help="images in preview.png; 0: none"
+    )
+    group.add_argument(
+        "--rounding", choices=ROUNDINGS, default="round", help="of pixel values; REPA-E and its numbers: truncate"
+    )
+    group.add_argument(
+        "--shard-size",
+        type=positive_int,
+        metavar="N",
+        help="images in a shard, the unit of work of a process (default: about a 64th, from 64 to 1024)",
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="two images in two steps; print sizes, seconds, bytes; write nothing"
+    )
+    add_debug_argument(group)
+
+
+def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--pproc-batch-size", type=positive_int, default=64, metavar="N", help="images at once on a process"
+    )
+    group.add_argument(
+        "--mixed-precision", choices=("no", "bf16"), default="no", help="of the networks; published numbers: no (TF32)"
+    )
+    group.add_argument(
+        "--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up"
+    )
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile SiT and decoder"
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    if args.heun and args.mode != "ode":
+        raise UserError("--heun is for --mode ode; the SDE is solved by Euler–Maruyama")
+    if args.guidance_low > args.guidance_high:
+        raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
+    if args.seed > MAX_SEED:
+        raise UserError(f"--seed {args.seed} has more than 64 bits")
+    if args.sample_dir is not None and args.sample_dir.exists() and not args.sample_dir.is_dir():
+        raise UserError(f"{OUTPUT_FLAG} {args.sample_dir} is a file; give a folder")
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_arguments(argv)
+    process = this_process()
+    set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
+    report = warn if process.is_main else lambda message: None
+    trained = open_trained_ldm(args.exp_path, args.train_steps, args.weights, report)
+    classes = parse_classes(args.classes, trained.class_names)
+    args.shard_size = args.shard_size or default_shard_size(args.num_fid_samples)
+    args.sample_dir = args.sample_dir or default_folder(args, trained)
+    autoencoder = trained.load_autoencoder()
+    try:
+        if args.dry_run:
+            dry_run(args, trained, autoencoder, process)
+        else:
+            with sigterm_as_interrupt():
+                generate(args, trained, autoencoder, classes, process)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0]}): lower --pproc-batch-size, or add --mixed-precision bf16; "
+            "what is complete is kept"
+        ) from error
+    return 0
+
+
+def warn(message: str) -> None:
+    print(f"WARNING: {message}", file=sys.stderr)
+
+
+def parse_classes(text: str | None, class_names: Sequence[str]) -> list[int]:
+    """The classes of ``--classes``, by number or name; all where it is not given."""
+    if text is None:
+        return list(range(len(class_names)))
+    names = {name: number for number, name in enumerate(class_names)}
+    classes = []
+    for part in (part.strip() for part in text.split(",")):
+        number = int(part) if part.isdecimal() and int(part) < len(class_names) else None
+        if number is not None and names.get(part, number) != number:
+            raise UserError(
+                f"--classes {part} is the number of class {class_names[number]} and the name of class {names[part]}; "
+                "give classes by name where no number is a name, or rename them"
+            )
+        number = names.get(part) if number is None else number
+        if number is None:
+            raise UserError(
+                f"--classes {part}: no such class; give numbers from 0 to {len(class_names) - 1} or names such as "
+                f"{class_names[0]}, separated by commas"
+            )
+        if number in classes:
+            raise UserError(f"--classes names class {part} twice")
+        classes.append(number)
+    return classes
+
+
+def default_folder(args: argparse.Namespace, trained: TrainedLDM) -> Path:
+    """A folder in the run, named by what is most often varied."""
+    parts = ["samples", f"{trained.step:07d}", f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
+    if args.cfg_scale != 1:
+        parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}")
+    parts += [name for name, chosen in (("model", args.weights == "model"), ("equal", args.label_sampling == "equal"))
+              if chosen]  # fmt: skip
+    return args.exp_path / "-".join([*parts, f"{args.num_fid_samples}", f"seed{args.seed}"])
+
+
+def sampler_settings(args: argparse.Namespace, trained: TrainedLDM) -> SamplerSettings:
+    return SamplerSettings(
+        mode=args.mode,
+        num_steps=args.num_steps,
+        heun=args.heun,
+        cfg_scale=args.cfg_scale,
+        guidance_low=args.guidance_low,
+        guidance_high=args.guidance_high,
+        path_type=trained.path_type,
+        seed=args.seed,
+    )
+
+
+def describe(
+    args: argparse.Namespace, trained: TrainedLDM, autoencoder: Autoencoder, classes: Sequence[int], process: Process
+) -> dict:
+    """All that the images depend on; goes into the index, and a rerun in the same folder must agree with it."""
+    tf32 = process.device.type == "cuda" and args.allow_tf32
+    return {
+        "train_steps": trained.step,
+        "weights": trained.weights,
+        "weights_sha256": trained.checksum,
+        "vae": trained.vae_checksum,
+        "latent_statistics": statistics_checksum(autoencoder),
+        **vars(sampler_settings(args, trained)),
+        "num_fid_samples": args.num_fid_samples,
+        "label_sampling": args.label_sampling,
+        "classes": None if len(classes) == len(trained.class_names) else list(classes),
+        "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if tf32 else "float32",
+        "rounding": args.rounding,
+        "shard_size": args.shard_size,
+    }
+
+
+def build_sampler(
+    args: argparse.Namespace, trained: TrainedLDM, autoencoder: Autoencoder, process: Process
+) -> tuple[ImageSampler, SiT]:
+    """The networks on the device."""
+    device = process.device
+    model = trained.load_model().to(device)
+    autoencoder.to(device)
+    if device.type == "cpu":
+        autoencoder.to(memory_format=torch.channels_last)
+    if args.compile:
+        model.compile(dynamic=False)  # sizes: with and without guidance, and a shard's last batch
+        autoencoder.network.decoder.compile(dynamic=False)
+    sampler = ImageSampler(
+        model,
+        autoencoder,
+        sampler_settings(args, trained),
+        truncate=args.rounding == "truncate",
+        decode_batch=chunk_size(trained.resolution, device),
+        autocast=autocast_for(device, args.mixed_precision),
+    )
+    return sampler, model
+
+
+def generate(
+    args: argparse.Namespace,
+    trained: TrainedLDM,
+    autoencoder: Autoencoder,
+    classes: Sequence[int],
+    process: Process,
+) -> None:
+    """Make what is missing of this process's shards, complete what is complete, say what came out."""
+    spec = ShardSpec("images", (3, trained.resolution, trained.resolution), "uint8")
+    settings = describe(args, trained, autoencoder, classes, process)
+    packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, FLAGS)
+    show = print if process.is_main else lambda text: None
+    packing.begin()
+    labels = choose_labels(args.num_fid_samples, classes, args.label_sampling, args.seed)
+    shards = -(-len(labels) // args.shard_size)
+    todo = packing.missing(process.share(shards))
+    if process.is_main:
+        show_plan(args, packing, labels, len(classes), shards)
+    if todo:
+        sampler, _ = build_sampler(args, trained, autoencoder, process)
+        make_shards(args, packing, sampler, labels, todo, process)
+    if not packing.finish(shards, trained.class_names):
+        show(f"{args.sample_dir}: this process's shards are complete; whoever comes last completes the folder")
+        return
+    complete(packing, args.npz, args.preview)
+    show(f"{args.sample_dir} is complete: {len(labels)} images" + (f", {NPZ_NAME}" if args.npz else ""))
+
+
+def show_plan(args: argparse.Namespace, packing: PackingJob, labels: np.ndarray, num_classes: int, shards: int) -> None:
+    """What will be made, and whether there is room."""
+    missing, extra = packing.missing(range(shards)), len(labels) % num_classes
+    if args.label_sampling == "equal" and extra:
+        print(
+            f"note: {len(labels)} images of {num_classes} classes: the first {extra} classes get one more than the rest"
+        )
+    count = min(len(missing) * args.shard_size, len(labels))
+    npz = npz_bytes(len(labels), packing.spec.shape[-1]) if args.npz and not (packing.folder / NPZ_NAME).exists() else 0
+    if count or npz:
+        check_space(packing.folder, count * packing.spec.item_bytes + npz, "take fewer --num-fid-samples or --no-npz")
+
+
+def make_shards(
+    args: argparse.Namespace,
+    packing: PackingJob,
+    sampler: ImageSampler,
+    labels: np.ndarray,
+    todo: Sequence[int],
+    process: Process,
+) -> None:
+    maker = ShardMaker(
+        packing,
+        sampler,
+        labels,
+        shard_size=args.shard_size,
+        batch_size=args.pproc_batch_size,
+        device=process.device,
+    )
+    count, begin = sum(len(maker.items(number)) for number in todo), time.perf_counter()
+    with progress_bar(count, 0, "sampling", "img", process.is_main) as progress:
+        for number in todo:
+            maker.make(number, progress)
+    seconds = time.perf_counter() - begin
+    rate = f"{count} images in {seconds:.1f} s, {count / seconds:.2f} images/s"
+    print(f"process {process.rank} of {process.world_size}: {rate}")
+
+
+def dry_run(args: argparse.Namespace, trained: TrainedLDM, autoencoder: Autoencoder, process: Process) -> None:
+    """Two images in two steps, and what all of them would take at that rate."""
+    forwards, steps = sampler_settings(args, trained).forwards(), args.num_steps
+    args.num_steps = min(2, steps)
+    sampler, model = build_sampler(args, trained, autoencoder, process)
+    items = torch.arange(2, device=process.device)
+    labels = items % len(trained.class_names)
+    sampler(items, labels)[0].cpu()  # warms up, or compiles
+    begin = time.perf_counter()
+    z = sampler.latents(items, labels).cpu()
+    step_seconds = (time.perf_counter() - begin) / sampler.settings.forwards()
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        sampler.decode(z.to(process.device)).cpu()
+    decode_seconds = time.perf_counter() - begin
+    if not process.is_main:
+        return
+    seconds = (forwards * step_seconds + decode_seconds) / 2 * args.num_fid_samples / process.world_size
+    size = npz_bytes(args.num_fid_samples, trained.resolution)
+    print(
+        f"{trained.config.model} of step {trained.step} ({trained.weights}): {count_parameters(model)[0]:,} parameters"
+    )
+    print(f"VAE: {count_parameters(autoencoder)[0]:,} parameters")
+    print(f"batch of 2: {step_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
+    print(
+        f"{forwards} forward passes an image ({args.mode}, {steps} steps): about {seconds / 3600:.2f} hours for "
+        f"{args.num_fid_samples} images with {process.world_size} processes at this rate; larger batches are faster"
+    )
+    print(f"{size} bytes of shards" + (f", {size} of {NPZ_NAME}" if args.npz else ""))
+    print(f"peak memory: {peak_memory(process.device)}; nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

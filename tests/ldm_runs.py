@@ -1,0 +1,84 @@
+"""A finished train_ldm.py run for tests, without the training: SiT-Ti/2 on the latents of f4d4-tiny, random weights.
+
+``python -m tests.ldm_runs FOLDER`` writes one.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.autoencoder import build_autoencoder
+from models.sit import SiT, SiTConfig
+from training.checkpoint import CheckpointFolder
+from training.run import write_json
+
+RESOLUTION = 32
+CLASS_NAMES = ["cat", "dog", "fish"]
+STEP = 10
+
+
+def random_weights(module: nn.Module, seed: int, std: float = 0.06) -> None:
+    """Draw all parameters anew: those that start at zero would make a velocity of zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=std, generator=generator)
+
+
+def write_ldm_run(
+    folder: Path,
+    path_type: str = "linear",
+    state: str = "finished",
+    milestone: bool = False,
+    **changes: object,
+) -> Path:
+    """Write a run with a checkpoint of step 10.
+
+    Args:
+        folder: ``exps/NAME``.
+        path_type: of the interpolant.
+        state: what status.json says.
+        milestone: also keep a milestone of step 5, the EMA alone.
+        changes: entries of the manifest's ``args`` to replace, None to leave out.
+    """
+    torch.manual_seed(0)
+    autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
+    autoencoder.statistics.load(torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.5, 1.0, 0.8]))
+    autoencoder.save(folder / "vae")
+    config = SiTConfig("SiT-Ti/2", 4, RESOLUTION // 4, len(CLASS_NAMES), encoder_depth=2, feature_dims=(16,))
+    model, ema = SiT(config), SiT(config)
+    random_weights(model, 1)
+    random_weights(ema, 2)
+    arguments = {
+        "sit": config.to_dict(),
+        "path_type": path_type,
+        "class_names": CLASS_NAMES,
+        "resolution": RESOLUTION,
+        "vae_checksum": autoencoder.checksum(),
+    } | changes
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    checkpoints = CheckpointFolder(folder)
+    if milestone:
+        early = checkpoints.save(STEP // 2, {"model": model, "ema": ema}, {}, arguments)
+        checkpoints.keep_milestone(early, "ema", arguments)
+    checkpoints.save(STEP, {"model": model, "ema": ema}, {"optimizer": {}}, arguments)
+    checkpoints.prune(1)
+    write_json(folder / "args.json", {"args": arguments})
+    write_json(folder / "status.json", {"state": state, "step": STEP, "max_train_steps": STEP, "reason": None})
+    return folder
+
+
+def flags(run: Path, **changes: object) -> list[str]:
+    """Flags of a tiny generate.py; ``changes`` replace or add (True: a bare flag, None: leave out)."""
+    values = {"exp_path": run, "num_steps": 3, "num_fid_samples": 10, "pproc_batch_size": 4, "shard_size": 5} | changes
+    argv = []
+    for key, value in values.items():
+        if value is not None:
+            argv += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return argv
+
+
+if __name__ == "__main__":
+    write_ldm_run(Path(sys.argv[1]))

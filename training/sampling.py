@@ -1,0 +1,274 @@
+"""Many images from a trained model: labels, one batch, one shard, the folder's end. Processes are independent."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset.images import ImageDataset, open_images
+from dataset.npz import write_npz
+from dataset.packing import PackingJob
+from diffusion.counted_noise import counted_integers, counted_normal
+from diffusion.guidance import guided
+from diffusion.samplers import evaluation_times, model_velocity, sample_ode, sample_sde
+from errors import UserError
+from models.autoencoder import Autoencoder, to_uint8
+from models.sit import SiT
+from training.pictures import save_grid
+
+MODES = ("sde", "ode")
+LABEL_SAMPLINGS = ("random", "equal")
+ROUNDINGS = ("round", "truncate")
+NPZ_NAME = "samples.npz"
+PREVIEW_NAME = "preview.png"
+END_SECONDS = 3600.0  # processes that are done leave as soon as one of them has written the .npz
+BATCHES_BEHIND = 2  # computed or computing, but not yet written
+MAX_PREVIEW_ROWS = 16
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How noise becomes a latent; flags of the same names.
+
+    Attributes:
+        mode: ``"sde"`` or ``"ode"``.
+        num_steps: of the sampler.
+        heun: for the ODE; else Euler.
+        cfg_scale: of guidance; 1: none.
+        guidance_low, guidance_high: times between which it acts.
+        path_type: of the interpolant that the model was trained on.
+        seed: of all noise.
+    """
+
+    mode: str
+    num_steps: int
+    heun: bool
+    cfg_scale: float
+    guidance_low: float
+    guidance_high: float
+    path_type: str
+    seed: int
+
+    def forwards(self) -> int:
+        """Forward passes of the model for one image; two for each guided evaluation."""
+        times = evaluation_times(self.mode, self.num_steps, self.heun)
+        if self.cfg_scale == 1:
+            return len(times)
+        return sum(2 if self.guidance_low <= time <= self.guidance_high else 1 for time in times)
+
+
+class ImageSampler:
+    """Images by number: image ``i`` depends on the settings, ``i`` and its label, not on the batch or the process.
+
+    Args:
+        model: the SiT, on the device.
+        autoencoder: on the same.
+        settings: of the sampler.
+        truncate: cut off the fraction of pixel values, as REPA-E does, instead of rounding.
+        decode_batch: latents decoded at once.
+        autocast: precision of both networks, a new context each time.
+    """
+
+    def __init__(
+        self,
+        model: SiT,
+        autoencoder: Autoencoder,
+        settings: SamplerSettings,
+        *,
+        truncate: bool,
+        decode_batch: int,
+        autocast: Callable[[], AbstractContextManager],
+    ):
+        self.autoencoder, self.settings, self.truncate = autoencoder, settings, truncate
+        self.decode_batch, self.autocast = decode_batch, autocast
+        self.latent_shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
+        self.velocity = guided(
+            model_velocity(model, autocast),
+            settings.cfg_scale,
+            model.null_class,
+            settings.guidance_low,
+            settings.guidance_high,
+        )
+
+    @torch.inference_mode()
+    def __call__(self, items: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make images ``items`` (int64 ``[B]``) of classes ``labels`` (int64 ``[B]``), without synchronising.
+
+        Returns:
+            uint8 ``[B, 3, H, W]``, and whether each came out finite, bool ``[B]``.
+        """
+        z = self.latents(items, labels)
+        images = torch.cat([self.decode(part) for part in z.split(self.decode_batch)])
+        return self.quantise(images).contiguous(), images.isfinite().flatten(1).all(dim=1)
+
+    @torch.inference_mode()
+    def latents(self, items: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Normalised latents, float32 ``[B, C, h, w]``."""
+        settings = self.settings
+        noise = self.noise(items, 0)
+        if settings.mode == "ode":
+            return sample_ode(self.velocity, noise, labels, settings.num_steps, settings.heun)
+
+        def step_noise(step: int) -> torch.Tensor:
+            return self.noise(items, step + 1)
+
+        return sample_sde(self.velocity, noise, labels, settings.num_steps, step_noise, settings.path_type)
+
+    def noise(self, items: torch.Tensor, step: int) -> torch.Tensor:
+        """Step 0 is where sampling starts, step k + 1 belongs to the SDE's step k."""
+        return counted_normal(self.settings.seed, items, step, self.latent_shape)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Normalised latents → images ``[B, 3, H, W]``, nominally in [-1, 1]."""
+        with self.autocast():
+            return self.autoencoder.decode(self.autoencoder.statistics.denormalize(z))
+
+    def quantise(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 in [-1, 1] → uint8, clamped."""
+        return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8) if self.truncate else to_uint8(images)
+
+
+def choose_labels(count: int, classes: Sequence[int], label_sampling: str, seed: int) -> np.ndarray:
+    """Labels of images 0…count − 1, int64: drawn uniformly, or in turn (``equal``)."""
+    items = torch.arange(count)
+    places = counted_integers(seed, items, len(classes)) if label_sampling == "random" else items % len(classes)
+    return np.asarray(classes, np.int64)[places.numpy()]
+
+
+def default_shard_size(count: int) -> int:
+    """About a 64th of all images, in whole batches of 64, from 64 to 1024; the same for every number of processes."""
+    return min(1024, max(64, -(-count // 64 // 64) * 64))
+
+
+class ShardMaker:
+    """Makes shards of generated images; the writes of a batch overlap the next one.
+
+    Args:
+        packing: the folder.
+        sampler: makes a batch.
+        labels: of all images, int64 ``[N]``.
+        shard_size: images in a shard; the last may have fewer.
+        batch_size: images at once.
+        device: of the sampler.
+    """
+
+    def __init__(
+        self,
+        packing: PackingJob,
+        sampler: ImageSampler,
+        labels: np.ndarray,
+        *,
+        shard_size: int,
+        batch_size: int,
+        device: torch.device,
+    ):
+        self.packing, self.sampler, self.labels = packing, sampler, labels
+        self.shard_size, self.batch_size, self.device = shard_size, batch_size, device
+        self._device_labels = torch.from_numpy(labels).to(device)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.labels) // self.shard_size)
+
+    def items(self, number: int) -> range:
+        """Numbers of the images in a shard."""
+        return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self.labels)))
+
+    def make(self, number: int, progress: tqdm) -> None:
+        """Make a shard, unless another process completed it meanwhile."""
+        items = self.items(number)
+        with self.packing.shard(number) as shard:
+            if shard is None:
+                progress.update(len(items))
+                return
+            shard.create(len(items))
+            sizes: list[int] = []
+
+            def write(first: int, images: Callable[[], np.ndarray], finite: Callable[[], np.ndarray]) -> None:
+                check_finite(first, finite())
+                batch = images()
+                sizes.extend(shard.put(slot, image) for slot, image in enumerate(batch, first - items.start))
+                progress.update(len(batch))
+
+            with shard, ThreadPoolExecutor(1, "writer") as writer:
+                pending: deque[Future] = deque()
+                for first in range(items.start, items.stop, self.batch_size):
+                    last = min(first + self.batch_size, items.stop)
+                    batch = torch.arange(first, last, device=self.device)
+                    images, finite = self.sampler(batch, self._device_labels[first:last])
+                    pending.append(writer.submit(write, first, on_host(images), on_host(finite)))
+                    while len(pending) >= BATCHES_BEHIND:
+                        pending.popleft().result()
+                while pending:
+                    pending.popleft().result()
+            shard.finish(sizes, self.labels[items.start : items.stop].tolist())
+
+
+def on_host(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Start to copy a tensor to the CPU; the answer waits for the copy alone."""
+    if tensor.device.type != "cuda":
+        return tensor.numpy
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
+
+
+def check_finite(first: int, finite: np.ndarray) -> None:
+    """Refuse images that are not finite, by number."""
+    if not finite.all():
+        number = first + int(np.flatnonzero(~finite)[0])
+        raise UserError(
+            f"image {number} is not finite: add --mixed-precision no, or choose other weights with --train-steps, as "
+            "these diverged"
+        )
+
+
+def complete(packing: PackingJob, npz: bool, preview: int) -> None:
+    """Add what a complete folder lacks of ``samples.npz`` and ``preview.png``; one process does it.
+
+    Args:
+        packing: of a folder that is complete.
+        npz: whether to write ``samples.npz``.
+        preview: images in ``preview.png``; 0: none.
+    """
+    folder = packing.folder
+    with packing.lock(END_SECONDS):
+        images = open_images(folder)
+        if npz and not (folder / NPZ_NAME).exists():
+            write_npz(images, folder / NPZ_NAME)
+        if preview and not (folder / PREVIEW_NAME).exists():
+            save_preview(folder / PREVIEW_NAME, preview_rows(images.labels, preview), images)
+
+
+def preview_rows(labels: np.ndarray, count: int) -> list[list[int]]:
+    """Which images to show: a row for each class where that fills a picture, else the first ones in a square."""
+    count = min(count, len(labels))
+    classes = np.unique(labels)
+    columns = count // len(classes)
+    if len(classes) <= MAX_PREVIEW_ROWS and columns > 1:
+        columns = min(columns, int(min((labels == label).sum() for label in classes)))
+        return [np.flatnonzero(labels == label)[:columns].tolist() for label in classes]
+    columns = int(np.ceil(np.sqrt(count)))
+    return [list(range(first, first + columns)) for first in range(0, count - columns + 1, columns)]
+
+
+def save_preview(path: Path, rows: list[list[int]], images: ImageDataset) -> None:
+    """Write a picture of some images of a dataset."""
+    out = np.empty((len(rows), len(rows[0]), 3, images.resolution, images.resolution), np.uint8)
+    for items, row in zip(rows, out, strict=True):
+        images.read_into(items, row)
+    beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    save_grid(list(torch.from_numpy(out)), beside)
+    beside.replace(path)
