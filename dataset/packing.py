@@ -69,6 +69,10 @@ class PackingJob:
         index = read_index(self.folder)
         if index is None:
             return False
+        if index["kind"] != self.spec.kind:
+            raise UserError(
+                f"{self.output_flag} {self.folder} holds packed {index['kind']}; give an empty or new folder"
+            )
         self.check_settings(index["source"])
         remove_leftovers(self.folder, self.spec.kind)
         for path in [self.folder / SETTINGS_NAME, *self.folder.glob(f".{self.spec.kind}-?????.npy.lock")]:
@@ -95,7 +99,7 @@ class PackingJob:
             if found.get(key) != value:
                 flag = self.flags.get(key, "--" + key.replace("_", "-"))
                 raise UserError(
-                    f"{self.folder} was begun with another {flag} ({key}: {found.get(key)}, now {value}); "
+                    f"{self.folder} was begun with another {flag} ({key}: {_short(found.get(key))}, now {_short(value)}); "
                     f"use the same or another {self.output_flag}"
                 )
 
@@ -175,6 +179,12 @@ class PackingJob:
             return self.is_complete()
 
 
+def _short(value: object) -> str:
+    """A setting in a message: of a checksum, its beginning."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:24]}…"
+
+
 def check_space(folder: Path, needed: int, advice: str, approximate: bool = False) -> None:
     """Print the bytes needed and free, and refuse what does not fit.
 
@@ -195,16 +205,17 @@ def check_space(folder: Path, needed: int, advice: str, approximate: bool = Fals
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM stop the run as Ctrl-C does."""
+    """Let SIGTERM, and the SIGUSR1 of a batch system, stop the run as Ctrl-C does."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _lock_file(path: Path, seconds: float, busy: str) -> int:

@@ -260,7 +260,7 @@ def read_index(folder: str | os.PathLike) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); run preprocessing into an empty folder again") from error
+        raise UserError(f"{path} is damaged ({error}); {_rerun(None)}") from error
     if not isinstance(index, dict) or "format_version" not in index:
         return None
     if index["format_version"] != FORMAT_VERSION:
@@ -307,7 +307,7 @@ class PackedReader:
         self.labels = np.load(self.folder / LABELS_NAME, allow_pickle=False)
         if self.labels.shape != (len(self),):
             raise UserError(
-                f"{self.folder / LABELS_NAME} has {len(self.labels)} labels for {len(self)} items; {_RERUN}"
+                f"{self.folder / LABELS_NAME} has {len(self.labels)} labels for {len(self)} items; {_rerun(self.spec.kind)}"
             )
         self._reset()
 
@@ -338,7 +338,7 @@ class PackedReader:
         begin, end = int(offsets[place]), int(offsets[place + 1])
         data = os.pread(descriptor, end - begin, start + begin)
         if len(data) != end - begin:
-            raise UserError(f"{self._shard_path(shard)} is cut short; {_RERUN}")
+            raise UserError(f"{self._shard_path(shard)} is cut short; {_rerun(self.spec.kind)}")
         return data
 
     def read_all(self, out: np.ndarray) -> None:
@@ -356,7 +356,9 @@ class PackedReader:
         """Compare every file with its checksum; reads the whole dataset. Raises UserError at the first that differs."""
         for name, expected in self._files():
             if checksum(self.folder / name) != expected:
-                raise UserError(f"{self.folder / name} differs from its checksum; delete it, then {_RERUN}")
+                raise UserError(
+                    f"{self.folder / name} differs from its checksum; delete it, then {_rerun(self.spec.kind)}"
+                )
 
     def close(self) -> None:
         """Close the shards that were opened."""
@@ -387,7 +389,9 @@ class PackedReader:
             offsets = np.load(self.folder / self.spec.offsets_name(shard), allow_pickle=False)
             expected = ((int(offsets[-1]),), np.dtype(np.uint8))
         if (shape, dtype) != expected or (offsets is not None and len(offsets) != count + 1):
-            raise UserError(f"{path} holds {shape} of {dtype}, the index says {expected[0]} of {expected[1]}; {_RERUN}")
+            raise UserError(
+                f"{path} holds {shape} of {dtype}, the index says {expected[0]} of {expected[1]}; {_rerun(self.spec.kind)}"
+            )
         return os.open(path, os.O_RDONLY), start, offsets
 
     def _read_rest(self, shard: int, out: memoryview, offset: int) -> None:
@@ -396,7 +400,7 @@ class PackedReader:
         while done < out.nbytes:
             count = os.preadv(self._opened[shard][0], (out[done:],), offset + done)
             if not count:
-                raise UserError(f"{self._shard_path(shard)} is cut short; {_RERUN}")
+                raise UserError(f"{self._shard_path(shard)} is cut short; {_rerun(self.spec.kind)}")
             done += count
 
     def _shard_path(self, shard: int) -> Path:
@@ -412,9 +416,11 @@ class PackedReader:
             try:
                 size = (self.folder / name).stat().st_size
             except FileNotFoundError:
-                raise UserError(f"{self.folder / name} is missing; {_RERUN}") from None
+                raise UserError(f"{self.folder / name} is missing; {_rerun(self.spec.kind)}") from None
             if size != expected["bytes"]:
-                raise UserError(f"{self.folder / name} has {size} bytes instead of {expected['bytes']}; {_RERUN}")
+                raise UserError(
+                    f"{self.folder / name} has {size} bytes instead of {expected['bytes']}; {_rerun(self.spec.kind)}"
+                )
 
     def _reset(self) -> None:
         self._opened: list[tuple[int, int, np.ndarray | None] | None] = [None] * len(self.index["shards"])
@@ -429,7 +435,9 @@ class PackedReader:
         self._reset()
 
 
-_RERUN = "run preprocessing into an empty folder again, or copy the dataset again"
+def _rerun(kind: str | None) -> str:
+    command = "preprocessing" if kind == "images" else "the command that made it"
+    return f"run {command} into an empty folder again, or copy the dataset again"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
