@@ -8,12 +8,18 @@ import pytest
 
 import cache_latents
 import preprocessing
+import train_ldm
 import train_sendvae
-from tests.bad_inputs import cache_latents_cases, preprocessing_cases, train_sendvae_cases
+from tests.bad_inputs import cache_latents_cases, preprocessing_cases, train_ldm_cases, train_sendvae_cases
 from tests.bad_inputs.case import Case
 from training.cli import run
 
-SCRIPTS = {cache_latents: cache_latents_cases, preprocessing: preprocessing_cases, train_sendvae: train_sendvae_cases}
+SCRIPTS = {
+    cache_latents: cache_latents_cases,
+    preprocessing: preprocessing_cases,
+    train_ldm: train_ldm_cases,
+    train_sendvae: train_sendvae_cases,
+}
 CASES = [
     pytest.param(script.main, case, id=f"{script.__name__}-{case.name}")
     for script, table in SCRIPTS.items()

@@ -1,0 +1,140 @@
+"""What a user can get wrong with train_ldm.py, and what the one line must say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dataset.latents import VAE_NAME
+from tests.bad_inputs.case import Case
+from tests.latent_caches import save_vae, write_cache
+from tests.ldm_trainings import LATENTS, flags, write_data
+
+_made: dict[str, Path] = {}
+
+
+def shared_data(tmp_path_factory_root: Path) -> Path:
+    """One good set of data for all cases, which copy what they spoil."""
+    if "data" not in _made or not _made["data"].exists():
+        _made["data"] = write_data(tmp_path_factory_root / "good", images=8)
+    return _made["data"]
+
+
+def with_flags(spoil=lambda data: None, **changes):
+    """A case that differs from a working command in some flags, or in data spoiled before."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        data = tmp_path / "packed"
+        shutil.copytree(shared_data(tmp_path.parent), data)
+        spoil(data)
+        values = {key: value(tmp_path) if callable(value) else value for key, value in changes.items()}
+        return flags(data, tmp_path / "exps", **values)
+
+    return prepare
+
+
+def begun_run(**changes):
+    """A run that was begun with other flags."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        argv = with_flags(**changes)(tmp_path, monkeypatch)
+        folder = tmp_path / "exps" / "run"
+        folder.mkdir(parents=True)
+        defaults = {"cfg_prob": 0.3, "learning_rate": 1e-3}
+        (folder / "args.json").write_text(json.dumps({"args": defaults}))
+        return argv
+
+    return prepare
+
+
+def cache_of_random_numbers(tmp_path: Path) -> Path:
+    folder = tmp_path / "other"
+    write_cache(folder, 8, features="efficientnet-lite0", feature_shape=(16, 112))
+    shutil.rmtree(folder / VAE_NAME)
+    save_vae(folder)
+    return folder
+
+
+def no_latents(data: Path) -> None:
+    shutil.rmtree(data / LATENTS)
+
+
+def unfinished_latents(data: Path) -> None:
+    (data / LATENTS / "index.json").unlink()
+
+
+def cut_shard(data: Path) -> None:
+    path = data / LATENTS / "latents-00000.npy"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def no_vae(data: Path) -> None:
+    shutil.rmtree(data / LATENTS / "vae")
+
+
+def vae_of_other_channels(data: Path) -> None:
+    path = data / LATENTS / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latent_channels": 8}))
+
+
+def damaged_statistics(data: Path) -> None:
+    (data / LATENTS / "latents_stats.safetensors").write_bytes(b"no statistics")
+
+
+def damaged_vae_weights(data: Path) -> None:
+    (data / LATENTS / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+
+
+CASES = [
+    Case("no experiment name", with_flags(exp_name=None), ("--exp-name is needed",)),
+    Case("no latents name", with_flags(vae_latents_name=None), ("--vae-latents-name is needed", "cache_latents.py")),
+    Case("name without data", with_flags(data_dir=None), ("--vae-latents-name latents", "--data-dir")),
+    Case("no such data folder", with_flags(data_dir=lambda p: p / "nowhere"), ("nowhere", "no packed dataset")),
+    Case("no such cache", with_flags(no_latents), ("latents does not exist", "cache_latents.py")),
+    Case("unfinished cache", with_flags(unfinished_latents), ("latents is not finished", "cache_latents.py")),
+    Case("cut shard", with_flags(cut_shard), ("latents-00000.npy", "bytes")),
+    Case("cache without its VAE", with_flags(no_vae), ("config.json",)),
+    Case("cache of another VAE", with_flags(vae_of_other_channels), ("posterior means", "8 latent channels")),
+    Case("damaged statistics", with_flags(damaged_statistics), ("latents_stats.safetensors cannot be read",)),
+    Case("damaged VAE weights", with_flags(damaged_vae_weights), ("vae", "weights do not load")),
+    Case("images taken for latents", with_flags(vae_latents_name="./tests"), ("tests is no latent cache",)),
+    Case("no such model", with_flags(model="SiT-XXL/2"), ("--model SiT-XXL/2", "Ti, S, B, L, XL")),
+    Case("patch too large", with_flags(model="SiT-Ti/16"), ("--model SiT-Ti/16",)),
+    Case("depth beyond the model", with_flags(encoder_depth=7), ("--encoder-depth 7", "blocks 1 to 6")),
+    Case("unknown VFM", with_flags(enc_type="resnet"), ("--enc-type resnet", "efficientnet-lite0")),
+    Case(
+        "features that are not cached",
+        with_flags(repa_source="features", enc_type="efficientnet-lite0-s32"),
+        ("features/efficientnet-lite0-s32", "--cache-features"),
+    ),
+    Case(
+        "features of another grid",
+        with_flags(model="SiT-Ti/4"),
+        ("16 tokens of 112", "SiT-Ti/4 needs 4", "--features-grid 2"),
+    ),
+    Case("no flipped copy", with_flags(hflip=True), ("flipped", "--hflip")),
+    Case(
+        "no images for REPA",
+        with_flags(
+            data_dir=None, vae_latents_name=cache_of_random_numbers, repa_source="images", enc_type="efficientnet-lite0"
+        ),
+        ("--data-dir is needed", "--proj-coeff 0"),
+    ),
+    Case(
+        "cache of other images",
+        with_flags(vae_latents_name=cache_of_random_numbers, repa_source="images"),
+        ("made from another dataset",),
+    ),
+    Case("another VAE named", with_flags(vae="f16d32"), ("--vae f16d32 is not the VAE", "latents")),
+    Case("fp16 on a CPU", with_flags(mixed_precision="fp16"), ("fp16 needs a CUDA device",)),
+    Case("batch larger than an epoch", with_flags(batch_size=64, max_train_steps=None, epochs=1), ("--epochs 1",)),
+    Case("batch that does not divide", with_flags(batch_size=5, gradient_accumulation_steps=2), ("batch size 5",)),
+    Case("resolution of other images", with_flags(resolution=64, repa_source="images"), ("32 px", "64 px")),
+    Case("no such held-out cache", with_flags(val_vae_latents_name="./nowhere"), ("nowhere does not exist",)),
+    Case("changed flag on resume", begun_run(cfg_prob=0.1), ("--cfg-prob 0.3, not 0.1",)),
+    Case("probability above 1", with_flags(cfg_prob=1.5), ("--cfg-prob", "[0, 1]")),
+    Case("unknown weighting", with_flags(weighting="logit"), ("--weighting", "lognormal")),
+    Case("abbreviated flag", lambda tmp_path, monkeypatch: ["--mod", "SiT-B/2"], ("--mod",)),
+    Case("random weights for a real run", with_flags(random_weights=True), ("--random-weights is for --dry-run",)),
+]

@@ -1,0 +1,145 @@
+"""train_ldm.py as a user calls it, in this process: results, sources of features, dry run, a second call."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import generate
+import train_ldm
+from models.autoencoder import build_autoencoder
+from tests.ldm_trainings import LATENTS, flags, write_data
+from training.cli import run
+from training.dry_run import count_parameters
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), hflip=True)
+
+
+def train(*argv: str) -> int:
+    return run(train_ldm.main, list(argv))
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"{step:07d}" / f"{name}.safetensors")
+
+
+def test_a_run_leaves_everything_it_promises_and_generate_reads_it(data, tmp_path, capsys):
+    argv = flags(
+        data, tmp_path, "run", val_data_dir=data, max_train_steps=4, checkpointing_steps=2, milestone_steps=2,
+        keep_checkpoints=1, log_steps=2, cfg_prob=0.2,
+    )  # fmt: skip
+    assert train(*argv) == 0
+    folder = tmp_path / "run"
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    assert lines[0]["loss"] == pytest.approx(lines[0]["denoise"] + 0.5 * lines[0]["repa"], rel=1e-5)
+    assert lines[2].keys() == {"step", "val/denoise", "val_ema/denoise"}
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0000004"]
+    assert sorted(path.name for path in (folder / "milestones").iterdir()) == ["0000002", "0000004"]
+    assert Image.open(folder / "samples" / "0000004.png").size == (8 * 34 - 2, 4 * 34 - 2)
+
+    args = json.loads((folder / "args.json").read_text())["args"]
+    autoencoder, known = build_autoencoder(str(folder / "vae"))
+    assert known
+    assert args["vae_checksum"] == autoencoder.checksum()
+    assert args["sit"]["num_classes"] == len(args["class_names"]) == 6
+
+    sampling = ["--exp-path", str(folder), "--num-fid-samples", "6", "--num-steps", "2", "--cfg-scale", "2"]
+    assert run(generate.main, [*sampling, "--sample-dir", str(tmp_path / "generated")]) == 0
+    assert np.load(tmp_path / "generated" / "samples.npz", allow_pickle=False)["arr_0"].shape == (6, 32, 32, 3)
+
+    before = (folder / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert train(*argv) == 0  # finished: nothing is done again
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_features_from_images_and_from_the_cache_train_alike(data, tmp_path):
+    """Cached features are float16: the first step agrees to its rounding."""
+    for source in ("images", "features"):
+        assert train(*flags(data, tmp_path, source, repa_source=source, hflip=True)) == 0
+    images, features = (metrics(tmp_path / source)[0] for source in ("images", "features"))
+    assert images["denoise"] == features["denoise"]
+    assert images["repa"] == pytest.approx(features["repa"], rel=1e-3)
+
+
+def test_auto_takes_cached_features_and_images_otherwise(data, tmp_path):
+    assert train(*flags(data, tmp_path, "auto")) == 0
+    assert train(*flags(data, tmp_path, "other", enc_type="efficientnet-lite0-s32", model="SiT-Ti/4")) == 0
+    sources = [
+        json.loads((tmp_path / name / "args.json").read_text())["args"]["repa_source"] for name in ("auto", "other")
+    ]
+    assert sources == ["features", "images"]
+
+
+def test_without_repa_no_image_is_read_and_a_path_is_enough(data, tmp_path):
+    argv = flags(data, tmp_path, "run", data_dir=None, vae_latents_name=data / LATENTS, proj_coeff=0)
+    assert train(*argv) == 0
+    assert "repa" not in metrics(tmp_path / "run")[0]
+    assert not any(name.startswith("projectors") for name in weights(tmp_path / "run", 2))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"path_type": "cosine", "weighting": "lognormal", "qk_norm": True},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"ema_decay": 0, "grid_cfg_scale": 1, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_switches_train(data, tmp_path, changes):
+    assert train(*flags(data, tmp_path, "run", **changes)) == 0
+    last = metrics(tmp_path / "run")[-1]
+    assert np.isfinite(last["loss"])
+    assert last["skipped"] == 0
+
+
+def test_longer_training_continues_a_finished_run(data, tmp_path):
+    argv = flags(data, tmp_path, "run", max_train_steps=None)
+    assert train(*argv, "--max-train-steps", "2") == 0
+    assert train(*argv, "--max-train-steps", "4") == 0
+    assert train(*[a if a != "run" else "straight" for a in argv], "--max-train-steps", "4") == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    for name in ("model", "ema"):
+        resumed, straight = (weights(tmp_path / run_name, 4, name) for run_name in ("run", "straight"))
+        assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+
+
+@pytest.mark.parametrize("vae", [None, "f8d4"])
+def test_dry_run_needs_no_data_and_leaves_nothing(vae, tmp_path, capsys):
+    argv = ["--dry-run", "--model", "SiT-S/2", "--vae", vae or "f16d32", "--resolution", "64", "--proj-coeff", "0"]
+    assert train(*argv, "--output-dir", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    with torch.device("meta"):
+        channels, side = (4, 8) if vae else (32, 4)
+        config = train_ldm.SiTConfig("SiT-S/2", channels, side, 1000)
+        parameters = count_parameters(train_ldm.SiT(config))[0]
+    assert f"{parameters:,}" in out
+    assert "step 2:" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_on_a_cache_says_what_its_training_would_be(data, tmp_path, capsys):
+    assert train(*flags(data, tmp_path, dry_run=True)) == 0
+    assert "step 2:" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_grid_does_not_disturb_the_training(data, tmp_path):
+    """Grids and validations draw from streams of their own."""
+    assert train(*flags(data, tmp_path, "often", max_train_steps=4, sampling_steps=1, val_steps=1)) == 0
+    assert train(*flags(data, tmp_path, "never", max_train_steps=4)) == 0
+    often, never = (weights(tmp_path / name, 4) for name in ("often", "never"))
+    assert all(torch.equal(often[key], never[key]) for key in never)
