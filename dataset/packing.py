@@ -98,8 +98,9 @@ class PackingJob:
         for key, value in self.settings.items():
             if found.get(key) != value:
                 flag = self.flags.get(key, "--" + key.replace("_", "-"))
+                before, now = _short(found.get(key)), _short(value)
                 raise UserError(
-                    f"{self.folder} was begun with another {flag} ({key}: {_short(found.get(key))}, now {_short(value)}); "
+                    f"{self.folder} was begun with another {flag} ({key}: {before}, now {now}); "
                     f"use the same or another {self.output_flag}"
                 )
 

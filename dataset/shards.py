@@ -307,7 +307,7 @@ class PackedReader:
         self.labels = np.load(self.folder / LABELS_NAME, allow_pickle=False)
         if self.labels.shape != (len(self),):
             raise UserError(
-                f"{self.folder / LABELS_NAME} has {len(self.labels)} labels for {len(self)} items; {_rerun(self.spec.kind)}"
+                f"{self.folder / LABELS_NAME} has {len(self.labels)} labels for {len(self)} items; {self._rerun}"
             )
         self._reset()
 
@@ -338,7 +338,7 @@ class PackedReader:
         begin, end = int(offsets[place]), int(offsets[place + 1])
         data = os.pread(descriptor, end - begin, start + begin)
         if len(data) != end - begin:
-            raise UserError(f"{self._shard_path(shard)} is cut short; {_rerun(self.spec.kind)}")
+            raise UserError(f"{self._shard_path(shard)} is cut short; {self._rerun}")
         return data
 
     def read_all(self, out: np.ndarray) -> None:
@@ -356,9 +356,7 @@ class PackedReader:
         """Compare every file with its checksum; reads the whole dataset. Raises UserError at the first that differs."""
         for name, expected in self._files():
             if checksum(self.folder / name) != expected:
-                raise UserError(
-                    f"{self.folder / name} differs from its checksum; delete it, then {_rerun(self.spec.kind)}"
-                )
+                raise UserError(f"{self.folder / name} differs from its checksum; delete it, then {self._rerun}")
 
     def close(self) -> None:
         """Close the shards that were opened."""
@@ -390,7 +388,7 @@ class PackedReader:
             expected = ((int(offsets[-1]),), np.dtype(np.uint8))
         if (shape, dtype) != expected or (offsets is not None and len(offsets) != count + 1):
             raise UserError(
-                f"{path} holds {shape} of {dtype}, the index says {expected[0]} of {expected[1]}; {_rerun(self.spec.kind)}"
+                f"{path} holds {shape} of {dtype}, the index says {expected[0]} of {expected[1]}; {self._rerun}"
             )
         return os.open(path, os.O_RDONLY), start, offsets
 
@@ -400,8 +398,12 @@ class PackedReader:
         while done < out.nbytes:
             count = os.preadv(self._opened[shard][0], (out[done:],), offset + done)
             if not count:
-                raise UserError(f"{self._shard_path(shard)} is cut short; {_rerun(self.spec.kind)}")
+                raise UserError(f"{self._shard_path(shard)} is cut short; {self._rerun}")
             done += count
+
+    @property
+    def _rerun(self) -> str:
+        return _rerun(self.index["kind"])
 
     def _shard_path(self, shard: int) -> Path:
         return self.folder / self.spec.file_name(shard)
@@ -416,11 +418,9 @@ class PackedReader:
             try:
                 size = (self.folder / name).stat().st_size
             except FileNotFoundError:
-                raise UserError(f"{self.folder / name} is missing; {_rerun(self.spec.kind)}") from None
+                raise UserError(f"{self.folder / name} is missing; {self._rerun}") from None
             if size != expected["bytes"]:
-                raise UserError(
-                    f"{self.folder / name} has {size} bytes instead of {expected['bytes']}; {_rerun(self.spec.kind)}"
-                )
+                raise UserError(f"{self.folder / name} has {size} bytes instead of {expected['bytes']}; {self._rerun}")
 
     def _reset(self) -> None:
         self._opened: list[tuple[int, int, np.ndarray | None] | None] = [None] * len(self.index["shards"])

@@ -32,11 +32,10 @@ def pack(folder: Path, kind: str, arrays: np.ndarray, labels: Sequence[int], sou
     assert job.finish(len(shards), [f"class{number}" for number in range(max(labels) + 1)])
 
 
-def random_moments(count: int, seed: int, dtype: str = "float16") -> np.ndarray:
+def random_moments(count: int, seed: int, dtype: str = "float16", shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     """Means and standard deviations ``[count, 2C, h, w]``."""
     generator = np.random.default_rng(seed)
-    channels, height, width = SHAPE
-    mean = generator.normal(0.3, 1.5, (count, channels, height, width))
+    mean = generator.normal(0.3, 1.5, (count, *shape))
     std = generator.uniform(0.01, 0.5, mean.shape)
     return np.concatenate([mean, std], 1).astype(dtype)
 
@@ -51,26 +50,28 @@ def write_cache(
     feature_shape: tuple[int, int] = (4, 6),
     dataset: str = "dataset",
     resolution: int = 32,
+    shape: tuple[int, int, int] = SHAPE,
+    shard_size: int = 7,
 ) -> dict[str, np.ndarray]:
     """A complete cache of random numbers; returns its arrays: moments, flipped, features, features_flipped, labels."""
     labels = (np.arange(count) % classes).tolist()
     source = {"dataset": dataset, "resolution": resolution, "dtype": "float16", "precision": "float32", "vae": "x"}
-    arrays = {"moments": random_moments(count, 1), "labels": np.array(labels, np.int64)}
-    pack(folder, "latents", arrays["moments"], labels, source)
+    arrays = {"moments": random_moments(count, 1, shape=shape), "labels": np.array(labels, np.int64)}
+    pack(folder, "latents", arrays["moments"], labels, source, shard_size)
     if hflip:
-        arrays["flipped"] = random_moments(count, 2)
-        pack(folder / FLIPPED_NAME, "latents", arrays["flipped"], labels, source)
+        arrays["flipped"] = random_moments(count, 2, shape=shape)
+        pack(folder / FLIPPED_NAME, "latents", arrays["flipped"], labels, source, shard_size)
     if features is not None:
         for key, flipped in (("features", False), ("features_flipped", True))[: 2 if hflip else 1]:
             arrays[key] = np.random.default_rng(3 + flipped).normal(size=(count, *feature_shape)).astype(np.float16)
-            pack(folder / features_name(features, flipped), "features", arrays[key], labels, source)
-    statistics = LatentStatistics(SHAPE[0])
+            pack(folder / features_name(features, flipped), "features", arrays[key], labels, source, shard_size)
+    statistics = LatentStatistics(shape[0])
     mean, std = np.split(arrays["moments"].astype(np.float64), 2, axis=1)
     statistics.mean.copy_(torch.from_numpy(mean.mean((0, 2, 3))))
     statistics.var.copy_(torch.from_numpy(mean.var((0, 2, 3)) + (std**2).mean((0, 2, 3))))
     save_file(statistics.tensors(), folder / STATISTICS_NAME)
     (folder / "vae").mkdir()
-    (folder / "vae" / "config.json").write_text(json.dumps({"latent_channels": SHAPE[0]}))
+    (folder / "vae" / "config.json").write_text(json.dumps({"latent_channels": shape[0]}))
     return arrays
 
 
