@@ -7,15 +7,23 @@ from pathlib import Path
 import pytest
 
 import cache_latents
+import generate
 import preprocessing
 import train_ldm
 import train_sendvae
-from tests.bad_inputs import cache_latents_cases, preprocessing_cases, train_ldm_cases, train_sendvae_cases
+from tests.bad_inputs import (
+    cache_latents_cases,
+    generate_cases,
+    preprocessing_cases,
+    train_ldm_cases,
+    train_sendvae_cases,
+)
 from tests.bad_inputs.case import Case
 from training.cli import run
 
 SCRIPTS = {
     cache_latents: cache_latents_cases,
+    generate: generate_cases,
     preprocessing: preprocessing_cases,
     train_ldm: train_ldm_cases,
     train_sendvae: train_sendvae_cases,

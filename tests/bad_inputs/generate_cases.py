@@ -1,0 +1,234 @@
+"""What a user can get wrong with generate.py, and what the one line must say."""
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import generate
+from dataset.shards import checksum
+from tests.bad_inputs.case import Case
+from tests.ldm_runs import STEP, flags, write_ldm_run
+from training.run import write_json
+
+CHECKPOINT = Path("checkpoints") / f"{STEP:07d}"
+
+
+def shared_run(tmp_path: Path) -> Path:
+    """One run for all cases of a test session."""
+    folder = tmp_path.parent / "shared-ldm-run"
+    return folder if folder.exists() else write_ldm_run(folder, milestone=True)
+
+
+def with_flags(**changes: object):
+    """A good run, bad flags; callables are given the case's folder."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        values = {key: value(tmp_path) if callable(value) else value for key, value in changes.items()}
+        return flags(shared_run(tmp_path), **({"sample_dir": tmp_path / "out"} | values))
+
+    return prepare
+
+
+def with_run(change: Callable[[Path], object], **changes: object):
+    """Good flags, and a run that ``change`` spoils: it must replace files, never write into them, as they are links."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        run = tmp_path / "run"
+        shutil.copytree(shared_run(tmp_path), run, copy_function=os.link)
+        change(run)
+        return flags(run, **({"sample_dir": tmp_path / "out"} | changes))
+
+    return prepare
+
+
+def begun_with(before: dict, **now: object):
+    """A folder that was begun with other flags."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        common = {"sample_dir": tmp_path / "out", "num_steps": 1, "num_fid_samples": 2}
+        assert generate.main(flags(shared_run(tmp_path), **(common | before))) == 0
+        return flags(shared_run(tmp_path), **(common | now))
+
+    return prepare
+
+
+def replaced(name: str | Path, content: str | bytes):
+    def change(run: Path) -> None:
+        (run / name).unlink()
+        (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def status(**values: object):
+    return lambda run: write_json(run / "status.json", {"step": 7, "max_train_steps": 10, "reason": None} | values)
+
+
+def manifest(**changes: object):
+    """Replace entries of the arguments; None leaves one out."""
+
+    def change(run: Path) -> None:
+        path = run / CHECKPOINT / "manifest.json"
+        content = json.loads(path.read_text())
+        arguments = content["args"] | changes
+        content["args"] = {name: value for name, value in arguments.items() if value is not None}
+        write_json(path, content)
+
+    return change
+
+
+def sit(**changes: object):
+    """Replace entries of the SiT's configuration."""
+
+    def change(run: Path) -> None:
+        arguments = json.loads((run / CHECKPOINT / "manifest.json").read_text())["args"]
+        manifest(sit=arguments["sit"] | changes)(run)
+
+    return change
+
+
+def damaged(*steps: str):
+    """Cut the EMA's file short, in checkpoints and milestones."""
+
+    def change(run: Path) -> None:
+        for path in run.glob("*/*/ema.safetensors"):
+            if path.parent.name in steps:
+                content = path.read_bytes()
+                path.unlink()
+                path.write_bytes(content[:-100])
+
+    return change
+
+
+def without(*names: str | Path):
+    def change(run: Path) -> None:
+        for name in names:
+            shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+
+    return change
+
+
+def other_vae_weights(run: Path) -> None:
+    path = run / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = {name: tensor * 1.01 for name, tensor in load_file(path).items()}
+    path.unlink()
+    save_file(weights, path)
+
+
+def diverged(run: Path) -> None:
+    """Weights that are not finite, with a manifest that fits them."""
+    path = run / CHECKPOINT / "ema.safetensors"
+    weights = load_file(path)
+    weights["final_layer.linear.bias"][0] = torch.nan
+    path.unlink()
+    save_file(weights, path)
+    refresh_checksum(run)
+
+
+def refresh_checksum(run: Path) -> None:
+    path = run / CHECKPOINT / "manifest.json"
+    content = json.loads(path.read_text())
+    content["files"]["ema.safetensors"] = checksum(path.parent / "ema.safetensors")
+    write_json(path, content)
+
+
+def no_run(tmp_path: Path) -> Path:
+    (tmp_path / "plain").mkdir()
+    return tmp_path / "plain"
+
+
+def file_at(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file"
+
+
+def folder_in_use(tmp_path: Path) -> Path:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    return tmp_path / "full"
+
+
+def patched(values: dict[str, object]):
+    """Good flags, and names of modules replaced."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        argv = with_flags()(tmp_path, monkeypatch)
+        for name, value in values.items():
+            monkeypatch.setattr(name, value)
+        return argv
+
+    return prepare
+
+
+def environment(**variables: str):
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return with_flags()(tmp_path, monkeypatch)
+
+    return prepare
+
+
+NEVER_FREE = {"dataset.packing.SHARED_LOCK_SECONDS": 0.0, "dataset.packing._try_lock": lambda descriptor: False}
+FULL = namedtuple("usage", "total used free")(10**9, 10**9 - 5, 5)
+
+CASES = [
+    Case("no run given", lambda path, _: ["--num-steps", "3"], ("--exp-path",)),
+    Case("no such run", with_flags(exp_path=lambda path: path / "none"), ("--exp-path", "no such folder")),
+    Case("a folder that is no run", with_flags(exp_path=no_run), ("no args.json", "train_ldm.py")),
+    Case("a VAE's run", with_run(manifest(sit=None)), ("manifest.json", "'sit'", "train_ldm.py")),
+    Case("a run without checkpoints", with_run(without("checkpoints", "milestones")), ("no checkpoints",)),
+    Case("running", with_run(status(state="running")), ("(running, at step 7 of 10)", "--train-steps", "5, 10")),
+    Case("failed", with_run(status(state="failed")), ("not finished (failed",)),
+    Case("not started", with_run(without("status.json")), ("not finished (not started)",)),
+    Case("status damaged", with_run(replaced("status.json", "{")), ("status.json is damaged", "--train-steps")),
+    Case("args.json damaged", with_run(replaced("args.json", "{")), ("args.json is damaged",)),
+    Case("no such step", with_flags(train_steps=7), ("--train-steps 7", "there are: 5, 10")),
+    Case("model of a milestone", with_flags(train_steps=5, weights="model"), ("--weights model", "there are: 10")),
+    Case("no EMA", with_run(without(CHECKPOINT / "ema.safetensors", "milestones")), ("take --weights model",)),
+    Case("step damaged", with_run(damaged("0000010"), train_steps=10), ("--train-steps 10", "damaged", "instead of")),
+    Case("all damaged", with_run(damaged("0000010", "0000005")), ("no other checkpoint is intact",)),
+    Case("manifest damaged", with_run(replaced(CHECKPOINT / "manifest.json", "{"), train_steps=10), ("not readable",)),
+    Case("no path type", with_run(manifest(path_type=None)), ("'path_type'",)),
+    Case("class names missing", with_run(manifest(class_names=["cat"])), ("names 1 classes", "SiT with 3")),
+    Case("unknown SiT", with_run(sit(model="SiT-Q/2")), ("SiT-Q/2 is not known",)),
+    Case("weights of another SiT", with_run(sit(qk_norm=True)), ("ema.safetensors does not fit",)),
+    Case("latents of another shape", with_run(sit(latent_channels=8)), ("vae decodes latents (4, 8, 8)", "(8, 8, 8)")),
+    Case("no VAE", with_run(without("vae")), ("vae is missing",)),
+    Case("VAE folder empty", with_run(without("vae/config.json")), ("run/vae is not a diffusers", "config.json")),
+    Case("no latent statistics", with_run(without("vae/latents_stats.safetensors")), ("no latent statistics",)),
+    Case("another VAE", with_run(other_vae_weights), ("other weights than the VAE",)),
+    Case("weights that diverged", with_run(diverged), ("image 0 is not finite", "--train-steps")),
+    Case("Heun with the SDE", with_flags(heun=True), ("--heun", "--mode ode")),
+    Case("interval upside down", with_flags(guidance_low=0.8, guidance_high=0.2), ("--guidance-low 0.8", "above")),
+    Case("interval beyond 1", with_flags(guidance_high=1.5), ("--guidance-high", "[0, 1]")),
+    Case("negative guidance", with_flags(cfg_scale=-1), ("--cfg-scale", "at least 0")),
+    Case("no steps", with_flags(num_steps=0), ("--num-steps", "at least 1")),
+    Case("no images", with_flags(num_fid_samples=0), ("--num-fid-samples", "at least 1")),
+    Case("unknown mode", with_flags(mode="pndm"), ("--mode", "sde", "ode")),
+    Case("a flag that belongs to the run", with_flags(path_type="cosine"), ("--path-type",)),
+    Case("unknown class", with_flags(classes="cat,bird"), ("--classes bird", "0 to 2", "cat")),
+    Case("class out of range", with_flags(classes="3"), ("--classes 3", "0 to 2")),
+    Case("class twice", with_flags(classes="dog,1"), ("class 1 twice",)),
+    Case("seed too large", with_flags(seed=2**64), ("--seed", "64 bits")),
+    Case("seed negative", with_flags(seed=-1), ("--seed", "not be negative")),
+    Case("output is a file", with_flags(sample_dir=file_at), ("--sample-dir", "is a file")),
+    Case("output holds other files", with_flags(sample_dir=folder_in_use), ("thesis.tex", "empty or new")),
+    Case("another seed", begun_with({}, seed=1), ("another --seed", "now 1", "--sample-dir")),
+    Case("another guidance", begun_with({}, cfg_scale=2), ("another --cfg-scale", "1.0", "2.0")),
+    Case("another checkpoint", begun_with({}, train_steps=5), ("another --train-steps", "10", "now 5")),
+    Case("other weights", begun_with({}, weights="model"), ("another --weights", "ema")),
+    Case("another precision", begun_with({}, mixed_precision="bf16"), ("another --mixed-precision", "now bf16")),
+    Case("another number", begun_with({}, num_fid_samples=3), ("another --num-fid-samples",)),
+    Case("other classes", begun_with({}, classes="cat"), ("another --classes",)),
+    Case("not enough space", patched({"shutil.disk_usage": lambda path: FULL}), ("0.00 GB are free", "--no-npz")),
+    Case("folder locked", patched(NEVER_FREE), ("another run is writing", "--sample-dir")),
+    Case("a rank too many", environment(RANK="2", WORLD_SIZE="2"), ("RANK=2", "launch.sh")),
+]  # fmt: skip
