@@ -286,7 +286,7 @@ _worker: tuple[Path, ShardSpec, Source, int]
 def _start_worker(parent: int, folder: Path, spec: ShardSpec, source: Source, max_pixels: int) -> None:
     global _worker
     _worker = folder, spec, source, max_pixels
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent gets them too, and stops its workers in order
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent gets them too, and stops in order
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow's remarks on metadata would tear the progress bar
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from dataset.images import ImageDataset
 from dataset.shards import PackedReader, read_index
@@ -31,6 +32,7 @@ from models.latent_statistics import LatentStatistics
 STATISTICS_NAME = "latents_stats.safetensors"
 VAE_NAME = "vae"
 FLIPPED_NAME = "flipped"
+_SHOWN_BYTES = 1 << 30  # what takes longer than a moment to read
 _MAKE = "make it with cache_latents.py"
 
 
@@ -89,6 +91,7 @@ class LatentDataset:
         memory_limit: bytes that may be held in memory; by default a quarter of what is available, divided by the
             processes; 0 reads from the files always.
         local_processes: processes on this machine, each of which holds its own copy.
+        show_progress: show a bar while a large set is read into memory.
 
     Attributes:
         latent_shape: (C, h, w).
@@ -113,6 +116,7 @@ class LatentDataset:
         images: ImageDataset | None = None,
         memory_limit: int | None = None,
         local_processes: int = 1,
+        show_progress: bool = True,
     ) -> None:
         self.folder = Path(folder)
         if read_index(self.folder) is None:
@@ -131,13 +135,13 @@ class LatentDataset:
             self._check_images(images)
         limit = available_memory() // (4 * local_processes) if memory_limit is None else memory_limit
         readers = [latents, self._open(FLIPPED_NAME, "latents", "--hflip")] if hflip else [latents]
-        self._moments = _Array(readers, limit)
+        self._moments = _Array(readers, limit, show_progress)
         self._features = None
         if features is not None:
             names = [features_name(features, flipped) for flipped in ((False, True) if hflip else (False,))]
             flags = f"--cache-features --enc-type {features}{' --hflip' if hflip else ''}"
             readers = [self._open(name, "features", flags) for name in names]
-            self._features = _Array(readers, limit - self._moments.held_bytes)
+            self._features = _Array(readers, limit - self._moments.held_bytes, show_progress)
         self.feature_shape = None if self._features is None else self._features.spec.shape
 
     def __len__(self) -> int:
@@ -224,7 +228,7 @@ class LatentDataset:
 class _Array:
     """The items of a packed dataset and, as numbers N and up, those of its mirrored copy."""
 
-    def __init__(self, readers: Sequence[PackedReader], limit: int) -> None:
+    def __init__(self, readers: Sequence[PackedReader], limit: int, show_progress: bool) -> None:
         self.spec = readers[0].spec
         self._readers = readers
         self._length = len(readers[0])
@@ -237,8 +241,10 @@ class _Array:
         size = self.spec.item_bytes * self._length * len(readers)
         if size <= limit:
             self._held = np.empty((len(readers) * self._length, *self.spec.shape), self.spec.dtype)
-            for number, reader in enumerate(readers):
-                reader.read_all(self._held[number * self._length : (number + 1) * self._length])
+            quiet = not show_progress or size < _SHOWN_BYTES
+            with tqdm(total=size, unit="B", unit_scale=True, desc=f"reading {self.spec.kind}", disable=quiet) as bar:
+                for number, reader in enumerate(readers):
+                    reader.read_all(self._held[number * self._length : (number + 1) * self._length], bar.update)
 
     @property
     def held_bytes(self) -> int:

@@ -24,7 +24,7 @@ import math
 import os
 import resource
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -341,12 +341,14 @@ class PackedReader:
             raise UserError(f"{self._shard_path(shard)} is cut short; {self._rerun}")
         return data
 
-    def read_all(self, out: np.ndarray) -> None:
-        """Read a whole raw dataset into a contiguous array ``[N, *shape]``, one read a shard."""
+    def read_all(self, out: np.ndarray, progress: Callable[[int], object] | None = None) -> None:
+        """Read a whole raw dataset into a contiguous array ``[N, *shape]``; ``progress`` is told the bytes read."""
         for shard, (first, last) in enumerate(itertools.pairwise(self._starts)):
             if last > first:
                 _, start, _ = self._open(shard)
                 self._read_rest(shard, memoryview(out[first:last].reshape(-1).view(np.uint8)), start)
+                if progress is not None:
+                    progress((last - first) * self.spec.item_bytes)
 
     def fingerprint(self) -> str:
         """SHA-256 of all checksums: the same for the same bytes; cheap."""

@@ -115,7 +115,7 @@ class ChunkEncoder:
         images = images.to(self._device, non_blocking=True)
         parts = [self._encode(part, targets) for part in images.split(self.chunk)] if len(images) else []
         hosts = [_to_host(torch.cat(column)) for column in zip(*parts, strict=True)]
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event(blocking=True)  # the writer sleeps instead of spinning
         copied.record()
 
         def wait() -> list[np.ndarray]:
