@@ -277,13 +277,16 @@ def available_memory() -> int:
     return max(0, available)
 
 
-def cache_files(folder: Path, parts: Sequence[str]) -> tuple[list[str], list[str]]:
+def cache_files(folder: Path, parts: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """What of a cache has to be copied: its packed folders, itself last, and its other files; relative to ``folder``.
 
     Args:
         folder: of the cache.
-        parts: sub-folders in use, e.g. ``"flipped"`` or ``features_name(...)``.
+        parts: sub-folders in use, e.g. ``"flipped"`` or ``features_name(...)``; None: all that are complete.
     """
+    if parts is None:
+        found = [folder / FLIPPED_NAME, *sorted(folder.glob("features/*")), *sorted(folder.glob("features-flipped/*"))]
+        parts = [path.relative_to(folder).as_posix() for path in found if read_index(path) is not None]
     others = [STATISTICS_NAME, *(f"{VAE_NAME}/{path.name}" for path in sorted((folder / VAE_NAME).iterdir()))]
     return [*parts, "."], others
 

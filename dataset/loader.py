@@ -272,7 +272,7 @@ class _BatchReader:
 
 
 def stage_dataset(
-    path: str | os.PathLike, stage_dir: str | os.PathLike, *, kind: str = "images", parts: Sequence[str] = ()
+    path: str | os.PathLike, stage_dir: str | os.PathLike, *, kind: str = "images", parts: Sequence[str] | None = None
 ) -> Path:
     """Copy a packed dataset to a local disk and return where it lies there.
 
@@ -283,7 +283,8 @@ def stage_dataset(
         path: the dataset.
         stage_dir: folder on the local disk.
         kind: ``"images"``, or ``"latents"`` for a cache, whose VAE and statistics come along.
-        parts: of a cache, the sub-folders in use (``dataset.latents.FLIPPED_NAME``, ``features_name(...)``).
+        parts: of a cache, the sub-folders in use (``dataset.latents.FLIPPED_NAME``, ``features_name(...)``); by default
+            all that are complete.
 
     Raises:
         UserError: no packed dataset, no such part, or not enough space.
