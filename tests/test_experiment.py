@@ -1,0 +1,219 @@
+"""run_experiment.sh: presets, overrides, stages that are skipped, stop and resume; and quickstart.sh's own flags."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cache_latents
+import generate
+import preprocessing
+import train_ldm
+import train_sendvae
+from dataset import toy
+from errors import UserError
+from training import experiment
+from training.cli import run
+from training.experiment import load_preset, preset_names, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {
+    "preprocessing.py": preprocessing,
+    "train_sendvae.py": train_sendvae,
+    "cache_latents.py": cache_latents,
+    "train_ldm.py": train_ldm,
+    "generate.py": generate,
+    "dataset.toy": toy,
+}
+
+
+def commands(name: str, *overrides: str) -> dict[str, list[str]]:
+    found = resolve(name, load_preset(name), "exps", overrides)
+    return {stage.name: stage.command for stage in found.stages}
+
+
+def value(command: list[str], flag: str) -> str:
+    return command[command.index(f"--{flag}") + 1]
+
+
+@pytest.fixture
+def presets(tmp_path, monkeypatch):
+    """A folder of presets of our own."""
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    monkeypatch.setattr(experiment, "PRESETS", folder)
+
+    def write(name: str, **content) -> None:
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+    return write
+
+
+def writing_stage(path: Path, code: str = "") -> dict:
+    """A stage that appends a line to a file."""
+    script = path.with_suffix(".py")
+    script.write_text(f"open({str(path)!r}, 'a').write('once\\n')\n{code}\n")
+    return {"script": str(script), "single_process": True, "product": str(path)}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_flag_of_every_preset_is_one_of_its_script(name, capsys):
+    """And every dry run's: nothing in a preset may be misspelt."""
+    found = resolve(name, load_preset(name), "exps", ["--val-images", "x"] if name.startswith("sendvae") else [])
+    for stage in found.stages:
+        script = next(word for word in stage.command if word in SCRIPTS)
+        with pytest.raises(SystemExit):
+            SCRIPTS[script].main(["--help"])
+        known = capsys.readouterr().out
+        for command in (stage.command, stage.dry_command or []):
+            for word in command[command.index(script) + 1 :] if command else []:
+                assert not word.startswith("--") or f"{word} " in known or f"{word}\n" in known, (stage.name, word)
+
+
+def test_the_paper_s_default_is_what_method_says():
+    found = commands("sendvae_imagenet256")
+    assert list(found) == ["preprocess", "sendvae", "cache", "ldm", "samples"]
+    assert value(found["sendvae"], "batch-size") == "1024"
+    assert value(found["sendvae"], "vae") == "f16d32"
+    assert value(found["ldm"], "model") == "SiT-XL/1"
+    assert value(found["cache"], "vae") == "exps/sendvae_imagenet256-vae/vae"
+    assert value(found["samples"], "exp-path") == "exps/sendvae_imagenet256-ldm"
+    assert value(found["samples"], "guidance-high") == "0.75"
+
+
+def test_a_preset_changes_only_what_it_names():
+    base, sdvae = commands("sendvae_imagenet256"), commands("sendvae_sdvae")
+    assert (value(sdvae["sendvae"], "vae"), value(sdvae["ldm"], "model")) == ("f8d4", "SiT-XL/2")
+    assert value(sdvae["sendvae"], "epochs") == value(base["sendvae"], "epochs")
+
+
+def test_stages_of_held_out_data_come_with_their_variable():
+    assert "--val-data-dir" not in commands("sendvae_imagenet256")["ldm"]
+    found = commands("sendvae_imagenet256", "--val-images", "photographs")
+    assert value(found["preprocess-val"], "imagenet-path") == "photographs"
+    assert value(found["ldm"], "val-data-dir") == "data/imagenet256-val"
+
+
+def test_overrides_reach_flags_and_variables():
+    found = commands(
+        "sendvae_imagenet256", "--ldm.batch-size", "64", "--data=elsewhere", "--ldm.compile",
+        "--sendvae.loss-override", "a=1", "b=2",
+    )  # fmt: skip
+    assert value(found["ldm"], "batch-size") == "64"
+    assert "--compile" in found["ldm"]
+    assert value(found["preprocess"], "output-path") == "elsewhere"
+    start = found["sendvae"].index("--loss-override")
+    assert found["sendvae"][start + 1 : start + 3] == ["a=1", "b=2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["nothing"], ("no preset nothing", "quickstart")),
+        (["quickstart", "--ldn.epochs", "1"], ("--ldn.epochs", "no stage ldn", "sendvae")),
+        (["quickstart", "--epochs", "1"], ("--epochs is not known", "--data")),
+        (["quickstart", "stray"], ("'stray' belongs to no flag",)),
+        (["quickstart", "--stages", "ldn"], ("--stages ldn", "samples")),
+        ([], ("PRESET",)),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(argv, parts, capsys):
+    try:
+        code = run(experiment.main, argv)
+    except SystemExit as exit_:
+        code = exit_.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1
+    assert all(part in lines[0] for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ({"stages": {"a": {"script": "x.py", "product": "x", "flag": {}}}}, "flag is not known"),
+        ({"stages": {}, "stage": {}}, "stage is not known"),
+        ({"stages": {"a": {"script": "x.py", "product": "{nowhere}"}}}, "{nowhere}"),
+    ],
+)
+def test_a_misspelt_preset_is_named(presets, content, part):
+    presets("mine", **content)
+    with pytest.raises(UserError, match=part):
+        resolve("mine", load_preset("mine"), "exps", [])
+
+
+def test_finished_stages_are_skipped_and_changed_ones_run_again(presets, tmp_path, capfd):
+    first, second = tmp_path / "first", tmp_path / "second"
+    stages = {"first": writing_stage(first), "second": writing_stage(second, "import sys; sys.exit(3)")}
+    presets("mine", stages=stages, closing="look at {exps}")
+    argv = ["mine", "--output-dir", str(tmp_path / "exps")]
+    assert experiment.main(argv) == 3
+    assert "second: stopped with exit code 3" in capfd.readouterr().err
+    stages["second"] = writing_stage(second)
+    presets("mine", stages=stages, closing="look at {exps}")
+    assert experiment.main(argv) == 0
+    out = capfd.readouterr().out
+    assert "first: finished already" in out
+    assert f"look at {tmp_path / 'exps'}" in out
+    assert (first.read_text(), second.read_text()) == ("once\n", "once\nonce\n")
+    assert experiment.main([*argv, "--first.x", "1"]) == 0
+    assert (first.read_text(), second.read_text()) == ("once\nonce\n", "once\nonce\n")
+    second.unlink()
+    assert experiment.main([*argv, "--first.x", "1"]) == 0
+    assert (first.read_text(), second.read_text()) == ("once\nonce\n", "once\n")
+
+
+def test_a_stage_without_its_product_is_an_error(presets, tmp_path):
+    presets("mine", stages={"a": writing_stage(tmp_path / "a") | {"product": str(tmp_path / "b")}})
+    with pytest.raises(UserError, match="left no"):
+        experiment.main(["mine", "--output-dir", str(tmp_path / "exps")])
+
+
+def test_a_signal_reaches_the_stage_and_ends_the_experiment(tmp_path):
+    mark = tmp_path / "started"
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))\n"
+        f"pathlib.Path({str(mark)!r}).touch()\ntime.sleep(60)\n"
+    )
+    code = f"import sys; from training.experiment import call; sys.exit(call([sys.executable, {str(script)!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not mark.exists():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
+
+
+@pytest.mark.parametrize("argv", [["--data", "/no/such/folder"], ["--data"]])
+def test_quickstart_names_a_missing_folder(argv):
+    answer = subprocess.run(["./quickstart.sh", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 2
+    assert len(answer.stderr.strip().splitlines()) == 1
+    assert "--data" in answer.stderr
+
+
+@pytest.mark.slow
+def test_the_quickstart_s_stages_run_from_images_to_samples(tmp_path):
+    """All of them, with a few steps each, in real processes; a second call does nothing."""
+    few = ["--toy.num-images", "64", "--toy-val.num-images", "16", "--sendvae.max-train-steps", "4"]
+    few += ["--sendvae.warmup-steps", "0", "--ldm.warmup-steps", "0", "--ldm.max-train-steps", "2"]
+    few += ["--samples.num-fid-samples", "6", "--samples.num-steps", "2", "--ldm.grid-steps", "2"]
+    command = ["./run_experiment.sh", "quickstart", "--output-dir", str(tmp_path / "exps")]
+    command += ["--data", str(tmp_path / "data"), *few]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    generated = tmp_path / "exps" / "quickstart-ldm" / "generated"
+    assert (generated / "samples.npz").is_file()
+    assert (generated / "preview.png").is_file()
+    args = json.loads((tmp_path / "exps" / "quickstart-ldm" / "args.json").read_text())["args"]
+    assert args["repa_source"] == "features"
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.stdout.count("finished already") == 9
