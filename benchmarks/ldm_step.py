@@ -1,0 +1,150 @@
+"""What a training step costs beside the network: train_ldm.py's whole step against the bare forward and backward.
+
+    python benchmarks/ldm_step.py --model SiT-B/1 --batch-size 4
+
+Bare: SiT forward on noisy latents, mean squared error, backward, gradients dropped. Step: reading the batch from a
+cache on disk, drawing the posterior sample, time and noise, normalising, the loss, backward, clipping, AdamW, EMA, and
+metrics. Between them stands what every training pays: clipping, AdamW and EMA written plainly, one tensor at a time.
+Without REPA, whose VFM would hide the rest. The three take turns, ``--repeats`` times; medians of seconds and of
+ratios are shown.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.latents import LatentDataset
+from dataset.loader import BatchLoader
+from dataset.order import SampleOrder
+from models.latent_statistics import LatentStatistics
+from models.sit import SiT, SiTConfig
+from tests import latent_caches
+from training.cli import ArgumentParser, add_debug_argument, positive_int, run
+from training.ema import EMA
+from training.ldm import LDMTrainer
+from training.metrics import MeanMetrics
+from training.optimizer import build_adamw
+
+
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def bare_step(model: SiT, batch: int, device: torch.device, accelerator: Accelerator) -> Callable[[], None]:
+    config = model.config
+    shape = (batch, config.latent_channels, config.latent_size, config.latent_size)
+    x, target, t = (
+        torch.randn(shape, device=device),
+        torch.randn(shape, device=device),
+        torch.rand(batch, device=device),
+    )
+    y = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        with accelerator.autocast():
+            loss = (model(x, t, y).float() - target).square().mean()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def plain_update(model: SiT) -> Callable[[], None]:
+    """Clipping, AdamW and EMA as they are usually written; gradients stay."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+    @torch.no_grad()
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            average[name].mul_(0.9999).add_(parameter, alpha=1e-4)
+
+    return update
+
+
+def our_step(model: SiT, loader: BatchLoader, accelerator: Accelerator) -> Callable[[], None]:
+    statistics = LatentStatistics(model.config.latent_channels).to(accelerator.device)
+    trainer = LDMTrainer(
+        model,
+        statistics,
+        None,
+        proj_coeff=0.0,
+        cfg_prob=0.1,
+        path_type="linear",
+        weighting="uniform",
+        max_grad_norm=1.0,
+        seed=0,
+        optimizer=build_adamw(model.parameters(), (0.9, 0.999), 0.0, 1e-8),
+        ema=EMA(model, 0.9999),
+        accelerator=accelerator,
+    )
+    metrics = MeanMetrics()
+    return lambda: metrics.update(trainer.step(loader.step, next(loader), 1e-4))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", default="SiT-B/1", help="SiT-SIZE/PATCH")
+    add("--latent-channels", type=positive_int, default=32, help="C")
+    add("--latent-size", type=positive_int, default=16, help="h = w")
+    add("--batch-size", type=positive_int, default=4, help="latents")
+    add("--steps", type=positive_int, default=1, help="in a run")
+    add("--repeats", type=positive_int, default=5, help="runs of each")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the networks")
+    add_debug_argument(parser)
+    args = parser.parse_args(argv)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision)
+    device = accelerator.device
+    config = SiTConfig(args.model, args.latent_channels, args.latent_size, num_classes=1000)
+    with tempfile.TemporaryDirectory() as scratch:
+        latent_caches.SHAPE = (args.latent_channels, args.latent_size, args.latent_size)
+        latent_caches.write_cache(Path(scratch) / "cache", 256)
+        dataset = LatentDataset(Path(scratch) / "cache", memory_limit=0)
+        with BatchLoader(dataset, SampleOrder(len(dataset), 0), batch_size=args.batch_size, num_workers=1) as loader:
+            model = SiT(config).to(device).train()
+            runs = {"bare forward + backward": bare_step(model, args.batch_size, device, accelerator)}
+            runs["our whole step"] = our_step(model, loader, accelerator)
+            runs["plain update"] = plain_update(SiT(config).to(device))
+            seconds: dict[str, list[float]] = {name: [] for name in runs}
+            for repeat in range(args.repeats + 1):
+                for name, function in runs.items():
+                    taken = seconds_of(lambda f=function: [f() for _ in range(args.steps)], device) / args.steps
+                    if repeat:  # the first run of each allocates
+                        seconds[name].append(taken)
+    show(args, seconds)
+    return 0
+
+
+def show(args, seconds: dict[str, list[float]]) -> None:
+    bare, ours, update = (np.array(seconds[name]) for name in seconds)
+    print(f"{'':28}{'s/step':>9}{'of bare':>9}")
+    for name, values in zip(seconds, (bare, ours, update), strict=True):
+        print(f"{name:28}{np.median(values):9.3f}{np.median(values / bare):9.3f}")
+    overhead = statistics.median((ours - bare) / bare)
+    beyond = statistics.median((ours - bare - update) / bare)
+    print(f"overhead of everything but the network: {overhead:.1%}; beyond a plain clip + AdamW + EMA: {beyond:.1%}")
+    print(f"{args.model}, batch {args.batch_size}, median of {args.repeats}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
