@@ -228,8 +228,10 @@ def default_folder(args: argparse.Namespace, trained: TrainedLDM) -> Path:
     parts = ["samples", f"{trained.step:07d}", f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
     if args.cfg_scale != 1:
         parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}")
-    parts += [name for name, chosen in (("model", args.weights == "model"), ("equal", args.label_sampling == "equal"))
-              if chosen]  # fmt: skip
+    if args.weights != "ema":
+        parts.append(args.weights)
+    if args.label_sampling != "random":
+        parts.append(args.label_sampling)
     return args.exp_path / "-".join([*parts, f"{args.num_fid_samples}", f"seed{args.seed}"])
 
 
@@ -277,7 +279,7 @@ def build_sampler(
     if device.type == "cpu":
         autoencoder.to(memory_format=torch.channels_last)
     if args.compile:
-        model.compile(dynamic=False)  # sizes: with and without guidance, and a shard's last batch
+        model.compile(dynamic=False)  # two sizes: with and without guidance
         autoencoder.network.decoder.compile(dynamic=False)
     sampler = ImageSampler(
         model,
@@ -345,6 +347,7 @@ def make_shards(
         labels,
         shard_size=args.shard_size,
         batch_size=args.pproc_batch_size,
+        only_whole_batches=args.compile,
         device=process.device,
     )
     count, begin = sum(len(maker.items(number)) for number in todo), time.perf_counter()

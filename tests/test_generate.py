@@ -70,6 +70,7 @@ def start(*argv: str, processes: int = 1) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_neither_batch_nor_processes_matter(run, tmp_path):
     """Batches of 4 and 7 and two processes: the same labels, images within one level."""
     process = start(*flags(run, sample_dir=tmp_path / "two", pproc_batch_size=3, num_fid_samples=15), processes=2)
@@ -100,6 +101,22 @@ def test_noise_of_an_image(run):
         parts = [sampler.noise(items, 3) for items in torch.arange(14).split(size)]
         assert torch.equal(torch.cat(parts), whole)
     assert len({image.numpy().tobytes() for step in (0, 1, 2) for image in sampler.noise(torch.arange(5), step)}) == 15
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_does_not_synchronise(run):
+    """Noise, sampler, guidance and decoding only launch kernels."""
+    trained = open_trained_ldm(run, None, "ema")
+    args = generate.parse_arguments(flags(run, cfg_scale=2, guidance_high=0.5, mixed_precision="bf16"))
+    sampler, _ = generate.build_sampler(args, trained, trained.load_autoencoder(), generate.this_process())
+    items = torch.arange(4, device="cuda")
+    first = sampler(items, items % 3)[0].cpu()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again, _ = sampler(items, items % 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again.cpu())
 
 
 def test_against_a_sampler_written_out(run, tmp_path):
@@ -139,6 +156,7 @@ def test_against_a_sampler_written_out(run, tmp_path):
     assert largest_difference(found, expected.astype(np.uint8)) <= 1
 
 
+@pytest.mark.slow
 def test_interrupted_twice(run, tmp_path):
     """SIGTERM, then SIGKILL, then to the end: the bytes of a run that was left alone."""
     argv = flags(run, num_fid_samples=14, shard_size=2, pproc_batch_size=2, num_steps=50)
@@ -181,6 +199,24 @@ def test_npz_is_the_shards(run, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset.npz, "CHUNK_BYTES", 4 * 3 * RESOLUTION**2)  # 4, 4 and 2 images
     write_npz(images, tmp_path / "again.npz")
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "out" / "samples.npz").read_bytes()
+
+
+def test_whole_batches(run, tmp_path, monkeypatch):
+    """With --compile every batch has the same size; what is too much is thrown away."""
+    sizes = []
+    forward = SiT.forward
+
+    def counting(self, x, t, y):
+        sizes.append(len(x))
+        return forward(self, x, t, y)
+
+    monkeypatch.setattr(SiT, "forward", counting)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    whole = sampled(run, tmp_path / "whole", compile=True, classes="dog,cat")
+    assert set(sizes) == {4}
+    sizes.clear()
+    assert largest_difference(whole, sampled(run, tmp_path / "out", classes="dog,cat")) <= 1
+    assert set(sizes) == {4, 1}  # shards of 5
 
 
 def test_npz_can_follow(run, tmp_path):

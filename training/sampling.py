@@ -155,6 +155,8 @@ class ShardMaker:
         labels: of all images, int64 ``[N]``.
         shard_size: images in a shard; the last may have fewer.
         batch_size: images at once.
+        only_whole_batches: fill up a shard's last batch with images that are thrown away: compiled networks are made
+            anew for every size.
         device: of the sampler.
     """
 
@@ -166,10 +168,12 @@ class ShardMaker:
         *,
         shard_size: int,
         batch_size: int,
+        only_whole_batches: bool,
         device: torch.device,
     ):
         self.packing, self.sampler, self.labels = packing, sampler, labels
         self.shard_size, self.batch_size, self.device = shard_size, batch_size, device
+        self.only_whole_batches = only_whole_batches
         self._device_labels = torch.from_numpy(labels).to(device)
 
     @property
@@ -199,15 +203,20 @@ class ShardMaker:
             with shard, ThreadPoolExecutor(1, "writer") as writer:
                 pending: deque[Future] = deque()
                 for first in range(items.start, items.stop, self.batch_size):
-                    last = min(first + self.batch_size, items.stop)
-                    batch = torch.arange(first, last, device=self.device)
-                    images, finite = self.sampler(batch, self._device_labels[first:last])
+                    images, finite = self._batch(range(first, min(first + self.batch_size, items.stop)))
                     pending.append(writer.submit(write, first, on_host(images), on_host(finite)))
                     while len(pending) >= BATCHES_BEHIND:
                         pending.popleft().result()
                 while pending:
                     pending.popleft().result()
             shard.finish(sizes, self.labels[items.start : items.stop].tolist())
+
+    def _batch(self, items: range) -> tuple[torch.Tensor, torch.Tensor]:
+        count = self.batch_size if self.only_whole_batches else len(items)
+        numbers = torch.arange(items.start, items.start + count, device=self.device)
+        labels = self._device_labels[numbers.clamp(max=len(self.labels) - 1)]
+        images, finite = self.sampler(numbers, labels)
+        return images[: len(items)], finite[: len(items)]
 
 
 def on_host(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
