@@ -26,7 +26,7 @@ from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_na
 from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
 from dataset.shards import ShardSpec, read_index
 from errors import UserError
-from models.autoencoder import STATISTICS_FILE, Autoencoder, architecture_names, build_autoencoder
+from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
 from models.encoders import ENCODERS, Encoder, build_encoder, encoder_spec
 from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
 from training.dry_run import count_parameters, peak_memory
@@ -82,6 +82,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "(default: latents- and the name of the VAE's run or folder)",
     )
     add("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
+    add(
+        "--statistics",
+        choices=("vae", "measured"),
+        default="vae",
+        help="what training normalises with: the VAE's latent statistics, or those measured over this dataset",
+    )
     add("--hflip", action="store_true", help="also encode the mirrored images (twice the size and time)")
     add("--cache-features", action="store_true", help="also store VFM features, for small sets (--dry-run: how many)")
     add("--enc-type", metavar="NAME", help=f"VFM of --cache-features: {', '.join(ENCODERS)}")
@@ -152,10 +158,18 @@ def refuse_unfinished(path: str | None) -> None:
 
 @dataclass
 class Networks:
-    """What encodes: the VAE, whether it came with statistics, and the VFM of --cache-features."""
+    """What encodes.
+
+    Attributes:
+        autoencoder: the VAE.
+        has_statistics: whether it came with latent statistics.
+        keeps_statistics: whether training is to normalise with those, and not with the measured ones.
+        encoder: the VFM of --cache-features.
+    """
 
     autoencoder: Autoencoder
     has_statistics: bool
+    keeps_statistics: bool
     encoder: Encoder | None
 
 
@@ -232,7 +246,7 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
         autoencoder.network.encoder.compile()
         if encoder is not None:
             encoder.network.compile()
-    return Networks(autoencoder, has_statistics, encoder)
+    return Networks(autoencoder, has_statistics, has_statistics and args.statistics == "vae", encoder)
 
 
 def build_targets(
@@ -251,14 +265,15 @@ def build_targets(
     measured: MeasuredStatistics | None = None
 
     def before_index() -> None:
-        save_beside(folder, vae, networks.has_statistics, measured.total(shards))
+        save_beside(folder, vae, measured.total(shards), networks.keeps_statistics)
 
     def packing(part: Path, kind: str, settings: dict) -> PackingJob:
         return PackingJob(part, specs[kind], common | settings, OUTPUT_FLAG, FLAGS)
 
     targets = []
     for flipped in (False, True) if args.hflip else (False,):
-        job = packing(folder / FLIPPED_NAME if flipped else folder, "latents", {"vae": checksum, "flipped": flipped})
+        settings = {"vae": checksum, "flipped": flipped} | ({} if flipped else {"statistics": args.statistics})
+        job = packing(folder / FLIPPED_NAME if flipped else folder, "latents", settings)
         encode, name = latents_encoder(vae, dtype), "mirrored latents" if flipped else "latents"
         if flipped:
             targets.append(Target(name, job, encode, flipped, images.class_names))
@@ -353,12 +368,15 @@ def report(folder: Path, targets: Sequence[Target], count: int, networks: Networ
     if not networks.has_statistics:
         print("the VAE came without latent statistics; the measured ones are stored with the cache's copy of it")
         return
-    mean, std = differences(load_file(folder / STATISTICS_NAME), load_file(folder / VAE_NAME / STATISTICS_FILE))
+    expected = networks.autoencoder.statistics.tensors()
+    mean, std = differences(load_file(folder / STATISTICS_NAME), expected)
     text = f"the VAE's by at most {100 * mean:.2f} % of a std in the mean and {100 * std:.2f} % in the std"
-    if max(mean, std) > MAX_DIFFERENCE:
+    if not networks.keeps_statistics:
+        print(f"training will normalise with the latent statistics of this dataset; they differ from {text}")
+    elif max(mean, std) > MAX_DIFFERENCE:
         print(
-            f"WARNING: latent statistics over this dataset differ from {text}; training on this cache should "
-            f"normalise with {folder / STATISTICS_NAME}",
+            f"WARNING: latent statistics over this dataset differ from {text}; training will normalise with the VAE's; "
+            "to take those of this dataset, make the cache with --statistics measured",
             file=sys.stderr,
         )
     else:

@@ -37,6 +37,7 @@ from training.optimizer import build_adamw
 from training.processes import this_process
 from training.run import build_accelerator, set_numerics
 from training.session import Job, micro_batch_size, train
+from training.trained_ldm import statistics_checksum
 
 DRY_RUN_CLASSES = 1000
 DEFAULT_RESOLUTION = 256
@@ -238,6 +239,7 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, auto
         args.class_names = latents.class_names
         args.data_fingerprint = latents.fingerprint()
         args.vae_checksum = autoencoder.checksum()
+        args.statistics_checksum = statistics_checksum(autoencoder)
         if not args.dry_run:
             args.max_train_steps = arguments.resolve_max_steps(args, len(latents))
     return config

@@ -256,6 +256,17 @@ class TestStatistics:
         for name, tensor in load_file(folder / "vae" / "latents_stats.safetensors").items():
             assert torch.equal(tensor, load_file(folder / "latents_stats.safetensors")[name])
 
+    def test_measured_on_demand(self, data, vae, whole, tmp_path, capsys):
+        """The cache's copy of the VAE has them; latents and the VAE that was given stay as they are."""
+        before = (vae / "latents_stats.safetensors").read_bytes()
+        folder = cache(data, vae, tmp_path / "cache", statistics="measured")
+        assert "normalise with the latent statistics of this dataset" in capsys.readouterr().out
+        measured = load_file(folder / "latents_stats.safetensors")
+        kept = load_file(folder / "vae" / "latents_stats.safetensors")
+        assert all(torch.equal(kept[name], measured[name]) for name in measured)
+        assert (vae / "latents_stats.safetensors").read_bytes() == before
+        assert np.array_equal(stored(folder), stored(whole))
+
 
 class TestRefusals:
     def test_another_vae_dataset_or_type(self, data, vae, whole, tmp_path):

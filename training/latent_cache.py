@@ -367,11 +367,20 @@ def sum_moments(latents: np.ndarray) -> np.ndarray:
     return moments
 
 
-def save_beside(folder: Path, autoencoder: Autoencoder, has_statistics: bool, measured: LatentStatistics) -> None:
-    """Write what makes a cache self-contained: the VAE (with the measured statistics if it has none) and statistics."""
-    if not has_statistics:
+def save_beside(folder: Path, autoencoder: Autoencoder, measured: LatentStatistics, keep: bool) -> None:
+    """Write what makes a cache self-contained: the VAE, with its own statistics or the measured ones, and the latter.
+
+    Args:
+        folder: of the cache.
+        autoencoder: the VAE; stays as it is.
+        measured: over the whole set.
+        keep: store the VAE's own statistics beside it.
+    """
+    own = {name: tensor.clone() for name, tensor in autoencoder.statistics.state_dict().items()}
+    if not keep:
         autoencoder.statistics.load_state_dict(measured.state_dict())
     autoencoder.save(folder / VAE_NAME)
+    autoencoder.statistics.load_state_dict(own)
     temporary = folder / f"{STATISTICS_NAME}.tmp"
     save_file(measured.tensors(), temporary)
     os.replace(temporary, folder / STATISTICS_NAME)

@@ -29,6 +29,14 @@ from errors import UserError
 
 logger = logging.getLogger("sendvae")
 
+# What follows from flags and data, in words for the user.
+DERIVED = {
+    "data_fingerprint": "other data",
+    "vae_checksum": "latents of another VAE",
+    "statistics_checksum": "a latent cache with other --statistics",
+    "class_names": "data of other classes",
+    "sit": "a SiT of another shape (--model, --enc-type, or latents of another size)",
+}
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "diffusers", "lpips", "numpy", "pillow", "safetensors")
 
 
@@ -177,6 +185,11 @@ def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], f
     for name, value in new.items():
         before = old.get(name, value)
         if name not in changeable and before != value:
+            if name in DERIVED:
+                raise UserError(
+                    f"{folder} was started with {DERIVED[name]}: give that to resume, or another --exp-name to start "
+                    "anew"
+                )
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"{folder} was started with {flag} {before}, not {value}: "
