@@ -27,7 +27,7 @@ from dataset.loader import BatchLoader
 from dataset.order import SampleOrder
 from models.latent_statistics import LatentStatistics
 from models.sit import SiT, SiTConfig
-from tests import latent_caches
+from tests.latent_caches import write_cache
 from training.cli import ArgumentParser, add_debug_argument, positive_int, run
 from training.ema import EMA
 from training.ldm import LDMTrainer
@@ -117,8 +117,7 @@ def main(argv: Sequence[str]) -> int:
     device = accelerator.device
     config = SiTConfig(args.model, args.latent_channels, args.latent_size, num_classes=1000)
     with tempfile.TemporaryDirectory() as scratch:
-        latent_caches.SHAPE = (args.latent_channels, args.latent_size, args.latent_size)
-        latent_caches.write_cache(Path(scratch) / "cache", 256)
+        write_cache(Path(scratch) / "cache", 256, shape=(args.latent_channels, args.latent_size, args.latent_size))
         dataset = LatentDataset(Path(scratch) / "cache", memory_limit=0)
         with BatchLoader(dataset, SampleOrder(len(dataset), 0), batch_size=args.batch_size, num_workers=1) as loader:
             model = SiT(config).to(device).train()
