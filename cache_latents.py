@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from dataset.images import ImageDataset, open_images
 from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_name, latents_folder
 from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
-from dataset.shards import ShardSpec, read_index
+from dataset.shards import ShardSpec
 from errors import UserError
 from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
 from models.encoders import ENCODERS, Encoder, build_encoder, encoder_spec
+from training import arguments
 from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
 from training.dry_run import count_parameters, peak_memory
 from training.latent_cache import (
@@ -43,10 +44,9 @@ from training.latent_cache import (
     one_thread_each,
     save_beside,
 )
-from training.processes import Process, this_process
+from training.processes import Process, set_inference_numerics, this_process
 from training.run import progress_bar, status_of
 
-DEFAULT_RESOLUTION = 256
 IMAGENET_IMAGES = 1_281_167  # what a dry run without data counts
 MAX_DIFFERENCE = 0.02  # of measured latent statistics from the VAE's, above which there is a warning
 OUTPUT_FLAG = "--vae-latents-name"
@@ -176,9 +176,10 @@ class Networks:
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     process = this_process()
-    set_numerics(args, process)
+    torch.manual_seed(0)  # of the random weights of a dry run
+    set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
     images = open_dataset(args)
-    args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
+    args.resolution = images.resolution if images is not None else args.resolution or arguments.DEFAULT_RESOLUTION
     folder = None if args.dry_run else cache_folder(args)
     networks = build_networks(args, process)
     try:
@@ -196,23 +197,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def set_numerics(args: argparse.Namespace, process: Process) -> None:
-    """TF32, and kernels that are chosen by shape alone: the same in every process."""
-    if args.mixed_precision == "bf16" and process.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("--mixed-precision bf16: this GPU has no bf16; use no")
-    torch.manual_seed(0)  # of the random weights of a dry run
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-
-
 def open_dataset(args: argparse.Namespace) -> ImageDataset | None:
     """The images; None in a dry run without them."""
     if not args.data_dir:
         return None
-    packed = read_index(args.data_dir) is not None
-    return open_images(args.data_dir, args.resolution if packed or args.resolution else DEFAULT_RESOLUTION)
+    return open_images(args.data_dir, args.resolution, default=arguments.DEFAULT_RESOLUTION)
 
 
 def cache_folder(args: argparse.Namespace) -> Path:

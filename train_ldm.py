@@ -40,7 +40,6 @@ from training.session import Job, micro_batch_size, train
 from training.trained_ldm import statistics_checksum
 
 DRY_RUN_CLASSES = 1000
-DEFAULT_RESOLUTION = 256
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -197,8 +196,7 @@ def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
 def open_repa_images(args: argparse.Namespace) -> ImageDataset:
     if not args.data_dir:
         raise UserError("--data-dir is needed: REPA reads the images (or cache features, or --proj-coeff 0)")
-    packed = (Path(args.data_dir) / "index.json").is_file()
-    return open_images(args.data_dir, args.resolution if packed or args.resolution else DEFAULT_RESOLUTION)
+    return open_images(args.data_dir, args.resolution, default=arguments.DEFAULT_RESOLUTION)
 
 
 def load_autoencoder(args: argparse.Namespace, latents: LatentDataset | None) -> Autoencoder:
@@ -220,7 +218,9 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, auto
     """Replace every default that depends on the data, so that ``args.json`` and checkpoints say what was done."""
     args.mixed_precision = accelerator.mixed_precision
     latents = data.latents
-    args.resolution = latents.source["resolution"] if latents is not None else args.resolution or DEFAULT_RESOLUTION
+    if latents is not None:
+        args.resolution = latents.source["resolution"]
+    args.resolution = args.resolution or arguments.DEFAULT_RESOLUTION
     channels, side, _ = autoencoder.latent_shape(args.resolution)
     config = SiTConfig(
         model=args.model,

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -44,8 +43,6 @@ from training.run import build_accelerator, logger, set_numerics
 from training.sendvae import SendVAE, SendVAETrainer
 from training.sendvae_task import SendVAETask, measure_latent_statistics
 from training.session import Job, build_loader, micro_batch_size, train
-
-DEFAULT_RESOLUTION = 256
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -172,14 +169,12 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Image
             stage_dataset(path, args.stage_dir)
         accelerator.wait_for_everyone()
         path = stage_dataset(path, args.stage_dir)
-    images = _open(path, args.resolution) if path else None
+    images = open_images(path, args.resolution, default=arguments.DEFAULT_RESOLUTION) if path else None
     resolution = images.resolution if images is not None else args.resolution
-    return images, (_open(args.val_data_dir, resolution) if args.val_data_dir else None)
-
-
-def _open(path: str | Path, resolution: int | None) -> ImageDataset:
-    packed = (Path(path) / "index.json").is_file()
-    return open_images(path, resolution if packed or resolution else DEFAULT_RESOLUTION)
+    held_out = (
+        open_images(args.val_data_dir, resolution, default=arguments.DEFAULT_RESOLUTION) if args.val_data_dir else None
+    )
+    return images, held_out
 
 
 def resolve(args: argparse.Namespace, accelerator: Accelerator, images: ImageDataset | None) -> None:
@@ -187,7 +182,7 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, images: ImageDat
     args.mixed_precision = accelerator.mixed_precision
     if args.channels_last is None:
         args.channels_last = accelerator.device.type == "cpu"
-    args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
+    args.resolution = images.resolution if images is not None else args.resolution or arguments.DEFAULT_RESOLUTION
     args.mapper_grid = args.mapper_grid or max(1, args.resolution // 16)
     if images is not None:
         args.data_fingerprint = images.fingerprint()

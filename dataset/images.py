@@ -101,12 +101,13 @@ class SourceImages:
                 ) from error
 
 
-def open_images(path: str | os.PathLike, resolution: int | None = None) -> ImageDataset:
+def open_images(path: str | os.PathLike, resolution: int | None = None, *, default: int | None = None) -> ImageDataset:
     """Open a packed dataset, or photographs in class folders, with a dataset.json or in a zip.
 
     Args:
         path: the folder or zip.
-        resolution: side in pixels. Must be given for photographs; a packed dataset has its own (None).
+        resolution: side in pixels; a packed dataset has its own.
+        default: of photographs, where no resolution is asked for.
 
     Raises:
         UserError: nothing usable there, or a packed dataset of another resolution.
@@ -129,6 +130,7 @@ def open_images(path: str | os.PathLike, resolution: int | None = None) -> Image
         raise UserError(
             f"{path} holds .parquet files, which cannot be read at random; run preprocessing.py on it first"
         )
+    resolution = resolution or default
     if resolution is None:
         raise UserError(f"{path} holds photographs of any size; give the resolution, or run preprocessing.py first")
     return SourceImages(source, resolution)

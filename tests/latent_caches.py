@@ -13,6 +13,7 @@ from dataset.packing import PackingJob
 from dataset.shards import ShardSpec
 from models.autoencoder import build_autoencoder
 from models.latent_statistics import LatentStatistics
+from tests.command_line import argv_of
 
 SHAPE = (4, 8, 8)  # C, h, w of f4d4-tiny at 32 px
 
@@ -88,8 +89,4 @@ def save_vae(folder: Path, seed: int = 0, change=lambda autoencoder: None) -> Pa
 def flags(data, vae, name: str | Path, **changes) -> list[str]:
     """Flags of cache_latents.py; ``changes`` replace or add (True: a bare flag, None: leave out)."""
     values = {"data_dir": data, "vae": vae, "vae_latents_name": name, "num_workers": 1} | changes
-    argv = []
-    for key, value in values.items():
-        if value is not None:
-            argv += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return argv
+    return argv_of(values)

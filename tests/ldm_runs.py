@@ -11,6 +11,7 @@ from torch import nn
 
 from models.autoencoder import build_autoencoder
 from models.sit import SiT, SiTConfig
+from tests.command_line import argv_of
 from training.checkpoint import CheckpointFolder
 from training.run import write_json
 
@@ -73,11 +74,7 @@ def write_ldm_run(
 def flags(run: Path, **changes: object) -> list[str]:
     """Flags of a tiny generate.py; ``changes`` replace or add (True: a bare flag, None: leave out)."""
     values = {"exp_path": run, "num_steps": 3, "num_fid_samples": 10, "pproc_batch_size": 4, "shard_size": 5} | changes
-    argv = []
-    for key, value in values.items():
-        if value is not None:
-            argv += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return argv
+    return argv_of(values)
 
 
 if __name__ == "__main__":

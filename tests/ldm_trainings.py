@@ -5,6 +5,7 @@ from pathlib import Path
 import cache_latents
 from dataset.toy import main as make_toy
 from preprocessing import main as preprocess
+from tests.command_line import argv_of
 from tests.latent_caches import flags as cache_flags
 from tests.latent_caches import save_vae
 
@@ -41,8 +42,4 @@ def flags(data, output, name: str = "run", **changes) -> list[str]:
         "learning_rate": 1e-3,
         "grid_steps": 2,
     } | changes
-    argv = []
-    for key, value in values.items():
-        if value is not None:
-            argv += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return argv
+    return argv_of(values)

@@ -8,6 +8,7 @@ from models.autoencoder import build_autoencoder
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from models.mapper import Mapper
+from tests.command_line import argv_of
 from training.ema import EMA
 from training.optimizer import build_adamw
 from training.sendvae import SendVAE, SendVAETrainer
@@ -33,11 +34,7 @@ def flags(data, output, name: str = "run", **changes) -> list[str]:
         "log_steps": 1,
         "num_workers": 1,
     } | changes
-    argv = []
-    for key, value in values.items():
-        if value is not None:
-            argv += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return argv
+    return argv_of(values)
 
 
 def tiny_trainer(

@@ -7,6 +7,8 @@ from errors import UserError
 from training.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
 from training.optimizer import SCHEDULES
 
+DEFAULT_RESOLUTION = 256  # pixels, of photographs that are cropped on the fly
+
 # What may differ when a run is resumed. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
     {
