@@ -9,6 +9,7 @@
 #   --data DIR    the same on your photographs (a folder of class folders) instead of the toy shapes
 #   --dry-run     build every stage, train nothing
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")"
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; }
@@ -25,9 +26,10 @@ while (($#)); do
         --long) preset=quickstart_long ;;
         --data)
             [[ -n "${2:-}" ]] || fail "--data needs a folder of photographs"
-            [[ -d "$2" ]] || fail "--data $2: there is no such folder"
+            [[ "$2" == /* ]] && folder=$2 || folder=$from/$2
+            [[ -d "$folder" ]] || fail "--data $2: there is no such folder"
             preset=quickstart_photographs
-            flags+=(--images "$2")
+            flags+=(--images "$folder")
             shift
             ;;
         *) flags+=("$1") ;;
