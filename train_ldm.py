@@ -218,9 +218,11 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, auto
     """Replace every default that depends on the data, so that ``args.json`` and checkpoints say what was done."""
     args.mixed_precision = accelerator.mixed_precision
     latents = data.latents
-    if latents is not None:
-        args.resolution = latents.source["resolution"]
-    args.resolution = args.resolution or arguments.DEFAULT_RESOLUTION
+    if args.channels_last is None:
+        args.channels_last = accelerator.device.type == "cpu"
+    args.resolution = args.resolution or (arguments.DEFAULT_RESOLUTION if latents is None else latents.resolution)
+    if latents is not None and args.resolution != latents.resolution:
+        raise UserError(f"--resolution {args.resolution}: {latents.folder} was made at {latents.resolution} px")
     channels, side, _ = autoencoder.latent_shape(args.resolution)
     config = SiTConfig(
         model=args.model,
@@ -297,7 +299,10 @@ def build_encoders(args: argparse.Namespace, config: SiTConfig, accelerator: Acc
         return None
     with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
         encoder = build_encoder(args.enc_type, config.grid, args.enc_ckpt, args.random_weights)
-    return [encoder.to(accelerator.device)]
+    encoder.to(accelerator.device)
+    if args.channels_last:
+        encoder.to(memory_format=torch.channels_last)
+    return [encoder]
 
 
 def build_job(

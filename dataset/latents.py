@@ -95,6 +95,7 @@ class LatentDataset:
 
     Attributes:
         latent_shape: (C, h, w).
+        resolution: side in pixels of the images that were encoded.
         labels: int64 ``[N]``.
         class_names: label ``c`` means ``class_names[c]``.
         vae_folder: diffusers folder of the VAE that made the cache.
@@ -123,6 +124,7 @@ class LatentDataset:
             raise UserError(_explain_missing(self.folder))
         latents = PackedReader(self.folder, kind="latents")
         self.source: dict = latents.index["source"]
+        self.resolution: int = self.source["resolution"]
         self.labels = latents.labels
         self.class_names = latents.class_names
         self.vae_folder = self.folder / VAE_NAME

@@ -131,6 +131,7 @@ CASES = [
     Case("batch larger than an epoch", with_flags(batch_size=64, max_train_steps=None, epochs=1), ("--epochs 1",)),
     Case("batch that does not divide", with_flags(batch_size=5, gradient_accumulation_steps=2), ("batch size 5",)),
     Case("resolution of other images", with_flags(resolution=64, repa_source="images"), ("32 px", "64 px")),
+    Case("resolution of another cache", with_flags(resolution=64), ("--resolution 64", "made at 32 px")),
     Case("no such held-out cache", with_flags(val_vae_latents_name="./nowhere"), ("nowhere does not exist",)),
     Case("changed flag on resume", begun_run(cfg_prob=0.1), ("--cfg-prob 0.3, not 0.1",)),
     Case("probability above 1", with_flags(cfg_prob=1.5), ("--cfg-prob", "[0, 1]")),
