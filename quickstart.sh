@@ -29,7 +29,8 @@ while (($#)); do
             [[ "$2" == /* ]] && folder=$2 || folder=$from/$2
             [[ -d "$folder" ]] || fail "--data $2: there is no such folder"
             preset=quickstart_photographs
-            flags+=(--images "$folder")
+            # named after the folder: another folder is another experiment
+            flags+=(--images "$folder" --name "quickstart-$(basename "$(realpath "$folder")")")
             shift
             ;;
         *) flags+=("$1") ;;

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from dataset.images import ImageDataset, open_images
-from dataset.latents import LatentBatch, LatentDataset, features_name, latents_folder
+from dataset.latents import FLIPPED_NAME, LatentBatch, LatentDataset, features_name, latents_folder
 from dataset.loader import stage_dataset
 from dataset.shards import read_index
 from diffusion.flow import PATH_TYPES, WEIGHTINGS
@@ -165,23 +165,61 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
     if not args.vae_latents_name:
         return Data()
     folder = latents_folder(args.data_dir, args.vae_latents_name)
-    if args.stage_dir and not args.dry_run:
-        if accelerator.is_local_main_process:
-            stage_dataset(folder, args.stage_dir, kind="latents")
-        accelerator.wait_for_everyone()
-        folder = stage_dataset(folder, args.stage_dir, kind="latents")
     args.repa_source = choose_repa_source(args, folder)
-    latents = LatentDataset(
-        folder,
-        hflip=args.hflip,
-        features=args.enc_type if args.repa_source == "features" else None,
-        images=open_repa_images(args) if args.repa_source == "images" else None,
-        local_processes=this_process().local_size,
-    )
+    images = None
+    if args.stage_dir and not args.dry_run:
+        folder = stage_once(folder, "latents", used_parts(args), args, accelerator)
+    if args.repa_source == "images":
+        images = open_repa_images(args, accelerator)
+    share = {"local_processes": this_process().local_size}
+    features = args.enc_type if args.repa_source == "features" else None
+    latents = LatentDataset(folder, hflip=args.hflip, features=features, images=images, **share)
     held_out = None
     if args.val_data_dir or args.val_vae_latents_name:
-        held_out = LatentDataset(latents_folder(args.val_data_dir, args.val_vae_latents_name or args.vae_latents_name))
+        held_out = LatentDataset(held_out_folder(args), **share)
+        check_held_out(held_out, latents)
     return Data(latents, held_out)
+
+
+def used_parts(args: argparse.Namespace) -> list[str]:
+    """The sub-folders of the cache that this training reads."""
+    flips = (False, True) if args.hflip else (False,)
+    parts = [FLIPPED_NAME] if args.hflip else []
+    if args.repa_source == "features":
+        parts += [features_name(args.enc_type, flipped) for flipped in flips]
+    return parts
+
+
+def stage_once(
+    folder: Path, kind: str, parts: list[str] | None, args: argparse.Namespace, accelerator: Accelerator
+) -> Path:
+    """Copy a packed folder to --stage-dir, by one process on each machine."""
+    if accelerator.is_local_main_process:
+        stage_dataset(folder, args.stage_dir, kind=kind, parts=parts)
+    accelerator.wait_for_everyone()
+    return stage_dataset(folder, args.stage_dir, kind=kind, parts=parts)
+
+
+def held_out_folder(args: argparse.Namespace) -> Path:
+    name = args.val_vae_latents_name or args.vae_latents_name
+    if not args.val_vae_latents_name and "/" in name:
+        raise UserError(
+            f"--vae-latents-name {name} is a path, which --val-data-dir cannot hold; give the held-out cache's path "
+            "with --val-vae-latents-name"
+        )
+    return latents_folder(args.val_data_dir, name)
+
+
+def check_held_out(held_out: LatentDataset, latents: LatentDataset) -> None:
+    """Held-out latents must be of the same VAE, resolution and classes."""
+    same = {
+        "VAE": (held_out.source.get("vae"), latents.source.get("vae")),
+        "resolution": (held_out.resolution, latents.resolution),
+        "classes": (held_out.class_names, latents.class_names),
+    }
+    for what, (theirs, ours) in same.items():
+        if theirs != ours:
+            raise UserError(f"{held_out.folder} has another {what} than {latents.folder}; make a cache that matches it")
 
 
 def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
@@ -193,10 +231,13 @@ def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
     return args.repa_source
 
 
-def open_repa_images(args: argparse.Namespace) -> ImageDataset:
+def open_repa_images(args: argparse.Namespace, accelerator: Accelerator) -> ImageDataset:
     if not args.data_dir:
         raise UserError("--data-dir is needed: REPA reads the images (or cache features, or --proj-coeff 0)")
-    return open_images(args.data_dir, args.resolution, default=arguments.DEFAULT_RESOLUTION)
+    path = Path(args.data_dir)
+    if args.stage_dir and not args.dry_run and read_index(path) is not None:
+        path = stage_once(path, "images", None, args, accelerator)
+    return open_images(path, args.resolution, default=arguments.DEFAULT_RESOLUTION)
 
 
 def load_autoencoder(args: argparse.Namespace, latents: LatentDataset | None) -> Autoencoder:
@@ -308,10 +349,6 @@ def build_encoders(args: argparse.Namespace, config: SiTConfig, accelerator: Acc
 def build_job(
     args: argparse.Namespace, config: SiTConfig, data: Data, autoencoder: Autoencoder, accelerator: Accelerator
 ) -> Job:
-    def prepare(folder: Path) -> None:
-        if not (folder / "vae").exists():
-            autoencoder.save(folder / "vae")
-
     def build() -> LDMTask:
         trainer = build_trainer(args, config, autoencoder, accelerator)
         return LDMTask(
@@ -327,7 +364,14 @@ def build_job(
             grid_cfg_scale=args.grid_cfg_scale,
         )
 
-    return Job("sendvae-ldm", data.latents, build, prepare=prepare, describe=lambda task: describe(args, config, data))
+    return Job(
+        "sendvae-ldm",
+        data.latents,
+        build,
+        describe=lambda task: describe(args, config, data),
+        products=("vae",),
+        prepare=lambda folder: autoencoder.save(folder / "vae"),
+    )
 
 
 def describe(args: argparse.Namespace, config: SiTConfig, data: Data) -> list[str]:

@@ -124,7 +124,7 @@ class LatentDataset:
             raise UserError(_explain_missing(self.folder))
         latents = PackedReader(self.folder, kind="latents")
         self.source: dict = latents.index["source"]
-        self.resolution: int = self.source["resolution"]
+        self.resolution: int = self.source.get("resolution", 0)
         self.labels = latents.labels
         self.class_names = latents.class_names
         self.vae_folder = self.folder / VAE_NAME
@@ -268,15 +268,28 @@ def available_memory() -> int:
     available = _meminfo("MemAvailable")
     if available is None:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for folder in _memory_cgroups():
         try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no cgroup, or "max"
+            limit = int((folder / "memory.max").read_text())
+            # what is used and cannot be dropped: the page cache counts as used too
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+            available = min(available, limit - used)
+        except (OSError, ValueError):  # no such file, or "max"
             continue
     return max(0, available)
+
+
+def _memory_cgroups() -> list[Path]:
+    """This process's cgroup (version 2) and all above it: a Slurm job's limit lies several levels down."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    inner = next((line.partition("::")[2].strip("/") for line in lines if line.startswith("0::")), "")
+    folder = root / inner
+    return [folder, *(parent for parent in folder.parents if parent == root or root in parent.parents)]
 
 
 def cache_files(folder: Path, parts: Sequence[str] | None) -> tuple[list[str], list[str]]:

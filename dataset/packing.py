@@ -34,7 +34,7 @@ from errors import UserError
 SETTINGS_NAME = "settings.json"
 LOCK_NAME = ".lock"
 LOCK_SECONDS = 5.0  # the workers of a killed run notice within a second, and hold its lock until then
-SHARED_LOCK_SECONDS = 600.0  # independent processes hold the folder only to claim it and to write the index
+SHARED_LOCK_SECONDS = 3600.0  # independent processes hold the folder to claim it, and to write the index and an .npz
 
 
 def images_per_shard(resolution: int) -> int:
@@ -85,8 +85,11 @@ class PackingJob:
         if path.exists():
             self.check_settings(json.loads(path.read_bytes()))
             return
-        known = (LOCK_NAME, path.name + ".tmp")
-        strangers = sorted(entry.name for entry in self.folder.iterdir() if entry.name not in known)
+        strangers = sorted(
+            entry.name
+            for entry in self.folder.iterdir()
+            if entry.name not in (LOCK_NAME, path.name) and entry.suffix != ".tmp"
+        )
         if strangers:
             raise UserError(
                 f"{self.output_flag} {self.folder} holds other files ({strangers[0]}); give an empty or new folder"

@@ -24,6 +24,7 @@ import math
 import os
 import resource
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -245,7 +246,7 @@ def remove_leftovers(folder: str | os.PathLike, kind: str) -> None:
     """Remove the records and temporary files beside a complete dataset."""
     for pattern in (f"{kind}-?????.json", "*.tmp"):
         for path in Path(folder).glob(pattern):
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may tidy up at the same time
 
 
 def read_index(folder: str | os.PathLike) -> dict | None:
@@ -444,7 +445,7 @@ def _rerun(kind: str | None) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that, whenever the machine stops, it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # of this process alone, on any machine
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import generate
 import train_ldm
 from models.autoencoder import build_autoencoder
+from tests.latent_caches import save_vae
 from tests.ldm_trainings import LATENTS, flags, write_data
 from training.cli import run
 from training.dry_run import count_parameters
@@ -115,6 +116,34 @@ def test_longer_training_continues_a_finished_run(data, tmp_path):
     for name in ("model", "ema"):
         resumed, straight = (weights(tmp_path / run_name, 4, name) for run_name in ("run", "straight"))
         assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+
+
+def test_resume_step_goes_back_and_the_same_command_goes_on_from_there(data, tmp_path):
+    argv = flags(data, tmp_path, "run", max_train_steps=4, checkpointing_steps=1, keep_checkpoints=9)
+    assert train(*argv) == 0
+    first, log = weights(tmp_path / "run", 4), metrics(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    assert train(*argv, "--resume-step", "2") == 0
+    assert sorted(path.name for path in (folder / "abandoned-at-0000002").iterdir()) == ["0000003", "0000004"]
+    again = weights(tmp_path / "run", 4)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert metrics(tmp_path / "run") == log
+    marked = (folder / "0000004" / "manifest.json").stat().st_mtime_ns
+    assert train(*argv, "--resume-step", "2") == 0  # a requeued job: finished, not trained once more
+    assert (folder / "0000004" / "manifest.json").stat().st_mtime_ns == marked
+
+
+def test_a_failed_start_leaves_nothing_that_the_next_one_trusts(data, tmp_path):
+    """Other flags and another cache under the same name: no checkpoint, so a new run, with its own VAE."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "args.json").write_text(json.dumps({"args": {"cfg_prob": 0.9, "vae_checksum": "x"}}))
+    save_vae(run_folder, seed=7)
+    assert train(*flags(data, tmp_path)) == 0
+    stored, _ = build_autoencoder(str(run_folder / "vae"))
+    cached, _ = build_autoencoder(str(data / LATENTS / "vae"))
+    assert stored.checksum() == cached.checksum()
+    assert torch.equal(stored.statistics.mean, cached.statistics.mean)
 
 
 @pytest.mark.parametrize("vae", [None, "f8d4"])

@@ -62,6 +62,17 @@ def test_channels_last_weights_are_saved(tmp_path):
     assert torch.equal(other.weight, convolution.weight)
 
 
+def test_going_on_from_an_earlier_step_sets_later_checkpoints_aside(tmp_path):
+    """Else the next save would count as old, and be pruned."""
+    folder = saved(tmp_path, 10, 20, 30)
+    assert folder.set_aside_newer(30) is None
+    aside = folder.set_aside_newer(10)
+    folder.save(15, {"model": network(15)}, {}, {})
+    folder.prune(2)
+    assert [checkpoint.step for checkpoint in folder.list()] == [15, 10]
+    assert sorted(path.name for path in aside.iterdir()) == ["0000020", "0000030"]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip a bit", "remove", "manifest"])
 def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage):
     folder = saved(tmp_path, 10, 20)

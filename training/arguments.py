@@ -16,7 +16,7 @@ CHANGEABLE = frozenset(
         *("num_workers", "prefetch", "stage_dir", "data_dir", "vae_latents_name", "val_vae_latents_name"),
         *("log_steps", "val_steps", "sampling_steps", "checkpointing_steps", "keep_checkpoints", "milestone_steps"),
         *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
-        "num_processes",
+        *("num_processes", "gradient_checkpointing"),
     }
 )
 
@@ -31,7 +31,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=non_negative_int,
         default=0,
         metavar="N",
-        help="resume from the checkpoint of step N; 0: the newest intact one",
+        help="resume from the checkpoint of step N, setting later ones aside; 0: the newest intact one",
     )
     group.add_argument("--seed", type=non_negative_int, default=0, help="of weights, data order and all noise")
     group.add_argument(
@@ -51,7 +51,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", metavar="DIR", help="packed dataset of preprocessing.py, or a class-folder tree")
-    group.add_argument("--val-data-dir", metavar="DIR", help="held-out images, either kind; none: no validation")
+    group.add_argument(
+        "--val-data-dir",
+        metavar="DIR",
+        help="held-out set (for a SiT, with a latent cache); none: no validation",
+    )
     group.add_argument(
         "--resolution",
         type=positive_int,

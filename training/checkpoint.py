@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -132,6 +133,22 @@ class CheckpointFolder:
             raise UserError(f"--resume-step {step}: {checkpoint.folder} is damaged ({fault})")
         return checkpoint
 
+    def set_aside_newer(self, step: int) -> Path | None:
+        """Move checkpoints of later steps out of the way of a run that goes on from ``step``; returns where to.
+
+        Left in place they would count as the newest, and what is saved from now on as old.
+        """
+        newer = [checkpoint for checkpoint in self.list() if checkpoint.step > step]
+        if not newer:
+            return None
+        aside = self.whole / f"abandoned-at-{step:07d}"
+        for checkpoint in newer:
+            target = aside / checkpoint.folder.name
+            shutil.rmtree(target, ignore_errors=True)
+            aside.mkdir(exist_ok=True)
+            checkpoint.folder.rename(target)
+        return aside
+
     def save(
         self, step: int, modules: Mapping[str, nn.Module], states: Mapping[str, dict], arguments: Mapping
     ) -> Checkpoint:
@@ -189,6 +206,7 @@ def _write_manifest(folder: Path, step: int, arguments: Mapping) -> None:
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems cannot flush a directory
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

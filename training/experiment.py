@@ -29,6 +29,7 @@ from training.cli import EXIT_OK, ArgumentParser, add_debug_argument, run
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "experiments"
 STAMPS_NAME = "experiment.json"
+REQUIRED = "?"  # a variable that the command line must give
 PRESET_KEYS = {"base", "description", "variables", "stages", "closing"}
 STAGE_KEYS = {"script", "flags", "product", "if", "dry_run", "dry_run_needs", "single_process"}
 
@@ -115,11 +116,14 @@ def resolve(name: str, preset: Mapping[str, Any], output_dir: str, overrides: Se
             if stage not in flags:
                 raise UserError(f"--{key}: {name} has no stage {stage}; it has {', '.join(flags)}")
             flags[stage][flag] = value
-        elif key.replace("-", "_") in preset.get("variables", {}):
+        elif key.replace("-", "_") in variables:
             variables[key.replace("-", "_")] = value
         else:
-            known = ", ".join(f"--{variable.replace('_', '-')}" for variable in preset.get("variables", {})) or "none"
+            known = ", ".join(f"--{variable.replace('_', '-')}" for variable in variables if variable != "exps")
             raise UserError(f"--{key} is not known: flags of stages are --STAGE.FLAG, variables of {name} are {known}")
+    for key, value in variables.items():
+        if value == REQUIRED:
+            raise UserError(f"--{key.replace('_', '-')} is needed by {name}")
     variables = {key: _expand(value, variables) for key, value in variables.items()}
     stages = [
         _stage(stage, spec, flags[stage], variables)
@@ -141,6 +145,9 @@ def run_stages(experiment: Experiment) -> int:
             continue
         print(f"{title}: {shlex.join(stage.command)}", flush=True)
         stage_begin = time.monotonic()
+        for later in experiment.stages[number - 1 :]:  # what was made from an earlier result of this stage is stale
+            stamps.pop(later.name, None)
+        _write_stamps(experiment.folder, stamps)
         code = call(stage.command)
         if code:
             print(f"{title}: stopped with exit code {code}; the same command goes on from here", file=sys.stderr)

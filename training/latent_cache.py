@@ -225,6 +225,8 @@ class _OpenShard:
             raise
 
     def write(self, place: int, items: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
+        if not len(items):  # a shard all of whose photographs were rejected
+            return
         self._labels += self._images.labels[items].tolist()
         for (target, writer), array in zip(self.writers.items(), arrays, strict=True):
             check_finite(array, items, self._images, target.name)

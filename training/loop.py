@@ -14,7 +14,7 @@ from torch import nn
 from training.checkpoint import Checkpoint, CheckpointFolder
 from training.metrics import MeanMetrics
 from training.optimizer import learning_rate
-from training.run import Run, agree_on, logger, progress_bar
+from training.run import Run, agree_on, arguments_of, logger, progress_bar
 from training.stop import StopFlag
 
 MAX_CONSECUTIVE_SKIPS = 100  # fp16's scaler needs a handful of skipped steps to find its scale
@@ -73,7 +73,12 @@ def find_checkpoint(run: Run, resume_step: int) -> Checkpoint | None:
     folder = CheckpointFolder(run.folder)
     step = -1
     if run.is_main:
-        found = folder.at_step(resume_step) if resume_step else folder.newest_good(logger.warning)
+        # The same --resume-step again, e.g. of a requeued job, goes on with what was trained from that step.
+        resumed_already = resume_step and (arguments_of(run.folder) or {}).get("resume_step") == resume_step
+        if resume_step and not resumed_already:
+            found = folder.at_step(resume_step)
+        else:
+            found = folder.newest_good(logger.warning)
         step = -1 if found is None else found.step
     step = agree_on(step, run.accelerator)
     return None if step < 0 else Checkpoint(folder.whole / f"{step:07d}")

@@ -14,6 +14,7 @@ from dataset.loader import BatchLoader
 from dataset.order import SampleOrder
 from errors import UserError
 from training.arguments import CHANGEABLE
+from training.checkpoint import Checkpoint, CheckpointFolder
 from training.cli import EXIT_FAILED, EXIT_OK
 from training.loop import Loop, Task, TrainingFailed, find_checkpoint, restore
 from training.run import Run, arguments_of, logger, refuse_changed_arguments, status_of
@@ -30,7 +31,7 @@ class Job:
         begin: called with the task of a run that starts from step 0.
         describe: lines for the log that say what is trained.
         products: names in the run's folder that a finished run has.
-        prepare: called on the main process with the run's folder, before anything is built.
+        prepare: called on the main process with the folder of a run that starts, or that lacks a product.
     """
 
     project: str
@@ -54,16 +55,17 @@ def train(args: argparse.Namespace, arguments: dict[str, Any], folder: Path, job
     """
     run = Run(folder, accelerator, arguments | {"num_processes": accelerator.num_processes})
     try:
-        _check_same_run(run)
         checkpoint = find_checkpoint(run, args.resume_step)
+        if checkpoint is not None:
+            _check_same_run(run)
         start_step = 0 if checkpoint is None else checkpoint.step
         if _is_finished(run, start_step, args.max_train_steps, job.products):
             logger.info("%s is finished: %d steps", folder, start_step)
             return EXIT_OK
-        if run.is_main:
-            job.prepare(folder)
         with build_loader(args, job.dataset, accelerator, start_step) as loader:
             task = job.build()
+            if run.is_main:
+                _make_way(run, checkpoint, job)
             loop = Loop(
                 task,
                 run,
@@ -125,6 +127,14 @@ def _check_same_run(run: Run) -> None:
     before, now = old.get("num_processes"), run.arguments["num_processes"]
     if before != now:
         logger.warning("%s processes before, %d now: from here on the noise is drawn otherwise", before, now)
+
+
+def _make_way(run: Run, checkpoint: Checkpoint | None, job: Job) -> None:
+    """Prepare the folder of a new run; of a resumed one, set aside what it does not go on from."""
+    if checkpoint is None or not all((run.folder / name).exists() for name in job.products):
+        job.prepare(run.folder)
+    if checkpoint is not None and (aside := CheckpointFolder(run.folder).set_aside_newer(checkpoint.step)):
+        logger.warning("later checkpoints than that of step %d were moved to %s", checkpoint.step, aside)
 
 
 def _is_finished(run: Run, step: int, max_steps: int, products: Sequence[str]) -> bool:

@@ -30,6 +30,7 @@ class TrainedLDM:
         class_names: label ``c`` means ``class_names[c]``.
         resolution: side of the images in pixels.
         vae_checksum: which VAE its latents came from.
+        statistics_checksum: which statistics they were normalised with; None where the run does not say.
         checksum: SHA-256 of the weights' file.
     """
 
@@ -41,6 +42,7 @@ class TrainedLDM:
     class_names: list[str]
     resolution: int
     vae_checksum: str
+    statistics_checksum: str | None
     checksum: str
 
     @property
@@ -74,6 +76,11 @@ class TrainedLDM:
         if autoencoder.checksum() != self.vae_checksum:
             raise UserError(
                 f"{folder} holds other weights than the VAE that the run was trained with; copy the right one back"
+            )
+        if self.statistics_checksum not in (None, statistics_checksum(autoencoder)):
+            raise UserError(
+                f"{folder} holds other latent statistics ({STATISTICS_FILE}) than the run was trained with; copy the "
+                "right file back"
             )
         return autoencoder.requires_grad_(False)
 
@@ -189,6 +196,7 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             class_names=arguments["class_names"],
             resolution=arguments["resolution"],
             vae_checksum=arguments["vae_checksum"],
+            statistics_checksum=arguments.get("statistics_checksum"),
             checksum=manifest["files"][f"{weights}.safetensors"]["sha256"],
         )
     except (KeyError, TypeError) as error:

@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from dataset.latents import VAE_NAME
 from tests.bad_inputs.case import Case
 from tests.latent_caches import save_vae, write_cache
 from tests.ldm_trainings import LATENTS, flags, write_data
+from training.checkpoint import CheckpointFolder
 
 _made: dict[str, Path] = {}
 
@@ -43,6 +45,7 @@ def begun_run(**changes):
         folder.mkdir(parents=True)
         defaults = {"cfg_prob": 0.3, "learning_rate": 1e-3}
         (folder / "args.json").write_text(json.dumps({"args": defaults}))
+        CheckpointFolder(folder).save(1, {"model": nn.Linear(1, 1)}, {}, {})
         return argv
 
     return prepare
@@ -133,6 +136,12 @@ CASES = [
     Case("resolution of other images", with_flags(resolution=64, repa_source="images"), ("32 px", "64 px")),
     Case("resolution of another cache", with_flags(resolution=64), ("--resolution 64", "made at 32 px")),
     Case("no such held-out cache", with_flags(val_vae_latents_name="./nowhere"), ("nowhere does not exist",)),
+    Case(
+        "held-out data beside a path",
+        with_flags(vae_latents_name=lambda p: p / "packed" / LATENTS, val_data_dir=lambda p: p / "packed"),
+        ("is a path", "--val-vae-latents-name"),
+    ),
+    Case("held-out of another VAE", with_flags(val_vae_latents_name=cache_of_random_numbers), ("has another VAE",)),
     Case("changed flag on resume", begun_run(cfg_prob=0.1), ("--cfg-prob 0.3, not 0.1",)),
     Case("probability above 1", with_flags(cfg_prob=1.5), ("--cfg-prob", "[0, 1]")),
     Case("unknown weighting", with_flags(weighting="logit"), ("--weighting", "lognormal")),

@@ -13,6 +13,7 @@ from models.autoencoder import build_autoencoder
 from models.discriminator import PatchDiscriminator
 from tests.bad_inputs.case import Case
 from tests.sendvae_runs import flags
+from training.checkpoint import CheckpointFolder
 
 
 def photographs(folder: Path) -> Path:
@@ -80,6 +81,7 @@ def unfinished_other_run(folder: Path) -> str:
     run = folder / "exps" / "run"
     run.mkdir(parents=True)
     (run / "args.json").write_text(json.dumps({"args": {"vae_learning_rate": 0.5}}))
+    CheckpointFolder(run).save(1, {"model": torch.nn.Linear(1, 1)}, {}, {})
     return "run"
 
 
