@@ -20,6 +20,7 @@ from errors import UserError
 from models.autoencoder import build_autoencoder
 from models.encoders import build_encoder
 from tests.latent_caches import flags, save_vae
+from tests.photographs import random_image
 from training.latent_cache import chunk_size, differences, one_thread_each, sum_moments
 
 ROOT = Path(cache_latents.__file__).parent
@@ -208,6 +209,26 @@ class TestContent:
         np.testing.assert_array_equal(stored(folder).astype(np.float16), stored(whole))
         default = cache_latents.main(flags(data, vae, None))
         assert default == 0 and LatentDataset(data / f"latents-{vae.parent.name}").latent_shape == (4, 8, 8)
+
+    def test_a_shard_all_of_whose_photographs_were_rejected(self, vae, tmp_path):
+        folder = tmp_path / "images" / "a"
+        folder.mkdir(parents=True)
+        for number in range(6):
+            path = folder / f"{number}.png"
+            if number in (2, 3):
+                path.write_text("no image")
+            else:
+                random_image(np.random.default_rng(number), 40, 40).save(path)
+        packed = tmp_path / "packed"
+        argv = ["--imagenet-path", str(tmp_path / "images"), "--output-path", str(packed), "--resolution", "32"]
+        assert preprocessing.main([*argv, "--shard-size", "2", "--allow-rejected"]) == 0
+        cached = LatentDataset(cache(packed, vae, tmp_path / "cache"))
+        assert [shard["count"] for shard in json.loads((cached.folder / "index.json").read_text())["shards"]] == [
+            2,
+            0,
+            2,
+        ]
+        assert cached.statistics.var.isfinite().all()
 
 
 class TestStatistics:
