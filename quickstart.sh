@@ -2,8 +2,8 @@
 # ./quickstart.sh [--long | --data DIR] [flags of run_experiment.sh]
 #
 # From nothing to generated images on any machine with Python 3.10 or later: makes .venv, installs, then runs the preset
-# quickstart of run_experiment.sh. Under 15 minutes on 2 CPU cores after the installation, faster with a GPU. No network
-# but PyPI. The same command goes on where it stopped.
+# quickstart of run_experiment.sh. About 10 minutes on 2 CPU cores after the installation. No network but PyPI. The same
+# command goes on where it stopped.
 #
 #   --long        the preset quickstart_long: about an hour on 2 CPU cores
 #   --data DIR    the same on your photographs (a folder of class folders) instead of the toy shapes
