@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from dataset.latents import LatentBatch
 
+from dataset.latents import LatentBatch
 from diffusion.flow import add_noise, training_times, velocity
 from loss.alignment import patch_cosine_loss
 from loss.denoising import denoising_error
