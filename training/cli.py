@@ -105,4 +105,13 @@ def _one_line(error: Exception) -> str | None:
         return f"no space left on the device{where}; free some and run the same command again: what is complete is kept"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"no permission for {error.filename}"
+    if _is_out_of_memory(error):
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return f"out of memory: take a smaller batch or, in training, --gradient-checkpointing ({first[:200]})"
     return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's own, CUDA's (by name: this module does without torch) and that of torch's CPU allocator."""
+    is_from_cpu_allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_from_cpu_allocator
