@@ -20,7 +20,7 @@ from dataset import toy
 from errors import UserError
 from training import experiment
 from training.cli import run
-from training.experiment import load_preset, preset_names, resolve
+from training.experiment import load_preset, preset_names, resolve, resolve_all
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
@@ -50,7 +50,9 @@ def presets(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "PRESETS", folder)
 
     def write(name: str, **content) -> None:
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
 
     return write
 
@@ -67,8 +69,8 @@ def test_every_flag_of_every_preset_is_one_of_its_script(name, capsys):
     """And every dry run's: nothing in a preset may be misspelt."""
     preset = load_preset(name)
     given = [word for key in ("images", "val_images") if key in preset["variables"] for word in (f"--{key}", "x")]
-    found = resolve(name, preset, "exps", given)
-    for stage in found.stages:
+    experiments, _ = resolve_all(name, "exps", given)
+    for stage in [stage for found in experiments for stage in found.stages]:
         script = next(word for word in stage.command if word in SCRIPTS)
         with pytest.raises(SystemExit):
             SCRIPTS[script].main(["--help"])
@@ -179,6 +181,35 @@ def test_what_was_made_from_an_earlier_result_is_made_again(presets, tmp_path):
     assert experiment.main(argv) == 0
     assert experiment.main([*argv, "--first.steps", "2"]) == 0
     assert second.read_text() == "once\nonce\n"
+
+
+def test_a_study_runs_presets_once_for_each_seed(presets, tmp_path, capfd):
+    for name in ("base", "group/one", "group/two"):
+        made = str(tmp_path / "{name}.{size}")
+        script = tmp_path / "touch.py"
+        script.write_text("import sys\nopen(sys.argv[2], 'a').write(' '.join(sys.argv[3:]))\n")
+        stage = {"script": str(script), "single_process": True, "product": made, "flags": {"to": made}}
+        presets(name, stages={name[-3:]: stage}, variables={"size": 3, "seed": 0})
+    members = [{"preset": "base"}, {"preset": ["group/one", "group/two"], "each": {"seed": "{seeds}"}}]
+    presets("study", variables={"seeds": "0,1", "size": 5}, experiments=members, closing="{seeds} are done")
+    argv = ["study", "--output-dir", str(tmp_path / "exps"), "--seeds", "4,7", "--two.lr", "1"]
+    assert experiment.main(argv) == 0
+    made = {path.name: path.read_text() for path in tmp_path.glob("*.5")}
+    names = ("base", "group-one-seed4", "group-one-seed7", "group-two-seed4", "group-two-seed7")
+    assert made == {f"{name}.5": "--lr 1" if "two" in name else "" for name in names}
+    assert "4,7 are done" in capfd.readouterr().out
+    assert experiment.main(argv) == 0
+    assert capfd.readouterr().out.count("finished already") == 5
+    for wrong, part in ((["--sead", "1"], "--sead is not known"), (["--three.lr", "1"], "has a stage three")):
+        with pytest.raises(UserError, match=part):
+            experiment.main(["study", *wrong])
+
+
+def test_a_condition_on_two_variables_needs_both(presets):
+    stage = {"script": "x.py", "product": "x", "if": ["a", "b"]}
+    presets("mine", stages={"both": stage}, variables={"a": "", "b": "1"})
+    assert resolve("mine", load_preset("mine"), "exps", []).stages == []
+    assert len(resolve("mine", load_preset("mine"), "exps", ["--a", "1"]).stages) == 1
 
 
 def test_a_stage_without_its_product_is_an_error(presets, tmp_path):

@@ -4,10 +4,11 @@
 
 Finished stages are skipped, the first failure stops the experiment with the stage's exit code, and the same command
 goes on from there: every stage resumes by itself. --dry-run prints every command and builds every stage at its real
-sizes (two steps each) without training anything.
+sizes (two steps each) without training anything. A study is a preset that runs other presets, several times each with
+other variables (seeds), one after the other.
 """
 
-import argparse
+import itertools
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "experiments"
 STAMPS_NAME = "experiment.json"
 REQUIRED = "?"  # a variable that the command line must give
-PRESET_KEYS = {"base", "description", "variables", "stages", "closing"}
+PRESET_KEYS = {"base", "description", "published", "variables", "stages", "closing"}
+STUDY_KEYS = {"description", "variables", "experiments", "closing"}
+MEMBER_KEYS = {"preset", "each", "variables"}
 STAGE_KEYS = {"script", "flags", "product", "if", "dry_run", "dry_run_needs", "single_process"}
 
 
@@ -58,12 +61,14 @@ class Experiment:
     """A preset with all its variables replaced.
 
     Attributes:
-        name: of the preset.
+        preset: its name.
+        name: of its runs.
         folder: where its stamps lie.
         stages: in order.
         closing: what to tell the user at the end.
     """
 
+    preset: str
     name: str
     folder: Path
     stages: list[Stage]
@@ -90,12 +95,74 @@ def load_preset(name: str) -> dict[str, Any]:
         raise UserError(f"{path} is not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(preset, dict):
         raise UserError(f"{path} holds no mapping; see {PRESETS / 'sendvae_imagenet256.yaml'}")
+    if "experiments" in preset:
+        _check_study(preset, path)
+        return preset
     _refuse_unknown(preset, PRESET_KEYS, str(path))
     base = preset.pop("base", None)
-    merged = _merge(load_preset(base) if base else {}, preset)
+    inherited = load_preset(base) if base else {}
+    inherited.pop("published", None)  # what a base reproduces is not what this preset reproduces
+    merged = _merge(inherited, preset)
     for stage_name, stage in merged["stages"].items():
         _refuse_unknown(stage, STAGE_KEYS, f"{path}: stage {stage_name}")
     return merged
+
+
+def _check_study(study: Mapping[str, Any], path: Path) -> None:
+    _refuse_unknown(study, STUDY_KEYS, str(path))
+    for member in study["experiments"]:
+        _refuse_unknown(member, MEMBER_KEYS, f"{path}: experiments")
+
+
+def resolve_all(name: str, output_dir: str, overrides: Sequence[str]) -> tuple[list[Experiment], str]:
+    """The experiments of a preset, one unless it is a study, and what to tell the user after the last.
+
+    Args:
+        name, output_dir, overrides: as :func:`resolve` takes them. In a study, a flag goes to every experiment that
+            has the stage, a variable to every experiment that has the variable.
+    """
+    preset = load_preset(name)
+    if "experiments" not in preset:
+        experiment = resolve(name, preset, output_dir, overrides)
+        return [replace(experiment, closing="")], experiment.closing
+    pairs, variables = _parse_overrides(overrides), {"exps": output_dir, **preset.get("variables", {})}
+    for key, value in pairs:
+        if "." not in key:
+            _set_variable(variables, key, value, name)
+    flags = [(key, value) for key, value in pairs if "." in key]
+    members = [
+        _resolve_member(member_name, member, each, output_dir, variables, flags)
+        for member in preset["experiments"]
+        for member_name in ([member["preset"]] if isinstance(member["preset"], str) else member["preset"])
+        for each in _combinations(member.get("each") or {}, variables)
+    ]
+    for key, _ in flags:
+        if not any(key.partition(".")[0] in load_preset(found.preset)["stages"] for found in members):
+            raise UserError(f"--{key}: no experiment of {name} has a stage {key.partition('.')[0]}")
+    return members, _expand(preset.get("closing", ""), variables)
+
+
+def _combinations(each: Mapping[str, str], variables: Mapping[str, str]) -> list[dict[str, str]]:
+    """``{"seed": "0,1"}`` → ``[{"seed": "0"}, {"seed": "1"}]``; of several, all combinations."""
+    choices = [[(key, value) for value in _expand(values, variables).split(",")] for key, values in each.items()]
+    return [dict(chosen) for chosen in itertools.product(*choices)]
+
+
+def _resolve_member(
+    name: str,
+    member: Mapping[str, Any],
+    each: Mapping[str, str],
+    output_dir: str,
+    variables: Mapping[str, str],
+    flags: Sequence[tuple[str, Any]],
+) -> Experiment:
+    preset = load_preset(name)
+    own = preset.get("variables", {})
+    given = {key: value for key, value in variables.items() if key in own} | (member.get("variables") or {}) | each
+    run_name = "-".join([name.replace("/", "-"), *(f"{key}{value}" for key, value in each.items())])
+    there = [(key, value) for key, value in flags if key.partition(".")[0] in preset["stages"]]
+    pairs = [*given.items(), ("name", run_name), *there]
+    return replace(_resolve(name, preset, output_dir, pairs), closing="")
 
 
 def resolve(name: str, preset: Mapping[str, Any], output_dir: str, overrides: Sequence[str]) -> Experiment:
@@ -107,20 +174,23 @@ def resolve(name: str, preset: Mapping[str, Any], output_dir: str, overrides: Se
         output_dir: folder of all runs.
         overrides: ``--STAGE.FLAG [VALUE]`` and ``--VARIABLE VALUE``.
     """
-    name = name.replace("/", "-")
+    return _resolve(name, preset, output_dir, _parse_overrides(overrides))
+
+
+def _resolve(
+    preset_name: str, preset: Mapping[str, Any], output_dir: str, overrides: Sequence[tuple[str, Any]]
+) -> Experiment:
+    name = preset_name.replace("/", "-")
     variables = {"name": name, "exps": output_dir, **preset.get("variables", {})}
     flags = {stage: dict(spec.get("flags") or {}) for stage, spec in preset["stages"].items()}
-    for key, value in _parse_overrides(overrides):
+    for key, value in overrides:
         stage, _, flag = key.partition(".")
         if flag:
             if stage not in flags:
                 raise UserError(f"--{key}: {name} has no stage {stage}; it has {', '.join(flags)}")
             flags[stage][flag] = value
-        elif key.replace("-", "_") in variables:
-            variables[key.replace("-", "_")] = value
         else:
-            known = ", ".join(f"--{variable.replace('_', '-')}" for variable in variables if variable != "exps")
-            raise UserError(f"--{key} is not known: flags of stages are --STAGE.FLAG, variables of {name} are {known}")
+            _set_variable(variables, key, value, name)
     for key, value in variables.items():
         if value == REQUIRED:
             raise UserError(f"--{key.replace('_', '-')} is needed by {name}")
@@ -128,10 +198,17 @@ def resolve(name: str, preset: Mapping[str, Any], output_dir: str, overrides: Se
     stages = [
         _stage(stage, spec, flags[stage], variables)
         for stage, spec in preset["stages"].items()
-        if "if" not in spec or variables.get(spec["if"])
+        if _holds(spec.get("if"), variables)
     ]
     closing = _expand(preset.get("closing", ""), variables)
-    return Experiment(name, Path(variables["exps"]) / variables["name"], stages, closing)
+    return Experiment(preset_name, variables["name"], Path(variables["exps"]) / variables["name"], stages, closing)
+
+
+def _set_variable(variables: dict[str, Any], key: str, value: Any, where: str) -> None:
+    if key.replace("-", "_") not in variables:
+        known = ", ".join(f"--{variable.replace('_', '-')}" for variable in variables if variable != "exps")
+        raise UserError(f"--{key} is not known: flags of stages are --STAGE.FLAG, variables of {where} are {known}")
+    variables[key.replace("-", "_")] = value
 
 
 def run_stages(experiment: Experiment) -> int:
@@ -157,9 +234,7 @@ def run_stages(experiment: Experiment) -> int:
         stamps[stage.name] = stage.command
         _write_stamps(experiment.folder, stamps)
         print(f"{title}: done in {_minutes(time.monotonic() - stage_begin)}", flush=True)
-    print(f"{experiment.name}: all stages are finished ({_minutes(time.monotonic() - begin)})")
-    if experiment.closing:
-        print(f"\n{experiment.closing.rstrip()}")
+    print(f"{experiment.name}: all stages are finished ({_minutes(time.monotonic() - begin)})", flush=True)
     return EXIT_OK
 
 
@@ -202,19 +277,29 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands, build every stage, train nothing")
     add_debug_argument(parser)
     args, overrides = parser.parse_known_args(argv)
-    experiment = resolve(args.preset, load_preset(args.preset), args.output_dir, overrides)
-    experiment = _select(experiment, args)
-    return dry_run(experiment) if args.dry_run else run_stages(experiment)
+    experiments, closing = resolve_all(args.preset, args.output_dir, overrides)
+    if args.stages:
+        experiments, closing = _select(experiments, args.stages.split(","), args.preset), ""
+    for experiment in experiments:
+        if len(experiments) > 1:
+            print(f"== {experiment.name}", flush=True)
+        if code := dry_run(experiment) if args.dry_run else run_stages(experiment):
+            return code
+    if closing and not args.dry_run:
+        print(f"\n{closing.rstrip()}")
+    return EXIT_OK
 
 
-def _select(experiment: Experiment, args: argparse.Namespace) -> Experiment:
-    if not args.stages:
-        return experiment
-    wanted, there = args.stages.split(","), [stage.name for stage in experiment.stages]
+def _select(experiments: Sequence[Experiment], wanted: Sequence[str], preset: str) -> list[Experiment]:
+    """Only the wanted stages, of the experiments that have any of them."""
+    there = dict.fromkeys(stage.name for experiment in experiments for stage in experiment.stages)
     if unknown := [name for name in wanted if name not in there]:
-        raise UserError(f"--stages {unknown[0]}: {experiment.name} has {', '.join(there)}")
-    stages = [stage for stage in experiment.stages if stage.name in wanted]
-    return Experiment(experiment.name, experiment.folder, stages, "")
+        raise UserError(f"--stages {unknown[0]}: {preset} has {', '.join(there)}")
+    selected = [
+        replace(experiment, stages=[stage for stage in experiment.stages if stage.name in wanted])
+        for experiment in experiments
+    ]
+    return [experiment for experiment in selected if experiment.stages]
 
 
 def _stage(name: str, spec: Mapping[str, Any], flags: Mapping[str, Any], variables: Mapping[str, str]) -> Stage:
@@ -239,13 +324,19 @@ def _command_line(flags: Mapping[str, Any], variables: Mapping[str, str]) -> lis
     words = []
     for flag, value in flags.items():
         if isinstance(value, Mapping):
-            value = value["value"] if variables.get(value["if"]) else None
+            value = value["value"] if _holds(value["if"], variables) else None
         if value is None or value is False:
             continue
         words.append(f"--{flag}")
         if value is not True:
             words += [_expand(part, variables) for part in (value if isinstance(value, list) else [value])]
     return words
+
+
+def _holds(condition: str | list[str] | None, variables: Mapping[str, str]) -> bool:
+    """Whether a variable, or each of several, has a value; so does no condition at all."""
+    names = [condition] if isinstance(condition, str) else condition or []
+    return all(variables.get(name) for name in names)
 
 
 def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
