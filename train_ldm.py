@@ -22,18 +22,17 @@ from dataset.images import ImageDataset, open_images
 from dataset.latents import FLIPPED_NAME, LatentBatch, LatentDataset, features_name, latents_folder
 from dataset.loader import stage_dataset
 from dataset.shards import read_index
-from diffusion.flow import PATH_TYPES, WEIGHTINGS
 from errors import UserError
 from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
-from models.encoders import ENCODERS, Encoder, build_encoder, encoder_spec
-from models.sit import SIT_SIZES, SiT, SiTConfig
+from models.encoders import ENCODERS, Encoder, encoder_spec
+from models.sit import SiT, SiTConfig
 from training import arguments, dry_run
-from training.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
+from training.cli import ArgumentParser, non_negative_float, positive_int, run
 from training.ema import EMA
 from training.ldm import LDMTrainer
 from training.ldm_task import LDMTask
 from training.loop import Schedule
-from training.optimizer import build_adamw
+from training.networks import build_optimizer, build_token_encoders
 from training.processes import this_process
 from training.run import build_accelerator, set_numerics
 from training.session import Job, micro_batch_size, train
@@ -51,12 +50,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_run_arguments(parser)
     arguments.add_data_arguments(parser)
     add_latent_arguments(parser)
-    add_model_arguments(parser)
+    arguments.add_sit_arguments(parser, model="SiT-XL/1")
     add_alignment_arguments(parser)
     arguments.add_schedule_arguments(parser, batch_size=256, epochs=80)
     arguments.add_speed_arguments(parser)
     arguments.add_interval_arguments(parser)
-    add_grid_arguments(parser)
+    arguments.add_grid_arguments(parser)
     args = parser.parse_args(argv)
     arguments.check_arguments(args)
     if not args.dry_run and not args.vae_latents_name:
@@ -82,28 +81,6 @@ def add_latent_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("SiT and its objective")
-    group.add_argument(
-        "--model",
-        "--models",
-        default="SiT-XL/1",
-        metavar="NAME",
-        help=f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1, 2, 4 or 8 latent positions",
-    )
-    group.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise q and k")
-    group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
-    group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
-    group.add_argument("--weighting", choices=WEIGHTINGS, default="uniform", help="how training times are drawn")
-    group.add_argument(
-        "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"
-    )
-    group.add_argument("--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of AdamW")
-    group.add_argument(
-        "--ema-decay", type=fraction, default=0.9999, metavar="X", help="of the averaged weights; 0: no EMA"
-    )
-
-
 def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("alignment (REPA)")
     group.add_argument(
@@ -122,18 +99,6 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "images", "features"),
         default="auto",
         help="run the VFM on the images, or read cached features; auto: features where the cache has them",
-    )
-
-
-def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sample grids")
-    group.add_argument("--grid-steps", type=positive_int, default=50, metavar="N", help="Euler steps of a sample grid")
-    group.add_argument(
-        "--grid-cfg-scale",
-        type=non_negative_float,
-        default=4.0,
-        metavar="X",
-        help="guidance of a grid's lower half; 1: none",
     )
 
 
@@ -323,12 +288,7 @@ def build_trainer(
         weighting=args.weighting,
         max_grad_norm=args.max_grad_norm,
         seed=args.seed,
-        optimizer=build_adamw(
-            model.parameters(),
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
-        ),
+        optimizer=build_optimizer(args, model),
         ema=ema,
         accelerator=accelerator,
     )
@@ -338,12 +298,7 @@ def build_encoders(args: argparse.Namespace, config: SiTConfig, accelerator: Acc
     """The VFM that images are run through; None where features are cached or nothing is aligned."""
     if not args.proj_coeff or args.repa_source == "features":
         return None
-    with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
-        encoder = build_encoder(args.enc_type, config.grid, args.enc_ckpt, args.random_weights)
-    encoder.to(accelerator.device)
-    if args.channels_last:
-        encoder.to(memory_format=torch.channels_last)
-    return [encoder]
+    return build_token_encoders(args, config.grid, accelerator)
 
 
 def build_job(

@@ -15,16 +15,12 @@ from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from dataset.images import ImageDataset, open_images
-from dataset.loader import stage_dataset
+from dataset.images import ImageDataset
 from diffusion.flow import PATH_TYPES
 from errors import UserError
-from loss.perceptual import build_lpips
-from loss.vae_objective import VAELossConfig, VAEObjective, load_loss_config
-from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
-from models.discriminator import PatchDiscriminator, load_discriminator
+from loss.vae_objective import VAELossConfig, load_loss_config
+from models.autoencoder import architecture_names, build_autoencoder
 from models.encoders import ENCODERS, Encoder, build_encoder
 from models.mapper import Mapper
 from training import arguments, dry_run
@@ -36,13 +32,14 @@ from training.cli import (
     positive_int,
     run,
 )
+from training.data import open_image_data
 from training.ema import EMA
 from training.loop import Schedule
-from training.optimizer import build_adamw
-from training.run import build_accelerator, logger, set_numerics
+from training.networks import build_discriminator, build_objective, build_optimizer, compile_networks
+from training.run import build_accelerator, set_numerics
 from training.sendvae import SendVAE, SendVAETrainer
-from training.sendvae_task import SendVAETask, measure_latent_statistics
-from training.session import Job, build_loader, micro_batch_size, train
+from training.sendvae_task import SendVAETask, initialise_statistics
+from training.session import Job, micro_batch_size, train
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -86,26 +83,7 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vae-learning-rate", type=non_negative_float, default=3e-4, metavar="X", help="of VAE and mapper"
     )
-    group.add_argument(
-        "--disc-learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of the discriminator"
-    )
-    group.add_argument(
-        "--disc-pretrained-ckpt", metavar="FILE", help="PatchGAN weights, .pt or .safetensors (default: random)"
-    )
-    group.add_argument(
-        "--loss-cfg-path",
-        default="configs/l1_lpips_kl_gan.yaml",
-        metavar="FILE",
-        help="weights and switches of the VAE's losses, YAML",
-    )
-    group.add_argument(
-        "--loss-override",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace lines of that file, e.g. perceptual_weight=0 discriminator_start=5000",
-    )
-    group.add_argument("--lpips-ckpt", metavar="FILE", help="torchvision's VGG16 weights (default: torch's cache, hub)")
+    arguments.add_vae_loss_arguments(group)
     group.add_argument(
         "--ema-decay",
         type=fraction,
@@ -151,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
     loss_config = load_loss_config(args.loss_cfg_path, args.loss_override)
     accelerator = build_accelerator(args.mixed_precision, args.report_to, folder)
     set_numerics(args.seed, args.allow_tf32, args.deterministic)
-    images, held_out = open_data(args, accelerator)
+    images, held_out = open_image_data(args, accelerator)
     resolve(args, accelerator, images)
     if args.dry_run:
         trainer, _ = build_trainer(args, loss_config, accelerator)
@@ -159,22 +137,6 @@ def main(argv: Sequence[str]) -> int:
         return 0
     job = build_job(args, loss_config, images, held_out, accelerator)
     return train(args, vars(args) | {"loss": asdict(loss_config)}, folder, job, accelerator)
-
-
-def open_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageDataset | None, ImageDataset | None]:
-    """Training and held-out images; None where they are not given (a dry run needs none)."""
-    path = args.data_dir
-    if path and args.stage_dir and not args.dry_run:
-        if accelerator.is_local_main_process:
-            stage_dataset(path, args.stage_dir)
-        accelerator.wait_for_everyone()
-        path = stage_dataset(path, args.stage_dir)
-    images = open_images(path, args.resolution, default=arguments.DEFAULT_RESOLUTION) if path else None
-    resolution = images.resolution if images is not None else args.resolution
-    held_out = (
-        open_images(args.val_data_dir, resolution, default=arguments.DEFAULT_RESOLUTION) if args.val_data_dir else None
-    )
-    return images, held_out
 
 
 def resolve(args: argparse.Namespace, accelerator: Accelerator, images: ImageDataset | None) -> None:
@@ -195,6 +157,8 @@ def build_trainer(
 ) -> tuple[SendVAETrainer, bool]:
     """Build every network and optimizer; also answers whether the VAE came with latent statistics."""
     device = accelerator.device
+    if args.freeze_vae:  # nothing to reconstruct
+        loss_config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.0)
     autoencoder, has_statistics = build_autoencoder(args.vae, args.vae_ckpt)
     latent_shape = autoencoder.latent_shape(args.resolution)
     encoder, mapper = build_alignment(args, latent_shape, accelerator)
@@ -211,11 +175,6 @@ def build_trainer(
     ema = EMA(autoencoder, args.ema_decay) if args.ema_decay else None
     if args.compile:
         compile_networks(*networks)
-    adamw = {
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
     if discriminator is not None:
         discriminator.to(device).train()
     trainer = SendVAETrainer(
@@ -227,8 +186,8 @@ def build_trainer(
         bn_momentum=0.0 if args.freeze_vae else args.bn_momentum,
         max_grad_norm=args.max_grad_norm,
         seed=args.seed,
-        optimizer=build_adamw(model.parameters(), **adamw),
-        disc_optimizer=None if discriminator is None else build_adamw(discriminator.parameters(), **adamw),
+        optimizer=build_optimizer(args, model),
+        disc_optimizer=None if discriminator is None else build_optimizer(args, discriminator),
         ema=ema,
         accelerator=accelerator,
     )
@@ -247,37 +206,6 @@ def build_alignment(
     with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
         encoder = build_encoder(args.enc_type, args.mapper_grid, args.enc_ckpt, args.random_weights)
     return encoder, Mapper(channels, side, args.mapper_grid, encoder.embed_dim, args.mapper_depth)
-
-
-def build_discriminator(args: argparse.Namespace, loss_config: VAELossConfig) -> PatchDiscriminator | None:
-    if args.freeze_vae or not loss_config.uses_gan:
-        return None
-    discriminator = PatchDiscriminator()
-    if args.resolution < discriminator.min_resolution:
-        raise UserError(
-            f"the PatchGAN needs images of {discriminator.min_resolution} px or more, not {args.resolution}: "
-            "raise --resolution, or --loss-override discriminator_weight=0"
-        )
-    if args.disc_pretrained_ckpt:
-        load_discriminator(discriminator, args.disc_pretrained_ckpt)
-    return discriminator
-
-
-def build_objective(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator) -> VAEObjective:
-    perceptual = None
-    if loss_config.perceptual_weight and not args.freeze_vae:
-        with accelerator.local_main_process_first():
-            perceptual = build_lpips(args.lpips_ckpt, args.random_weights)
-    elif args.freeze_vae:
-        loss_config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.0)
-    return VAEObjective(loss_config, perceptual)
-
-
-def compile_networks(autoencoder: Autoencoder, *others: nn.Module | None) -> None:
-    """Compile in place, so that state-dict keys keep their names."""
-    for module in (autoencoder.network.encoder, autoencoder.network.decoder, *others):
-        if module is not None:
-            module.compile()
 
 
 def dry_run_step(
@@ -320,7 +248,7 @@ def build_job(
 
     def begin(task: SendVAETask) -> None:
         if not has_statistics:
-            initialise_statistics(args, task.trainer, images, accelerator)
+            initialise_statistics(args, task.trainer, images)
 
     return Job(
         project="sendvae",
@@ -330,17 +258,6 @@ def build_job(
         describe=lambda task: describe(args, task.trainer, images),
         products=("vae",),
     )
-
-
-def initialise_statistics(
-    args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDataset, accelerator: Accelerator
-) -> None:
-    """Measure the latent statistics of a VAE that came without."""
-    with build_loader(args, images, accelerator, 0) as first_batches:
-        count = measure_latent_statistics(trainer, first_batches, args.batch_size, len(images))
-    if trainer.ema is not None:
-        trainer.ema.module.statistics.load_state_dict(trainer.statistics.state_dict())
-    logger.info("the VAE has no latent statistics: measured over %d images", count)
 
 
 def build_task(

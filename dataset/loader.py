@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -62,6 +62,35 @@ class ImageSource:
 
     def batch(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["images"]
+
+
+class ImageBatch(NamedTuple):
+    """uint8 ``images`` ``[n, 3, H, W]`` and their classes ``labels``, int64 ``[n]``."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class LabelledImages(ImageSource):
+    """A :class:`BatchSource` of images with their classes: a batch is an :class:`ImageBatch`."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        super().__init__(dataset)
+        self.labels, self.class_names = dataset.labels, dataset.class_names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return super().layout | {"labels": ((), torch.int64)}
+
+    def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
+        super().read_arrays(items, flips, out)
+        out["labels"][:] = self.labels[items]
+
+    def batch(self, tensors: Mapping[str, Tensor]) -> ImageBatch:
+        return ImageBatch(tensors["images"], tensors["labels"])
 
 
 class BatchLoader:

@@ -60,6 +60,19 @@ class LatentStatistics(nn.Module):
         return {"mean": self.mean.cpu(), "std": self.std.cpu(), "var": self.var.cpu()}
 
 
+def normalize_by_batch(z: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Latent ``[B, C, h, w]`` → normalised by a batch's own mean and biased variance, as a BatchNorm in training mode.
+
+    Args:
+        z: some of the batch's latents.
+        moments: what :func:`latent_moments` returns, summed over the whole global batch.
+    """
+    total, squares, count = _split(moments)
+    mean = total / count
+    std = ((squares / count - mean.square()).clamp_min(0) + EPSILON).sqrt()
+    return (z.float() - mean.float()[:, None, None]) / std.float()[:, None, None]
+
+
 @torch.no_grad()
 def latent_moments(z: torch.Tensor) -> torch.Tensor:
     """Additive moments of a latent batch ``[B, C, h, w]``: float64 ``[2C + 1]``, (sums, sums of squares, count)."""
@@ -77,7 +90,12 @@ def sum_over_processes(moments: torch.Tensor) -> torch.Tensor:
 
 def mean_and_variance(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Additive moments → (mean, unbiased variance), each float64 ``[C]``."""
-    total, squares, count = moments.tensor_split((moments.numel() // 2, moments.numel() - 1))
+    total, squares, count = _split(moments)
     mean = total / count
     var = (squares - mean * total).clamp_min(0) / (count - 1).clamp_min(1)
     return mean, var
+
+
+def _split(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums ``[C]``, sums of squares ``[C]``, count ``[1]``."""
+    return moments.tensor_split((moments.numel() // 2, moments.numel() - 1))

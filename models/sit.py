@@ -137,8 +137,8 @@ class SiT(nn.Module):
         return self.config.num_classes
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, with_tokens: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, with_tokens: bool = False, only_tokens: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | list[torch.Tensor]:
         """Predict the velocity.
 
         Args:
@@ -146,9 +146,11 @@ class SiT(nn.Module):
             t: time in [0, 1], data at 0, noise at 1, ``[B]``.
             y: class in 0…num_classes, the last one the null class, int64 ``[B]``.
             with_tokens: also return the projected hidden states of block ``encoder_depth``.
+            only_tokens: return nothing else, and leave out the blocks after that one.
 
         Returns:
-            velocity ``[B, C, h, w]``; with ``with_tokens`` also a list of ``[B, N, D]``, one for each VFM.
+            velocity ``[B, C, h, w]``; with ``with_tokens`` also a list of ``[B, N, D]``, one for each VFM; with
+            ``only_tokens`` that list.
         """
         x = self.x_embedder(x) + self.pos_embed  # [B, N, width]
         condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
@@ -158,8 +160,10 @@ class SiT(nn.Module):
                 x = checkpoint(block, x, condition, use_reentrant=False)
             else:
                 x = block(x, condition)
-            if with_tokens and number == self.config.encoder_depth:
+            if (with_tokens or only_tokens) and number == self.config.encoder_depth:
                 tokens = [project(x) for project in self.projectors]
+                if only_tokens:
+                    return tokens
         velocity = self._unpatchify(self.final_layer(x, condition))
         return (velocity, tokens) if with_tokens else velocity
 

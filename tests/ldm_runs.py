@@ -63,7 +63,7 @@ def write_ldm_run(
     checkpoints = CheckpointFolder(folder)
     if milestone:
         early = checkpoints.save(STEP // 2, {"model": model, "ema": ema}, {}, arguments)
-        checkpoints.keep_milestone(early, "ema", arguments)
+        checkpoints.keep_milestone(early, ("ema",), arguments)
     checkpoints.save(STEP, {"model": model, "ema": ema}, {"optimizer": {}}, arguments)
     checkpoints.prune(1)
     write_json(folder / "args.json", {"args": arguments})

@@ -10,7 +10,7 @@ import torch
 import preprocessing
 from dataset import loader as loader_module
 from dataset.images import open_images
-from dataset.loader import BatchLoader, sequential_batches, stage_dataset
+from dataset.loader import BatchLoader, LabelledImages, sequential_batches, stage_dataset
 from dataset.order import SampleOrder, flip_mask
 from dataset.shards import PackedReader, ShardSpec, ShardWriter, read_records, write_index
 from errors import UserError
@@ -173,6 +173,16 @@ FLIPS = [0, 5, 6, 7, 9, 10, 12, 13, 14]
 
 
 class TestLoader:
+    def test_labels_come_with_their_images(self, packed):
+        images = open_images(packed)
+        order = SampleOrder(len(images), 3)
+        with BatchLoader(LabelledImages(images), order, batch_size=6, accumulation=2, num_workers=2) as loader:
+            batches = next(loader)
+        items = order.indices(0, 6)
+        np.testing.assert_array_equal(torch.cat([batch.images for batch in batches]), all_pixels(images)[items])
+        assert torch.cat([batch.labels for batch in batches]).tolist() == images.labels[items].tolist()
+        assert len(set(images.labels[items])) > 1
+
     def batches(self, images, steps=6, **options):
         order = SampleOrder(len(images), 5)
         with BatchLoader(images, order, **{"batch_size": 16, **options}) as batches:

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance, sum_over_processes
+from models.latent_statistics import (
+    LatentStatistics,
+    latent_moments,
+    mean_and_variance,
+    normalize_by_batch,
+    sum_over_processes,
+)
 
 
 def latents(seed: int, batch: int = 6, offset: float = 2.0, scale: float = 3.0) -> torch.Tensor:
@@ -57,6 +63,13 @@ def test_updates_follow_a_batch_norm_without_affine():
     torch.testing.assert_close(statistics.mean, norm.running_mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(statistics.var, norm.running_var, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(statistics.normalize(z), norm.eval()(z), rtol=1e-5, atol=1e-6)
+
+
+def test_normalising_by_the_batch_is_a_batch_norm_in_training_mode():
+    z = latents(3)
+    norm = torch.nn.BatchNorm2d(4, eps=1e-4, affine=False)
+    halves = [normalize_by_batch(part, latent_moments(z)) for part in z.chunk(2)]
+    torch.testing.assert_close(torch.cat(halves), norm(z), rtol=1e-5, atol=1e-5)
 
 
 def test_momentum_one_replaces_the_statistics():

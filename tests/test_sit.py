@@ -150,6 +150,9 @@ def test_tokens_are_the_projected_states_of_the_chosen_block():
     velocity, tokens = model(x, t, y, with_tokens=True)
     assert torch.equal(tokens[0], model.projectors[0](seen[0]))
     assert torch.equal(velocity, model(x, t, y))
+    seen.clear()
+    model.blocks[4].register_forward_hook(lambda *args: pytest.fail("a block after the chosen one was run"))
+    assert torch.equal(model(x, t, y, only_tokens=True)[0], tokens[0])
 
 
 def test_qk_norm_has_its_parameters_and_changes_the_result():

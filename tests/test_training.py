@@ -116,7 +116,7 @@ def test_retention_keeps_the_newest_whole_and_milestones_for_good(tmp_path):
     for step in (10, 20, 30, 40):
         checkpoint = folder.save(step, {"model": network(step), "ema": network(-step)}, {}, {"seed": 0})
         if step % 20 == 0:
-            folder.keep_milestone(checkpoint, "ema", {"seed": 0})
+            folder.keep_milestone(checkpoint, ("ema",), {"seed": 0})
         folder.prune(keep=1)
     assert [checkpoint.step for checkpoint in folder.list()] == [40]
     milestones = sorted((tmp_path / "milestones").iterdir())

@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
+from diffusion.flow import PATH_TYPES, WEIGHTINGS
 from errors import UserError
+from models.sit import SIT_SIZES
 from training.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
 from training.optimizer import SCHEDULES
 
@@ -72,6 +74,65 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--hflip", action="store_true", help="flip images at random (neither Send-VAE nor REPA-E does)")
     group.add_argument("--stage-dir", metavar="DIR", help="copy the packed dataset to this local folder first")
+
+
+def add_vae_loss_arguments(group: argparse._ArgumentGroup) -> None:
+    """Flags of the VAE's losses and of its discriminator."""
+    group.add_argument(
+        "--disc-learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of the discriminator"
+    )
+    group.add_argument(
+        "--disc-pretrained-ckpt", metavar="FILE", help="PatchGAN weights, .pt or .safetensors (default: random)"
+    )
+    group.add_argument(
+        "--loss-cfg-path",
+        default="configs/l1_lpips_kl_gan.yaml",
+        metavar="FILE",
+        help="weights and switches of the VAE's losses, YAML",
+    )
+    group.add_argument(
+        "--loss-override",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace lines of that file, e.g. perceptual_weight=0 discriminator_start=5000",
+    )
+    group.add_argument("--lpips-ckpt", metavar="FILE", help="torchvision's VGG16 weights (default: torch's cache, hub)")
+
+
+def add_sit_arguments(parser: argparse.ArgumentParser, model: str) -> None:
+    """Flags of the SiT and its objective; ``model`` is the default network."""
+    group = parser.add_argument_group("SiT and its objective")
+    group.add_argument(
+        "--model",
+        "--models",
+        default=model,
+        metavar="NAME",
+        help=f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1, 2, 4 or 8 latent positions",
+    )
+    group.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise q and k")
+    group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
+    group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
+    group.add_argument("--weighting", choices=WEIGHTINGS, default="uniform", help="how training times are drawn")
+    group.add_argument(
+        "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"
+    )
+    group.add_argument("--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of AdamW")
+    group.add_argument(
+        "--ema-decay", type=fraction, default=0.9999, metavar="X", help="of the averaged weights; 0: no EMA"
+    )
+
+
+def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sample grids")
+    group.add_argument("--grid-steps", type=positive_int, default=50, metavar="N", help="Euler steps of a sample grid")
+    group.add_argument(
+        "--grid-cfg-scale",
+        type=non_negative_float,
+        default=4.0,
+        metavar="X",
+        help="guidance of a grid's lower half; 1: none",
+    )
 
 
 def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epochs: int) -> None:

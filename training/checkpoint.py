@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -168,17 +168,18 @@ class CheckpointFolder:
         _fsync(self.whole)
         return Checkpoint(folder)
 
-    def keep_milestone(self, checkpoint: Checkpoint, module: str, arguments: Mapping) -> None:
-        """Keep one module of a checkpoint for good, under ``milestones/``: a hard link, so that it costs no time."""
+    def keep_milestone(self, checkpoint: Checkpoint, modules: Sequence[str], arguments: Mapping) -> None:
+        """Keep some modules of a checkpoint for good, under ``milestones/``: hard links, so that it costs no time."""
         folder = self.milestones / checkpoint.folder.name
         beside = self.milestones / f".{folder.name}.tmp"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        source = checkpoint.folder / f"{module}.safetensors"
-        try:
-            os.link(source, beside / source.name)
-        except OSError:  # file systems without hard links
-            shutil.copyfile(source, beside / source.name)
+        for module in modules:
+            source = checkpoint.folder / f"{module}.safetensors"
+            try:
+                os.link(source, beside / source.name)
+            except OSError:  # file systems without hard links
+                shutil.copyfile(source, beside / source.name)
         _write_manifest(beside, checkpoint.step, arguments)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)

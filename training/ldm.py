@@ -105,7 +105,10 @@ class LDMTrainer:
             is_last = micro_step == len(micro_batches) - 1
             collected.append(self.accumulate(batch, draws, 1 / len(micro_batches), synchronise=is_last))
         metrics = {name: torch.stack([m[name] for m in collected]).mean() for name in collected[0]}
-        return metrics | self._update(rate)
+        metrics |= self.update(rate)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        return metrics
 
     def draws_for(self, batch: LatentBatch, step: int, micro_step: int) -> Draws:
         """The draws of a micro-step on this process: a function of (seed, step, micro-step, rank)."""
@@ -119,9 +122,20 @@ class LDMTrainer:
     ) -> dict[str, torch.Tensor]:
         """Add the gradients of one micro-batch on the device; ``share`` is its weight in the step."""
         x = self.normalised_sample(batch, draws.posterior)
+        return self.accumulate_latents(x, draws, batch.labels, self.features(batch), share, synchronise)
+
+    def accumulate_latents(
+        self,
+        x: torch.Tensor,
+        draws: Draws,
+        labels: torch.Tensor,
+        features: list[torch.Tensor],
+        share: float,
+        synchronise: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """The same for normalised latents ``x`` ``[B, C, h, w]`` and what :meth:`features` says of their images."""
         t = training_times(draws.times, self.weighting, self.path_type)
-        labels = torch.where(draws.dropout < self.cfg_prob, self.model.null_class, batch.labels)
-        features = self.features(batch)
+        labels = torch.where(draws.dropout < self.cfg_prob, self.model.null_class, labels)
         weights = {"denoise": 1.0, "repa": self.proj_coeff}
         with nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
             noisy = add_noise(x, t, draws.noise, self.path_type)
@@ -150,11 +164,9 @@ class LDMTrainer:
         with self.accelerator.autocast():
             return [encoder(batch.images) for encoder in self.encoders]
 
-    def _update(self, rate: float) -> dict[str, torch.Tensor]:
-        scaler = self.accelerator.scaler
-        norm, skipped = optimizer_step(self.optimizer, rate, self.max_grad_norm, scaler)
-        if scaler is not None:
-            scaler.update()
+    def update(self, rate: float) -> dict[str, torch.Tensor]:
+        """Optimizer and EMA; the caller updates fp16's scaler."""
+        norm, skipped = optimizer_step(self.optimizer, rate, self.max_grad_norm, self.accelerator.scaler)
         if self.ema is not None:
             self.ema.update()
         return {"grad_norm": norm, "skipped": skipped}

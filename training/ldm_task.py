@@ -1,7 +1,8 @@
 """LDM training as the loop sees it: schedules, validation, sample grids, and what is saved."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class LDMTask:
         grid_cfg_scale: guidance of its lower half; 1: none.
     """
 
-    milestone = "model"
+    milestone = ("model",)
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class LDMTask:
         self.val_batch_size, self.max_val_images, self.num_workers = val_batch_size, max_val_images, num_workers
         self.grid_steps, self.grid_cfg_scale = grid_steps, grid_cfg_scale
         if trainer.ema is not None:
-            self.milestone = "ema"
+            self.milestone = ("ema",)
 
     def step(self, step: int, micro_batches: list) -> dict[str, torch.Tensor]:
         return self.trainer.step(step, micro_batches, self.rates(step)["lr"])
@@ -84,6 +85,9 @@ class LDMTask:
             states["scaler"] = self.trainer.accelerator.scaler
         return states
 
+    def facts(self) -> dict[str, object]:
+        return {}
+
     def validate(self, step: int) -> dict[str, float]:
         if self.held_out is None:
             return {}
@@ -92,30 +96,18 @@ class LDMTask:
             networks["val_ema"] = self.trainer.ema.module
         return {f"{name}/denoise": self.denoising_loss(network) for name, network in networks.items()}
 
-    @torch.no_grad()
     def denoising_loss(self, network: SiT) -> float:
-        """Mean error on held-out latents at times that cover [0, 1] evenly, the same at every call; no label dropped.
+        """Mean error on held-out latents, see :func:`mean_denoising_error`."""
+        return mean_denoising_error(self.trainer, network, self._held_out_latents())
 
-        Every process takes a share, all get the result.
-        """
-        trainer, accelerator = self.trainer, self.trainer.accelerator
-        device = accelerator.device
-        was_training = network.training
-        network.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
+    def _held_out_latents(self) -> Iterator["HeldOutLatents"]:
+        trainer, device = self.trainer, self.trainer.accelerator.device
         for items, batch in self._held_out_batches():
             batch = to_device(batch, device)
             generator = seeded_generator(device, Purpose.VALIDATION, trainer.seed, int(items[0]))
             draws = draw(latent_shape(batch), "uniform", device, generator)
             x = trainer.normalised_sample(batch, draws.posterior)
-            t = torch.from_numpy((items + 0.5) * GOLDEN_RATIO % 1).to(device, torch.float32)
-            with accelerator.autocast():
-                prediction = network(add_noise(x, t, draws.noise, trainer.path_type), t, batch.labels)
-            error = denoising_error(prediction, target_velocity(x, t, draws.noise, trainer.path_type))
-            sums += torch.stack([error.double().sum(), sums.new_tensor(float(len(error)))])
-        network.train(was_training)
-        total, count = sum_over_processes(sums).tolist()
-        return total / count
+            yield HeldOutLatents(items, x, draws.noise, batch.labels)
 
     def _held_out_batches(self) -> Iterator[tuple[np.ndarray, LatentBatch]]:
         """This process's share of the items, evenly spread over the held-out set."""
@@ -126,29 +118,79 @@ class LDMTask:
         batches = [items[first : first + self.val_batch_size] for first in range(0, len(items), self.val_batch_size)]
         yield from zip(batches, read_batches(self.held_out, batches, num_workers=self.num_workers), strict=True)
 
-    @torch.no_grad()
     def sample(self, path: Path) -> None:
         """Two rows without and two with guidance, of the EMA where there is one; the same noise and labels always."""
         network = self.trainer.model if self.trainer.ema is None else self.trainer.ema.module
-        was_training = network.training
-        network.eval()
-        scales = [1.0] if self.grid_cfg_scale == 1 else [1.0, self.grid_cfg_scale]
-        images = torch.cat([self._sample(network, scale) for scale in scales])
-        network.train(was_training)
-        save_grid(list(images.split(GRID_COLUMNS)), path)
-
-    def _sample(self, network: SiT, cfg_scale: float) -> torch.Tensor:
-        """uint8 images ``[GRID_ROWS · GRID_COLUMNS, 3, H, W]``, labels spread over the classes."""
-        accelerator, config = self.trainer.accelerator, network.config
-        count = GRID_COLUMNS * GRID_ROWS
-        items = torch.arange(count, device=accelerator.device)
-        labels = items * max(1, config.num_classes // count) % config.num_classes
-        shape = (config.latent_channels, config.latent_size, config.latent_size)
-        noise = counted_normal(self.trainer.seed, items, 0, shape)
-        velocity = guided(model_velocity(network, accelerator.autocast), cfg_scale, network.null_class)
-        latent = sample_ode(velocity, noise, labels, self.grid_steps)
-        with accelerator.autocast():
-            return to_uint8(self.autoencoder.decode(self.autoencoder.statistics.denormalize(latent)))
+        save_sample_grid(network, self.autoencoder, self.trainer, self.grid_steps, self.grid_cfg_scale, path)
 
     def finish(self, folder: Path) -> None:
         """Nothing beside the last checkpoint, which holds the EMA."""
+
+
+class HeldOutLatents(NamedTuple):
+    """A held-out batch: item numbers, normalised latents and noise ``[b, C, h, w]``, labels ``[b]``."""
+
+    items: np.ndarray
+    x: torch.Tensor
+    noise: torch.Tensor
+    labels: torch.Tensor
+
+
+@torch.no_grad()
+def mean_denoising_error(trainer: LDMTrainer, network: SiT, batches: Iterable[HeldOutLatents]) -> float:
+    """Mean error at times that cover [0, 1] evenly, the same at every call; no label dropped.
+
+    Args:
+        trainer: precision, processes and path.
+        network: the SiT that is measured.
+        batches: this process's share; all get the result.
+    """
+    accelerator, path_type = trainer.accelerator, trainer.path_type
+    was_training = network.training
+    network.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for items, x, noise, labels in batches:
+        t = torch.from_numpy((items + 0.5) * GOLDEN_RATIO % 1).to(x.device, torch.float32)
+        with accelerator.autocast():
+            prediction = network(add_noise(x, t, noise, path_type), t, labels)
+        error = denoising_error(prediction, target_velocity(x, t, noise, path_type))
+        sums += torch.stack([error.double().sum(), sums.new_tensor(float(len(error)))])
+    network.train(was_training)
+    total, count = sum_over_processes(sums).tolist()
+    return total / count
+
+
+@torch.no_grad()
+def save_sample_grid(
+    network: SiT, autoencoder: Autoencoder, trainer: LDMTrainer, steps: int, cfg_scale: float, path: Path
+) -> None:
+    """Two rows of samples without and two with guidance (none where ``cfg_scale`` is 1).
+
+    Args:
+        network: the SiT that is sampled.
+        autoencoder: decodes, with the statistics that the SiT's latents are normalised by.
+        trainer: precision and seed.
+        steps: Euler steps.
+        cfg_scale: guidance of the lower half.
+        path: the PNG.
+    """
+    was_training = network.training
+    network.eval()
+    scales = [1.0] if cfg_scale == 1 else [1.0, cfg_scale]
+    images = torch.cat([_sample(network, autoencoder, trainer, steps, scale) for scale in scales])
+    network.train(was_training)
+    save_grid(list(images.split(GRID_COLUMNS)), path)
+
+
+def _sample(network: SiT, autoencoder: Autoencoder, trainer: LDMTrainer, steps: int, cfg_scale: float) -> torch.Tensor:
+    """uint8 images ``[GRID_ROWS · GRID_COLUMNS, 3, H, W]``, labels spread over the classes."""
+    accelerator, config = trainer.accelerator, network.config
+    count = GRID_COLUMNS * GRID_ROWS
+    items = torch.arange(count, device=accelerator.device)
+    labels = items * max(1, config.num_classes // count) % config.num_classes
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    noise = counted_normal(trainer.seed, items, 0, shape)
+    velocity = guided(model_velocity(network, accelerator.autocast), cfg_scale, network.null_class)
+    latent = sample_ode(velocity, noise, labels, steps)
+    with accelerator.autocast():
+        return to_uint8(autoencoder.decode(autoencoder.statistics.denormalize(latent)))

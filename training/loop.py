@@ -29,10 +29,10 @@ class Task(Protocol):
     """What a script hands to the loop.
 
     Attributes:
-        milestone: name of the module in :meth:`modules` that milestones keep.
+        milestone: names of the modules in :meth:`modules` that milestones keep.
     """
 
-    milestone: str
+    milestone: tuple[str, ...]
 
     def step(self, step: int, micro_batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Train on one global batch; scalars on the device."""
@@ -45,6 +45,9 @@ class Task(Protocol):
 
     def states(self) -> dict[str, object]:
         """What a checkpoint keeps beside: objects with ``state_dict`` and ``load_state_dict``."""
+
+    def facts(self) -> dict[str, object]:
+        """What a checkpoint's manifest says of it beside the run's arguments; only the main process asks."""
 
     def validate(self, step: int) -> dict[str, float]:
         """Held-out metrics; empty where there is no held-out data."""
@@ -209,10 +212,11 @@ class Loop:
         states = {name: stateful.state_dict() for name, stateful in self.task.states().items()}
         states["metrics"] = self.metrics.state_dict()
         if self.run.is_main:
-            checkpoint = self.checkpoints.save(step, self.task.modules(), states, self.run.arguments)
+            arguments = self.run.arguments | self.task.facts()
+            checkpoint = self.checkpoints.save(step, self.task.modules(), states, arguments)
             milestone = self.args.milestone_steps
             if milestone and step % milestone == 0:
-                self.checkpoints.keep_milestone(checkpoint, self.task.milestone, self.run.arguments)
+                self.checkpoints.keep_milestone(checkpoint, self.task.milestone, arguments)
             self.checkpoints.prune(self.args.keep_checkpoints)
         self.saved_step = step
         self.run.set_status("running", step, self.max_steps)

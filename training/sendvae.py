@@ -1,5 +1,6 @@
 """Stage 1: the networks that are trained together, and one step of their training."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class SendVAEOutput(NamedTuple):
 
     Attributes:
         mean, logvar: posterior parameters ``[B, C, h, w]``.
-        latent: the posterior sample, detached, un-normalised.
+        latent: the posterior sample, un-normalised.
         reconstruction: images ``[B, 3, H, W]``; None where the VAE is frozen.
         tokens: predicted VFM features ``[B, N, D]``; None without a mapper.
     """
@@ -79,7 +80,7 @@ class SendVAE(nn.Module):
             z = posterior.sample(noise.posterior)
         reconstruction = None if self.freeze_vae else self.autoencoder.decode(z)
         tokens = None if self.mapper is None else self.mapper(self.noisy_latent(z, noise))
-        return SendVAEOutput(posterior.mean, posterior.logvar, z.detach(), reconstruction, tokens)
+        return SendVAEOutput(posterior.mean, posterior.logvar, z, reconstruction, tokens)
 
     def noisy_latent(self, z: torch.Tensor, noise: Noise) -> torch.Tensor:
         """The mapper's input: the normalised latent, with noise where that is switched on."""
@@ -172,11 +173,19 @@ class SendVAETrainer:
             collected.append(metrics)
             moments = moments + latent_moments(latent)
         metrics = {name: torch.stack([m[name] for m in collected]).mean() for name in collected[0]}
-        metrics |= self._update(moments, metrics, vae_rate, disc_rate)
+        metrics |= self.update(sum_over_processes(moments), metrics, vae_rate, disc_rate)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
         return metrics
 
     def accumulate(
-        self, images: torch.Tensor, noise: Noise, step: int, share: float, synchronise: bool = True
+        self,
+        images: torch.Tensor,
+        noise: Noise,
+        step: int,
+        share: float,
+        synchronise: bool = True,
+        alignment: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Add the gradients of one micro-batch, of VAE and mapper and of the discriminator.
 
@@ -186,14 +195,15 @@ class SendVAETrainer:
             step: counted from 0; decides whether the discriminator plays yet.
             share: weight of this micro-batch in the step.
             synchronise: reduce gradients over processes in this backward pass.
+            alignment: the alignment loss of the un-normalised latents where no mapper has it (REPA-E), or None.
 
         Returns:
-            the scalars of this micro-batch and its latents ``[b, C, h, w]``.
+            the scalars of this micro-batch and its latents ``[b, C, h, w]``, detached and un-normalised.
         """
         plays = self.discriminator is not None and self.objective.gan_active(step)
         with self._reducing(self.wrapped, synchronise):
             output = self.wrapped(images, noise)
-            terms, weights = self._generator_loss(images, output, plays)
+            terms, weights = self._generator_loss(images, output, plays, alignment)
             loss = total(terms, weights)
             self.accelerator.backward(loss * share)
         metrics = {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
@@ -201,9 +211,15 @@ class SendVAETrainer:
             metrics["gan_weight"] = weights["gan"]
         if plays:
             metrics |= self._discriminator_backward(images, output.reconstruction.detach(), share, synchronise)
-        return metrics, output.latent
+        return metrics, output.latent.detach()
 
-    def _generator_loss(self, images: torch.Tensor, output: SendVAEOutput, plays: bool) -> tuple[dict, dict]:
+    def _generator_loss(
+        self,
+        images: torch.Tensor,
+        output: SendVAEOutput,
+        plays: bool,
+        alignment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[dict, dict]:
         terms, weights = {}, {}
         if output.reconstruction is not None:
             # Frozen while this graph is recorded: the generator's loss must not reach the discriminator's gradients.
@@ -221,6 +237,9 @@ class SendVAETrainer:
             with self.accelerator.autocast():
                 features = self.encoder(images)
             terms["alignment"] = patch_cosine_loss(output.tokens, features)
+        elif alignment is not None:
+            terms["alignment"] = alignment(output.latent)
+        if "alignment" in terms:
             weights["alignment"] = self.align_coeff
         return terms, weights
 
@@ -234,17 +253,21 @@ class SendVAETrainer:
         logits = {"logits_real": real.detach().float().mean(), "logits_fake": fake.detach().float().mean()}
         return {name: term.detach() for name, term in terms.items()} | logits
 
-    def _update(self, moments: torch.Tensor, metrics: dict, vae_rate: float, disc_rate: float) -> dict:
-        """Optimizers, latent statistics, LeCam's anchors and the EMA."""
+    def update(self, moments: torch.Tensor, metrics: dict, vae_rate: float, disc_rate: float) -> dict:
+        """Optimizers, latent statistics, LeCam's anchors and the EMA; the caller updates fp16's scaler.
+
+        Args:
+            moments: of the latents of the whole global batch.
+            metrics: of its micro-batches, averaged.
+            vae_rate, disc_rate: learning rates.
+        """
         scaler = self.accelerator.scaler
         norm, skipped = optimizer_step(self.optimizer, vae_rate, self.max_grad_norm, scaler)
         updated = {"grad_norm": norm, "skipped": skipped}
         if "discriminator" in metrics:
             norm, skipped = optimizer_step(self.disc_optimizer, disc_rate, self.max_grad_norm, scaler)
             updated |= {"disc_grad_norm": norm, "disc_skipped": skipped}
-        if scaler is not None:
-            scaler.update()
-        self.statistics.update(sum_over_processes(moments), self.bn_momentum)
+        self.statistics.update(moments, self.bn_momentum)
         if self.objective.lecam is not None and "logits_real" in metrics:
             self.objective.lecam.update(*(mean_over_processes(metrics[f"logits_{kind}"]) for kind in ("real", "fake")))
         if self.ema is not None:

@@ -1,5 +1,6 @@
 """Send-VAE training as the loop sees it: schedules, validation, pictures, and what is saved."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from models.latent_statistics import latent_moments, sum_over_processes
 from training.loop import Schedule
 from training.pictures import save_grid
 from training.randomness import Purpose, seeded_generator
+from training.run import logger
 from training.sendvae import SendVAETrainer
+from training.session import build_loader
 from training.validation import SpreadImages, validate
 
 GRID_IMAGES = 8
@@ -34,7 +37,7 @@ class SendVAETask:
         num_workers: reading threads of a validation.
     """
 
-    milestone = "model"
+    milestone = ("model",)
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class SendVAETask:
         self.val_batch_size, self.num_workers = val_batch_size, num_workers
         self.pictured = SpreadImages(images if held_out is None else held_out, GRID_IMAGES)
         if trainer.ema is not None:
-            self.milestone = "ema"
+            self.milestone = ("ema",)
 
     def step(self, step: int, micro_batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         rates = self.rates(step)
@@ -82,6 +85,9 @@ class SendVAETask:
         if trainer.accelerator.scaler is not None:
             states["scaler"] = trainer.accelerator.scaler
         return states
+
+    def facts(self) -> dict[str, object]:
+        return {}
 
     def validate(self, step: int) -> dict[str, float]:
         if self.held_out is None:
@@ -156,3 +162,12 @@ def measure_latent_statistics(trainer: SendVAETrainer, loader: BatchLoader, batc
         count += batch_size
     autoencoder.statistics.update(sum_over_processes(moments), momentum=1.0)
     return count
+
+
+def initialise_statistics(args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDataset) -> None:
+    """Measure the latent statistics of a VAE that came without."""
+    with build_loader(args, images, trainer.accelerator, 0) as first_batches:
+        count = measure_latent_statistics(trainer, first_batches, args.batch_size, len(images))
+    if trainer.ema is not None:
+        trainer.ema.module.statistics.load_state_dict(trainer.statistics.state_dict())
+    logger.info("the VAE has no latent statistics: measured over %d images", count)

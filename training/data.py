@@ -1,0 +1,27 @@
+"""The images that several training scripts open from the same flags (``training.arguments``)."""
+
+import argparse
+
+from accelerate import Accelerator
+
+from dataset.images import ImageDataset, open_images
+from dataset.loader import stage_dataset
+from training import arguments
+
+
+def open_image_data(
+    args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[ImageDataset | None, ImageDataset | None]:
+    """Training and held-out images; None where they are not given (a dry run needs none)."""
+    path = args.data_dir
+    if path and args.stage_dir and not args.dry_run:
+        if accelerator.is_local_main_process:
+            stage_dataset(path, args.stage_dir)
+        accelerator.wait_for_everyone()
+        path = stage_dataset(path, args.stage_dir)
+    images = open_images(path, args.resolution, default=arguments.DEFAULT_RESOLUTION) if path else None
+    resolution = images.resolution if images is not None else args.resolution
+    held_out = (
+        open_images(args.val_data_dir, resolution, default=arguments.DEFAULT_RESOLUTION) if args.val_data_dir else None
+    )
+    return images, held_out
