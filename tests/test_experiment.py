@@ -205,6 +205,21 @@ def test_a_study_runs_presets_once_for_each_seed(presets, tmp_path, capfd):
             experiment.main(["study", *wrong])
 
 
+def test_a_dry_run_of_many_builds_equal_stages_once(presets, tmp_path, capfd):
+    stage = writing_stage(tmp_path / "built") | {"flags": {"exp-name": "{name}", "depth": 1}}
+    presets("table/one", stages={"a": stage}, variables={"images": "?"})
+    presets("table/two", stages={"a": stage, "b": stage | {"flags": {"depth": 2}}})
+    assert experiment.main(["table*", "--dry-run"]) == 0
+    assert (tmp_path / "built").read_text() == "once\n" * 2
+    assert "2 presets, 2 different stages built, 0 failed" in capfd.readouterr().out
+    presets("table/two", stages={"a": writing_stage(tmp_path / "b", "raise SystemExit(2)")})
+    assert experiment.main(["table*", "--dry-run"]) == 1
+    assert "1 failed: table-two" in capfd.readouterr().out
+    for wrong, part in ((["table*"], "for --dry-run only"), (["tible*", "--dry-run"], "matched by no preset")):
+        with pytest.raises(UserError, match=part):
+            experiment.main(wrong)
+
+
 def test_a_condition_on_two_variables_needs_both(presets):
     stage = {"script": "x.py", "product": "x", "if": ["a", "b"]}
     presets("mine", stages={"both": stage}, variables={"a": "", "b": "1"})

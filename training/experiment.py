@@ -8,6 +8,8 @@ sizes (two steps each) without training anything. A study is a preset that runs 
 other variables (seeds), one after the other.
 """
 
+import argparse
+import fnmatch
 import itertools
 import json
 import os
@@ -25,7 +27,7 @@ import yaml
 
 from dataset.shards import write_atomically
 from errors import UserError
-from training.cli import EXIT_OK, ArgumentParser, add_debug_argument, run
+from training.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argument, run
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "experiments"
@@ -238,16 +240,27 @@ def run_stages(experiment: Experiment) -> int:
     return EXIT_OK
 
 
-def dry_run(experiment: Experiment) -> int:
-    """Print every command and build every stage that can be built."""
+def dry_run(experiment: Experiment, built: set[tuple[str, ...]]) -> int:
+    """Print every command and build every stage that can be built and is not in ``built`` yet, which grows."""
     for number, stage in enumerate(experiment.stages, start=1):
         print(f"[{number}/{len(experiment.stages)}] {stage.name}: {shlex.join(stage.command)}", flush=True)
         if stage.dry_command is None:
             print(f"    not built: it needs {stage.waits_for}, which is not there yet", flush=True)
+            continue
+        what = _without_names(stage.dry_command)
+        if what in built:
+            print("    built before, with the same flags", flush=True)
         elif code := call(stage.dry_command):
             print(f"    failed: {shlex.join(stage.dry_command)}", file=sys.stderr)
             return code
+        built.add(what)
     return EXIT_OK
+
+
+def _without_names(command: Sequence[str]) -> tuple[str, ...]:
+    """A dry run's command without the names of what it would write."""
+    named = [i for i, word in enumerate(command) if word in ("--exp-name", "--output-dir", "--seed")]
+    return tuple(word for i, word in enumerate(command) if i not in named and i - 1 not in named)
 
 
 def call(command: Sequence[str]) -> int:
@@ -271,23 +284,51 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         epilog=_describe_presets(),
     )
-    parser.add_argument("preset", metavar="PRESET", help="a file of configs/experiments, without .yaml")
+    parser.add_argument(
+        "preset", metavar="PRESET", help="a file of configs/experiments, without .yaml; with --dry-run also 'table*'"
+    )
     parser.add_argument("--output-dir", default="exps", metavar="DIR", help="folder of all runs")
     parser.add_argument("--stages", metavar="A,B", help="only these, in the preset's order")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, build every stage, train nothing")
     add_debug_argument(parser)
     args, overrides = parser.parse_known_args(argv)
+    if "*" in args.preset:
+        return _dry_run_of_many(args, overrides)
     experiments, closing = resolve_all(args.preset, args.output_dir, overrides)
     if args.stages:
         experiments, closing = _select(experiments, args.stages.split(","), args.preset), ""
+    built: set[tuple[str, ...]] = set()
     for experiment in experiments:
         if len(experiments) > 1:
             print(f"== {experiment.name}", flush=True)
-        if code := dry_run(experiment) if args.dry_run else run_stages(experiment):
+        if code := dry_run(experiment, built) if args.dry_run else run_stages(experiment):
             return code
     if closing and not args.dry_run:
         print(f"\n{closing.rstrip()}")
     return EXIT_OK
+
+
+def _dry_run_of_many(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Every preset that matches, whatever a stage's exit code; stages of equal flags are built once."""
+    names = fnmatch.filter(preset_names(), args.preset)
+    if not names or not args.dry_run:
+        raise UserError(f"{args.preset} is {'a pattern, for --dry-run only' if names else 'matched by no preset'}")
+    built: set[tuple[str, ...]] = set()
+    failed = []
+    for name in names:
+        given = [word for key in _required(name) for word in (f"--{key}", key.upper())]
+        for experiment in resolve_all(name, args.output_dir, [*given, *overrides])[0]:
+            print(f"== {experiment.name}", flush=True)
+            if dry_run(experiment, built):
+                failed.append(experiment.name)
+    print(
+        f"{len(names)} presets, {len(built)} different stages built, {len(failed)} failed: {', '.join(failed) or '-'}"
+    )
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def _required(name: str) -> list[str]:
+    return [key for key, value in load_preset(name).get("variables", {}).items() if value == REQUIRED]
 
 
 def _select(experiments: Sequence[Experiment], wanted: Sequence[str], preset: str) -> list[Experiment]:
