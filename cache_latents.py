@@ -27,7 +27,7 @@ from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from errors import UserError
 from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
-from models.encoders import ENCODERS, Encoder, build_encoder, encoder_spec
+from models.encoders import ENCODERS, Encoder, build_encoders, encoder_names
 from training import arguments
 from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
 from training.dry_run import count_parameters, peak_memory
@@ -90,8 +90,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--hflip", action="store_true", help="also encode the mirrored images (twice the size and time)")
     add("--cache-features", action="store_true", help="also store VFM features, for small sets (--dry-run: how many)")
-    add("--enc-type", metavar="NAME", help=f"VFM of --cache-features: {', '.join(ENCODERS)}")
-    add("--enc-ckpt", metavar="FILE", help="its weights (default: $VFM_DIR, timm's cache, the hub)")
+    arguments.add_encoder_arguments(parser, default=None)
     add("--features-grid", type=positive_int, metavar="N", help="its tokens along a side (default: resolution / 16)")
     add(
         "--pproc-batch-size",
@@ -164,13 +163,13 @@ class Networks:
         autoencoder: the VAE.
         has_statistics: whether it came with latent statistics.
         keeps_statistics: whether training is to normalise with those, and not with the measured ones.
-        encoder: the VFM of --cache-features.
+        encoders: the VFMs of --cache-features.
     """
 
     autoencoder: Autoencoder
     has_statistics: bool
     keeps_statistics: bool
-    encoder: Encoder | None
+    encoders: list[Encoder]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -219,23 +218,22 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
     """VAE and VFM, on the device."""
     if args.cache_features:
         args.features_grid = args.features_grid or max(1, args.resolution // 16)
-        encoder_spec(args.enc_type)  # its error comes before a large VAE is read
+        names = encoder_names(args.enc_type)  # its error comes before a large VAE is read
     autoencoder, has_statistics = build_autoencoder(args.vae, args.vae_ckpt)
     autoencoder.latent_shape(args.resolution)
-    encoder = None
+    encoders = []
     if args.cache_features:
-        encoder = build_encoder(args.enc_type, args.features_grid, args.enc_ckpt, args.random_weights)
+        encoders = build_encoders(names, args.features_grid, args.enc_ckpt, args.random_weights)
     channels_last = process.device.type == "cpu" if args.channels_last is None else args.channels_last
-    for network in (autoencoder, encoder):
-        if network is not None:
-            network.requires_grad_(False).to(process.device)
-            if channels_last:
-                network.to(memory_format=torch.channels_last)
+    for network in (autoencoder, *encoders):
+        network.requires_grad_(False).to(process.device)
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
     if args.compile:
         autoencoder.network.encoder.compile()
-        if encoder is not None:
+        for encoder in encoders:
             encoder.network.compile()
-    return Networks(autoencoder, has_statistics, has_statistics and args.statistics == "vae", encoder)
+    return Networks(autoencoder, has_statistics, has_statistics and args.statistics == "vae", encoders)
 
 
 def build_targets(
@@ -256,8 +254,8 @@ def build_targets(
     def before_index() -> None:
         save_beside(folder, vae, measured.total(shards), networks.keeps_statistics)
 
-    def packing(part: Path, kind: str, settings: dict) -> PackingJob:
-        return PackingJob(part, specs[kind], common | settings, OUTPUT_FLAG, FLAGS)
+    def packing(part: Path, what: str, settings: dict) -> PackingJob:
+        return PackingJob(part, specs[what], common | settings, OUTPUT_FLAG, FLAGS)
 
     targets = []
     for flipped in (False, True) if args.hflip else (False,):
@@ -269,21 +267,27 @@ def build_targets(
         else:
             measured = MeasuredStatistics(job, vae.latent_channels)
             targets.append(Target(name, job, encode, flipped, images.class_names, before_index, measured.shard))
-    if (encoder := networks.encoder) is not None:
-        settings = {"enc_type": args.enc_type, "grid": encoder.grid, "encoder": encoder.checksum()}
+    for encoder, what in zip(networks.encoders, features_kinds(networks), strict=True):
+        settings = {"enc_type": encoder.name, "grid": encoder.grid, "encoder": encoder.checksum()}
         for flipped in (False, True) if args.hflip else (False,):
-            job = packing(folder / features_name(args.enc_type, flipped), "features", settings | {"flipped": flipped})
-            name = "mirrored features" if flipped else "features"
+            job = packing(folder / features_name(encoder.name, flipped), what, settings | {"flipped": flipped})
+            name = f"mirrored {what}" if flipped else what
             targets.append(Target(name, job, features_encoder(encoder, dtype), flipped, images.class_names))
     return targets
 
 
+def features_kinds(networks: Networks) -> list[str]:
+    """What the features of each VFM are called in what is printed."""
+    several = len(networks.encoders) > 1
+    return [f"features of {encoder.name}" if several else "features" for encoder in networks.encoders]
+
+
 def build_specs(args: argparse.Namespace, networks: Networks) -> dict[str, ShardSpec]:
-    """What an item is, of the latents and of the features."""
+    """What an item is, of the latents and of the features of each VFM."""
     channels, *sides = networks.autoencoder.latent_shape(args.resolution)
     specs = {"latents": ShardSpec("latents", (2 * channels, *sides), args.dtype)}
-    if (encoder := networks.encoder) is not None:
-        specs["features"] = ShardSpec("features", (encoder.grid**2, encoder.embed_dim), args.dtype)
+    for encoder, what in zip(networks.encoders, features_kinds(networks), strict=True):
+        specs[what] = ShardSpec("features", (encoder.grid**2, encoder.embed_dim), args.dtype)
     return specs
 
 
@@ -377,10 +381,10 @@ def dry_run(
 ) -> None:
     """Encode two batches and say what the whole would take."""
     count = IMAGENET_IMAGES if images is None else len(images)
-    dtype, vae, encoder = getattr(torch, args.dtype), networks.autoencoder, networks.encoder
+    dtype, vae = getattr(torch, args.dtype), networks.autoencoder
     specs, encoders = build_specs(args, networks), {"latents": latents_encoder(vae, dtype)}
-    if encoder is not None:
-        encoders["features"] = features_encoder(encoder, dtype)
+    for encoder, what in zip(networks.encoders, features_kinds(networks), strict=True):
+        encoders[what] = features_encoder(encoder, dtype)
     chunk = chunk_size(args.resolution, process.device)
     size = -(-min(args.pproc_batch_size, 4 * chunk * threads) // chunk) * chunk
     batch = torch.randint(0, 256, (size, 3, args.resolution, args.resolution), dtype=torch.uint8)
@@ -397,9 +401,8 @@ def dry_run(
     worker.close()
     if not process.is_main:
         return
-    for name, network in (("VAE", vae), (f"VFM {args.enc_type}", encoder)):
-        if network is not None:
-            print(f"{name}: {count_parameters(network)[0]:,} parameters")
+    for name, network in (("VAE", vae), *((f"VFM {encoder.name}", encoder) for encoder in networks.encoders)):
+        print(f"{name}: {count_parameters(network)[0]:,} parameters")
     for name, spec in specs.items():
         for flipped in flips:
             print(describe_bytes(f"mirrored {name}" if flipped else name, spec, count))

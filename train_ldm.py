@@ -24,7 +24,7 @@ from dataset.loader import stage_dataset
 from dataset.shards import read_index
 from errors import UserError
 from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
-from models.encoders import ENCODERS, Encoder, encoder_spec
+from models.encoders import Encoder, encoder_names
 from models.sit import SiT, SiTConfig
 from training import arguments, dry_run
 from training.cli import ArgumentParser, non_negative_float, positive_int, run
@@ -32,7 +32,7 @@ from training.ema import EMA
 from training.ldm import LDMTrainer
 from training.ldm_task import LDMTask
 from training.loop import Schedule
-from training.networks import build_optimizer, build_token_encoders
+from training.networks import build_optimizer, build_token_encoders, feature_dims
 from training.processes import this_process
 from training.run import build_accelerator, set_numerics
 from training.session import Job, micro_batch_size, train
@@ -89,8 +89,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
     )
-    group.add_argument("--enc-type", default="dinov2-vit-b", metavar="NAME", help=f"frozen VFM: {', '.join(ENCODERS)}")
-    group.add_argument("--enc-ckpt", metavar="FILE", help="its weights (default: $VFM_DIR, timm's cache, the hub)")
+    arguments.add_encoder_arguments(group, default="dinov2-vit-b")
     group.add_argument(
         "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
     )
@@ -137,7 +136,7 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
     if args.repa_source == "images":
         images = open_repa_images(args, accelerator)
     share = {"local_processes": this_process().local_size}
-    features = args.enc_type if args.repa_source == "features" else None
+    features = encoder_names(args.enc_type) if args.repa_source == "features" else ()
     latents = LatentDataset(folder, hflip=args.hflip, features=features, images=images, **share)
     held_out = None
     if args.val_data_dir or args.val_vae_latents_name:
@@ -151,7 +150,7 @@ def used_parts(args: argparse.Namespace) -> list[str]:
     flips = (False, True) if args.hflip else (False,)
     parts = [FLIPPED_NAME] if args.hflip else []
     if args.repa_source == "features":
-        parts += [features_name(args.enc_type, flipped) for flipped in flips]
+        parts += [features_name(name, flipped) for name in encoder_names(args.enc_type) for flipped in flips]
     return parts
 
 
@@ -192,7 +191,8 @@ def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
     if not args.proj_coeff:
         return "none"
     if args.repa_source == "auto":
-        return "images" if read_index(folder / features_name(args.enc_type)) is None else "features"
+        indices = [read_index(folder / features_name(name)) for name in encoder_names(args.enc_type)]
+        return "images" if None in indices else "features"
     return args.repa_source
 
 
@@ -237,7 +237,7 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, auto
         num_classes=DRY_RUN_CLASSES if latents is None else len(latents.class_names),
         qk_norm=args.qk_norm,
         encoder_depth=args.encoder_depth,
-        feature_dims=(encoder_spec(args.enc_type).embed_dim,) if args.proj_coeff else (),
+        feature_dims=feature_dims(args),
         projector_width=args.projector_width,
     )
     config.check()
@@ -257,12 +257,13 @@ def check_features(args: argparse.Namespace, config: SiTConfig, latents: LatentD
     """Cached features must lie on the SiT's token grid."""
     if args.repa_source != "features":
         return
-    tokens, width = latents.feature_shape
-    if (tokens, width) != (config.grid**2, config.feature_dims[0]):
-        raise UserError(
-            f"{latents.folder}: cached features of {args.enc_type} are {tokens} tokens of {width}, {args.model} needs "
-            f"{config.grid**2} of {config.feature_dims[0]}: cache them with --features-grid {config.grid}"
-        )
+    names = encoder_names(args.enc_type)
+    for name, (tokens, width), dim in zip(names, latents.feature_shapes, config.feature_dims, strict=True):
+        if (tokens, width) != (config.grid**2, dim):
+            raise UserError(
+                f"{latents.folder}: cached features of {name} are {tokens} tokens of {width}, {args.model} needs "
+                f"{config.grid**2} of {dim}: cache them with --features-grid {config.grid}"
+            )
 
 
 def build_trainer(
@@ -273,7 +274,7 @@ def build_trainer(
     torch.manual_seed(args.seed)
     model = SiT(config).to(device).train()
     model.gradient_checkpointing = args.gradient_checkpointing
-    encoders = build_encoders(args, config, accelerator)
+    encoders = build_alignment(args, config, accelerator)
     ema = EMA(model, args.ema_decay) if args.ema_decay else None
     if args.compile:
         for network in (model, *(encoders or ())):
@@ -282,6 +283,7 @@ def build_trainer(
         model,
         autoencoder.to(device).statistics,
         encoders,
+        encoder_names=encoder_names(args.enc_type) if args.proj_coeff else (),
         proj_coeff=args.proj_coeff,
         cfg_prob=args.cfg_prob,
         path_type=args.path_type,
@@ -294,8 +296,8 @@ def build_trainer(
     )
 
 
-def build_encoders(args: argparse.Namespace, config: SiTConfig, accelerator: Accelerator) -> list[Encoder] | None:
-    """The VFM that images are run through; None where features are cached or nothing is aligned."""
+def build_alignment(args: argparse.Namespace, config: SiTConfig, accelerator: Accelerator) -> list[Encoder] | None:
+    """The VFMs that images are run through; None where features are cached or nothing is aligned."""
     if not args.proj_coeff or args.repa_source == "features":
         return None
     return build_token_encoders(args, config.grid, accelerator)
@@ -349,7 +351,7 @@ def dry_run_step(
     batch = random_batch(args, config, count=2)
     networks = {
         args.model: trainer.model,
-        f"VFM {args.enc_type}": None if trainer.encoders is None else trainer.encoders[0],
+        **{f"VFM {encoder.name}": encoder for encoder in trainer.encoders or ()},
         "VAE": autoencoder,
     }
     dry_run.report(
@@ -366,7 +368,7 @@ def random_batch(args: argparse.Namespace, config: SiTConfig, count: int) -> Lat
     side = config.latent_size
     images = features = None
     if args.repa_source == "features":
-        features = torch.randn(count, config.grid**2, config.feature_dims[0])
+        features = tuple(torch.randn(count, config.grid**2, dim) for dim in config.feature_dims)
     elif args.proj_coeff:
         images = torch.randint(0, 256, (count, 3, args.resolution, args.resolution), dtype=torch.uint8)
     return LatentBatch(

@@ -21,7 +21,7 @@ from diffusion.flow import PATH_TYPES
 from errors import UserError
 from loss.vae_objective import VAELossConfig, load_loss_config
 from models.autoencoder import architecture_names, build_autoencoder
-from models.encoders import ENCODERS, Encoder, build_encoder
+from models.encoders import Encoder, build_encoders, encoder_names
 from models.mapper import Mapper
 from training import arguments, dry_run
 from training.cli import (
@@ -95,8 +95,7 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("alignment")
-    group.add_argument("--enc-type", default="dinov2-vit-b", metavar="NAME", help=f"frozen VFM: {', '.join(ENCODERS)}")
-    group.add_argument("--enc-ckpt", metavar="FILE", help="its weights (default: $VFM_DIR, timm's cache, the hub)")
+    arguments.add_encoder_arguments(group, default="dinov2-vit-b")
     group.add_argument(
         "--align-coeff",
         type=non_negative_float,
@@ -161,13 +160,15 @@ def build_trainer(
         loss_config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.0)
     autoencoder, has_statistics = build_autoencoder(args.vae, args.vae_ckpt)
     latent_shape = autoencoder.latent_shape(args.resolution)
-    encoder, mapper = build_alignment(args, latent_shape, accelerator)
-    model = SendVAE(autoencoder, mapper, args.noise_injection, args.path_type, args.freeze_vae).to(device).train()
+    encoders, mappers = build_alignment(args, latent_shape, accelerator)
+    mapper, *more_mappers = mappers or [None]
+    model = SendVAE(autoencoder, mapper, args.noise_injection, args.path_type, args.freeze_vae, more_mappers)
+    model.to(device).train()
     discriminator = build_discriminator(args, loss_config)
     objective = build_objective(args, loss_config, accelerator)
     if args.gradient_checkpointing:
         autoencoder.network.enable_gradient_checkpointing()
-    networks = [autoencoder, mapper, encoder, discriminator, objective.perceptual]
+    networks = [autoencoder, *mappers, *encoders, discriminator, objective.perceptual]
     if args.channels_last:
         for network in networks:
             if network is not None:
@@ -181,7 +182,7 @@ def build_trainer(
         model,
         objective.to(device),
         discriminator,
-        None if encoder is None else encoder.to(device),
+        [encoder.to(device) for encoder in encoders],
         align_coeff=args.align_coeff,
         bn_momentum=0.0 if args.freeze_vae else args.bn_momentum,
         max_grad_norm=args.max_grad_norm,
@@ -196,16 +197,18 @@ def build_trainer(
 
 def build_alignment(
     args: argparse.Namespace, latent_shape: tuple[int, int, int], accelerator: Accelerator
-) -> tuple[Encoder | None, Mapper | None]:
+) -> tuple[list[Encoder], list[Mapper]]:
+    """The VFMs and a mapper for each; none without alignment."""
     if not args.align_coeff:
-        return None, None
+        return [], []
     channels, side, _ = latent_shape
     if side % args.mapper_grid:
         divisors = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
         raise UserError(f"--mapper-grid {args.mapper_grid} does not divide the {side}×{side} latent; {divisors} do")
     with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
-        encoder = build_encoder(args.enc_type, args.mapper_grid, args.enc_ckpt, args.random_weights)
-    return encoder, Mapper(channels, side, args.mapper_grid, encoder.embed_dim, args.mapper_depth)
+        encoders = build_encoders(encoder_names(args.enc_type), args.mapper_grid, args.enc_ckpt, args.random_weights)
+    mappers = [Mapper(channels, side, args.mapper_grid, encoder.embed_dim, args.mapper_depth) for encoder in encoders]
+    return encoders, mappers
 
 
 def dry_run_step(
@@ -215,11 +218,13 @@ def dry_run_step(
     batch = torch.randint(0, 256, (2, 3, args.resolution, args.resolution), dtype=torch.uint8)
     if images is not None:
         images.read_into([0, len(images) - 1], batch.numpy())
+    several = len(trainer.encoders) > 1
+    aligned = list(zip(trainer.encoders, trainer.model.mappers, strict=True))
     networks = {
         "VAE": trainer.model.autoencoder,
-        "mapper": trainer.model.mapper,
+        **{f"mapper {encoder.name}" if several else "mapper": mapper for encoder, mapper in aligned},
         "discriminator": trainer.discriminator,
-        f"VFM {args.enc_type}": trainer.encoder,
+        **{f"VFM {encoder.name}": encoder for encoder in trainer.encoders},
         "LPIPS": trainer.objective.perceptual,
     }
     start_step = trainer.objective.config.discriminator_start  # so that the discriminator takes part
@@ -282,10 +287,10 @@ def describe(args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDat
         f"{len(images)} images at {args.resolution} px, {len(images.class_names)} classes",
         f"loss {trainer.objective.config}",
     ]
-    if trainer.encoder is not None:
+    for encoder in trainer.encoders:
         latent = trainer.model.autoencoder.latent_shape(args.resolution)
-        grid, pixels, width = trainer.encoder.grid, trainer.encoder.input_size, trainer.encoder.embed_dim
-        lines.append(f"latent {latent} → mapper → {grid}×{grid} tokens of {width} ({args.enc_type} sees {pixels} px)")
+        grid, pixels, width = encoder.grid, encoder.input_size, encoder.embed_dim
+        lines.append(f"latent {latent} → mapper → {grid}×{grid} tokens of {width} ({encoder.name} sees {pixels} px)")
     return lines
 
 

@@ -9,6 +9,8 @@
     flipped/                  a packed dataset: latents of the mirrored images
     features/ENC/             a packed dataset of kind "features": [N, D], what the VFM ENC sees
     features-flipped/ENC/     the same of the mirrored images
+
+ENC is a name of --enc-type, with -- for /.
 """
 
 import json
@@ -43,18 +45,18 @@ class LatentBatch(NamedTuple):
         moments: ``[b, 2C, h, w]``, posterior mean, then standard deviation, of the cache's type.
         labels: int64 ``[b]``.
         images: uint8 ``[b, 3, H, W]``, 0…255, or None.
-        features: ``[b, N, D]`` of the VFM, of the cache's type, or None.
+        features: ``[b, N, D]`` of each VFM, of the cache's type, in the order asked for; or None.
     """
 
     moments: Tensor
     labels: Tensor
     images: Tensor | None = None
-    features: Tensor | None = None
+    features: tuple[Tensor, ...] | None = None
 
 
 def features_name(enc_type: str, flipped: bool = False) -> str:
     """The sub-folder of a VFM's features."""
-    return f"{'features-flipped' if flipped else 'features'}/{enc_type}"
+    return f"{'features-flipped' if flipped else 'features'}/{enc_type.replace('/', '--')}"
 
 
 def latents_folder(data_dir: str | os.PathLike | None, name: str) -> Path:
@@ -86,7 +88,7 @@ class LatentDataset:
     Args:
         folder: of the cache.
         hflip: open the mirrored copy too.
-        features: VFM whose features are read, a name of ``--enc-type``.
+        features: VFMs whose features are read, names of ``--enc-type``.
         images: the dataset that the cache was made from, to read its images too.
         memory_limit: bytes that may be held in memory; by default a quarter of what is available, divided by the
             processes; 0 reads from the files always.
@@ -100,7 +102,7 @@ class LatentDataset:
         class_names: label ``c`` means ``class_names[c]``.
         vae_folder: diffusers folder of the VAE that made the cache.
         statistics: of posterior samples over the whole set.
-        feature_shape: (N, D), or None.
+        feature_shapes: (N, D) of each VFM.
         has_flipped: whether items can be mirrored.
         source: what the cache was made from and how, from its index.
 
@@ -113,7 +115,7 @@ class LatentDataset:
         folder: str | os.PathLike,
         *,
         hflip: bool = False,
-        features: str | None = None,
+        features: Sequence[str] = (),
         images: ImageDataset | None = None,
         memory_limit: int | None = None,
         local_processes: int = 1,
@@ -138,13 +140,13 @@ class LatentDataset:
         limit = available_memory() // (4 * local_processes) if memory_limit is None else memory_limit
         readers = [latents, self._open(FLIPPED_NAME, "latents", "--hflip")] if hflip else [latents]
         self._moments = _Array(readers, limit, show_progress)
-        self._features = None
-        if features is not None:
-            names = [features_name(features, flipped) for flipped in ((False, True) if hflip else (False,))]
-            flags = f"--cache-features --enc-type {features}{' --hflip' if hflip else ''}"
+        self._features: dict[str, _Array] = {}
+        for enc_type in features:
+            names = [features_name(enc_type, flipped) for flipped in ((False, True) if hflip else (False,))]
+            flags = f"--cache-features --enc-type {enc_type}{' --hflip' if hflip else ''}"
             readers = [self._open(name, "features", flags) for name in names]
-            self._features = _Array(readers, limit - self._moments.held_bytes, show_progress)
-        self.feature_shape = None if self._features is None else self._features.spec.shape
+            self._features[names[0]] = _Array(readers, limit - self.held_bytes, show_progress)
+        self.feature_shapes = tuple(array.spec.shape for array in self._features.values())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -156,7 +158,7 @@ class LatentDataset:
     @property
     def held_bytes(self) -> int:
         """Bytes that this process holds in memory."""
-        return self._moments.held_bytes + (0 if self._features is None else self._features.held_bytes)
+        return self._moments.held_bytes + sum(array.held_bytes for array in self._features.values())
 
     @property
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -164,9 +166,7 @@ class LatentDataset:
         layout = {"moments": _torch_layout(self._moments), "labels": ((), torch.int64)}
         if self._images is not None:
             layout["images"] = ((3, self._images.resolution, self._images.resolution), torch.uint8)
-        if self._features is not None:
-            layout["features"] = _torch_layout(self._features)
-        return layout
+        return layout | {name: _torch_layout(array) for name, array in self._features.items()}
 
     def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
         """Read n items into arrays ``[n, …]`` of :attr:`layout`; those in ``flips``, bool ``[n]``, mirrored."""
@@ -177,12 +177,13 @@ class LatentDataset:
             self._images.read_into(items, pixels)
             if flips is not None:
                 pixels[flips] = pixels[flips, :, :, ::-1]
-        if self._features is not None:
-            self._features.read(items, flips, out["features"])
+        for name, array in self._features.items():
+            array.read(items, flips, out[name])
 
     def batch(self, tensors: Mapping[str, Tensor]) -> LatentBatch:
         """What the loader hands out."""
-        return LatentBatch(**tensors)
+        features = tuple(tensors[name] for name in self._features) or None
+        return LatentBatch(tensors["moments"], tensors["labels"], tensors.get("images"), features)
 
     def _latent_shape(self, latents: PackedReader) -> tuple[int, int, int]:
         path = self.vae_folder / "config.json"

@@ -1,5 +1,7 @@
 """Alignment of predicted tokens with frozen VFM features (Send-VAE's L_align; REPA's loss but for a constant)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +14,23 @@ def patch_cosine(tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 def patch_cosine_loss(tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Mean over batch and patches of ``1 − cos(tokens, features)``."""
     return 1 - patch_cosine(tokens, features).mean()
+
+
+def averaged(
+    metric: str, encoders: Sequence[str], losses: Sequence[torch.Tensor], weight: float
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Terms and weights of an alignment with one or several VFMs.
+
+    Args:
+        metric: name of the term, the average over the VFMs.
+        encoders: their names; of several, each one's loss is a term ``METRIC/NAME`` of weight 0, to be seen.
+        losses: scalars, in the same order.
+        weight: of the average.
+    """
+    terms, weights = {metric: torch.stack(list(losses)).mean()}, {metric: weight}
+    if len(losses) > 1:
+        terms |= {f"{metric}/{name}": loss.detach() for name, loss in zip(encoders, losses, strict=True)}
+    return terms, dict.fromkeys(terms, 0.0) | weights
 
 
 def constant_predictor_cosine(unit_feature_sum: torch.Tensor, count: int) -> torch.Tensor:

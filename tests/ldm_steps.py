@@ -46,9 +46,15 @@ def random_batch(count: int, seed: int = 1, config: SiTConfig = CONFIG) -> Laten
     std = torch.rand(count, channels, side, side, generator=generator)
     features = torch.randn(count, config.grid**2, config.feature_dims[0], generator=generator)
     labels = torch.randint(0, config.num_classes, (count,), generator=generator)
-    return LatentBatch(torch.cat([mean, std], 1).half(), labels, None, features.half())
+    return LatentBatch(torch.cat([mean, std], 1).half(), labels, None, (features.half(),))
 
 
 def part_of(batch: tuple, part: slice):
     """Some items of a batch or of its draws."""
-    return type(batch)(*(None if tensor is None else tensor[part] for tensor in batch))
+
+    def cut(value):
+        if value is None:
+            return None
+        return tuple(map(cut, value)) if isinstance(value, tuple) else value[part]
+
+    return type(batch)(*map(cut, batch))

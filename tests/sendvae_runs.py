@@ -51,10 +51,10 @@ def tiny_trainer(
     accelerator = accelerator or Accelerator(cpu=True)
     torch.manual_seed(seed)
     autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
-    encoder = mapper = None
+    encoders, mapper = [], None
     if align_coeff:
-        encoder = build_encoder("efficientnet-lite0", GRID)
-        mapper = Mapper(4, RESOLUTION // 4, GRID, encoder.embed_dim, projector_width=64)
+        encoders = [build_encoder("efficientnet-lite0", GRID)]
+        mapper = Mapper(4, RESOLUTION // 4, GRID, encoders[0].embed_dim, projector_width=64)
     model = SendVAE(autoencoder, mapper, freeze_vae=freeze_vae).train()
     discriminator = PatchDiscriminator(width=8).train() if gan else None
     config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.1 if gan else 0.0, **loss)
@@ -62,7 +62,7 @@ def tiny_trainer(
         model,
         VAEObjective(config, None),
         discriminator,
-        encoder,
+        encoders,
         align_coeff=align_coeff,
         bn_momentum=bn_momentum,
         max_grad_norm=1.0,

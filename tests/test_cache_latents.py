@@ -192,9 +192,9 @@ class TestContent:
             np.testing.assert_allclose(features, encoder(images).numpy(), rtol=2e-3, atol=2e-4)
 
     def test_the_loader_reads_it(self, data, whole):
-        dataset = LatentDataset(whole, hflip=True, features=VFM, images=open_images(data))
+        dataset = LatentDataset(whole, hflip=True, features=[VFM], images=open_images(data))
         np.testing.assert_array_equal(dataset.labels, open_images(data).labels)
-        assert (dataset.latent_shape, dataset.feature_shape, len(dataset)) == ((4, 8, 8), (4, 112), COUNT)
+        assert (dataset.latent_shape, dataset.feature_shapes, len(dataset)) == ((4, 8, 8), ((4, 112),), COUNT)
         network, known = build_autoencoder(str(dataset.vae_folder))
         assert known and network.checksum() == dataset.source["vae"]
 

@@ -46,9 +46,12 @@ def steps(dataset, count: int, **options):
 
 
 def same(first, second) -> bool:
+    def tensors(batch) -> list:
+        return [*batch[:3], *(batch.features or [None])]
+
     return all(
         (one is None) == (other is None) and (one is None or torch.equal(one, other))
-        for one, other in zip(first, second, strict=True)
+        for one, other in zip(tensors(first), tensors(second), strict=True)
     )
 
 
@@ -62,7 +65,7 @@ class TestDataset:
         )
         np.testing.assert_array_equal(dataset.labels, cache[1]["labels"])
         assert dataset.vae_folder == cache[0] / "vae" and dataset.source["resolution"] == 32
-        assert dataset.feature_shape is None and open_cache(cache, features=VFM).feature_shape == (4, 6)
+        assert dataset.feature_shapes == () and open_cache(cache, features=[VFM]).feature_shapes == ((4, 6),)
         mean, std = np.split(cache[1]["moments"].astype(np.float64), 2, axis=1)
         np.testing.assert_allclose(dataset.statistics.mean, mean.mean((0, 2, 3)), rtol=1e-6)
         np.testing.assert_allclose(
@@ -78,9 +81,9 @@ class TestDataset:
     def test_memory(self, cache, monkeypatch):
         size = COUNT * 8 * 8 * 8 * 2
         assert open_cache(cache).held_bytes == size
-        assert open_cache(cache, hflip=True, features=VFM).held_bytes == 2 * size + 2 * COUNT * 4 * 6 * 2
+        assert open_cache(cache, hflip=True, features=[VFM]).held_bytes == 2 * size + 2 * COUNT * 4 * 6 * 2
         assert open_cache(cache, hflip=True, memory_limit=2 * size - 1).held_bytes == 0
-        assert open_cache(cache, features=VFM, memory_limit=size).held_bytes == size  # the features are read
+        assert open_cache(cache, features=[VFM], memory_limit=size).held_bytes == size  # the features are read
         monkeypatch.setattr(latents_module, "available_memory", lambda: 8 * size)
         assert open_cache(cache, local_processes=2).held_bytes == size
         assert open_cache(cache, local_processes=3).held_bytes == 0
@@ -90,7 +93,7 @@ class TestDataset:
 
     @pytest.mark.parametrize(
         ("options", "expected"),
-        [({"hflip": True}, "--hflip"), ({"features": VFM}, f"--cache-features --enc-type {VFM}")],
+        [({"hflip": True}, "--hflip"), ({"features": [VFM]}, f"--cache-features --enc-type {VFM}")],
     )
     def test_missing_parts_are_named(self, tmp_path, options, expected):
         write_cache(tmp_path / "cache")
@@ -160,7 +163,7 @@ class TestLoader:
         images = open_images(packed)
         pixels = np.empty((COUNT, 3, 32, 32), np.uint8)
         images.read_into(range(COUNT), pixels)
-        dataset = open_cache(cache, hflip=True, features=VFM, images=images, memory_limit=limit)
+        dataset = open_cache(cache, hflip=True, features=[VFM], images=images, memory_limit=limit)
         order, seen = SampleOrder(COUNT, seed=5), 0
         for step, (batch,) in enumerate(steps(dataset, 9, hflip=True)):
             for place in range(8):
@@ -169,7 +172,7 @@ class TestLoader:
                 flipped = bool(flip_mask(5, position // COUNT, np.array([item]))[0])
                 names = ("flipped", "features_flipped") if flipped else ("moments", "features")
                 np.testing.assert_array_equal(batch.moments[place], cache[1][names[0]][item])
-                np.testing.assert_array_equal(batch.features[place], cache[1][names[1]][item])
+                np.testing.assert_array_equal(batch.features[0][place], cache[1][names[1]][item])
                 image = pixels[item, :, :, ::-1] if flipped else pixels[item]
                 np.testing.assert_array_equal(batch.images[place], image)
                 assert batch.labels[place] == cache[1]["labels"][item]
@@ -177,16 +180,16 @@ class TestLoader:
         assert 20 < seen < 52
 
     def test_types(self, cache, packed):
-        (batch,) = steps(open_cache(cache, features=VFM, images=open_images(packed)), 1)[0]
-        assert batch.moments.dtype == batch.features.dtype == torch.float16
+        (batch,) = steps(open_cache(cache, features=[VFM], images=open_images(packed)), 1)[0]
+        assert batch.moments.dtype == batch.features[0].dtype == torch.float16
         assert (batch.labels.dtype, batch.images.dtype) == (torch.int64, torch.uint8)
         (batch,) = steps(open_cache(cache), 1)[0]
         assert batch.images is None and batch.features is None and batch.moments.shape == (8, 8, 8, 8)
 
     def test_files_and_memory_workers_and_prefetch_give_the_same(self, cache):
-        expected = steps(open_cache(cache, hflip=True, features=VFM, memory_limit=0), 7, hflip=True)
+        expected = steps(open_cache(cache, hflip=True, features=[VFM], memory_limit=0), 7, hflip=True)
         for limit in (0, None):
-            dataset = open_cache(cache, hflip=True, features=VFM, memory_limit=limit)
+            dataset = open_cache(cache, hflip=True, features=[VFM], memory_limit=limit)
             for workers, prefetch in ((0, 0), (1, 0), (3, 5)):
                 batches = steps(dataset, 7, hflip=True, num_workers=workers, prefetch=prefetch)
                 assert all(same(ours, theirs) for (ours,), (theirs,) in zip(batches, expected, strict=True))
@@ -201,14 +204,14 @@ class TestLoader:
                 assert same(ours[0], theirs[0])
 
     def test_ranks_and_accumulation_tile_the_global_batch(self, cache):
-        dataset = open_cache(cache, features=VFM)
+        dataset = open_cache(cache, features=[VFM])
         expected = steps(dataset, 4)
         ranks = [steps(dataset, 4, rank=rank, world_size=2, accumulation=2) for rank in range(2)]
         for step, (whole,) in enumerate(expected):
             parts = [part for rank in ranks for part in rank[step]]
             assert [len(part.moments) for part in parts] == [2] * 4
             assert torch.equal(torch.cat([part.moments for part in parts]), whole.moments)
-            assert torch.equal(torch.cat([part.features for part in parts]), whole.features)
+            assert torch.equal(torch.cat([part.features[0] for part in parts]), whole.features[0])
 
     def test_hflip_without_the_copy_is_refused(self, cache):
         with pytest.raises(UserError, match=r"run cache_latents\.py again with --hflip"):
@@ -240,8 +243,8 @@ class TestStaging:
         parts = (FLIPPED_NAME, features_name(VFM), features_name(VFM, flipped=True))
         staged = stage_dataset(cache[0], tmp_path, kind="latents", parts=parts)
         images = open_images(packed)
-        ours = steps(LatentDataset(staged, hflip=True, features=VFM, images=images), 3, hflip=True)
-        theirs = steps(open_cache(cache, hflip=True, features=VFM, images=images), 3, hflip=True)
+        ours = steps(LatentDataset(staged, hflip=True, features=[VFM], images=images), 3, hflip=True)
+        theirs = steps(open_cache(cache, hflip=True, features=[VFM], images=images), 3, hflip=True)
         assert all(same(one[0], other[0]) for one, other in zip(ours, theirs, strict=True))
         times = {path: path.stat().st_mtime_ns for path in staged.rglob("*")}
         assert stage_dataset(cache[0], tmp_path, kind="latents") == staged  # all there is

@@ -39,7 +39,7 @@ def test_terms_equal_a_derivation_in_float64(path_type, weighting):
     model = trainer.model.double()
     velocity, (tokens,) = model(noisy, t, batch.labels, with_tokens=True)
     denoise = ((velocity - target) ** 2).mean()
-    features = batch.features.double()
+    features = batch.features[0].double()
     cosine = (tokens * features).sum(-1) / (tokens.norm(dim=-1) * features.norm(dim=-1))
     assert metrics["denoise"].item() == pytest.approx(denoise.item(), rel=1e-5)
     assert metrics["repa"].item() == pytest.approx(1 - cosine.mean().item(), rel=1e-5)
@@ -83,7 +83,7 @@ def test_images_go_through_the_frozen_encoder():
     assert all(parameter.grad is None for parameter in encoder.parameters())
     trainer.encoders = None
     cached = trainer.accumulate(
-        batch._replace(features=encoder(images)), part_of(batch_draws(), slice(0, 4)), share=1.0
+        batch._replace(features=(encoder(images),)), part_of(batch_draws(), slice(0, 4)), share=1.0
     )
     assert torch.equal(from_images["repa"], cached["repa"])
 

@@ -41,7 +41,7 @@ def test_gradients_equal_a_plain_autograd_calculation():
     t = noise.t[:, None, None, None]
     normalised = (z - 0.0) / (1.0 + 1e-4) ** 0.5  # fresh statistics: mean 0, variance 1
     tokens = plain.mapper((1 - t) * normalised + t * noise.path)
-    features = trainer.encoder(images)
+    features = trainer.encoders[0](images)
     cosine = (tokens * features).sum(-1) / tokens.norm(dim=-1) / features.norm(dim=-1)
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / 4
     logits = discriminator(x_hat)
@@ -114,7 +114,7 @@ def test_alignment_reaches_the_encoder_and_never_the_decoder(align_coeff):
     touched = {name.split(".")[2] for name, g in grads.items() if name.startswith("autoencoder") and g.abs().max() > 0}
     assert touched == ({"encoder", "quant_conv"} if align_coeff else set())
     if align_coeff:
-        assert all(p.grad is None and not p.requires_grad for p in trainer.encoder.parameters())
+        assert all(p.grad is None and not p.requires_grad for p in trainer.encoders[0].parameters())
         assert all(
             g.abs().max() > 0 for name, g in grads.items() if name.startswith("mapper") and "qkv.bias" not in name
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffusion.flow import PATH_TYPES, WEIGHTINGS
 from errors import UserError
+from models.encoders import ENCODERS
 from models.sit import SIT_SIZES
 from training.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
 from training.optimizer import SCHEDULES
@@ -48,6 +49,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="only with --dry-run: build VFM and LPIPS without their pretrained weights",
     )
     add_debug_argument(group)
+
+
+def add_encoder_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:
+    """Which VFMs, and where their weights are."""
+    group.add_argument(
+        "--enc-type",
+        default=default,
+        metavar="NAME",
+        help=f"frozen VFM, or several separated by commas: {', '.join(ENCODERS)}",
+    )
+    group.add_argument(
+        "--enc-ckpt",
+        metavar="FILE",
+        help="its weights; of several VFMs one file each, in the same order, separated by commas, nothing for one that "
+        "is to be looked for (default: looked for in $VFM_DIR, timm's cache, the hub)",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

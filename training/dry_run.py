@@ -34,11 +34,12 @@ def report(
 ) -> None:
     """Print parameter counts, run ``steps`` steps, print their seconds, metrics and the peak memory."""
     show = print if shown else lambda text: None
-    show(f"{'network':<16}{'parameters':>16}{'trained':>16}")
+    width = max(16, *(len(name) for name, network in networks.items() if network is not None))
+    show(f"{'network':<{width}}{'parameters':>16}{'trained':>16}")
     for name, network in networks.items():
         if network is not None:
             total, trained = count_parameters(network)
-            show(f"{name:<16}{total:>16,}{trained:>16,}")
+            show(f"{name:<{width}}{total:>16,}{trained:>16,}")
     for number in range(steps):
         begin = time.perf_counter()
         metrics = {name: value.item() for name, value in step(number).items()}

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from dataset.latents import LatentBatch
 from diffusion.flow import add_noise, training_times, velocity
-from loss.alignment import patch_cosine_loss
+from loss.alignment import averaged, patch_cosine_loss
 from loss.denoising import denoising_error
 from loss.total import total
 from models.encoders import Encoder
@@ -54,6 +54,7 @@ class LDMTrainer:
         model: the SiT.
         statistics: the VAE's, by which latents are normalised.
         encoders: frozen VFMs, one for each of the model's projectors; None where features come with the batch.
+        encoder_names: of the VFMs, for the metrics of each where there are several.
         proj_coeff: weight of the REPA loss.
         cfg_prob: probability that a label is replaced by the null class.
         path_type, weighting: the interpolant and how times are drawn.
@@ -70,6 +71,7 @@ class LDMTrainer:
         statistics: LatentStatistics,
         encoders: list[Encoder] | None,
         *,
+        encoder_names: Sequence[str] = (),
         proj_coeff: float,
         cfg_prob: float,
         path_type: str,
@@ -81,6 +83,7 @@ class LDMTrainer:
         accelerator: Accelerator,
     ):
         self.model, self.statistics, self.encoders = model, statistics, encoders
+        self.encoder_names = encoder_names
         self.proj_coeff, self.cfg_prob = proj_coeff, cfg_prob
         self.path_type, self.weighting = path_type, weighting
         self.max_grad_norm, self.seed = max_grad_norm, seed
@@ -136,15 +139,15 @@ class LDMTrainer:
         """The same for normalised latents ``x`` ``[B, C, h, w]`` and what :meth:`features` says of their images."""
         t = training_times(draws.times, self.weighting, self.path_type)
         labels = torch.where(draws.dropout < self.cfg_prob, self.model.null_class, labels)
-        weights = {"denoise": 1.0, "repa": self.proj_coeff}
         with nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
             noisy = add_noise(x, t, draws.noise, self.path_type)
             prediction, tokens = self.wrapped(noisy, t, labels, with_tokens=True)
             target = velocity(x, t, draws.noise, self.path_type)
-            terms = {"denoise": denoising_error(prediction, target).mean()}
+            terms, weights = {"denoise": denoising_error(prediction, target).mean()}, {"denoise": 1.0}
             if tokens:
-                aligned = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
-                terms["repa"] = torch.stack(aligned).mean()
+                losses = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
+                repa = averaged("repa", self.encoder_names, losses, self.proj_coeff)
+                terms, weights = terms | repa[0], weights | repa[1]
             loss = total(terms, weights)
             self.accelerator.backward(loss * share)
         return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
@@ -160,7 +163,7 @@ class LDMTrainer:
         if not self.model.projectors:
             return []
         if self.encoders is None:
-            return [batch.features]
+            return list(batch.features)
         with self.accelerator.autocast():
             return [encoder(batch.images) for encoder in self.encoders]
 
@@ -174,7 +177,13 @@ class LDMTrainer:
 
 def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
     """Copy what a batch holds to the device, without waiting."""
-    return LatentBatch(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
+
+    def copy(part):
+        if part is None:
+            return None
+        return tuple(map(copy, part)) if isinstance(part, tuple) else part.to(device, non_blocking=True)
+
+    return LatentBatch(*map(copy, batch))
 
 
 def latent_shape(batch: LatentBatch) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from loss.perceptual import build_lpips
 from loss.vae_objective import VAELossConfig, VAEObjective
 from models.autoencoder import Autoencoder
 from models.discriminator import PatchDiscriminator, load_discriminator
-from models.encoders import Encoder, build_encoder
+from models.encoders import Encoder, build_encoders, encoder_names, encoder_spec
 from training.optimizer import build_adamw
 
 
@@ -42,11 +42,19 @@ def build_objective(args: argparse.Namespace, loss_config: VAELossConfig, accele
 def build_token_encoders(args: argparse.Namespace, grid: int, accelerator: Accelerator) -> list[Encoder]:
     """The frozen VFMs whose features a SiT of ``grid`` tokens along a side is aligned with, on the device."""
     with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
-        encoder = build_encoder(args.enc_type, grid, args.enc_ckpt, args.random_weights)
-    encoder.to(accelerator.device)
-    if args.channels_last:
-        encoder.to(memory_format=torch.channels_last)
-    return [encoder]
+        encoders = build_encoders(encoder_names(args.enc_type), grid, args.enc_ckpt, args.random_weights)
+    for encoder in encoders:
+        encoder.to(accelerator.device)
+        if args.channels_last:
+            encoder.to(memory_format=torch.channels_last)
+    return encoders
+
+
+def feature_dims(args: argparse.Namespace) -> tuple[int, ...]:
+    """D of each VFM that a SiT is aligned with, one projector each; nothing is built for it."""
+    if not args.proj_coeff:
+        return ()
+    return tuple(encoder_spec(name).embed_dim for name in encoder_names(args.enc_type))
 
 
 def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.AdamW:

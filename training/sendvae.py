@@ -1,6 +1,6 @@
 """Stage 1: the networks that are trained together, and one step of their training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffusion.flow import add_noise
-from loss.alignment import patch_cosine_loss
+from loss.alignment import averaged, patch_cosine_loss
 from loss.total import total
 from loss.vae_objective import VAEObjective
 from models.autoencoder import Autoencoder, to_signed
@@ -38,14 +38,14 @@ class SendVAEOutput(NamedTuple):
         mean, logvar: posterior parameters ``[B, C, h, w]``.
         latent: the posterior sample, un-normalised.
         reconstruction: images ``[B, 3, H, W]``; None where the VAE is frozen.
-        tokens: predicted VFM features ``[B, N, D]``; None without a mapper.
+        tokens: predicted features ``[B, N, D]`` of each VFM; empty without a mapper.
     """
 
     mean: torch.Tensor
     logvar: torch.Tensor
     latent: torch.Tensor
     reconstruction: torch.Tensor | None
-    tokens: torch.Tensor | None
+    tokens: tuple[torch.Tensor, ...]
 
 
 class SendVAE(nn.Module):
@@ -57,6 +57,7 @@ class SendVAE(nn.Module):
         noise_injection: add noise to the normalised latent at a random time before the mapper sees it.
         path_type: ``linear`` or ``cosine`` interpolant.
         freeze_vae: train the mapper on a VAE that stays as it is.
+        more_mappers: of further VFMs.
     """
 
     def __init__(
@@ -66,12 +67,19 @@ class SendVAE(nn.Module):
         noise_injection: bool = True,
         path_type: str = "linear",
         freeze_vae: bool = False,
+        more_mappers: Sequence[Mapper] = (),
     ):
         super().__init__()
         self.autoencoder, self.mapper = autoencoder, mapper
+        self.more_mappers = nn.ModuleList(more_mappers)
         self.noise_injection, self.path_type, self.freeze_vae = noise_injection, path_type, freeze_vae
         if freeze_vae:
             autoencoder.requires_grad_(False)
+
+    @property
+    def mappers(self) -> list[Mapper]:
+        """One for each VFM; none where the VAE is trained alone."""
+        return [] if self.mapper is None else [self.mapper, *self.more_mappers]
 
     def forward(self, images: torch.Tensor, noise: Noise) -> SendVAEOutput:
         """uint8 images ``[B, 3, H, W]`` and the draws for them → :class:`SendVAEOutput`."""
@@ -79,7 +87,8 @@ class SendVAE(nn.Module):
             posterior = self.autoencoder.encode(images)
             z = posterior.sample(noise.posterior)
         reconstruction = None if self.freeze_vae else self.autoencoder.decode(z)
-        tokens = None if self.mapper is None else self.mapper(self.noisy_latent(z, noise))
+        noisy = self.noisy_latent(z, noise) if self.mappers else None
+        tokens = tuple(mapper(noisy) for mapper in self.mappers)
         return SendVAEOutput(posterior.mean, posterior.logvar, z, reconstruction, tokens)
 
     def noisy_latent(self, z: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -102,7 +111,7 @@ class SendVAETrainer:
         model: the trained networks.
         objective: the VAE's loss.
         discriminator: PatchGAN, or None.
-        encoder: the frozen VFM, or None where there is no mapper.
+        encoders: the frozen VFMs, one for each mapper.
         align_coeff: weight of the alignment loss.
         bn_momentum: of the latent statistics.
         max_grad_norm: for each of the two optimizers.
@@ -117,7 +126,7 @@ class SendVAETrainer:
         model: SendVAE,
         objective: VAEObjective,
         discriminator: PatchDiscriminator | None,
-        encoder: Encoder | None,
+        encoders: Sequence[Encoder],
         *,
         align_coeff: float,
         bn_momentum: float,
@@ -128,7 +137,7 @@ class SendVAETrainer:
         ema: EMA | None,
         accelerator: Accelerator,
     ):
-        self.model, self.objective, self.discriminator, self.encoder = model, objective, discriminator, encoder
+        self.model, self.objective, self.discriminator, self.encoders = model, objective, discriminator, encoders
         self.align_coeff, self.bn_momentum, self.max_grad_norm = align_coeff, bn_momentum, max_grad_norm
         self.seed = seed
         self.optimizer, self.disc_optimizer, self.ema, self.accelerator = optimizer, disc_optimizer, ema, accelerator
@@ -233,14 +242,14 @@ class SendVAETrainer:
                 )
             last_layer = self.model.autoencoder.last_layer
             weights = self.objective.generator_weights(terms, last_layer, mean_over_processes, self.accelerator.scaler)
-        if output.tokens is not None:
+        if output.tokens:
             with self.accelerator.autocast():
-                features = self.encoder(images)
-            terms["alignment"] = patch_cosine_loss(output.tokens, features)
+                features = [encoder(images) for encoder in self.encoders]
+            losses = [patch_cosine_loss(*pair) for pair in zip(output.tokens, features, strict=True)]
+            aligned, weight = averaged("alignment", [e.name for e in self.encoders], losses, self.align_coeff)
+            terms, weights = terms | aligned, weights | weight
         elif alignment is not None:
-            terms["alignment"] = alignment(output.latent)
-        if "alignment" in terms:
-            weights["alignment"] = self.align_coeff
+            terms["alignment"], weights["alignment"] = alignment(output.latent), self.align_coeff
         return terms, weights
 
     def _discriminator_backward(

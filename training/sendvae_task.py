@@ -117,7 +117,7 @@ class SendVAETask:
     def _validate(self, autoencoder: Autoencoder | None) -> dict[str, float]:
         return validate(
             self.trainer.model,
-            self.trainer.encoder,
+            self.trainer.encoders,
             self.held_out,
             batch_size=self.val_batch_size,
             seed=self.trainer.seed,

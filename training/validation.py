@@ -1,5 +1,7 @@
 """Held-out quality of a Send-VAE: reconstruction and alignment, beside what a constant would reach."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,7 @@ class SpreadImages:
 @torch.no_grad()
 def validate(
     model: SendVAE,
-    encoder: Encoder | None,
+    encoders: Sequence[Encoder],
     dataset: ImageDataset,
     *,
     batch_size: int,
@@ -51,7 +53,7 @@ def validate(
 
     Args:
         model: the networks that are trained.
-        encoder: the frozen VFM, or None where nothing is aligned.
+        encoders: the frozen VFMs, one for each mapper; none where nothing is aligned.
         dataset: the images.
         batch_size: images at once on a process.
         seed: of the noise that the mapper sees.
@@ -62,14 +64,18 @@ def validate(
     Returns:
         ``psnr`` (dB, posterior mean, uint8 images), ``l1`` (in [-1, 1] units), and with an encoder ``align_cosine``
         (noise as in training), ``align_cosine_clean`` (posterior mean, no noise) and ``constant_cosine`` (the best
-        image-independent prediction, fitted on these very images).
+        image-independent prediction, fitted on these very images). With several encoders these are averages, and those
+        of each are called ``align_cosine/NAME`` and so on.
     """
     device, rank = accelerator.device, accelerator.process_index
     autoencoder = autoencoder or model.autoencoder
     was_training = model.training
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # psnr, l1, cosine, clean cosine, count
-    unit_features = None
+    # psnr, l1, count, then cosine and clean cosine of each encoder
+    sums = torch.zeros(3 + 2 * len(encoders), dtype=torch.float64, device=device)
+    unit_features = [
+        torch.zeros(encoder.grid**2, encoder.embed_dim, dtype=torch.float64, device=device) for encoder in encoders
+    ]
     batches = sequential_batches(
         dataset, batch_size, rank=rank, world_size=accelerator.num_processes, num_workers=num_workers
     )
@@ -80,31 +86,34 @@ def validate(
         with accelerator.autocast():
             posterior = autoencoder.encode(images)
             reconstruction = autoencoder.decode(posterior.mean)
-            scores = [psnr(images, to_uint8(reconstruction)), _l1(images, reconstruction)]
-            if encoder is not None:
+            scores = [psnr(images, to_uint8(reconstruction)), _l1(images, reconstruction), images.new_ones(len(images))]
+            noisy = model.noisy_latent(posterior.sample(noise.posterior), noise)
+            clean = autoencoder.statistics.normalize(posterior.mean)
+            for encoder, mapper, feature_sum in zip(encoders, model.mappers, unit_features, strict=True):
                 features = encoder(images)
-                noisy = model.noisy_latent(posterior.sample(noise.posterior), noise)
-                clean = autoencoder.statistics.normalize(posterior.mean)
-                scores += [patch_cosine(model.mapper(z), features).mean(1) for z in (noisy, clean)]
-                batch_sum = F.normalize(features.double(), dim=-1).sum(0)
-                unit_features = batch_sum if unit_features is None else unit_features + batch_sum
-        row = [score.double().sum() for score in scores] + [sums.new_tensor(0.0)] * (4 - len(scores))
-        sums += torch.stack([*row, sums.new_tensor(float(len(images)))])
+                scores += [patch_cosine(mapper(z), features).mean(1) for z in (noisy, clean)]
+                feature_sum += F.normalize(features.double(), dim=-1).sum(0)
+        sums += torch.stack([score.double().sum() for score in scores])
     model.train(was_training)
-    return _averages(sums, unit_features, encoder, device)
+    return _averages(sums, unit_features, [encoder.name for encoder in encoders])
 
 
-def _averages(
-    sums: torch.Tensor, unit_features: torch.Tensor | None, encoder: Encoder | None, device: torch.device
-) -> dict[str, float]:
-    *totals, count = sum_over_processes(sums).tolist()
-    result = dict(zip(("psnr", "l1"), (value / count for value in totals[:2]), strict=True))
-    if encoder is not None:
-        if unit_features is None:  # more processes than images
-            unit_features = torch.zeros(encoder.grid**2, encoder.embed_dim, dtype=torch.float64, device=device)
-        constant = constant_predictor_cosine(sum_over_processes(unit_features), int(count))
-        result |= {"align_cosine": totals[2] / count, "align_cosine_clean": totals[3] / count}
-        result["constant_cosine"] = float(constant)
+def _averages(sums: torch.Tensor, unit_features: Sequence[torch.Tensor], names: Sequence[str]) -> dict[str, float]:
+    psnr_sum, l1_sum, count, *cosines = sum_over_processes(sums).tolist()
+    result = {"psnr": psnr_sum / count, "l1": l1_sum / count}
+    if not names:
+        return result
+    columns = {
+        "align_cosine": [value / count for value in cosines[::2]],
+        "align_cosine_clean": [value / count for value in cosines[1::2]],
+        "constant_cosine": [
+            float(constant_predictor_cosine(sum_over_processes(total), int(count))) for total in unit_features
+        ],
+    }
+    result |= {metric: sum(values) / len(values) for metric, values in columns.items()}
+    if len(names) > 1:
+        for metric, values in columns.items():
+            result |= {f"{metric}/{name}": value for name, value in zip(names, values, strict=True)}
     return result
 
 

@@ -1,16 +1,18 @@
 """Frozen vision foundation models (VFMs): uint8 images → patch features ``[B, N, D]``."""
 
+from collections.abc import Sequence
+
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from errors import UserError
-from models.encoders.registry import ENCODERS, EncoderSpec, encoder_spec
+from models.encoders.registry import ENCODERS, EncoderSpec, encoder_names, encoder_spec
 from models.encoders.weights import find_weights, load_weights
 from models.weight_files import weights_checksum
 
-__all__ = ["ENCODERS", "Encoder", "EncoderSpec", "build_encoder", "encoder_spec"]
+__all__ = ["ENCODERS", "Encoder", "EncoderSpec", "build_encoder", "build_encoders", "encoder_names", "encoder_spec"]
 
 
 class Encoder(nn.Module):
@@ -23,11 +25,12 @@ class Encoder(nn.Module):
         spec: which network.
         grid: tokens along a side.
         network: the timm network, built for that input size.
+        name: what ``--enc-type`` calls it.
     """
 
-    def __init__(self, spec: EncoderSpec, grid: int, network: nn.Module):
+    def __init__(self, spec: EncoderSpec, grid: int, network: nn.Module, name: str = ""):
         super().__init__()
-        self.spec, self.grid, self.network = spec, grid, network
+        self.spec, self.grid, self.network, self.name = spec, grid, network, name or spec.timm_name
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1) * 255.0, persistent=False)
         self.requires_grad_(False)
@@ -93,4 +96,38 @@ def build_encoder(enc_type: str, grid: int, checkpoint: str | None = None, rando
         network = timm.create_model(spec.timm_name, features_only=True, out_indices=(spec.stage,))
     if path is not None:
         load_weights(network, enc_type, spec, path)
-    return Encoder(spec, grid, network)
+    return Encoder(spec, grid, network, enc_type)
+
+
+def build_encoders(
+    enc_types: Sequence[str], grid: int, checkpoints: str | None = None, random_weights: bool = False
+) -> list[Encoder]:
+    """Build several VFMs for the same ``grid × grid`` token grid; :func:`build_encoder` says of what.
+
+    Args:
+        enc_types: their names, of :func:`encoder_names`.
+        grid: tokens along a side.
+        checkpoints: ``--enc-ckpt``: the file of a single VFM; of several, one file each, in the same order, separated
+            by commas, where an empty entry is looked for.
+        random_weights: build without weights.
+
+    Raises:
+        UserError: as :func:`build_encoder`, or another number of files than of VFMs.
+    """
+    files = split_checkpoints(enc_types, checkpoints)
+    return [build_encoder(name, grid, file, random_weights) for name, file in zip(enc_types, files, strict=True)]
+
+
+def split_checkpoints(enc_types: Sequence[str], checkpoints: str | None) -> list[str | None]:
+    """The file of each VFM; None where it is to be looked for."""
+    if checkpoints is None:
+        return [None] * len(enc_types)
+    files = [checkpoints] if len(enc_types) == 1 else checkpoints.split(",")
+    if len(files) != len(enc_types):
+        count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
+        raise UserError(
+            f"--enc-ckpt {checkpoints} is {count} for the {len(enc_types)} encoders of --enc-type "
+            f"{','.join(enc_types)}: give one each, in that order, separated by commas (nothing between two commas: "
+            "that one is looked for)"
+        )
+    return [file.strip() or None for file in files]

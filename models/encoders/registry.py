@@ -56,3 +56,13 @@ def encoder_spec(enc_type: str) -> EncoderSpec:
     if enc_type not in ENCODERS:
         raise UserError(f"--enc-type {enc_type} is not known; there are {', '.join(ENCODERS)}")
     return ENCODERS[enc_type]
+
+
+def encoder_names(enc_type: str) -> list[str]:
+    """The VFMs of ``--enc-type``: one name, or several separated by commas; a :class:`UserError` for an unknown one."""
+    names = [name.strip() for name in enc_type.split(",")]
+    for name in names:
+        encoder_spec(name)
+        if names.count(name) > 1:
+            raise UserError(f"--enc-type {enc_type} names {name} twice")
+    return names

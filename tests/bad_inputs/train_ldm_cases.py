@@ -112,6 +112,16 @@ CASES = [
         ("features/efficientnet-lite0-s32", "--cache-features"),
     ),
     Case(
+        "features of one VFM of two are not cached",
+        with_flags(repa_source="features", enc_type="efficientnet-lite0,efficientnet-lite0-s32"),
+        ("features/efficientnet-lite0-s32", "--cache-features", "--enc-type efficientnet-lite0-s32"),
+    ),
+    Case(
+        "one file for two VFMs",
+        with_flags(repa_source="images", enc_type="efficientnet-lite0,efficientnet-lite0-s32", enc_ckpt="vfm.pth"),
+        ("--enc-ckpt vfm.pth", "1 file for the 2 encoders", "in that order"),
+    ),
+    Case(
         "features of another grid",
         with_flags(model="SiT-Ti/4"),
         ("16 tokens of 112", "SiT-Ti/4 needs 4", "--features-grid 2"),

@@ -153,6 +153,9 @@ CASES = [
     Case("too small for the PatchGAN", with_flags(resolution=16, mapper_grid=1), ("24 px", "discriminator_weight=0")),
     Case("grid does not divide", with_flags(mapper_grid=3), ("--mapper-grid 3", "8×8", "1, 2, 4, 8")),
     Case("unknown VFM", with_flags(enc_type="dino9"), ("dino9", "dinov2-vit-b", "efficientnet-lite0")),
+    Case(
+        "VFM named twice", with_flags(enc_type="dinov2-vit-b,dinov2-vit-b"), ("--enc-type", "names dinov2-vit-b twice")
+    ),
     Case("VFM without weights", no_dinov2, ("--enc-ckpt", "VFM_DIR", "vit_small_patch14_dinov2.lvd142m")),
     Case("VFM file missing", with_flags(enc_ckpt="/no/file.pth"), ("--enc-ckpt", "/no/file.pth")),
     Case("VFM file is text", with_flags(enc_ckpt=written("vfm.pth", "hello")), ("efficientnet-lite0", "vfm.pth")),
