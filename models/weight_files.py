@@ -2,7 +2,7 @@
 
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +16,12 @@ class NotWeightsError(Exception):
     """The file holds no tensors by name; the message is the reason, in a few words."""
 
 
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED_KEYS) -> dict[str, torch.Tensor]:
     """Read a .safetensors file, or a file of ``torch.save`` with ``weights_only=True``, onto the CPU.
 
-    A dictionary under ``state_dict`` or ``model`` is taken where there is one.
+    Args:
+        path: of the file.
+        nested: a dictionary under one of these keys is taken where there is one; the first goes first.
 
     Raises:
         NotWeightsError: truncated, of another kind, with code in it, or not a dictionary of tensors.
@@ -31,7 +33,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         raise NotWeightsError(one_line(error)) from error
-    for key in NESTED_KEYS:
+    for key in nested:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
