@@ -76,7 +76,7 @@ class LabelledImages(ImageSource):
 
     def __init__(self, dataset: ImageDataset) -> None:
         super().__init__(dataset)
-        self.labels, self.class_names = dataset.labels, dataset.class_names
+        self.labels = dataset.labels
 
     def __len__(self) -> int:
         return len(self.labels)

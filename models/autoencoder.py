@@ -64,6 +64,17 @@ class Autoencoder(nn.Module):
         return 2 ** (len(self.network.config.block_out_channels) - 1)
 
     @property
+    def architecture(self) -> dict:
+        """What :meth:`from_architecture` builds this network from, plain JSON values."""
+        config = json.loads(self.network.to_json_string())
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+
+    @classmethod
+    def from_architecture(cls, config: dict) -> "Autoencoder":
+        """A VAE with random weights."""
+        return cls(AutoencoderKL.from_config(config)).eval()
+
+    @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight, where VQGAN's adaptive GAN weight compares gradients."""
         return self.network.decoder.conv_out.weight

@@ -197,8 +197,9 @@ class Loop:
                 f"the last {in_a_row} steps were skipped: {names} is not finite; the weights are those of the last "
                 "finite step (try a lower learning rate, or bf16 in place of fp16)"
             )
-        if means.get("grad_norm", 1.0) < VANISHED_GRADIENT:
-            raise TrainingFailed(f"training has collapsed: the gradient norm fell to {means['grad_norm']:.1e}")
+        for name in ("grad_norm", "vae_grad_norm"):
+            if means.get(name, 1.0) < VANISHED_GRADIENT:
+                raise TrainingFailed(f"training has collapsed: {name} fell to {means[name]:.1e}")
 
     def _validate(self, step: int) -> None:
         values = self.task.validate(step)

@@ -35,6 +35,7 @@ DERIVED = {
     "vae_checksum": "latents of another VAE",
     "statistics_checksum": "a latent cache with other --statistics",
     "class_names": "data of other classes",
+    "vae_config": "a VAE of another architecture",
     "sit": "a SiT of another shape (--model, --enc-type, or latents of another size)",
 }
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "diffusers", "lpips", "numpy", "pillow", "safetensors")

@@ -1,4 +1,4 @@
-"""What sampling and evaluation read of a train_ldm.py run: its SiT, its VAE, and how they were trained.
+"""What sampling and evaluation read of a train_ldm.py or train_repae.py run: SiT, VAE, and how they were trained.
 
 Nothing of it can be given by a flag that might contradict the training.
 """
@@ -15,6 +15,8 @@ from training.checkpoint import Checkpoint, CheckpointFolder
 from training.run import arguments_of, status_of
 
 WEIGHTS = ("ema", "model")
+# A run that trains its VAE along keeps it in every checkpoint, with the statistics that belong to "ema".
+OWN_VAE, OWN_STATISTICS = "vae", "statistics_ema"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class TrainedLDM:
         vae_checksum: which VAE its latents came from.
         statistics_checksum: which statistics they were normalised with; None where the run does not say.
         checksum: SHA-256 of the weights' file.
+        vae_config: architecture of the VAE where it lies in the checkpoint, because it was trained along; or None.
     """
 
     folder: Path
@@ -44,6 +47,7 @@ class TrainedLDM:
     vae_checksum: str
     statistics_checksum: str | None
     checksum: str
+    vae_config: dict | None = None
 
     @property
     def step(self) -> int:
@@ -57,6 +61,8 @@ class TrainedLDM:
 
     def load_autoencoder(self) -> Autoencoder:
         """The run's VAE with its latent statistics; refused if it is not the one of the training."""
+        if self.vae_config is not None:
+            return self._own_autoencoder()
         folder = self.folder / "vae"
         if not folder.is_dir():
             raise UserError(f"{folder} is missing: the VAE that the run was trained with; copy it back")
@@ -82,6 +88,18 @@ class TrainedLDM:
                 f"{folder} holds other latent statistics ({STATISTICS_FILE}) than the run was trained with; copy the "
                 "right file back"
             )
+        return autoencoder.requires_grad_(False)
+
+    def _own_autoencoder(self) -> Autoencoder:
+        """The VAE in the checkpoint, with the statistics that belong to the weights."""
+        names = (OWN_VAE, OWN_STATISTICS) if self.weights == "ema" else (OWN_VAE,)
+        for name in names:
+            if fault := self.checkpoint.fault(name):
+                raise UserError(f"{self.checkpoint.folder} is damaged ({fault}); choose another with --train-steps")
+        autoencoder = Autoencoder.from_architecture(self.vae_config)
+        self.checkpoint.load_module(OWN_VAE, autoencoder)
+        if OWN_STATISTICS in names:
+            self.checkpoint.load_module(OWN_STATISTICS, autoencoder.statistics)
         return autoencoder.requires_grad_(False)
 
 
@@ -198,6 +216,7 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             vae_checksum=arguments["vae_checksum"],
             statistics_checksum=arguments.get("statistics_checksum"),
             checksum=manifest["files"][f"{weights}.safetensors"]["sha256"],
+            vae_config=arguments.get("vae_config"),
         )
     except (KeyError, TypeError) as error:
         raise UserError(

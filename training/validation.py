@@ -29,6 +29,7 @@ class SpreadImages:
     def __init__(self, dataset: ImageDataset, count: int):
         self._items = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(np.int64))
         self._dataset, self.resolution = dataset, dataset.resolution
+        self.labels = dataset.labels[self._items]
 
     def __len__(self) -> int:
         return len(self._items)
