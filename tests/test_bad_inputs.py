@@ -10,12 +10,14 @@ import cache_latents
 import generate
 import preprocessing
 import train_ldm
+import train_repae
 import train_sendvae
 from tests.bad_inputs import (
     cache_latents_cases,
     generate_cases,
     preprocessing_cases,
     train_ldm_cases,
+    train_repae_cases,
     train_sendvae_cases,
 )
 from tests.bad_inputs.case import Case
@@ -26,6 +28,7 @@ SCRIPTS = {
     generate: generate_cases,
     preprocessing: preprocessing_cases,
     train_ldm: train_ldm_cases,
+    train_repae: train_repae_cases,
     train_sendvae: train_sendvae_cases,
 }
 CASES = [

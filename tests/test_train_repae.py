@@ -1,0 +1,314 @@
+"""train_repae.py as a user calls it: results, what later stages make of them, dry run; really killed and resumed."""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import cache_latents
+import generate
+import train_ldm
+import train_repae
+from dataset.toy import main as make_toy
+from models.autoencoder import Autoencoder, build_autoencoder
+from preprocessing import main as preprocess
+from tests import ldm_trainings
+from tests.photographs import write_class_folders
+from tests.repae_runs import flags
+from tests.test_distributed import torchrun
+from tests.test_resume import ENVIRONMENT, ROOT, kill_when
+from training.cli import run
+from training.trained_ldm import open_trained_ldm, statistics_checksum
+
+# REPA-E's README, section 3
+PUBLISHED = """
+    --max-train-steps=400000 --report-to="wandb" --allow-tf32 --mixed-precision="fp16" --seed=0 --data-dir="data"
+    --output-dir="exps" --batch-size=256 --path-type="linear" --prediction="v" --weighting="uniform"
+    --model="SiT-XL/2" --checkpointing-steps=50000 --loss-cfg-path="configs/l1_lpips_kl_gan.yaml" --vae="f8d4"
+    --vae-ckpt="pretrained/sdvae/sdvae-f8d4.pt"
+    --disc-pretrained-ckpt="pretrained/sdvae/sdvae-f8d4-discriminator-ckpt.pt" --enc-type="dinov2-vit-b"
+    --proj-coeff=0.5 --encoder-depth=8 --vae-align-proj-coeff=1.5 --bn-momentum=0.1
+    --exp-name="sit-xl-dinov2-b-enc8-repae-sdvae-0.5-1.5-400k"
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    make_toy(["--output", str(folder / "images"), "--num-images", "24", "--resolution", "32"])
+    packed = ["--imagenet-path", str(folder / "images"), "--output-path", str(folder / "packed"), "--resolution", "32"]
+    preprocess(packed)
+    return folder / "packed"
+
+
+def train(*argv: str) -> int:
+    return run(train_repae.main, list(argv))
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, step: int, name: str, place: str = "checkpoints") -> dict[str, torch.Tensor]:
+    return load_file(folder / place / f"{step:07d}" / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory) -> Path:
+    """Four steps, with milestones at 2 and 4; the whole checkpoint is that of step 4."""
+    output = tmp_path_factory.mktemp("exps")
+    argv = flags(
+        toy, output, "run", val_data_dir=toy, max_train_steps=4, checkpointing_steps=2, milestone_steps=2,
+        keep_checkpoints=1, log_steps=2, val_steps=4, vae_learning_rate=1e-2,
+    )  # fmt: skip
+    assert train(*argv) == 0
+    before = (output / "run" / "metrics.jsonl").read_bytes()
+    assert train(*argv) == 0  # finished: nothing is done again
+    assert (output / "run" / "metrics.jsonl").read_bytes() == before
+    return output / "run"
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    assert lines[0]["loss"] == pytest.approx(lines[0]["denoise"] + 0.5 * lines[0]["repa"], rel=1e-5)
+    weights_of_terms = {"reconstruction": 1.0, "kl": 1e-6, "gan": 0.1, "alignment": 1.5}
+    vae_loss = sum(weight * lines[0][name] for name, weight in weights_of_terms.items())
+    assert lines[0]["vae_loss"] == pytest.approx(vae_loss, rel=1e-5)
+    assert lines[2].keys() == {"step", "val/psnr", "val/l1", "val/denoise", "val_ema/denoise"}
+    assert json.loads((finished / "status.json").read_text())["state"] == "finished"
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["0000004"]
+    assert sorted(path.name for path in (finished / "milestones" / "0000002").iterdir()) == [
+        "ema.safetensors", "manifest.json", "statistics_ema.safetensors", "vae.safetensors",
+    ]  # fmt: skip
+    assert Image.open(finished / "samples" / "0000004.png").size == (8 * 34 - 2, 4 * 34 - 2)
+    assert Image.open(finished / "samples" / "0000004-reconstructions.png").size == (8 * 34 - 2, 2 * 34 - 2)
+
+
+def test_the_tuned_vae_has_the_weights_as_trained_and_the_statistics_of_the_average(finished):
+    tuned, known = build_autoencoder(str(finished / "vae"))
+    assert known
+    trained, average = weights(finished, 4, "vae"), weights(finished, 4, "statistics_ema")
+    for name, tensor in tuned.network.state_dict().items():
+        assert torch.equal(tensor, trained[f"network.{name}"])
+    for name in ("mean", "var"):
+        assert torch.equal(tuned.statistics.state_dict()[name], average[name])
+        assert not torch.equal(average[name], trained[f"statistics.{name}"])
+    manifest = json.loads((finished / "checkpoints" / "0000004" / "manifest.json").read_text())
+    assert manifest["args"]["vae_checksum"] == tuned.checksum()
+    assert manifest["args"]["statistics_checksum"] == statistics_checksum(tuned)
+
+
+@pytest.mark.parametrize(("step", "name"), [(2, "ema"), (4, "ema"), (4, "model")])
+def test_every_checkpoint_is_sampled_with_its_own_vae(finished, step, name):
+    trained = open_trained_ldm(finished, step, name)
+    autoencoder = trained.load_autoencoder()
+    place = "milestones" if step == 2 else "checkpoints"
+    expected = weights(finished, step, "vae", place)
+    assert torch.equal(autoencoder.last_layer, expected["network.decoder.conv_out.weight"])
+    mean = expected["statistics.mean"] if name == "model" else weights(finished, step, "statistics_ema", place)["mean"]
+    assert torch.equal(autoencoder.statistics.mean, mean)
+    assert autoencoder.checksum() == trained.vae_checksum
+    last = weights(finished, 4, "vae")["network.decoder.conv_out.weight"]
+    assert torch.equal(autoencoder.last_layer, last) == (step == 4)
+
+
+def test_generate_samples_the_run(finished, tmp_path):
+    argv = ["--exp-path", str(finished), "--num-fid-samples", "6", "--num-steps", "2", "--mode", "ode"]
+    assert run(generate.main, [*argv, "--sample-dir", str(tmp_path / "last"), "--cfg-scale", "2"]) == 0
+    images = np.load(tmp_path / "last" / "samples.npz", allow_pickle=False)["arr_0"]
+    assert images.shape == (6, 32, 32, 3)
+    assert images.std() > 1
+    assert run(generate.main, [*argv, "--sample-dir", str(tmp_path / "early"), "--train-steps", "2"]) == 0
+    early = np.load(tmp_path / "early" / "samples.npz", allow_pickle=False)["arr_0"]
+    assert not np.array_equal(images, early)
+
+
+def test_a_damaged_vae_of_a_checkpoint_is_named(finished, tmp_path, capsys):
+    copied = tmp_path / "run"
+    shutil.copytree(finished, copied)
+    path = copied / "checkpoints" / "0000004" / "vae.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (copied / "milestones" / "0000004" / "manifest.json").unlink()
+    code = run(generate.main, ["--exp-path", str(copied), "--num-fid-samples", "2", "--num-steps", "2"])
+    assert code == 2
+    assert "vae.safetensors" in capsys.readouterr().err
+
+
+def test_train_ldm_goes_on_with_the_tuned_vae(finished, toy, tmp_path):
+    latents = tmp_path / "latents"
+    argv = ["--data-dir", str(toy), "--vae", str(finished / "vae"), "--vae-latents-name", str(latents)]
+    assert run(cache_latents.main, [*argv, "--num-workers", "0"]) == 0
+    argv = ldm_trainings.flags(toy, tmp_path, "ldm", vae_latents_name=latents)
+    assert run(train_ldm.main, argv) == 0
+    ours, theirs = (build_autoencoder(str(run_ / "vae"))[0] for run_ in (finished, tmp_path / "ldm"))
+    assert ours.checksum() == theirs.checksum()
+    assert torch.equal(ours.statistics.mean, theirs.statistics.mean)
+
+
+def test_training_starts_from_the_vae_s_statistics_or_measures_them(finished, toy, tmp_path):
+    """With a momentum of 0 the statistics are still those of the start."""
+    argv = {"bn_momentum": 0, "max_train_steps": 1, "loss_cfg_path": "configs/l1_kl.yaml"}
+    assert train(*flags(toy, tmp_path, "tuned", vae_ckpt=finished / "vae", **argv)) == 0
+    assert train(*flags(toy, tmp_path, "scratch", **argv)) == 0
+    before = build_autoencoder(str(finished / "vae"))[0].statistics
+    for name in ("vae", "statistics_ema"):
+        after = {key.removeprefix("statistics."): t for key, t in weights(tmp_path / "tuned", 1, name).items()}
+        assert torch.equal(after["mean"], before.mean)
+        measured = {key.removeprefix("statistics."): t for key, t in weights(tmp_path / "scratch", 1, name).items()}
+        assert (measured["mean"] != 0).all()
+        assert (measured["var"] != 1).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"path_type": "cosine", "weighting": "lognormal", "qk_norm": True, "hflip": True},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"ema_decay": 0, "grid_cfg_scale": 1, "gradient_accumulation_steps": 2, "loss_cfg_path": "configs/l1_kl.yaml"},
+        {"proj_coeff": 0, "vae_align_proj_coeff": 0},
+    ],
+)
+def test_switches_train_and_are_sampled(toy, tmp_path, changes):
+    assert train(*flags(toy, tmp_path, "run", **changes)) == 0
+    last = metrics(tmp_path / "run")[-1]
+    assert all(np.isfinite(value) for value in last.values())
+    assert last["skipped"] == last["vae_skipped"] == 0
+    trained = open_trained_ldm(tmp_path / "run", None, "ema" if "ema_decay" not in changes else "model")
+    assert isinstance(trained.load_autoencoder(), Autoencoder)
+
+
+def test_gradient_checkpointing_and_pictures_change_no_bit(toy, tmp_path):
+    assert train(*flags(toy, tmp_path, "plain")) == 0
+    often = {"gradient_checkpointing": True, "sampling_steps": 1, "val_data_dir": toy, "max_val_images": 4}
+    assert train(*flags(toy, tmp_path, "often", **often)) == 0
+    for name in ("model", "ema", "vae", "discriminator"):
+        plain, often = (weights(tmp_path / run_name, 2, name) for run_name in ("plain", "often"))
+        assert all(torch.equal(plain[key], often[key]) for key in plain)
+
+
+def test_dry_run_needs_no_data_and_leaves_nothing(tmp_path, capsys):
+    argv = ["--dry-run", "--random-weights", "--vae", "f4d4-tiny", "--vae-ckpt", "none", "--resolution", "32"]
+    argv += ["--enc-type", "efficientnet-lite0", "--model", "SiT-Ti/2", "--encoder-depth", "2"]
+    argv += ["--loss-cfg-path", "configs/l1_kl_gan.yaml", "--output-dir", str(tmp_path)]
+    assert train(*argv) == 0
+    out = capsys.readouterr().out
+    assert "681,911" in out
+    assert "SiT-Ti/2" in out
+    assert "step 2:" in out
+    assert "peak memory" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_command_line_is_understood():
+    args = train_repae.parse_arguments(shlex.split(PUBLISHED))
+    assert (args.vae_align_proj_coeff, args.proj_coeff, args.bn_momentum, args.encoder_depth) == (1.5, 0.5, 0.1, 8)
+    assert (args.batch_size, args.max_train_steps, args.checkpointing_steps) == (256, 400_000, 50_000)
+    assert (args.model, args.vae, args.mixed_precision, args.allow_tf32) == ("SiT-XL/2", "f8d4", "fp16", True)
+    defaults = train_repae.parse_arguments(["--data-dir", "data", "--exp-name", "x"])
+    for name in ("learning_rate", "vae_learning_rate", "disc_learning_rate"):
+        assert getattr(args, name) == 1e-4
+    for name in ("model", "vae", "proj_coeff", "vae_align_proj_coeff", "bn_momentum", "encoder_depth", "batch_size"):
+        assert getattr(args, name) == getattr(defaults, name)
+    assert args.ema_decay == 0.9999
+
+
+# 24 images in batches of 4: the second epoch begins within the resumed part; log lines straddle checkpoints
+KILLED = {
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_workers": 2,
+    "max_train_steps": 12,
+    "checkpointing_steps": 5,
+    "log_steps": 3,
+    "sampling_steps": 7,
+    "val_steps": 5,
+    "max_val_images": 8,
+    "grid_cfg_scale": 1,
+    "cfg_prob": 0.2,
+    "weighting": "lognormal",
+}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("photographs") / "images", per_class=8)
+
+
+@pytest.fixture(scope="module")
+def straight(photographs) -> Path:
+    assert start(photographs, "straight").wait() == 0
+    return photographs.parent / "exps" / "straight"
+
+
+def start(data: Path, name: str, **changes) -> subprocess.Popen:
+    argv = flags(data, data.parent / "exps", name, **(KILLED | {"val_data_dir": data} | changes))
+    return subprocess.Popen(
+        [sys.executable, "train_repae.py", *argv],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    for name in ("model", "ema", "vae", "discriminator", "statistics_ema"):
+        x, y = (weights(folder, 12, name) for folder in (a, b))
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[key], y[key]) for key in x), name
+    for name in ("optimizer", "vae_optimizer", "disc_optimizer"):
+        x, y = (torch.load(run_ / "checkpoints" / "0000012" / f"{name}.pt", weights_only=True) for run_ in (a, b))
+        assert x["param_groups"] == y["param_groups"]
+        for index in x["state"]:
+            assert all(torch.equal(x["state"][index][key], y["state"][index][key]) for key in x["state"][index]), name
+    for name in ("vae/diffusion_pytorch_model.safetensors", "vae/latents_stats.safetensors", "samples/0000012.png"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_sigkill_and_the_same_command_give_the_same_run(photographs, straight):
+    process = start(photographs, "killed")
+    folder = photographs.parent / "exps" / "killed"
+    code = kill_when(process, folder / "samples" / "0000007-reconstructions.png", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert [path.name for path in sorted((folder / "checkpoints").glob("[0-9]*"))] == ["0000005"]
+    assert not (folder / "vae").exists()
+    assert start(photographs, "killed").wait() == 0
+    assert_same_run(straight, folder)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_stops_and_resumes_exactly(photographs, straight):
+    process = start(photographs, "stopped", num_workers=0)
+    folder = photographs.parent / "exps" / "stopped"
+    code = kill_when(process, folder / "samples" / "0000007-reconstructions.png", signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert 7 <= status["step"] < 12
+    assert start(photographs, "stopped").wait() == 0
+    assert_same_run(straight, folder)
+
+
+@pytest.mark.slow
+def test_training_on_two_processes_resumes_exactly(photographs, tmp_path):
+    argv = flags(photographs, tmp_path, "two", val_data_dir=photographs, max_val_images=4)
+    torchrun("train_repae.py", *argv, "--max-train-steps", "1")
+    torchrun("train_repae.py", *argv, "--max-train-steps", "2")
+    torchrun("train_repae.py", *[a if a != "two" else "straight" for a in argv], "--max-train-steps", "2")
+    logs = [metrics(tmp_path / name)[-1] for name in ("two", "straight")]
+    assert logs[0] == logs[1]
+    for name in ("ema", "vae", "statistics_ema"):
+        two, straight = (weights(tmp_path / run_name, 2, name) for run_name in ("two", "straight"))
+        assert all(torch.equal(two[key], straight[key]) for key in two)
