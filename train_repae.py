@@ -25,7 +25,7 @@ from dataset.loader import ImageBatch, LabelledImages
 from errors import UserError
 from loss.vae_objective import VAELossConfig, load_loss_config
 from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
-from models.encoders import ENCODERS, encoder_spec
+from models.encoders import encoder_names, encoder_spec
 from models.sit import SiT, SiTConfig
 from training import arguments, dry_run
 from training.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
@@ -103,8 +103,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
     )
-    group.add_argument("--enc-type", default="dinov2-vit-b", metavar="NAME", help=f"frozen VFM: {', '.join(ENCODERS)}")
-    group.add_argument("--enc-ckpt", metavar="FILE", help="its weights (default: $VFM_DIR, timm's cache, the hub)")
+    arguments.add_encoder_arguments(group, default="dinov2-vit-b")
     group.add_argument(
         "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
     )
@@ -159,7 +158,7 @@ def resolve(
         args.channels_last = accelerator.device.type == "cpu"
     args.resolution = images.resolution if images is not None else args.resolution or arguments.DEFAULT_RESOLUTION
     channels, side, _ = autoencoder.latent_shape(args.resolution)
-    aligns = args.proj_coeff or args.vae_align_proj_coeff
+    aligned_with = encoder_names(args.enc_type) if args.proj_coeff or args.vae_align_proj_coeff else ()
     config = SiTConfig(
         model=args.model,
         latent_channels=channels,
@@ -167,7 +166,7 @@ def resolve(
         num_classes=DRY_RUN_CLASSES if images is None else len(images.class_names),
         qk_norm=args.qk_norm,
         encoder_depth=args.encoder_depth,
-        feature_dims=(encoder_spec(args.enc_type).embed_dim,) if aligns else (),
+        feature_dims=tuple(encoder_spec(name).embed_dim for name in aligned_with),
         projector_width=args.projector_width,
     )
     config.check()
@@ -219,7 +218,7 @@ def build_vae_trainer(
         model,
         objective,
         discriminator,
-        encoder=None,
+        encoders=(),
         align_coeff=args.vae_align_proj_coeff,
         bn_momentum=args.bn_momentum,
         max_grad_norm=args.max_grad_norm,
@@ -234,14 +233,16 @@ def build_vae_trainer(
 def build_sit_trainer(
     args: argparse.Namespace, config: SiTConfig, vae: SendVAETrainer, accelerator: Accelerator
 ) -> LDMTrainer:
-    """The SiT's half, with the VFM."""
+    """The SiT's half, with the VFMs."""
     torch.manual_seed(args.seed)
     model = SiT(config).to(accelerator.device).train()
     model.gradient_checkpointing = args.gradient_checkpointing
+    encoders = build_token_encoders(args, config.grid, accelerator) if config.feature_dims else None
     return LDMTrainer(
         model,
         vae.statistics,
-        build_token_encoders(args, config.grid, accelerator) if config.feature_dims else None,
+        encoders,
+        encoder_names=[encoder.name for encoder in encoders or ()],
         proj_coeff=args.proj_coeff,
         cfg_prob=args.cfg_prob,
         path_type=args.path_type,
@@ -306,7 +307,7 @@ def dry_run_step(args: argparse.Namespace, trainer: RepaeTrainer, images: ImageD
         "VAE": trainer.vae.model.autoencoder,
         "discriminator": trainer.vae.discriminator,
         args.model: trainer.sit.model,
-        f"VFM {args.enc_type}": trainer.sit.encoders[0] if trainer.sit.encoders else None,
+        **{f"VFM {encoder.name}": encoder for encoder in trainer.sit.encoders or ()},
         "LPIPS": trainer.vae.objective.perceptual,
     }
     rates = {"lr": args.learning_rate, "vae_lr": args.vae_learning_rate, "disc_lr": args.disc_learning_rate}

@@ -53,7 +53,7 @@ def tiny_trainer(
         vae_model,
         VAEObjective(loss_config, None),
         discriminator,
-        encoder=None,
+        encoders=(),
         align_coeff=vae_align_coeff,
         bn_momentum=MOMENTUM,
         optimizer=build_adamw(vae_model.parameters(), **ADAMW),

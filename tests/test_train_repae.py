@@ -176,6 +176,7 @@ def test_training_starts_from_the_vae_s_statistics_or_measures_them(finished, to
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
         {"ema_decay": 0, "grid_cfg_scale": 1, "gradient_accumulation_steps": 2, "loss_cfg_path": "configs/l1_kl.yaml"},
         {"proj_coeff": 0, "vae_align_proj_coeff": 0},
+        {"enc_type": "efficientnet-lite0,efficientnet-lite0-s32"},
     ],
 )
 def test_switches_train_and_are_sampled(toy, tmp_path, changes):
@@ -183,6 +184,8 @@ def test_switches_train_and_are_sampled(toy, tmp_path, changes):
     last = metrics(tmp_path / "run")[-1]
     assert all(np.isfinite(value) for value in last.values())
     assert last["skipped"] == last["vae_skipped"] == 0
+    several = [last[f"alignment/{name}"] for name in changes.get("enc_type", "").split(",") if name]
+    assert not several or last["alignment"] == pytest.approx(sum(several) / 2, rel=1e-5)
     trained = open_trained_ldm(tmp_path / "run", None, "ema" if "ema_decay" not in changes else "model")
     assert isinstance(trained.load_autoencoder(), Autoencoder)
 

@@ -8,7 +8,7 @@ import torch
 from dataset.latents import LatentBatch
 from dataset.loader import ImageBatch
 from diffusion.flow import add_noise, training_times
-from loss.alignment import patch_cosine_loss
+from loss.alignment import averaged, patch_cosine_loss
 from models.autoencoder import Autoencoder
 from models.latent_statistics import LatentStatistics, latent_moments, normalize_by_batch, sum_over_processes
 from training.ema import EMA
@@ -86,13 +86,13 @@ class RepaeTrainer:
             collected.append(metrics)
             encoded.append(kept)
         moments = sum_over_processes(sum(latent_moments(kept.latent) for kept in encoded))
-        metrics = averaged(collected)
+        metrics = means(collected)
         metrics |= self.vae.update(moments, metrics, rates["vae_lr"], rates["disc_lr"])
         collected = [
             self.accumulate_sit(kept, moments, share, synchronise=micro_step == last)
             for micro_step, kept in enumerate(encoded)
         ]
-        sit_metrics = averaged(collected) | self.sit.update(rates["lr"])
+        sit_metrics = means(collected) | self.sit.update(rates["lr"])
         if self.statistics_ema is not None:
             self.statistics_ema.update()
         if self.accelerator.scaler is not None:
@@ -125,11 +125,12 @@ class RepaeTrainer:
         features = sit.features(LatentBatch(moments=None, labels=batch.labels, images=batch.images, features=None))
         t = training_times(draws.times, sit.weighting, sit.path_type)
 
-        def alignment(z: torch.Tensor) -> torch.Tensor:
+        def alignment(z: torch.Tensor) -> tuple[dict, dict]:
             noisy = add_noise(self.vae.statistics.normalize(z), t, draws.noise, sit.path_type)
             with self.accelerator.autocast():
                 tokens = sit.model(noisy, t, batch.labels, only_tokens=True)
-            return torch.stack([patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]).mean()
+            losses = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
+            return averaged("alignment", sit.encoder_names, losses, self.vae.align_coeff)
 
         # Frozen until the backward pass is through: gradient checkpointing records the SiT's blocks again there.
         with frozen(sit.model):
@@ -160,7 +161,7 @@ class RepaeTrainer:
         return self.vae.statistics
 
 
-def averaged(collected: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def means(collected: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Means over micro-batches of scalars with the same names."""
     return {name: torch.stack([metrics[name] for metrics in collected]).mean() for name in collected[0]}
 

@@ -194,7 +194,7 @@ class SendVAETrainer:
         step: int,
         share: float,
         synchronise: bool = True,
-        alignment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        alignment: Callable[[torch.Tensor], tuple[dict, dict]] | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Add the gradients of one micro-batch, of VAE and mapper and of the discriminator.
 
@@ -204,7 +204,7 @@ class SendVAETrainer:
             step: counted from 0; decides whether the discriminator plays yet.
             share: weight of this micro-batch in the step.
             synchronise: reduce gradients over processes in this backward pass.
-            alignment: the alignment loss of the un-normalised latents where no mapper has it (REPA-E), or None.
+            alignment: un-normalised latents → terms and weights of an alignment without mappers (REPA-E), or None.
 
         Returns:
             the scalars of this micro-batch and its latents ``[b, C, h, w]``, detached and un-normalised.
@@ -227,7 +227,7 @@ class SendVAETrainer:
         images: torch.Tensor,
         output: SendVAEOutput,
         plays: bool,
-        alignment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        alignment: Callable[[torch.Tensor], tuple[dict, dict]] | None = None,
     ) -> tuple[dict, dict]:
         terms, weights = {}, {}
         if output.reconstruction is not None:
@@ -249,7 +249,8 @@ class SendVAETrainer:
             aligned, weight = averaged("alignment", [e.name for e in self.encoders], losses, self.align_coeff)
             terms, weights = terms | aligned, weights | weight
         elif alignment is not None:
-            terms["alignment"], weights["alignment"] = alignment(output.latent), self.align_coeff
+            aligned, weight = alignment(output.latent)
+            terms, weights = terms | aligned, weights | weight
         return terms, weights
 
     def _discriminator_backward(
