@@ -1,8 +1,12 @@
-"""Reading other people's files of weights: tensors by name, nothing unpickled."""
+"""Reading other people's files of weights: told apart by their content, nothing unpickled."""
 
+import argparse
 import hashlib
 import pickle
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,14 +14,70 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 NESTED_KEYS = ("state_dict", "model")  # where training codes put the weights beside other things
+SNIFFED_BYTES = 512
+
+# Classes and functions that public training checkpoints (Lightning, latent-diffusion, VA-VAE) hold beside tensors. None
+# of them is imported: each name gives an inert placeholder. What is not in this list and not torch's own is refused.
+PLACEHOLDER_NAMES = (
+    *(
+        f"{package}.callbacks.{name}"
+        for package in ("pytorch_lightning", "lightning.pytorch")
+        for name in (
+            "model_checkpoint.ModelCheckpoint",
+            "early_stopping.EarlyStopping",
+            "lr_monitor.LearningRateMonitor",
+            "base.Callback",
+            "progress.ProgressBar",
+            "progress.tqdm_progress.TQDMProgressBar",
+        )
+    ),
+    *(f"{package}.utilities.parsing.AttributeDict" for package in ("pytorch_lightning", "lightning.pytorch")),
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
+    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata", "SCMode", "ValueNode")),
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Integer", "Float", "String", "Boolean", "Bytes", "Path")),
+    *(f"typing.{name}" for name in ("Any", "Dict", "List", "Tuple", "Union", "Optional")),
+    *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "bool", "str", "bytes")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray"),
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
+    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+)
+
+# Beginnings of what is no weights, and what to call it.
+_OTHER_KINDS = (
+    (rb"version https://git-lfs", "a git-LFS pointer: the weights themselves were not downloaded (run git lfs pull)"),
+    (rb"\s*(<\?xml[^>]*>\s*)?<(!doctype )?html", "a web page: the download went wrong"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM....\0\0\0\0", "an image"),
+    (rb"\x93NUMPY", "a NumPy array"),
+    (rb"\x89HDF", "an HDF5 file"),
+    (rb"GGUF", "a GGUF file"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd", "a compressed archive: unpack it"),
+    (rb".{257}ustar", "a tar archive: unpack it, or save it anew with torch.save"),
+)
+_UNSUPPORTED = re.compile(r"Unsupported global: GLOBAL (\S+)|unsupported GLOBAL (\S+) whose module")
 
 
 class NotWeightsError(Exception):
     """The file holds no tensors by name; the message is the reason, in a few words."""
 
 
+class Placeholder:
+    """Stands for an object of a class that is not imported: remembers nothing, does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> "Placeholder":
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED_KEYS) -> dict[str, torch.Tensor]:
-    """Read a .safetensors file, or a file of ``torch.save`` with ``weights_only=True``, onto the CPU.
+    """Tensors by name from a safetensors file, or from one of ``torch.save``, onto the CPU.
 
     Args:
         path: of the file.
@@ -26,16 +86,19 @@ def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED_KEYS) -> di
     Raises:
         NotWeightsError: truncated, of another kind, with code in it, or not a dictionary of tensors.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        raise NotWeightsError(one_line(error)) from error
+    state = read_contents(path)
     for key in nested:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    return tensors_by_name(state)
+
+
+def tensors_by_name(state: object) -> dict[str, torch.Tensor]:
+    """The same object, if it is a dictionary of tensors by name and not empty.
+
+    Raises:
+        NotWeightsError: it is not.
+    """
     if not isinstance(state, dict):
         raise NotWeightsError(f"it holds a {type(state).__name__}, not tensors by name")
     for name, tensor in state.items():
@@ -44,6 +107,26 @@ def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED_KEYS) -> di
     if not state:
         raise NotWeightsError("it is empty")
     return state
+
+
+def read_contents(path: str | Path) -> object:
+    """Everything in a safetensors file or in one of ``torch.save`` (either layout), on the CPU; nothing is unpickled.
+
+    What the file is says its content, not its name. ``argparse.Namespace``, in which training codes keep their flags,
+    comes as itself; objects of :data:`PLACEHOLDER_NAMES` come as :class:`Placeholder`; any other class or function in
+    the file makes it refused, and is never run.
+
+    Raises:
+        NotWeightsError: no such file, truncated, of another kind, or with code in it.
+    """
+    path = Path(path)
+    try:
+        read = _reader(path)
+        return read(path)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise NotWeightsError(_reason(error)) from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, SafetensorError) as error:
+        raise NotWeightsError(f"it is truncated or damaged ({one_line(error)})") from error
 
 
 def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
@@ -59,3 +142,72 @@ def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
 def one_line(error: Exception) -> str:
     """An exception's text on one line, without what exceeds 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _reader(path: Path) -> Callable[[Path], object]:
+    """Who reads this file, by its first bytes; what is no file of weights is named."""
+    if path.is_dir():
+        raise NotWeightsError("it is a folder")
+    if not path.is_file():
+        raise NotWeightsError("no such file")
+    with path.open("rb") as file:
+        head = file.read(SNIFFED_BYTES)
+    if not head:
+        raise NotWeightsError("it is empty")
+    for pattern, kind in _OTHER_KINDS:
+        if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
+            raise NotWeightsError(f"it is {kind}")
+    if head.startswith(b"PK\x03\x04"):
+        _check_zip(path)
+        return _read_torch
+    if head[4:9] == b"\0\0\0\0{":  # the upper half of the header's length, and the header
+        return load_file
+    if head[0] == 0x80:  # a pickle's protocol
+        return _read_torch
+    if _is_text(head):
+        raise NotWeightsError("it is text")
+    raise NotWeightsError("it is neither a safetensors file nor one of torch.save")
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise NotWeightsError("it is truncated or damaged: the end of the archive is missing; copy it again") from error
+    if any(name.endswith(".npy") for name in names):
+        raise NotWeightsError("it is a NumPy .npz archive")
+    if any(Path(name).name == "constants.pkl" for name in names):
+        raise NotWeightsError("it is a TorchScript program; save its state_dict() instead")
+    if not any(Path(name).name == "data.pkl" for name in names):
+        raise NotWeightsError("it is a zip archive that torch.save did not write")
+
+
+def _read_torch(path: Path) -> object:
+    known = [(Placeholder, name) for name in PLACEHOLDER_NAMES] + [(_plain_dict, "collections.defaultdict")]
+    # an open file, because torch would go by the name's suffix; a warning tells of pickle protocols that it cannot read
+    with (
+        path.open("rb") as file,
+        torch.serialization.safe_globals([argparse.Namespace, *known]),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _plain_dict(*args: object) -> dict:
+    """For a defaultdict, whose factory is not wanted; a plain dictionary, because torch fills no other."""
+    return {}
+
+
+def _is_text(head: bytes) -> bool:
+    return not re.search(rb"[\x00-\x08\x0e-\x1f]", head)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if found := _UNSUPPORTED.search(text):
+        return f"it refers to code, {found[1] or found[2]}, which is never run"
+    if "magic number" in text or "Unsupported operand" in text or "Unsupported class" in text:
+        return "it is a pickle, but not one that torch.save wrote"
+    return f"it is truncated or damaged ({one_line(error)})"
