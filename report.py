@@ -1,0 +1,115 @@
+"""Runs → one table of what was measured, published numbers beside it, and a page that holds everything: report.html.
+
+  python report.py exps/sendvae exps/ldm                         a table, and report.html
+  python report.py 'exps/table2-*' --format markdown --no-html   for a README
+  python report.py exps/mine --published mine=table1/sendvae-80  beside a published row; presets know theirs
+
+RUN is the folder of a training, of an experiment (stands for its runs), a VAE, or a folder of generated images. Figures
+come from the metrics/*.json that evaluate.py and probe.py leave; nothing is measured here and no GPU is used. Where a
+VAE was probed and a SiT was trained on its latents, the probe's F1 stands beside the SiT's FID, with Pearson's
+correlation over VAEs (the paper's Figure 1). The page loads nothing: one file, to be kept or sent.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import UserError
+from reporting import correlation
+from reporting.gather import Report, gather
+from reporting.page import write_page
+from reporting.tables import as_csv, as_json, as_markdown, as_text
+from training.cli import ArgumentParser, add_debug_argument, run
+
+FORMATS = ("text", "markdown", "csv", "json")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="report.py", usage="%(prog)s RUN [RUN …] [flags]", description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folders of runs, or patterns such as 'exps/table2-*'")
+    add("--format", choices=FORMATS, default="text", help="of the table; csv and json: one record for each figure")
+    add(
+        "--published",
+        action="append",
+        default=[],
+        metavar="RUN=ROW",
+        help="beside which published row a run stands, e.g. mine=table1/sendvae-80; once for each run "
+        "(default: the one that its preset names; all rows: configs/published.yaml)",
+    )
+    add("--html", type=Path, default=Path("report.html"), metavar="FILE", help="the page, replaced where it is there")
+    add("--no-html", action="store_true", help="write no page")
+    add("--title", default="Send-VAE report", help="of the page")
+    add(
+        "--figure1",
+        type=Path,
+        metavar="FILE",
+        help="also draw probe F1 against FID as FILE.png, .svg or .pdf; needs 3 VAEs with both",
+    )
+    add("--dry-run", action="store_true", help="read everything, print the table, write nothing")
+    add_debug_argument(parser)
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse outputs that cannot be written, before anything is read."""
+    if args.figure1 and args.figure1.suffix not in correlation.PICTURE_SUFFIXES:
+        raise UserError(f"--figure1 {args.figure1}: give a file that ends in {', '.join(correlation.PICTURE_SUFFIXES)}")
+    for flag, path in (("--html", None if args.no_html else args.html), ("--figure1", args.figure1)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{flag} {path} is a folder; give a file, e.g. {path / 'report.html'}")
+        if not path.resolve().parent.is_dir():
+            raise UserError(f"{flag} {path}: there is no folder {path.parent}; make it, or give another")
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_arguments(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    report = gather(args.runs, args.published)
+    drawn = [view for view in report.views if view.vaes >= correlation.ENOUGH]
+    if args.figure1 and not drawn:
+        most = max((view.vaes for view in report.views), default=0)
+        raise UserError(
+            f"--figure1 needs {correlation.ENOUGH} VAEs with probe F1 (probe.py attributes) and a SiT's FID "
+            f"(evaluate.py generation); there are {most}"
+        )
+    print(formatted(report, args.format))
+    if args.dry_run:
+        return 0
+    if args.figure1:
+        correlation.write_scatter(drawn[0], report.published, args.figure1)
+        print(f"{args.figure1}: {drawn[0].title}", file=sys.stderr)
+    if not args.no_html:
+        size = write_page(report, args.html, args.title)
+        print(f"{args.html}: {size / 1e6:.1f} MB, for any browser", file=sys.stderr)
+    return 0
+
+
+def formatted(report: Report, form: str) -> str:
+    """The report in one of ``FORMATS``."""
+    if form == "csv":
+        return as_csv(report.rows)
+    if form == "json":
+        return as_json(report.rows, correlation.records(report.views), report.notes)
+    if not report.tables:
+        names = ", ".join(found.name for found in report.runs)
+        return f"nothing was measured yet of {names}: evaluate.py and probe.py leave their figures beside the runs"
+    shown = [view for view in report.views if view.vaes >= correlation.ENOUGH]
+    if form == "markdown":
+        parts = [as_markdown(report.tables)]
+        parts += [correlation.as_markdown(view, report.published) for view in shown]
+        parts += ["\n".join(f"- {note}" for note in report.notes)] if report.notes else []
+    else:
+        parts = [as_text(report.tables), *(correlation.as_text(view, report.published) for view in shown)]
+        parts += ["\n".join(report.notes)] if report.notes else []
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

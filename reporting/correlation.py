@@ -1,0 +1,241 @@
+"""Probes of VAEs beside the images that diffusion models make with them: the paper's Figure 1 from one's own runs."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from tqdm import tqdm
+
+from errors import UserError
+from metrics.published import Published
+from reporting.results import BENCHMARKS, PROBES, PUBLISHED_F1, Row
+from reporting.runs import SORTS, Run
+from reporting.tables import NOTHING, Column, aligned, markdown_table, number_word
+
+logger = logging.getLogger("sendvae")
+
+ATTRIBUTES = "attributes/"
+MAIN_METRIC = f"{ATTRIBUTES}{PUBLISHED_F1}"
+ENOUGH = 3  # a correlation of two points is ±1
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One VAE: what a probe finds in its latents, and what a SiT trained on them makes.
+
+    Attributes:
+        vae, sit: names of the runs.
+        checksum: of the VAE.
+        probes: attribute metrics of the VAE, by name.
+        distance: of the SiT's images.
+    """
+
+    vae: str
+    sit: str
+    checksum: str
+    probes: Mapping[str, float]
+    distance: float
+
+
+@dataclass(frozen=True)
+class View:
+    """Points that may be compared: the same probe, the same measure of images, SiTs of one size and length.
+
+    Attributes:
+        data: that was probed.
+        metric: of the images, ``FID`` or ``FD-NAME``.
+        guidance: of the samples.
+        sit: model and steps of the SiTs.
+        points: one for each SiT.
+    """
+
+    data: str
+    metric: str
+    guidance: str
+    sit: str
+    points: list[Point]
+
+    @property
+    def vaes(self) -> int:
+        return len({point.checksum for point in self.points})
+
+    @property
+    def title(self) -> str:
+        guided = "" if self.guidance in ("none", "") else f", guidance {self.guidance}"
+        return f"Probe F1{f' on {self.data}' if self.data else ''} beside {self.metric} ({self.sit}{guided})"
+
+    def correlations(self) -> dict[str, float]:
+        """Pearson's r of each attribute metric that all points have with the distance; NaN where one does not vary."""
+        shared = set.intersection(*(set(point.probes) for point in self.points))
+        names = sorted(shared, key=lambda name: (name != MAIN_METRIC, name))
+        distances = [point.distance for point in self.points]
+        return {name: pearson([point.probes[name] for point in self.points], distances) for name in names}
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's correlation coefficient of two sequences of one length; NaN where one of them does not vary."""
+    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(np.clip(a @ b / scale, -1, 1)) if scale > 0 else math.nan
+
+
+def views(rows: Sequence[Row], runs: Sequence[Run]) -> list[View]:
+    """All comparable sets of points, those of most VAEs first; without guidance before with, FID before others.
+
+    A VAE is told by its checksum. One that was probed several times on the same data has the mean of these probes.
+    """
+    probes = [row for row in rows if row.section == PROBES["attributes"] and row.owner and MAIN_METRIC in row.cells]
+    images = [row for row in rows if row.metric_of_images and row.owner]
+    if not probes or not images:
+        return []
+    checksums = vae_checksums({row.owner.name: row.owner for row in probes}.values())
+    probed: dict[tuple[str, str], list[Row]] = {}
+    for row in probes:
+        if row.owner.name in checksums:
+            probed.setdefault((checksums[row.owner.name], row.detail), []).append(row)
+    found: dict[tuple, list[Point]] = {}
+    for row in images:
+        made_with = _vae_of(row, checksums)
+        for (checksum, data), same in probed.items():
+            if checksum == made_with:
+                distance = row.cells[row.metric_of_images].value
+                point = Point(same[0].run, row.run, checksum, _mean_probe(same), distance)
+                found.setdefault((data, row.metric_of_images, row.guidance, _sit_of(row)), []).append(point)
+    made = [View(*key, points) for key, points in found.items()]
+    return sorted(made, key=lambda view: (-view.vaes, view.guidance != "none", view.metric != "FID", view.metric))
+
+
+def _mean_probe(rows: Sequence[Row]) -> dict[str, float]:
+    names = [name for name in rows[0].cells if name.startswith(ATTRIBUTES) and all(name in row.cells for row in rows)]
+    return {name: fmean(row.cells[name].value for row in rows) for name in names}
+
+
+def vae_checksums(runs: Iterable[Run]) -> dict[str, str]:
+    """Which VAE each run made or was trained with, by the run's name; without those whose weights do not load."""
+    found = {}
+    runs = list(runs)
+    for run in tqdm(runs, "checksums of VAEs", unit="VAE", disable=None, leave=False):
+        if run.sort == SORTS["train_ldm.py"] and "vae_checksum" in run.arguments:
+            found[run.name] = run.arguments["vae_checksum"]
+        elif run.vae_folder is not None:
+            from models.autoencoder import build_autoencoder  # torch and diffusers: seconds that few reports need
+
+            try:
+                found[run.name] = build_autoencoder(str(run.vae_folder))[0].checksum()
+            except UserError as error:
+                logger.warning("%s is left out of the correlation: %s", run.name, error)
+    return found
+
+
+def points_table(view: View) -> tuple[list[Column], list[list[str]]]:
+    """The points, best images first."""
+    metrics = list(view.correlations())
+    columns = [Column("VAE", is_number=False), Column("SiT", is_number=False)]
+    columns += [Column(name.removeprefix(ATTRIBUTES), name) for name in metrics] + [Column(view.metric, view.metric)]
+    rows = []
+    for point in sorted(view.points, key=lambda point: point.distance):
+        figures = [number_word(name, point.probes[name]) for name in metrics]
+        rows.append([point.vae, point.sit, *figures, number_word(view.metric, point.distance)])
+    return columns, rows
+
+
+def as_text(view: View, published: Published) -> str:
+    """The points as a table, and the correlations below."""
+    return "\n".join([view.title, aligned(*points_table(view)), *correlation_lines(view, published)])
+
+
+def as_markdown(view: View, published: Published) -> str:
+    """The same as GitHub shows it."""
+    lines = "\n".join(f"- {line}" for line in correlation_lines(view, published))
+    return f"### {view.title}\n\n{markdown_table(*points_table(view))}\n\n{lines}"
+
+
+def records(found: Iterable[View]) -> list[dict[str, object]]:
+    """One record for each view, for ``--format json``; a correlation of fewer than ``ENOUGH`` VAEs is null."""
+    return [
+        {
+            "data": view.data,
+            "metric": view.metric,
+            "guidance": view.guidance,
+            "sit": view.sit,
+            "vaes": view.vaes,
+            "pearson": {
+                name: r if view.vaes >= ENOUGH and math.isfinite(r) else None for name, r in view.correlations().items()
+            },
+            "points": [asdict(point) for point in view.points],
+        }
+        for view in found
+    ]
+
+
+def correlation_lines(view: View, published: Published) -> list[str]:
+    """Pearson's r in words, the published one after it."""
+    if view.vaes < ENOUGH:
+        return [f"Pearson's r: {ENOUGH} VAEs are needed, there are {view.vaes}"]
+    lines = [
+        f"Pearson's r of {name.removeprefix(ATTRIBUTES)} with {view.metric}: "
+        f"{NOTHING if math.isnan(r) else f'{r:.4f}'} ({len(view.points)} SiTs, {view.vaes} VAEs)"
+        for name, r in view.correlations().items()
+    ]
+    other = published.correlations["figure1"]
+    return [*lines, f"published: {other.value} over {other.vaes} VAEs ({other.label}; {other.source})"]
+
+
+def published_points(view: View, published: Published) -> list[tuple[str, float, float]]:
+    """``(label, F1, gFID)`` of Table 8, where the view shows the same: FID without guidance, and that benchmark."""
+    benchmark = next((name for name in BENCHMARKS if name in view.data.lower()), None)
+    if view.metric != "FID" or view.guidance != "none" or benchmark is None:
+        return []
+    rows = (row for row in published.rows.values() if f"probe/{benchmark}/F1" in row.values)
+    return [(row.label, row.values[f"probe/{benchmark}/F1"], row.values["generation/FID"]) for row in rows]
+
+
+def write_scatter(view: View, published: Published, path: Path) -> None:
+    """The figure as PNG, SVG or PDF, by the file's suffix; published points hollow."""
+    import matplotlib  # slow to import, and needed for this alone
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+    axes.scatter([p.probes[MAIN_METRIC] for p in view.points], [p.distance for p in view.points], label="measured")
+    for point in view.points:
+        place = (point.probes[MAIN_METRIC], point.distance)
+        axes.annotate(_plain(point.vae), place, (5, 4), textcoords="offset points", fontsize=8)
+    if others := published_points(view, published):
+        axes.scatter(*zip(*[(x, y) for _, x, y in others], strict=True), facecolors="none", edgecolors="0.4",
+                     label="published")  # fmt: skip
+        for label, x, y in others:
+            axes.annotate(label, (x, y), (5, 4), textcoords="offset points", fontsize=8, color="0.4")
+        axes.legend()
+    r = view.correlations()[MAIN_METRIC]
+    axes.set(xlabel="attribute probe, F1", ylabel=_plain(view.metric))
+    axes.set_title(f"{_plain(view.sit)}: Pearson's r = {r:.4f} over {view.vaes} VAEs", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def _plain(text: str) -> str:
+    """Dollar signs would start matplotlib's mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _vae_of(row: Row, checksums: Mapping[str, str]) -> str | None:
+    """The checksum of the VAE that images were made with."""
+    settings = row.samples.settings if row.samples else {}
+    return settings.get("vae") or row.owner.arguments.get("vae_checksum") or checksums.get(row.owner.name)
+
+
+def _sit_of(row: Row) -> str:
+    settings = row.samples.settings if row.samples else {}
+    arguments = row.owner.arguments
+    model = arguments.get("model") or (arguments.get("sit") or {}).get("model") or "SiT"
+    steps = settings.get("train_steps") or row.owner.status.get("step")
+    return f"{model}, {steps:,} steps" if steps else str(model)

@@ -1,0 +1,278 @@
+"""Measurements of runs as rows of tables, with the published number beside each measured one.
+
+A measured value stands beside a published one of the same name and the same kind only: guided samples beside guided
+ones, and a Fréchet distance of another extractor (``FD-NAME``) never beside an FID.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from metrics.published import Published, PublishedRow
+from metrics.record import Measurement
+from reporting.runs import Run, Samples
+
+GENERATION, RECONSTRUCTION = "Generated images", "Reconstruction"
+OTHER_FEATURES = ", features of "
+PROBES = {
+    "attributes": "Probe: attributes",
+    "classes": "Probe: classes",
+    "uniformity": "Probe: uniformity of latents",
+    "discrimination": "Probe: discrimination of latents",
+}
+SECTIONS = (GENERATION, RECONSTRUCTION, *PROBES.values())
+ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "rFID", "PSNR", "SSIM", "LPIPS-alex", "LPIPS-vgg",
+         "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5")  # fmt: skip
+BENCHMARKS = ("celeba", "deepfashion", "awa")
+PUBLISHED_F1 = "F1-macro"  # what a published F1 stands beside; its averaging is not published
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measured figure.
+
+    Attributes:
+        value: as measured, or the mean over seeds.
+        std: over seeds (of a sample), or None.
+        published: of the same name and kind, or None.
+    """
+
+    value: float
+    std: float | None = None
+    published: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        section: which table it belongs to, see ``SECTIONS``; generated images have a table for each extractor.
+        run: name of the run, or ``PRESET, mean of N``.
+        detail: what of the run was measured and on what: the samples' folder, the data.
+        guidance: ``none``, ``2.5 on [0, 0.75]``, or ``unknown``; empty where there is none to speak of.
+        images: how many were measured.
+        cells: by the metric's name.
+        published: the row whose numbers stand beside, or None.
+        preset: that made the run, or None.
+        seeds: how many measurements it is the mean of.
+        measurement: it is from; None for a mean.
+        owner: the run; None for a mean.
+        samples: that were measured, or None.
+    """
+
+    section: str
+    run: str
+    detail: str
+    guidance: str
+    images: int
+    cells: Mapping[str, Cell]
+    published: PublishedRow | None = None
+    preset: str | None = None
+    seeds: int = 1
+    measurement: Measurement | None = None
+    owner: Run | None = None
+    samples: Samples | None = None
+
+    @property
+    def metric_of_images(self) -> str | None:
+        """The name of the distance between generated and real images that was measured: FID or FD-NAME."""
+        if not self.section.startswith(GENERATION):
+            return None
+        return next((name for name in self.cells if name == "FID" or name.startswith("FD-")), None)
+
+
+def published_rows(runs: Sequence[Run], given: Iterable[str], published: Published) -> dict[str, PublishedRow]:
+    """Which published row each run reproduces, by the run's name: its preset's, unless one is given.
+
+    Args:
+        runs: of the report.
+        given: ``RUN=ROW`` each, RUN a name or a path.
+
+    Raises:
+        UserError: no such run, no such row.
+    """
+    rows = {run.name: published.row(run.preset.published) for run in runs if run.preset and run.preset.published}
+    for text in given:
+        name, equals, row_id = text.rpartition("=")
+        if not equals or not name:
+            raise UserError(f"--published {text}: give RUN=ROW, e.g. {runs[0].name}=table1/sendvae-80")
+        chosen = [run for run in runs if name == run.name or Path(name).resolve() == run.folder.resolve()]
+        if not chosen:
+            raise UserError(f"--published {text}: no run {name} here; there are {', '.join(run.name for run in runs)}")
+        rows[chosen[0].name] = published.row(row_id)
+    return rows
+
+
+def result_rows(runs: Sequence[Run], reproduced: Mapping[str, PublishedRow], published: Published) -> list[Row]:
+    """All measurements of all runs, in the order of ``SECTIONS`` and of the runs."""
+    rows = []
+    for run in runs:
+        row = reproduced.get(run.name)
+        places = [(None, m) for m in run.measurements] + [(s, m) for s in run.samples for m in s.measurements]
+        rows += [_row(run, samples, measurement, row, published) for samples, measurement in places]
+    return sorted(rows, key=lambda row: _section_order(row.section))
+
+
+def with_means(rows: Sequence[Row]) -> list[Row]:
+    """Add the mean and standard deviation wherever one preset was run several times (seeds), after its rows."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        key = (row.section, row.preset, row.detail, row.guidance, tuple(row.cells)) if row.preset else id(row)
+        groups.setdefault(key, []).append(row)
+    found = []
+    for group in groups.values():
+        found += group
+        if len({row.run for row in group}) > 1:
+            found.append(_mean(group))
+    return found
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    cells = {}
+    for metric, cell in rows[0].cells.items():
+        values = [row.cells[metric].value for row in rows]
+        cells[metric] = Cell(statistics.fmean(values), statistics.stdev(values), cell.published)
+    name = f"{rows[0].preset}, mean of {len(rows)}"
+    changes = {"run": name, "seeds": len(rows), "measurement": None, "owner": None, "samples": None}
+    return replace(rows[0], cells=cells, **changes)
+
+
+def notes(rows: Iterable[Row]) -> list[str]:
+    """What a reader must know: where the published numbers come from, and which are not comparable as they stand."""
+    used: dict[str, PublishedRow] = {}
+    warnings = []
+    for row in rows:
+        if all(cell.published is None for cell in row.cells.values()):
+            continue
+        used[row.published.id] = row.published
+        usual = row.published.images
+        if usual is not None and row.images != usual and not row.section.startswith("Probe"):
+            warnings.append(
+                f"{row.run}: measured on {row.images:,} images, published on {usual:,}: not comparable as they stand"
+            )
+    tables: dict[tuple[str, str, str], list[PublishedRow]] = {}
+    for row in used.values():
+        tables.setdefault((row.id.partition("/")[0], row.source, row.setting), []).append(row)
+    lines = []
+    for (table, source, setting), found in tables.items():
+        named = [f"{row.id.partition('/')[2]}: {row.label}{f' ({row.note})' if row.note else ''}" for row in found]
+        lines.append(f"published {table}: {source}. {setting}. {'; '.join(named)}")
+    return list(dict.fromkeys(warnings)) + lines
+
+
+def records(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One flat record for each figure, for ``--format csv`` and ``json``."""
+    return [
+        {
+            "run": row.run,
+            "folder": str(row.owner.folder) if row.owner else None,
+            "preset": row.preset,
+            "section": row.section,
+            "detail": row.detail,
+            "guidance": row.guidance or None,
+            "images": row.images,
+            "metric": metric,
+            "measured": cell.value,
+            "std": cell.std,
+            "seeds": row.seeds,
+            "published": cell.published,
+            "published_row": row.published.id if cell.published is not None else None,
+        }
+        for row in rows
+        for metric, cell in row.cells.items()
+    ]
+
+
+def metric_order(metric: str) -> tuple[int, str]:
+    """A key that sorts metrics as tables show them; those of other extractors after the usual ones."""
+    name = metric.rpartition("/")[2]
+    return (ORDER.index(name) if name in ORDER else len(ORDER), metric)
+
+
+def dataset_of(measurement: Measurement) -> str:
+    """The name of the data that a VAE was measured on; empty where the record does not tell."""
+    places = [measurement.settings.get("data"), (measurement.reference or {}).get("path")]
+    places += [measurement.subject.get("data")]
+    return next((Path(str(place)).name for place in places if place), "")
+
+
+def benchmark_of(measurement: Measurement) -> str | None:
+    """Which published benchmark of attributes was probed, if one was."""
+    words = " ".join([measurement.name, dataset_of(measurement), str(measurement.settings.get("format", ""))]).lower()
+    return next((name for name in BENCHMARKS if name in words), None)
+
+
+def _row(
+    run: Run, samples: Samples | None, measurement: Measurement, row: PublishedRow | None, published: Published
+) -> Row:
+    section, guidance, detail = RECONSTRUCTION, "", dataset_of(measurement)
+    if measurement.kind == "generation":
+        section, guidance = _generation_section(measurement), _guidance(measurement, samples)
+        detail = samples.path.name if samples else ""
+    elif measurement.kind == "probe":
+        section = _probe_section(measurement)
+        variant = [str(measurement.settings[key]) for key in ("features",) if measurement.settings.get(key)]
+        detail = ", ".join([detail, *variant] if detail else variant)
+    cells = {}
+    for metric in sorted(measurement.values, key=metric_order):
+        value = measurement.values[metric]
+        beside = _published_value(row, section, guidance, metric, measurement, published) if row else None
+        cells[metric] = Cell(float("nan") if value is None else float(value), published=beside)
+    return Row(
+        section=section,
+        run=run.name,
+        detail=detail,
+        guidance=guidance,
+        images=measurement.count,
+        cells=cells,
+        published=row,
+        preset=run.preset.name if run.preset else None,
+        measurement=measurement,
+        owner=run,
+        samples=samples,
+    )
+
+
+def _guidance(measurement: Measurement, samples: Samples | None) -> str:
+    settings = {**measurement.settings, **measurement.subject, **(samples.settings if samples else {})}
+    scale = settings.get("cfg_scale")
+    if scale is None:
+        return "unknown"
+    low, high = settings.get("guidance_low", 0.0), settings.get("guidance_high", 1.0)
+    if scale == 1:
+        return "none"
+    return f"{scale:g}" if (low, high) == (0, 1) else f"{scale:g} on [{low:g}, {high:g}]"
+
+
+def _generation_section(measurement: Measurement) -> str:
+    """Images compared by another network's features stand in a table of their own."""
+    name = next((metric.removeprefix("FD-") for metric in measurement.values if metric.startswith("FD-")), None)
+    return GENERATION if name is None else f"{GENERATION}{OTHER_FEATURES}{name}"
+
+
+def _section_order(section: str) -> tuple[int, str]:
+    base = section.partition(OTHER_FEATURES)[0]
+    return (SECTIONS.index(base) if base in SECTIONS else len(SECTIONS), section)
+
+
+def _probe_section(measurement: Measurement) -> str:
+    prefix = next(iter(measurement.values), "").partition("/")[0]
+    return PROBES.get(prefix, f"Probe: {prefix}" if prefix else "Probe")
+
+
+def _published_value(
+    row: PublishedRow, section: str, guidance: str, metric: str, measurement: Measurement, published: Published
+) -> float | None:
+    if section.startswith(GENERATION):
+        group = {"unknown": None, "none": "generation"}.get(guidance, "guided")
+        return published.value(row, group, metric) if group else None
+    if section == RECONSTRUCTION:
+        return published.value(row, "reconstruction", metric)
+    benchmark = benchmark_of(measurement)
+    if benchmark and metric == f"attributes/{PUBLISHED_F1}":
+        return published.value(row, "probe", f"{benchmark}/F1")
+    return None

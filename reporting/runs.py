@@ -1,0 +1,242 @@
+"""What lies in a run's folder, as files only: nothing is loaded, no network built.
+
+A subject of a report is the folder of a training (``args.json``), a VAE's diffusers folder, a folder of generated
+images, or a single ``.npz``. The folder of an experiment (``preset.json``) stands for its runs.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dataset.shards import INDEX_NAME
+from errors import UserError
+from metrics.record import FOLDER_NAME, Measurement, metrics_folder, read_measurements
+
+PRESET_NAME = "preset.json"
+PREVIEW_NAME = "preview.png"
+SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": "VAE and SiT"}
+VAE_FOLDER, SAMPLES = "VAE folder", "samples"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Which preset made a run.
+
+    Attributes:
+        name: e.g. ``table2/depth1``.
+        published: the row it reproduces, or None.
+        runs: names of the folders that it made.
+    """
+
+    name: str
+    published: str | None
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A folder (or ``.npz``) of generated images.
+
+    Attributes:
+        path: of it.
+        settings: what ``generate.py`` wrote of how they were made; empty where nobody knows.
+        count: of images; None where nobody knows.
+        measurements: of them.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    count: int | None
+    measurements: list[Measurement]
+
+    @property
+    def preview(self) -> Path | None:
+        path = self.path / PREVIEW_NAME
+        return path if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A subject of a report.
+
+    Attributes:
+        folder: where it lies.
+        name: unique in a report.
+        sort: one of ``SORTS``' values, ``VAE_FOLDER`` or ``SAMPLES``.
+        arguments: all resolved flags of a training.
+        command: words of its command line.
+        versions, commit: of what it ran on.
+        status: content of ``status.json``.
+        measurements: of it, those of its samples apart.
+        samples: folders of generated images inside.
+        preset: that made it, if one did.
+    """
+
+    folder: Path
+    name: str
+    sort: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    status: Mapping[str, Any] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    samples: list[Samples] = field(default_factory=list)
+    preset: Preset | None = None
+
+    @property
+    def vae_folder(self) -> Path | None:
+        """The VAE that the run made, or has a copy of."""
+        folder = self.folder if self.sort == VAE_FOLDER else self.folder / "vae"
+        return folder if (folder / "config.json").is_file() else None
+
+
+def find_runs(paths: Iterable[str]) -> list[Run]:
+    """Read every subject once, in the order given.
+
+    Args:
+        paths: folders; where nothing has that name, a pattern such as ``exps/table2-*``, of which folders that hold
+            nothing to report are passed over.
+
+    Raises:
+        UserError: no such folder, one that is none of ours, or a file in it that is damaged.
+    """
+    found: dict[Path, Run] = {}
+    for text in paths:
+        path = Path(text)
+        if path.exists():
+            subjects = _subjects(path)
+        else:
+            subjects = [subject for match in _matches(text) if _is_subject(match) for subject in _subjects(match)]
+        if not subjects:
+            raise UserError(f"{text}: no such run; give folders of trainings, VAEs or samples, e.g. exps/NAME")
+        for folder in subjects:
+            found.setdefault(folder.resolve(), read_run(folder))
+    return _with_unique_names(list(found.values()))
+
+
+def read_run(folder: Path) -> Run:
+    """Read one subject; see :class:`Run`."""
+    if folder.is_file() or not (folder / "args.json").is_file():
+        return _read_untrained(folder)
+    record = read_json(folder / "args.json")
+    arguments, command = record.get("args"), record.get("command") or []
+    if not isinstance(arguments, dict):
+        raise UserError(f"{folder / 'args.json'} is damaged (no args); restore it, or leave {folder} out")
+    script = Path(command[0]).name if command else ""
+    return Run(
+        folder=folder,
+        name=_name(folder),
+        sort=SORTS.get(script, "SiT" if "sit" in arguments else "VAE"),
+        arguments=arguments,
+        command=tuple(command),
+        versions=record.get("versions") or {},
+        commit=record.get("git_commit"),
+        status=read_json(folder / "status.json") if (folder / "status.json").is_file() else {},
+        measurements=read_measurements(folder / FOLDER_NAME),
+        samples=[read_samples(path) for path in sorted(folder.iterdir()) if _is_samples(path)],
+        preset=_preset_of(folder),
+    )
+
+
+def read_samples(path: Path) -> Samples:
+    """A folder of generated images with its measurements."""
+    index = read_json(path / INDEX_NAME) if path.is_dir() else {}
+    return Samples(path, index.get("source") or {}, index.get("count"), read_measurements(metrics_folder(path)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or leave {path.parent} out") from error
+    return content
+
+
+def _read_untrained(path: Path) -> Run:
+    """A VAE's folder or samples on their own."""
+    if path.is_dir() and (path / "config.json").is_file():
+        return Run(path, _name(path), VAE_FOLDER, measurements=read_measurements(metrics_folder(path)))
+    return Run(path, _name(path), SAMPLES, samples=[read_samples(path)])
+
+
+def _subjects(path: Path) -> list[Path]:
+    """The folders that a path stands for."""
+    if (path / PRESET_NAME).is_file():
+        names = _read_preset(path / PRESET_NAME).runs
+        return [path.parent / name for name in names if (path.parent / name / "args.json").is_file()]
+    if path.name == "vae" and (path.parent / "args.json").is_file():
+        return [path.parent]  # measurements of a run's vae/ lie with the run
+    if not _is_subject(path):
+        raise UserError(
+            f"{path} is no run (args.json), experiment ({PRESET_NAME}), VAE (config.json) or folder of generated images"
+            f" ({INDEX_NAME}); give one, e.g. exps/NAME"
+        )
+    return [path]
+
+
+def _is_subject(path: Path) -> bool:
+    return (
+        any((path / name).is_file() for name in ("args.json", PRESET_NAME))
+        or _is_vae(path)
+        or _is_samples(path)
+        or (path.is_file() and path.suffix == ".npz")
+    )
+
+
+def _is_vae(path: Path) -> bool:
+    file = path / "config.json"
+    return file.is_file() and read_json(file).get("_class_name") == "AutoencoderKL"
+
+
+def _is_samples(path: Path) -> bool:
+    """Whether it is a packed folder of images that ``generate.py`` made, or that was measured."""
+    if not (path / INDEX_NAME).is_file():
+        return False
+    index = read_json(path / INDEX_NAME)
+    source = index.get("source")
+    made = isinstance(source, dict) and "cfg_scale" in source
+    return index.get("kind") == "images" and (made or (path / FOLDER_NAME).is_dir())
+
+
+def _matches(pattern: str) -> list[Path]:
+    anchor = Path(Path(pattern).anchor)
+    return sorted(anchor.glob(str(Path(pattern).relative_to(anchor)))) if pattern else []
+
+
+def _name(path: Path) -> str:
+    """The folder's name; that of a folder called ``vae`` or the like would say nothing."""
+    name = path.resolve().name
+    return f"{path.resolve().parent.name}/{name}" if name in ("vae", "generated", "samples.npz") else name
+
+
+def _with_unique_names(runs: list[Run]) -> list[Run]:
+    names = [run.name for run in runs]
+    return [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
+
+
+def _read_preset(path: Path) -> Preset:
+    content = read_json(path)
+    try:
+        return Preset(content["preset"], content.get("published"), tuple(content["runs"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); run the experiment's command again") from error
+
+
+def _preset_of(folder: Path) -> Preset | None:
+    """The preset among a run's neighbours that made it."""
+    folder = folder.resolve()
+    for path in sorted(folder.parent.glob(f"*/{PRESET_NAME}")):
+        preset = _read_preset(path)
+        if folder.name in preset.runs:
+            return preset
+    return None

@@ -1,0 +1,183 @@
+"""Tables of results as aligned text, Markdown, CSV and JSON."""
+
+import csv
+import io
+import json
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from reporting.results import OTHER_FEATURES, Cell, Row, metric_order, records
+
+NOTHING = "–"
+PUBLISHED = "published"
+DIGITS = {"IS": 1, "PSNR": 2, "FID": 2, "sFID": 2, "rFID": 2, "Precision": 3, "Recall": 3, "SSIM": 3}
+PUBLISHED_DIGITS = {"IS": 1, "LPIPS": 3, "F1": 4}  # 2 for all others
+HIGHER_IS_BETTER = ("IS", "Precision", "Recall", "PSNR", "SSIM", "F1", "mAP", "top")
+LOWER_IS_BETTER = ("FID", "sFID", "rFID", "FD", "rFD", "KID", "LPIPS", "gini")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table; ``metric`` is empty for those of words, ``is_published`` tells the two numbers apart."""
+
+    title: str
+    metric: str = ""
+    is_published: bool = False
+    is_number: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of ready words."""
+
+    title: str
+    columns: list[Column]
+    rows: list[list[str]]
+    sources: list[Row]
+
+
+def result_tables(rows: Sequence[Row]) -> list[Table]:
+    """One table a section; the published number in the column after the measured one."""
+    sections = list(dict.fromkeys(row.section for row in rows))
+    return [_table(section, [row for row in rows if row.section == section]) for section in sections]
+
+
+def _table(title: str, rows: list[Row]) -> Table:
+    columns = [Column("run", is_number=False)]
+    columns += [Column("of", is_number=False)] if any(row.detail for row in rows) else []
+    columns += [Column("guidance", is_number=False)] if any(row.guidance for row in rows) else []
+    columns += [Column("images")]
+    for metric in sorted({metric for row in rows for metric in row.cells}, key=metric_order):
+        columns.append(Column(_column_title(metric, title), metric))
+        if any(metric in row.cells and row.cells[metric].published is not None for row in rows):
+            columns.append(Column(PUBLISHED, metric, is_published=True))
+    has_published = any(column.is_published for column in columns)
+    columns += [Column("published row", is_number=False)] if has_published else []
+    return Table(title, columns, [[_word(row, column) for column in columns] for row in rows], rows)
+
+
+def _column_title(metric: str, table: str) -> str:
+    """Without what the table's title says already."""
+    extractor = table.partition(OTHER_FEATURES)[2]
+    return metric.rpartition("/")[2].removesuffix(f"-{extractor}" if extractor else "")
+
+
+def _word(row: Row, column: Column) -> str:
+    if column.metric:
+        return cell_word(column.metric, row.cells.get(column.metric), column.is_published)
+    if column.title == "published row":
+        compared = any(cell.published is not None for cell in row.cells.values())
+        return row.published.id if compared else NOTHING
+    words = {"run": row.run, "of": row.detail, "guidance": row.guidance, "images": f"{row.images:,}"}
+    return words[column.title] or NOTHING
+
+
+def cell_word(metric: str, cell: Cell | None, is_published: bool) -> str:
+    """A figure with the digits that its metric deserves; the published one as it was published."""
+    if cell is None or (is_published and cell.published is None):
+        return NOTHING
+    if is_published:
+        return published_word(metric, cell.published)
+    word = number_word(metric, cell.value)
+    return word if cell.std is None else f"{word} ± {number_word(metric, cell.std)}"
+
+
+def published_word(metric: str, value: float) -> str:
+    """As it was published: ``0.6 → 0.60`` for a precision, ``120.41`` as it stands."""
+    digits = PUBLISHED_DIGITS.get(metric.rpartition("/")[2].partition("-")[0], 2)
+    return max(f"{value:.{digits}f}", f"{value:g}", key=len)
+
+
+def number_word(metric: str, value: float) -> str:
+    """``2.876 → 2.88`` for an FID; 4 significant digits where nothing else is usual."""
+    if not math.isfinite(value):
+        return "not finite"
+    family = metric.rpartition("/")[2]
+    digits = DIGITS.get(family, DIGITS.get(family.partition("-")[0]))
+    if family.startswith(("F1", "mAP", "top", "LPIPS")):
+        digits = 4
+    return f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
+
+
+def arrow(metric: str) -> str:
+    """Which way is better, as far as it is known."""
+    family = metric.rpartition("/")[2].partition("-")[0]
+    if family.startswith(HIGHER_IS_BETTER):
+        return "↑"
+    return "↓" if family in LOWER_IS_BETTER else ""
+
+
+def as_text(tables: Iterable[Table]) -> str:
+    """Aligned columns for a terminal, numbers to the right."""
+    return "\n\n".join(f"{table.title}\n{aligned(table.columns, table.rows)}" for table in tables)
+
+
+def aligned(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
+    """Words in columns, a rule below the titles."""
+    titles, rows = _titles(columns), [[_printable(word) for word in words] for words in rows]
+    widths = [max(_width(words[i]) for words in [titles, *rows]) for i in range(len(columns))]
+    lines = []
+    for words in [titles, ["─" * width for width in widths], *rows]:
+        padded = [
+            _pad(word, width, column.is_number) for word, width, column in zip(words, widths, columns, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def as_markdown(tables: Iterable[Table]) -> str:
+    """GitHub's tables."""
+    return "\n\n".join(f"### {table.title}\n\n{markdown_table(table.columns, table.rows)}" for table in tables)
+
+
+def markdown_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
+    """One table."""
+    lines = [_markdown_line(_titles(columns)), _markdown_line(["---:" if c.is_number else "---" for c in columns])]
+    return "\n".join(lines + [_markdown_line(words) for words in rows])
+
+
+def as_csv(rows: Iterable[Row]) -> str:
+    """One line for each figure."""
+    found = records(rows)
+    if not found:
+        return ""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(found[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return buffer.getvalue().rstrip("\n")
+
+
+def as_json(rows: Iterable[Row], correlations: Sequence[dict], remarks: Sequence[str]) -> str:
+    """Everything, one record for each figure; what is not finite becomes null."""
+    results = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        for record in records(rows)
+    ]
+    content = {"results": results, "correlations": list(correlations), "notes": list(remarks)}
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _titles(columns: Iterable[Column]) -> list[str]:
+    return [f"{column.title} {'' if column.is_published else arrow(column.metric)}".strip() for column in columns]
+
+
+def _markdown_line(words: Iterable[str]) -> str:
+    return "| " + " | ".join(_printable(word).replace("|", "\\|") for word in words) + " |"
+
+
+def _printable(word: str) -> str:
+    """Without what would steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in word)
+
+
+def _width(word: str) -> int:
+    """Columns of a terminal that a word takes."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in word)
+
+
+def _pad(word: str, width: int, is_number: bool) -> str:
+    space = " " * (width - _width(word))
+    return space + word if is_number else word + space
