@@ -196,6 +196,16 @@ def published_points(view: View, published: Published) -> list[tuple[str, float,
     return [(row.label, row.values[f"probe/{benchmark}/F1"], row.values["generation/FID"]) for row in rows]
 
 
+def labelled_points(view: View) -> list[tuple[str, float, float]]:
+    """``(label, F1, distance)`` of each SiT; only the first of a VAE has a label."""
+    named: set[str] = set()
+    points = []
+    for point in view.points:
+        points.append(("" if point.checksum in named else point.vae, point.probes[MAIN_METRIC], point.distance))
+        named.add(point.checksum)
+    return points
+
+
 def write_scatter(view: View, published: Published, path: Path) -> None:
     """The figure as PNG, SVG or PDF, by the file's suffix; published points hollow."""
     import matplotlib  # slow to import, and needed for this alone
@@ -205,9 +215,9 @@ def write_scatter(view: View, published: Published, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
     axes.scatter([p.probes[MAIN_METRIC] for p in view.points], [p.distance for p in view.points], label="measured")
-    for point in view.points:
-        place = (point.probes[MAIN_METRIC], point.distance)
-        axes.annotate(_plain(point.vae), place, (5, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.2, y=0.1)
+    for label, across, up in labelled_points(view):
+        axes.annotate(_plain(label), (across, up), (5, 4), textcoords="offset points", fontsize=8)
     if others := published_points(view, published):
         axes.scatter(*zip(*[(x, y) for _, x, y in others], strict=True), facecolors="none", edgecolors="0.4",
                      label="published")  # fmt: skip

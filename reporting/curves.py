@@ -14,6 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26  # margins, for the axes' numbers
 MOST_POINTS = 240  # of a drawn line: more than pixels help
 LOG_HELPS = 8  # where the largest value is so many times the smallest, a chart may be switched to a log scale
 LOG_IS_DEFAULT = 40
+LEARNING_RATE = "learning rate"
 HIDDEN = ("epoch", "step")
 COLOURS = 8
 
@@ -73,7 +74,7 @@ def charts_of(series: dict[str, Series]) -> list[Chart]:
         if name in HIDDEN or (name == "skipped" and not any(line.values)):
             continue
         groups.setdefault(group_of(name), []).append(line)
-    order = sorted(groups, key=lambda group: (group != "loss", "learning rate" in group, group.startswith("grad")))
+    order = sorted(groups, key=lambda group: (group != "loss", group == LEARNING_RATE, group.startswith("grad")))
     return [Chart(group, groups[group]) for group in order]
 
 
@@ -81,7 +82,7 @@ def group_of(name: str) -> str:
     """Which chart a metric belongs to."""
     base = name.rpartition("/")[2]
     if name == "lr" or name.endswith("_lr"):
-        return "learning rate"
+        return LEARNING_RATE
     if "cosine" in base:
         return "alignment cosine, held out"
     return base
@@ -92,7 +93,7 @@ def compared(runs: Sequence[tuple[str, dict[str, Series]]]) -> list[Chart]:
     names = dict.fromkeys(name for _, series in runs for name in series)
     charts = []
     for name in names:
-        if name in HIDDEN or name == "skipped" or group_of(name) == "learning rate":
+        if name in HIDDEN or name == "skipped" or group_of(name) == LEARNING_RATE:
             continue
         lines = [Series(run, series[name].steps, series[name].values) for run, series in runs if name in series]
         if len(lines) > 1:
@@ -130,7 +131,7 @@ def has_log(chart: Chart) -> bool:
 def log_is_default(chart: Chart) -> bool:
     """Whether the chart begins with it."""
     values = _finite(chart)
-    return has_log(chart) and max(values) / min(values) >= LOG_IS_DEFAULT
+    return chart.title != LEARNING_RATE and has_log(chart) and max(values) / min(values) >= LOG_IS_DEFAULT
 
 
 def draw(chart: Chart, log: bool) -> str:
@@ -142,7 +143,7 @@ def draw(chart: Chart, log: bool) -> str:
     last = max(max(points[0]) for _, points in lines)
     first = min(min(points[0]) for _, points in lines)
     low, high = min(min(points[2]) for _, points in lines), max(max(points[3]) for _, points in lines)
-    x, y = Axis(first, last, LEFT, WIDTH - RIGHT), Axis(low, high, HEIGHT - BOTTOM, TOP, log, padded=True)
+    x, y = Axis(first, last, LEFT, WIDTH - RIGHT), Axis(low, high, HEIGHT - BOTTOM, TOP, log, room=0.04)
     label = html.escape(f"{chart.title}{', logarithmic' if log else ''}")
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">']
     parts += axes(x, y)
@@ -158,16 +159,15 @@ class Axis:
         low, high: the values.
         start, end: where they lie.
         log: whether places go with the logarithm.
-        padded: leave a little room beyond both.
+        room: to leave beyond both, as a share of what lies between.
     """
 
-    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False, padded: bool = False):
+    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False, room: float = 0.0):
         self.log = log
         a, b = self._scaled(low), self._scaled(high)
         if a == b:
             a, b = a - (abs(a) * 0.1 or 1.0), b + (abs(b) * 0.1 or 1.0)
-        elif padded:
-            a, b = a - (b - a) * 0.04, b + (b - a) * 0.04
+        a, b = a - (b - a) * room, b + (b - a) * room
         self.a, self.b, self.start, self.end = a, b, start, end
 
     def place(self, value: float) -> float:

@@ -1,6 +1,7 @@
 """``report.html``: one file with everything in it, no script, nothing that is loaded from elsewhere."""
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -9,11 +10,12 @@ from pathlib import Path
 from dataset.shards import write_atomically
 from metrics.record import metrics_folder
 from reporting import curves
-from reporting.correlation import ENOUGH, correlation_lines, points_table
+from reporting.correlation import ENOUGH, correlation_lines, points_table, published_points
 from reporting.curves import Chart, Series, charts_of, compared, final_values, read_series
 from reporting.gather import Report
 from reporting.markup import Html, element, joined
 from reporting.pictures import grids, inline
+from reporting.results import Row
 from reporting.runs import SAMPLES, SORTS, VAE_FOLDER, Run
 from reporting.scatter import scatter
 from reporting.tables import NOTHING, Table, arrow
@@ -117,16 +119,16 @@ def result_table(table: Table) -> Html:
     for row, words in zip(table.sources, table.rows, strict=True):
         cells = []
         for place, (column, word) in enumerate(zip(table.columns, words, strict=True)):
-            is_best = best.get(place) is not None and row is best[place]
             cells.append(
                 element(
                     "td",
-                    element("b", word) if is_best else word,
+                    element("b", word) if row is best.get(place) else word,
                     class_=_classes(column.is_number, column.is_published),
                 )
             )
         rows.append(element("tr", cells, class_="mean" if row.seeds > 1 else None))
-    return _scrolling(element("table", element("thead", element("tr", heads)), element("tbody", rows)))
+    table = element("table", element("thead", element("tr", heads)), element("tbody", rows), class_="results")
+    return _scrolling(table)
 
 
 def figure1(report: Report) -> Html | None:
@@ -134,10 +136,13 @@ def figure1(report: Report) -> Html | None:
     parts = []
     for view in report.views[:MOST_VIEWS]:
         columns, rows = points_table(view)
-        reading = element("div", [element("p", line) for line in correlation_lines(view, report.published)])
+        lines, drawing = correlation_lines(view, report.published), None
         if view.vaes >= ENOUGH:
             drawing = element("figure", Html(scatter(view, report.published)), class_="chart wide")
-            reading = element("div", drawing, reading, class_="beside")
+            if published_points(view, report.published):
+                lines = ["Filled: measured by this code. Hollow: published (Table 8).", *lines]
+        reading = element("div", [element("p", line) for line in lines], class_="reading")
+        reading = element("div", drawing, reading, class_="beside")
         table = plain_table([column.title for column in columns], rows, words=2)
         parts += [element("h3", view.title), reading, table]
     return joined(parts) if parts else None
@@ -277,7 +282,9 @@ def charts(found: Iterable[Chart], prefix: str) -> Html | None:
             parts.append(element("div", Html(curves.draw(chart, log=True)), class_="logarithmic"))
         parts.append(element("div", Html(curves.draw(chart, log=False)), class_="linear"))
         names = [element("span", element("i", class_=f"c{i}"), series.name) for i, series in enumerate(chart.series)]
-        legend = element("div", names, class_="names") if len(names) > 1 or chart.title != names[0] else None
+        legend = (
+            element("div", names, class_="names") if [series.name for series in chart.series] != [chart.title] else None
+        )
         figures.append(element("figure", switch, element("figcaption", caption), parts, legend, class_="chart"))
     return element("div", figures, class_="charts") if figures else None
 
@@ -326,17 +333,21 @@ def badge(run: Run) -> Html:
     return element("span", state, class_=f"badge {kind}")
 
 
-def _best(table: Table) -> dict[int, object]:
-    """The row with the best measured figure of each column that has several, by the column's place."""
+def _best(table: Table) -> dict[int, Row]:
+    """The row with the best figure of each measured column, by the column's place.
+
+    Means over seeds are compared with means. None where rows are not alike: other guidance, other data, other counts.
+    """
+    rows = [row for row in table.sources if row.seeds > 1] or table.sources
+    if len({(row.guidance, row.images, row.section, row.detail) for row in rows}) > 1:
+        return {}
     best = {}
     for place, column in enumerate(table.columns):
-        if not column.metric or column.is_published or not arrow(column.metric):
-            continue
-        rows = [row for row in table.sources if column.metric in row.cells and row.seeds == 1]
-        values = [row.cells[column.metric].value for row in rows]
-        if len(set(values)) > 1:
+        there = [row for row in rows if column.metric in row.cells]
+        values = [row.cells[column.metric].value for row in there]
+        if column.metric and not column.is_published and arrow(column.metric) and len(set(values)) > 1:
             choose = max if arrow(column.metric) == "↑" else min
-            best[place] = rows[values.index(choose(values))]
+            best[place] = there[values.index(choose(values))]
     return best
 
 
@@ -408,7 +419,7 @@ def _flag(name: str) -> str:
 
 def _value(value: object) -> str:
     if isinstance(value, str):
-        return value
+        return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30,}\b", r"\1…", value)  # checksums
     return NOTHING if value is None else json.dumps(value, ensure_ascii=False)
 
 

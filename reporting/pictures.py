@@ -10,7 +10,7 @@ from PIL import Image
 
 MOST_PIXELS = 1280  # along the longer side
 MOST_BYTES = 400_000  # of a picture as PNG; a larger one becomes a JPEG
-SMALL = 560  # pictures below are enlarged by a whole factor, so that their pixels can be seen
+SMALL = 700  # pictures below are enlarged by a whole factor, so that their pixels can be seen
 JPEG_QUALITY = 88
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from dataset.shards import INDEX_NAME
 from errors import UserError
 from metrics.record import FOLDER_NAME, Measurement, metrics_folder, read_measurements
+from training.experiment import PRESET_NAME
 
-PRESET_NAME = "preset.json"
 PREVIEW_NAME = "preview.png"
 SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": "VAE and SiT"}
 VAE_FOLDER, SAMPLES = "VAE folder", "samples"

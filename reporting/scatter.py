@@ -3,7 +3,7 @@
 import html
 
 from metrics.published import Published
-from reporting.correlation import MAIN_METRIC, View, published_points
+from reporting.correlation import View, labelled_points, published_points
 from reporting.curves import Axis, axes
 
 WIDTH, HEIGHT = 560, 360
@@ -13,11 +13,10 @@ MOST_LABELS = 16
 
 def scatter(view: View, published: Published) -> str:
     """The view's points filled, published ones hollow; the pointer tells each point's figures."""
-    points = [(point.vae, point.probes[MAIN_METRIC], point.distance) for point in view.points]
-    others = published_points(view, published)
+    points, others = labelled_points(view), published_points(view, published)
     xs, ys = [x for _, x, _ in points + others], [y for *_, y in points + others]
-    x = Axis(min(xs), max(xs), LEFT + 20, WIDTH - RIGHT - 20)
-    y = Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, padded=True)
+    x = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, room=0.08)
+    y = Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, room=0.1)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(view.title)}">']
     parts += axes(x, y, ("attribute probe, F1", html.escape(view.metric)))
     for kind, colour, these in (("hollow", 7, others), ("dot", 0, points)):
@@ -31,10 +30,10 @@ def scatter(view: View, published: Published) -> str:
 
 def _labels(points: list[tuple[str, float, float]], x: Axis, y: Axis) -> list[str]:
     """Names beside their points, on the side with room, moved down where they would lie on one another."""
-    if len(points) > MOST_LABELS:
+    if sum(bool(label) for label, *_ in points) > MOST_LABELS:
         return []
     parts, taken = [], []
-    for label, across, up in sorted(points, key=lambda point: y.place(point[2])):
+    for label, across, up in sorted((point for point in points if point[0]), key=lambda point: y.place(point[2])):
         left, top = x.place(across), y.place(up) + 3.5
         goes_left = left > WIDTH * 0.6
         while any(abs(top - other) < 12 and abs(left - place) < 7 * len(label) for place, other in taken):

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from reporting.results import OTHER_FEATURES, Cell, Row, metric_order, records
+from reporting.results import GENERATION, OTHER_FEATURES, Cell, Row, metric_order, records
 
 NOTHING = "–"
 PUBLISHED = "published"
@@ -46,7 +46,9 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
 
 def _table(title: str, rows: list[Row]) -> Table:
     columns = [Column("run", is_number=False)]
-    columns += [Column("of", is_number=False)] if any(row.detail for row in rows) else []
+    details = {row.detail for row in rows}
+    if details != {""} and not (title.startswith(GENERATION) and len(details) == 1):
+        columns.append(Column("of", is_number=False))
     columns += [Column("guidance", is_number=False)] if any(row.guidance for row in rows) else []
     columns += [Column("images")]
     for metric in sorted({metric for row in rows for metric in row.cells}, key=metric_order):

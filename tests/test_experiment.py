@@ -14,6 +14,7 @@ import yaml
 import cache_latents
 import generate
 import preprocessing
+import report
 import train_ldm
 import train_sendvae
 from dataset import toy
@@ -29,6 +30,7 @@ SCRIPTS = {
     "cache_latents.py": cache_latents,
     "train_ldm.py": train_ldm,
     "generate.py": generate,
+    "report.py": report,
     "dataset.toy": toy,
 }
 
@@ -220,6 +222,23 @@ def test_a_dry_run_of_many_builds_equal_stages_once(presets, tmp_path, capfd):
             experiment.main(wrong)
 
 
+def test_an_experiment_notes_its_runs_and_what_it_reproduces(presets, tmp_path):
+    stage = writing_stage(tmp_path / "made")
+    names = ("mine-vae", "shared", "mine-ldm")
+    stages = {f"s{i}": stage | {"flags": {"exp-name": name}} for i, name in enumerate(names)}
+    presets("mine", stages=stages, published="table2/depth1")
+    argv = ["mine", "--output-dir", str(tmp_path / "exps")]
+    for few in ([], ["--stages", "s0"]):
+        assert experiment.main([*argv, *few]) == 0
+        noted = json.loads((tmp_path / "exps" / "mine" / "preset.json").read_text())
+        assert noted == {"preset": "mine", "published": "table2/depth1", "runs": ["mine-vae", "mine-ldm"]}
+
+
+def test_words_after_a_script_s_name_take_variables(presets):
+    presets("mine", stages={"a": {"script": "x.py {exps}/{name}", "product": "x"}}, variables={"name": "a b"})
+    assert resolve("mine", load_preset("mine"), "exps", []).stages[0].command[-2:] == ["x.py", "exps/a b"]
+
+
 def test_a_condition_on_two_variables_needs_both(presets):
     stage = {"script": "x.py", "product": "x", "if": ["a", "b"]}
     presets("mine", stages={"both": stage}, variables={"a": "", "b": "1"})
@@ -271,7 +290,8 @@ def test_the_quickstart_s_stages_run_from_images_to_samples(tmp_path):
     generated = tmp_path / "exps" / "quickstart-ldm" / "generated"
     assert (generated / "samples.npz").is_file()
     assert (generated / "preview.png").is_file()
+    assert "quickstart-ldm" in (tmp_path / "exps" / "quickstart" / "report.html").read_text()
     args = json.loads((tmp_path / "exps" / "quickstart-ldm" / "args.json").read_text())["args"]
     assert args["repa_source"] == "features"
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert again.stdout.count("finished already") == 9
+    assert again.stdout.count("finished already") == 10

@@ -32,6 +32,7 @@ from training.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argumen
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "experiments"
 STAMPS_NAME = "experiment.json"
+PRESET_NAME = "preset.json"  # which runs it made and what they reproduce
 REQUIRED = "?"  # a variable that the command line must give
 PRESET_KEYS = {"base", "description", "published", "variables", "stages", "closing"}
 STUDY_KEYS = {"description", "variables", "experiments", "closing"}
@@ -68,6 +69,8 @@ class Experiment:
         folder: where its stamps lie.
         stages: in order.
         closing: what to tell the user at the end.
+        published: id of the published row that it reproduces, if any.
+        runs: names of the runs that are its own: not of those that several experiments share.
     """
 
     preset: str
@@ -75,6 +78,8 @@ class Experiment:
     folder: Path
     stages: list[Stage]
     closing: str
+    published: str | None = None
+    runs: tuple[str, ...] = ()
 
 
 def preset_names() -> list[str]:
@@ -203,7 +208,15 @@ def _resolve(
         if _holds(spec.get("if"), variables)
     ]
     closing = _expand(preset.get("closing", ""), variables)
-    return Experiment(preset_name, variables["name"], Path(variables["exps"]) / variables["name"], stages, closing)
+    name, runs = variables["name"], _run_names(stages, variables["name"])
+    folder = Path(variables["exps"]) / name
+    return Experiment(preset_name, name, folder, stages, closing, preset.get("published"), runs)
+
+
+def _run_names(stages: Sequence[Stage], experiment: str) -> tuple[str, ...]:
+    words = [word for stage in stages for word in stage.command]
+    names = [name for flag, name in itertools.pairwise(words) if flag == "--exp-name"]
+    return tuple(name for name in dict.fromkeys(names) if name.startswith(f"{experiment}-"))
 
 
 def _set_variable(variables: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -216,6 +229,7 @@ def _set_variable(variables: dict[str, Any], key: str, value: Any, where: str) -
 def run_stages(experiment: Experiment) -> int:
     """Run what is not finished; returns the exit code of the first stage that fails, or 0."""
     stamps = _read_stamps(experiment.folder)
+    _write_preset(experiment)
     begin = time.monotonic()
     for number, stage in enumerate(experiment.stages, start=1):
         title = f"[{number}/{len(experiment.stages)}] {stage.name}"
@@ -344,7 +358,7 @@ def _select(experiments: Sequence[Experiment], wanted: Sequence[str], preset: st
 
 
 def _stage(name: str, spec: Mapping[str, Any], flags: Mapping[str, Any], variables: Mapping[str, str]) -> Stage:
-    script = spec["script"].split()
+    script = [_expand(word, variables) for word in spec["script"].split()]
     if spec.get("single_process") or script[0] == "-m":
         start = [os.environ.get("PYTHON", sys.executable), *script]
     else:
@@ -440,6 +454,13 @@ def _read_stamps(folder: Path) -> dict[str, list[str]]:
 def _write_stamps(folder: Path, stamps: Mapping[str, list[str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / STAMPS_NAME, (json.dumps(stamps, indent=1) + "\n").encode())
+
+
+def _write_preset(experiment: Experiment) -> None:
+    """Note which runs come from which preset, for report.py."""
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    content = {"preset": experiment.preset, "published": experiment.published, "runs": experiment.runs}
+    write_atomically(experiment.folder / PRESET_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _minutes(seconds: float) -> str:
