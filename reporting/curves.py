@@ -179,7 +179,7 @@ class Axis:
             found = _log_ticks(self.a, self.b)
             if len(found) >= 2:
                 return found
-            return [10**value for value in _linear_ticks(self.a, self.b)]
+            return _linear_ticks(10**self.a, 10**self.b)
         return _linear_ticks(self.a, self.b)
 
     def _scaled(self, value: float) -> float:

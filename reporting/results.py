@@ -4,6 +4,7 @@ A measured value stands beside a published one of the same name and the same kin
 ones, and a Fréchet distance of another extractor (``FD-NAME``) never beside an FID.
 """
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -202,7 +203,8 @@ def dataset_of(measurement: Measurement) -> str:
 
 def benchmark_of(measurement: Measurement) -> str | None:
     """Which published benchmark of attributes was probed, if one was."""
-    words = " ".join([measurement.name, dataset_of(measurement), str(measurement.settings.get("format", ""))]).lower()
+    text = " ".join([measurement.name, dataset_of(measurement), str(measurement.settings.get("format", ""))])
+    words = re.findall("[a-z]+", text.lower())
     return next((name for name in BENCHMARKS if name in words), None)
 
 
@@ -219,9 +221,9 @@ def _row(
         detail = ", ".join([detail, *variant] if detail else variant)
     cells = {}
     for metric in sorted(measurement.values, key=metric_order):
-        value = measurement.values[metric]
+        value = _figure(run, measurement, metric)
         beside = _published_value(row, section, guidance, metric, measurement, published) if row else None
-        cells[metric] = Cell(float("nan") if value is None else float(value), published=beside)
+        cells[metric] = Cell(value, published=beside)
     return Row(
         section=section,
         run=run.name,
@@ -235,6 +237,17 @@ def _row(
         owner=run,
         samples=samples,
     )
+
+
+def _figure(run: Run, measurement: Measurement, metric: str) -> float:
+    value = measurement.values[metric]
+    if value is None:
+        return float("nan")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(
+            f"{run.folder}: measurement {measurement.name}: {metric} is {value!r}, not a number; measure again"
+        )
+    return float(value)
 
 
 def _guidance(measurement: Measurement, samples: Samples | None) -> str:

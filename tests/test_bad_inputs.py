@@ -9,6 +9,7 @@ import pytest
 import cache_latents
 import generate
 import preprocessing
+import report
 import train_ldm
 import train_repae
 import train_sendvae
@@ -16,6 +17,7 @@ from tests.bad_inputs import (
     cache_latents_cases,
     generate_cases,
     preprocessing_cases,
+    report_cases,
     train_ldm_cases,
     train_repae_cases,
     train_sendvae_cases,
@@ -27,6 +29,7 @@ SCRIPTS = {
     cache_latents: cache_latents_cases,
     generate: generate_cases,
     preprocessing: preprocessing_cases,
+    report: report_cases,
     train_ldm: train_ldm_cases,
     train_repae: train_repae_cases,
     train_sendvae: train_sendvae_cases,

@@ -1,0 +1,90 @@
+"""Made-up runs for the tests of report.py: the files that trainings, generate.py and the measurements leave."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from metrics.record import Measurement, write_measurement
+from training.run import write_json
+
+COMMANDS = {"VAE": "train_sendvae.py", "SiT": "train_ldm.py"}
+UNGUIDED = {"FID": 8.0, "sFID": 5.25, "IS": 110.5, "Precision": 0.741, "Recall": 0.602}
+
+
+def write_run(folder: Path, sort: str = "SiT", steps: int = 400, **arguments: object) -> Path:
+    """A finished training with curves and one grid.
+
+    Args:
+        folder: ``exps/NAME``.
+        sort: ``VAE`` or ``SiT``.
+        steps: it was trained for, a hundred for each line of ``metrics.jsonl``.
+        arguments: entries of ``args``.
+    """
+    folder.mkdir(parents=True)
+    args = {"exp_name": folder.name, "batch_size": 64, "seed": 0, **arguments}
+    if sort == "SiT":
+        args = {"sit": {"model": "SiT-Ti/2"}, "model": "SiT-Ti/2", **args}
+    command = [COMMANDS[sort], "--exp-name", folder.name]
+    record = {"args": args, "command": command, "versions": {"torch": "2.6"}, "git_commit": "0123456789abcdef"}
+    write_json(folder / "args.json", record)
+    write_json(folder / "status.json", {"state": "finished", "step": steps, "max_train_steps": steps, "reason": None})
+    lines = [{"step": step, "lr": 1e-3, "loss": 100.0 / step} for step in range(100, steps + 1, 100)]
+    lines.append({"step": steps, "val/psnr": 30.25})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speeds = [{"step": line["step"], "seconds_per_step": 0.5, "images_per_second": 128.0} for line in lines[:-1]]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in speeds))
+    write_picture(folder / "samples" / f"{steps:07d}.png")
+    return folder
+
+
+def write_picture(path: Path, width: int = 64, height: int = 32) -> None:
+    """Noise, which no encoder makes small."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_samples(
+    run: Path,
+    values: dict[str, float],
+    cfg_scale: float = 1.0,
+    count: int = 50_000,
+    name: str = "generated",
+    vae: str = "",
+) -> Path:
+    """A folder of generated images in a run, without the images, and what was measured of it."""
+    folder = run / name
+    source = {"train_steps": 400, "weights": "ema", "mode": "sde", "num_steps": 250, "heun": False}
+    source |= {"cfg_scale": cfg_scale, "guidance_low": 0.0, "guidance_high": 1.0 if cfg_scale == 1 else 0.75}
+    write_picture(folder / "preview.png")
+    write_json(
+        folder / "index.json", {"kind": "images", "count": count, "source": source | ({"vae": vae} if vae else {})}
+    )
+    extractor = next((metric for metric in values if metric.startswith("FD-")), "")[3:]
+    file_name = f"generation-{extractor}" if extractor else "generation"
+    write_measurement(Measurement(file_name, "generation", values, count, {"path": str(folder)}), folder)
+    return folder
+
+
+def write_reconstruction(folder: Path, values: dict[str, float], count: int = 50_000) -> None:
+    """What evaluate.py reconstruction leaves."""
+    settings = {"data": "data/imagenet256-val"}
+    measurement = Measurement("reconstruction", "reconstruction", values, count, {"path": "x"}, settings=settings)
+    write_measurement(measurement, folder)
+
+
+def write_probe(folder: Path, f1: float, data: str = "data/toy", **values: float) -> None:
+    """What probe.py attributes leaves."""
+    found = {"attributes/F1-macro": f1, **{f"attributes/{name}": value for name, value in values.items()}}
+    measurement = Measurement("probe-attributes", "probe", found, 800, {"path": "x"}, settings={"data": data})
+    write_measurement(measurement, folder)
+
+
+def write_preset(exps: Path, preset: str, runs: list[str], published: str | None = None) -> Path:
+    """What an experiment notes."""
+    folder = exps / preset.replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "preset.json", {"preset": preset, "published": published, "runs": runs})
+    return folder

@@ -1,0 +1,276 @@
+"""report.py: measured beside published, runs that belong together, correlations, formats."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+
+import report
+from errors import UserError
+from metrics.record import Measurement, write_measurement
+from models.autoencoder import build_autoencoder
+from reporting.correlation import pearson
+from reporting.gather import gather
+from reporting.runs import find_runs
+from reporting.tables import as_text
+from tests.report_runs import (
+    UNGUIDED,
+    write_preset,
+    write_probe,
+    write_reconstruction,
+    write_run,
+    write_samples,
+)
+
+
+def printed(capsys, *words: object) -> str:
+    assert report.main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def records(capsys, *words: object) -> dict[tuple[str, str], dict]:
+    found = json.loads(printed(capsys, *words, "--format", "json", "--no-html"))["results"]
+    return {(record["run"], record["metric"]): record for record in found}
+
+
+def test_published_figures_stand_in_the_next_column(tmp_path, capsys):
+    """The whole text, once."""
+    run = write_run(tmp_path / "mine")
+    write_samples(run, UNGUIDED)
+    out = printed(capsys, run, "--no-html", "--published", "mine=table2/depth1")
+    lines = out.splitlines()
+    assert lines[0] == "Generated images"
+    assert _cells(lines[1]) == [
+        "run", "guidance", "images", "FID ↓", "published", "sFID ↓", "published", "IS ↑", "published",
+        "Precision ↑", "published", "Recall ↑", "published", "published row",
+    ]  # fmt: skip
+    assert _cells(lines[3]) == [
+        "mine", "none", "50,000", "8.00", "8.42", "5.25", "5.05", "110.5", "108.3",
+        "0.741", "0.74", "0.602", "0.60", "table2/depth1",
+    ]  # fmt: skip
+    assert lines[1].index("FID") + 5 == lines[3].index("8.00") + 4  # numbers end below their title's end
+    assert "published table2: Send-VAE, arXiv 2601.05823v2, Table 2." in out
+    assert "not comparable" not in out
+
+
+def _cells(line: str) -> list[str]:
+    return [part.strip() for part in line.split("  ") if part.strip()]
+
+
+def test_guided_samples_stand_beside_guided_ones(tmp_path, capsys):
+    run = write_run(tmp_path / "mine")
+    write_samples(run, {"FID": 3.0}, name="plain")
+    write_samples(run, {"FID": 1.5}, cfg_scale=2.5, name="guided")
+    found = json.loads(printed(capsys, run, "--format", "json", "--no-html", "--published", "mine=table1/sendvae-80"))[
+        "results"
+    ]
+    assert {record["guidance"]: (record["measured"], record["published"]) for record in found} == {
+        "none": (3.0, 2.88),
+        "2.5 on [0, 0.75]": (1.5, 1.41),
+    }
+
+
+def test_another_extractor_is_never_beside_an_fid(tmp_path, capsys):
+    run = write_run(tmp_path / "mine")
+    write_samples(run, {"FD-dinov2-vit-l": 80.0, "KID-dinov2-vit-l": 0.5, "Precision-dinov2-vit-l": 0.5})
+    words = (run, "--published", "mine=table2/depth1", "--no-html")
+    found = records(capsys, *words)
+    assert set(found) == {("mine", f"{m}-dinov2-vit-l") for m in ("FD", "KID", "Precision")}
+    assert all(record["published"] is None for record in found.values())
+    out = printed(capsys, *words)
+    assert "Generated images, features of dinov2-vit-l" in out
+    assert "FID" not in out and "8.42" not in out
+
+
+def test_guidance_that_nobody_knows_is_compared_with_nothing(tmp_path, capsys):
+    npz = tmp_path / "samples.npz"
+    npz.write_bytes(b"")
+    write_measurement(Measurement("generation", "generation", {"FID": 2.0}, 50_000, {"path": str(npz)}), npz)
+    name = find_runs([str(npz)])[0].name
+    found = records(capsys, npz, "--published", f"{npz}=table1/sendvae-80")
+    assert found[name, "FID"]["guidance"] == "unknown" and found[name, "FID"]["published"] is None
+
+
+def test_a_preset_s_runs_stand_beside_its_row(tmp_path, capsys):
+    """The VAE's reconstruction and the SiT's images beside one row of Table 5, another VAE's probe beside Table 8."""
+    write_reconstruction(write_run(tmp_path / "five-vae", "VAE"), {"rFID": 0.3, "PSNR": 27.0}, count=1000)
+    write_samples(write_run(tmp_path / "five-ldm"), {"FID": 8.0})
+    folder = write_preset(tmp_path, "table5/f16d32", ["five-vae", "five-ldm"], "table5/f16d32")
+    found = records(capsys, folder)
+    assert found["five-vae", "rFID"]["published"] == 0.26
+    assert found["five-vae", "PSNR"]["published"] == 28.59  # Table 7, the same VAE
+    assert found["five-ldm", "FID"]["published"] == 17.43
+    assert {record["preset"] for record in found.values()} == {"table5/f16d32"}
+    out = printed(capsys, folder, "--no-html")
+    assert "five-vae: measured on 1,000 images, published on 50,000: not comparable as they stand" in out
+    assert "five-ldm: measured" not in out
+
+
+def test_a_given_row_replaces_the_preset_s(tmp_path, capsys):
+    write_samples(write_run(tmp_path / "a-ldm"), {"FID": 8.0})
+    folder = write_preset(tmp_path, "a", ["a-ldm"], "table2/depth1")
+    assert records(capsys, folder)["a-ldm", "FID"]["published"] == 8.42
+    assert records(capsys, folder, "--published", "a-ldm=table4/mae")["a-ldm", "FID"]["published"] == 10.01
+
+
+@pytest.mark.parametrize(("data", "published"), [("data/CelebA", 0.6647), ("AwA2", 0.6623), ("data/hawaii", None)])
+def test_probes_stand_beside_the_same_benchmark_only(tmp_path, capsys, data, published):
+    write_probe(write_run(tmp_path / "v", "VAE"), 0.5, data, mAP=0.4)
+    found = records(capsys, tmp_path / "v", "--published", "v=table8/sendvae")
+    assert found["v", "attributes/F1-macro"]["published"] == published
+    assert found["v", "attributes/mAP"]["published"] is None
+
+
+def test_seeds_have_their_mean_and_standard_deviation(tmp_path, capsys):
+    values = [7.0, 8.0, 10.0]
+    for seed, value in enumerate(values):
+        write_samples(write_run(tmp_path / f"t-seed{seed}-ldm", seed=seed), {"FID": value})
+    write_preset(tmp_path, "table2/depth1", [f"t-seed{seed}-ldm" for seed in range(3)], "table2/depth1")
+    found = records(capsys, tmp_path / "t-*")
+    mean = found["table2/depth1, mean of 3", "FID"]
+    assert mean["measured"] == pytest.approx(np.mean(values))
+    assert mean["std"] == pytest.approx(np.std(values, ddof=1))
+    assert (mean["seeds"], mean["published"]) == (3, 8.42)
+    assert len(found) == 4
+
+
+def test_pearson_is_numpy_s():
+    generator = np.random.default_rng(0)
+    for count in (3, 7, 50):
+        x, y = generator.normal(size=count), generator.normal(size=count)
+        assert pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-12)
+    assert pearson([1, 2, 3], [30, 20, 10]) == -1
+    assert pearson([1e8 + 1, 1e8 + 2, 1e8 + 3], [1, 2, 3]) == pytest.approx(1)
+    assert math.isnan(pearson([1, 1, 1], [1, 2, 3]))
+
+
+def published_table_8(exps, with_guided: bool = False) -> None:
+    """The paper's four VAEs, as if they had been measured here."""
+    f1s, fids = (0.6222, 0.6347, 0.6439, 0.6647), (17.43, 11.40, 8.96, 7.57)
+    for number, (f1, fid) in enumerate(zip(f1s, fids, strict=True)):
+        run = write_run(exps / f"ldm{number}", vae_checksum=f"vae{number}")
+        write_probe(run, f1, "data/celeba", **{"top5-recall": 1 - f1})
+        write_samples(run, {"FID": fid}, vae=f"vae{number}")
+        if with_guided:
+            write_samples(run, {"FID": fid / 2}, cfg_scale=2.0, vae=f"vae{number}", name="guided")
+
+
+def test_probe_and_distance_stand_together_with_their_correlation(tmp_path, capsys):
+    published_table_8(tmp_path, with_guided=True)
+    out = printed(capsys, tmp_path / "ldm*", "--no-html")
+    r = np.corrcoef([0.6222, 0.6347, 0.6439, 0.6647], [17.43, 11.40, 8.96, 7.57])[0, 1]
+    assert f"Pearson's r of F1-macro with FID: {r:.4f} (4 SiTs, 4 VAEs)" in out
+    assert f"Pearson's r of top5-recall with FID: {-r:.4f}" in out
+    assert "published: -0.9572 over 6 VAEs" in out
+    start = out.index("Probe F1 on celeba beside FID (SiT-Ti/2, 400 steps)")
+    assert [_cells(line) for line in out[start:].splitlines()[3:5]] == [
+        ["ldm3", "ldm3", "0.6647", "0.3353", "7.57"],
+        ["ldm2", "ldm2", "0.6439", "0.3561", "8.96"],
+    ]
+    correlations = json.loads(printed(capsys, tmp_path / "ldm*", "--no-html", "--format", "json"))["correlations"]
+    assert [(view["guidance"], view["vaes"]) for view in correlations] == [("none", 4), ("2 on [0, 0.75]", 4)]
+    assert correlations[0]["pearson"]["attributes/F1-macro"] == pytest.approx(r)
+
+
+def test_sits_of_other_lengths_are_not_mixed(tmp_path):
+    published_table_8(tmp_path)
+    settings = json.loads((tmp_path / "ldm3" / "generated" / "index.json").read_text())
+    settings["source"]["train_steps"] = 800
+    (tmp_path / "ldm3" / "generated" / "index.json").write_text(json.dumps(settings))
+    assert sorted(view.vaes for view in gather([str(tmp_path / "ldm*")]).views) == [1, 3]
+
+
+def test_several_sits_on_one_vae_are_one_vae(tmp_path):
+    published_table_8(tmp_path)
+    write_samples(write_run(tmp_path / "ldm9", vae_checksum="vae0"), {"FID": 17.0}, vae="vae0")
+    write_probe(tmp_path / "ldm9", 0.6224, "data/celeba")
+    (view,) = gather([str(tmp_path / "ldm*")]).views
+    assert (view.vaes, len(view.points)) == (4, 5)
+    probes = {point.sit: point.probes["attributes/F1-macro"] for point in view.points}
+    assert probes["ldm0"] == probes["ldm9"] == pytest.approx((0.6222 + 0.6224) / 2)
+
+
+def test_a_sit_finds_its_vae_by_the_weights(tmp_path):
+    """A VAE run whose weights are those that the SiT's run names, another whose are not, and a bare folder."""
+    autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
+    other, _ = build_autoencoder("f4d4-tiny", "none")
+    for name, vae, f1 in (("right-vae", autoencoder, 0.7), ("wrong-vae", other, 0.2)):
+        write_probe(write_run(tmp_path / name, "VAE"), f1)
+        vae.save(tmp_path / name / "vae")
+    autoencoder.save(tmp_path / "bare")
+    write_probe(tmp_path / "bare", 0.5, "data/other")
+    write_samples(write_run(tmp_path / "ldm", vae_checksum=autoencoder.checksum()), {"FD-x": 9.0})
+    names = ("ldm", "right-vae", "wrong-vae", "bare")
+    found = gather([str(tmp_path / name) for name in names]).views
+    assert {
+        view.data: [(p.vae, p.probes["attributes/F1-macro"], p.distance) for p in view.points] for view in found
+    } == {
+        "toy": [("right-vae", 0.7, 9.0)],
+        "other": [("bare", 0.5, 9.0)],
+    }
+
+
+def test_figure1_is_written(tmp_path, capsys):
+    published_table_8(tmp_path)
+    for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+        picture = tmp_path / f"figure{suffix}"
+        printed(capsys, tmp_path / "ldm*", "--no-html", "--figure1", picture)
+        assert picture.read_bytes().startswith(start)
+
+
+def test_markdown_and_csv_hold_the_same_figures(tmp_path, capsys):
+    run = write_run(tmp_path / "a|b")
+    write_samples(run, UNGUIDED)
+    words = (run, "--no-html", "--published", "a|b=table2/depth1")
+    lines = printed(capsys, *words, "--format", "markdown").splitlines()
+    assert lines[0] == "### Generated images"
+    assert lines[4].startswith("| a\\|b | none | 50,000 | 8.00 | 8.42 | 5.25 | 5.05 |")
+    assert set(lines[3]) == set("|- :")
+    rows = list(csv.DictReader(io.StringIO(printed(capsys, *words, "--format", "csv"))))
+    assert {row["metric"]: float(row["measured"]) for row in rows} == UNGUIDED
+    assert rows[0]["published"] == "8.42" and rows[0]["published_row"] == "table2/depth1"
+
+
+def test_runs_are_found_once_in_the_order_given(tmp_path):
+    for name in ("b-ldm", "a-vae", "c"):
+        write_run(tmp_path / name)
+    (tmp_path / "c" / "vae").mkdir()
+    (tmp_path / "c" / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    experiment = write_preset(tmp_path, "x", ["a-vae", "missing", "b-ldm"])
+    paths = [str(experiment), str(tmp_path / "b-ldm"), str(tmp_path / "c" / "vae"), str(tmp_path / "*")]
+    assert [run.name for run in find_runs(paths)] == ["a-vae", "b-ldm", "c"]
+
+
+def test_figures_that_are_not_finite_are_said_to_be(tmp_path, capsys):
+    write_samples(write_run(tmp_path / "mine"), {"FID": math.nan, "IS": 3.0})
+    assert "not finite" in printed(capsys, tmp_path / "mine", "--no-html")
+    assert records(capsys, tmp_path / "mine")["mine", "FID"]["measured"] is None
+
+
+def test_a_name_cannot_steer_the_terminal(tmp_path):
+    run = write_run(tmp_path / "red\x1b[31m")
+    write_samples(run, {"FID": 1.0})
+    text = as_text(gather([str(run)]).tables)
+    assert "\x1b" not in text and "red [31m" in text
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_samples(write_run(tmp_path / "exps" / "mine"), {"FID": 1.0})
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert "1.00" in printed(capsys, "exps/mine", "--dry-run")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert "1.00" in printed(capsys, "exps/mine")
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_damage_in_one_run_of_a_pattern_is_named(tmp_path):
+    write_run(tmp_path / "good")
+    (write_run(tmp_path / "worse") / "args.json").write_text("[]")
+    with pytest.raises(UserError, match=r"worse/args\.json is damaged"):
+        gather([str(tmp_path / "*")])

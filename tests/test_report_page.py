@@ -1,0 +1,264 @@
+"""report.html: curves, pictures, escaping, and what a browser makes of it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report
+from reporting.curves import (
+    Axis,
+    Chart,
+    Series,
+    charts_of,
+    downsample,
+    draw,
+    has_log,
+    log_is_default,
+    read_series,
+    short,
+)
+from reporting.pictures import inline
+from tests.report_runs import (
+    UNGUIDED,
+    write_picture,
+    write_preset,
+    write_probe,
+    write_reconstruction,
+    write_run,
+    write_samples,
+)
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+EVIL = "<img src=x onerror=alert(1)>\"'&"
+
+
+class Elements(HTMLParser):
+    """All start tags with their attributes, and all text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def exps_with_everything(exps: Path) -> list[str]:
+    """Two VAEs and three SiTs, measured, of which a preset reproduces a row; returns the report's RUNs."""
+    for number, f1 in enumerate((0.52, 0.61, 0.66)):
+        vae = f"checksum{number}"
+        run = write_run(exps / f"table2-depth{number}-ldm", vae_checksum=vae, encoder_depth=number)
+        write_probe(run, f1, "data/celeba")
+        write_samples(run, UNGUIDED | {"FID": 12.0 - number}, vae=vae)
+        write_preset(exps, f"table2/depth{number}", [run.name], f"table2/depth{number}")
+    write_reconstruction(write_run(exps / "mine-vae", "VAE", steps=1000), {"rFID": 0.31, "PSNR": 27.5})
+    return [str(exps / "table2-depth?"), str(exps / "mine-vae")]
+
+
+def page_of(tmp_path: Path, *words: str) -> str:
+    path = tmp_path / "report.html"
+    assert report.main([*words, "--html", str(path)]) == 0
+    return path.read_text()
+
+
+def test_every_figure_curve_and_picture_is_there(tmp_path):
+    text = page_of(tmp_path, *exps_with_everything(tmp_path / "exps"))
+    found = Elements(text)
+    tables = [tag for tag, _ in found.tags].count("table")
+    charts = [attributes.get("class") for tag, attributes in found.tags if tag == "figure"].count("chart")
+    images = [attributes["src"] for tag, attributes in found.tags if tag == "img"]
+    assert tables == 3 + 1 + 1 + 1 + 4  # results, points of Figure 1, runs, flags that differ, settings of each run
+    assert charts == 2 + 4 * 3  # compared: loss and val/psnr of three SiTs; each run: loss, psnr, learning rate
+    assert len(images) == 3 * 2 + 1  # grid and preview of each SiT, grid of the VAE
+    for word in ("9.20", "11.00", "table2/depth1", "Pearson's r of F1-macro with FID: ", "--encoder-depth"):
+        assert word in " ".join(found.words)
+    assert "30.25" in found.words and "val/psnr" in found.words
+
+
+def test_the_page_loads_and_runs_nothing(tmp_path):
+    text = page_of(tmp_path, *exps_with_everything(tmp_path / "exps"))
+    found = Elements(text)
+    policy = next(a["content"] for tag, a in found.tags if tag == "meta" and "http-equiv" in a)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    for tag, attributes in found.tags:
+        assert tag != "script"
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            assert name not in ("src", "href") or value.startswith(("data:", "#")), (tag, name, value)
+    assert not re.search(r"url\(|@import", text)
+
+
+def test_names_and_values_of_a_run_are_text(tmp_path):
+    """A stranger's run in the report can inject nothing, wherever its words appear."""
+    folder = write_run(tmp_path / EVIL.replace("/", ""), note=EVIL, vae_checksum=EVIL)
+    record = json.loads((folder / "args.json").read_text())
+    record |= {"command": ["train_ldm.py", "--x", EVIL], "versions": {EVIL: EVIL}, "git_commit": EVIL}
+    (folder / "args.json").write_text(json.dumps(record))
+    (folder / "status.json").write_text(json.dumps({"state": EVIL, "step": 1, "max_train_steps": 2, "reason": EVIL}))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, EVIL: s, f"val/{EVIL}": s}) + "\n" for s in (1, 9))
+    )
+    write_picture(folder / "samples" / f"{EVIL}.png")
+    write_probe(folder, 0.5, EVIL, **{EVIL: 0.5})
+    write_samples(folder, {"FID": 1.0, EVIL: 2.0}, vae=EVIL, name=EVIL)
+    write_preset(tmp_path, "p", [folder.name])
+    preset = tmp_path / "p" / "preset.json"
+    preset.write_text(preset.read_text().replace('"p"', json.dumps(EVIL)))
+    found = Elements(page_of(tmp_path, str(folder), "--title", EVIL))
+    assert {tag for tag, _ in found.tags} <= {
+        "html", "head", "meta", "link", "title", "style", "body", "header", "h1", "h2", "h3", "p", "nav", "a", "main",
+        "section", "div", "span", "b", "i", "table", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "img",
+        "svg", "path", "text", "circle", "details", "summary", "pre", "ul", "li", "footer", "label", "input",
+    }  # fmt: skip
+    sources = [attributes.get("src") for tag, attributes in found.tags if tag == "img"]
+    assert sources and all(source.startswith("data:image/") for source in sources)
+    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
+    assert " ".join(found.words).count(EVIL) >= 8
+
+
+def test_long_curves_are_thinned_without_losing_their_extremes():
+    values = np.random.default_rng(0).normal(size=10_001)
+    values[1234], values[-1] = 50.0, -7.0
+    steps, means, minima, maxima = downsample(Series("loss", list(range(10_001)), values.tolist()), 240)
+    assert len(steps) == len(means) == len(minima) == len(maxima) <= 240
+    assert (max(maxima), steps[-1], means[-1]) == (50.0, 10_000, -7.0)
+    assert min(minima) == values.min()
+    assert steps == sorted(steps)
+    assert means[0] == pytest.approx(values[:42].mean()) and steps[0] == 20.5
+    few = Series("loss", [1, 2, 3], [5.0, float("nan"), 6.0])
+    assert downsample(few) == ([1.0, 3.0], [5.0, 6.0], [5.0, 6.0], [5.0, 6.0])
+    assert downsample(Series("loss", [1], [float("nan")])) == ([], [], [], [])
+    for count in (240, 241, 479, 480, 481):
+        assert len(downsample(Series("x", list(range(count)), [1.0] * count), 240)[0]) <= 240
+
+
+def test_axes_have_round_numbers_in_their_range():
+    linear = Axis(0.13, 0.87, 0, 100)
+    assert linear.ticks() == [0.2, 0.4, 0.6, 0.8]
+    assert (linear.place(0.13), linear.place(0.5), linear.place(0.87)) == (0, pytest.approx(50), 100)
+    log = Axis(0.002, 30, 200, 0, log=True)
+    assert log.ticks() == pytest.approx([0.01, 0.1, 1, 10])
+    assert log.place(0.002) == 200 and log.place(30) == pytest.approx(0)
+    assert Axis(1.0, 1.02, 0, 1, log=True).ticks() == [1.0, 1.005, 1.01, 1.015, 1.02]
+    assert Axis(5, 5, 0, 100).place(5) == pytest.approx(50)
+    assert [short(v) for v in (0, 12_000, 2.5e6, 1e-5, 0.25, 1234)] == ["0", "12k", "2.5M", "1e-5", "0.25", "1234"]
+
+
+def test_a_point_is_drawn_where_its_value_is():
+    drawn = draw(Chart("loss", [Series("loss", [0, 100], [1.0, 3.0])]), log=False)
+    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="3"><title>loss: (\d) at step (\d+)', drawn)
+    # the axis has 4 % of room at both ends: heights 10…184 px, so 3.0 lies at 10 + 0.04/1.08 · 174
+    assert [(float(x), float(y), v, s) for x, y, v, s in circles] == [
+        (52.0, 177.6, "1", "0"),
+        (350.0, 16.4, "3", "100"),
+    ]
+
+
+def test_charts_go_together_by_what_they_show():
+    names = (
+        "loss",
+        "lr",
+        "disc_lr",
+        "val/psnr",
+        "repa",
+        "val/repa",
+        "val/align_cosine",
+        "val/constant_cosine",
+        "epoch",
+    )
+    series = {name: Series(name, [1, 2], [1.0, 2.0]) for name in names} | {"skipped": Series("skipped", [1], [0.0])}
+    found = {chart.title: [line.name for line in chart.series] for chart in charts_of(series)}
+    assert found == {
+        "loss": ["loss"],
+        "psnr": ["val/psnr"],
+        "repa": ["repa", "val/repa"],
+        "alignment cosine, held out": ["val/align_cosine", "val/constant_cosine"],
+        "learning rate": ["lr", "disc_lr"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "offered", "default"),
+    [([1, 7], False, False), ([1, 9], True, False), ([1, 99], True, True), ([0, 99], False, False)],
+)
+def test_a_log_scale_is_offered_where_values_span_decades(values, offered, default):
+    chart = Chart("loss", [Series("loss", [1, 2], [float(value) for value in values])])
+    assert (has_log(chart), log_is_default(chart)) == (offered, default)
+
+
+def test_a_line_that_is_being_written_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0, "state": "x"}\n{"step": 2, "lo')
+    assert read_series(path) == {"loss": Series("loss", [1], [2.0])}
+    assert read_series(tmp_path / "nothing") == {}
+
+
+def test_pictures_are_scaled_and_small_ones_keep_their_pixels(tmp_path):
+    write_picture(tmp_path / "small.png", 100, 40)
+    small = inline(tmp_path / "small.png")
+    assert (small.width, small.is_enlarged, small.uri[:22]) == (700, True, "data:image/png;base64,")
+    write_picture(tmp_path / "large.png", 3000, 1500)
+    large = inline(tmp_path / "large.png", most_pixels=900, most_bytes=50_000)
+    assert (large.width, large.is_enlarged, large.uri[:15]) == (900, False, "data:image/jpeg")
+    assert len(large.uri) < 900 * 450
+    (tmp_path / "broken.png").write_bytes((tmp_path / "small.png").read_bytes()[:60])
+    assert inline(tmp_path / "broken.png").fault.startswith("broken.png is not readable")
+
+
+def test_a_damaged_picture_is_said_to_be(tmp_path):
+    run = write_run(tmp_path / "mine")
+    (run / "samples" / "0000400.png").write_bytes(b"not a picture")
+    assert "0000400.png is not readable" in page_of(tmp_path, str(run))
+
+
+def chromium(tmp_path: Path, page: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.resolve().as_uri()]
+    environment = os.environ | {"HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_shows_it(tmp_path):
+    page_of(tmp_path, *exps_with_everything(tmp_path / "exps"))
+    page, picture = tmp_path / "report.html", tmp_path / "page.png"
+    chromium(tmp_path, page, "--window-size=1200,1600", f"--screenshot={picture}")
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    assert pixels.shape == (1600, 1200, 3)
+    assert (pixels != pixels[0, 0]).any(axis=-1).mean() > 0.05  # ink
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    rows = (pixels != pixels[0, 0]).any(axis=(1, 2))
+    assert rows[:200].any() and rows[-200:].any()  # from top to bottom
+
+    answer = chromium(tmp_path, page, "--enable-logging=stderr", "--dump-dom")
+    assert "CONSOLE" not in answer.stderr  # neither script errors nor refused loads
+    found = Elements(answer.stdout)
+    words = " ".join(found.words)
+    assert [tag for tag, _ in found.tags].count("table") == 10
+    for word in (
+        "Generated images",
+        "Reconstruction",
+        "Probe: attributes",
+        "9.20",
+        "11.00",
+        "27.50",
+        "table2-depth1-ldm",
+    ):
+        assert word in words
+    assert not re.search(r"\b(None|NaN|nan|undefined|TODO)\b|\{\w+\}", words.partition("--")[0])
