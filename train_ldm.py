@@ -1,5 +1,8 @@
 """Stage 3: train a SiT on cached latents, its hidden states aligned with frozen VFM features (REPA).
 
+--align vae aligns them with the VAE's latents instead (VAE-REPA), without any VFM; repa+vae with both, none with
+neither.
+
   python train_ldm.py --exp-name ldm --data-dir data/imagenet256 --vae-latents-name sendvae --model SiT-XL/1
 
 Reads the cache that cache_latents.py made, and the images themselves only where REPA's features are not cached. Writes
@@ -12,7 +15,7 @@ stop. Runs under python, torchrun and accelerate launch. Exit codes: 0 finished,
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +30,8 @@ from models.autoencoder import Autoencoder, architecture_names, build_autoencode
 from models.encoders import Encoder, encoder_names
 from models.sit import SiT, SiTConfig
 from training import arguments, dry_run
-from training.cli import ArgumentParser, non_negative_float, positive_int, run
+from training.alignment_cost import alignment_cost_lines
+from training.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
 from training.ema import EMA
 from training.ldm import LDMTrainer
 from training.ldm_task import LDMTask
@@ -39,6 +43,11 @@ from training.session import Job, micro_batch_size, train
 from training.trained_ldm import statistics_checksum
 
 DRY_RUN_CLASSES = 1000
+ALIGNMENTS = ("repa", "vae", "repa+vae", "none")
+REPA_COEFF, VAE_REPA_COEFF = 0.5, 1.0
+# Published for B, L and XL; the small ones follow B. The width is not published: this one costs XL/2 the published 4 %.
+VAE_REPA_DEPTHS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}
+VAE_REPA_WIDTH = 2  # in widths of the SiT
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -58,6 +67,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_grid_arguments(parser)
     args = parser.parse_args(argv)
     arguments.check_arguments(args)
+    resolve_alignment(args)
     if not args.dry_run and not args.vae_latents_name:
         raise UserError("--vae-latents-name is needed: the latent cache that cache_latents.py made")
     return args
@@ -82,9 +92,19 @@ def add_latent_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("alignment (REPA)")
+    group = parser.add_argument_group("alignment")
     group.add_argument(
-        "--proj-coeff", type=non_negative_float, default=0.5, metavar="X", help="weight of REPA; 0: no VFM is used"
+        "--align",
+        choices=ALIGNMENTS,
+        default="repa",
+        help="of hidden states: repa with VFM features, vae with the clean latents (VAE-REPA; no VFM, no images), with "
+        "both, with neither",
+    )
+    group.add_argument(
+        "--proj-coeff",
+        type=non_negative_float,
+        metavar="X",
+        help=f"weight of REPA; 0: no VFM is used (default: {REPA_COEFF})",
     )
     group.add_argument(
         "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
@@ -99,6 +119,57 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="run the VFM on the images, or read cached features; auto: features where the cache has them",
     )
+    group.add_argument(
+        "--vae-repa-coeff",
+        type=non_negative_float,
+        metavar="X",
+        help=f"weight of VAE-REPA (default: {VAE_REPA_COEFF}; REPA-E's --vae-align-proj-coeff is another thing)",
+    )
+    group.add_argument(
+        "--vae-repa-depth",
+        type=positive_int,
+        metavar="N",
+        help="block whose output predicts the clean latent, from 1 (default: "
+        + ", ".join(f"{size} {depth}" for size, depth in VAE_REPA_DEPTHS.items())
+        + ")",
+    )
+    group.add_argument(
+        "--vae-repa-times",
+        type=fraction,
+        nargs=2,
+        default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="times at which it does, 0 is data, 1 noise (default: 0 1)",
+    )
+    group.add_argument(
+        "--vae-repa-width",
+        type=positive_int,
+        metavar="N",
+        help="hidden width of its projector, five linear layers (default: twice the SiT's)",
+    )
+
+
+def resolve_alignment(args: argparse.Namespace) -> None:
+    """Settle what is aligned and how strongly; what is not has weight 0, and its flags are refused."""
+    chosen = set(args.align.split("+")) - {"none"}
+    if "repa" not in chosen and (args.proj_coeff or args.enc_ckpt or args.repa_source != "auto"):
+        flag = "--proj-coeff" if args.proj_coeff else "--enc-ckpt" if args.enc_ckpt else "--repa-source"
+        raise UserError(
+            f"{flag} is REPA's, and --align {args.align} uses no VFM: leave it away, or add repa to --align"
+        )
+    if "vae" not in chosen and (args.vae_repa_coeff or args.vae_repa_depth or args.vae_repa_width):
+        flag = "coeff" if args.vae_repa_coeff else "depth" if args.vae_repa_depth else "width"
+        raise UserError(f"--vae-repa-{flag} is VAE-REPA's: leave it away, or add vae to --align {args.align}")
+    low, high = args.vae_repa_times
+    if low >= high:
+        raise UserError(f"--vae-repa-times {low:g} {high:g}: the lower time comes first, and they differ")
+    if "vae" not in chosen and (low, high) != (0.0, 1.0):
+        raise UserError(f"--vae-repa-times is VAE-REPA's: leave it away, or add vae to --align {args.align}")
+    args.proj_coeff = 0.0 if "repa" not in chosen else REPA_COEFF if args.proj_coeff is None else args.proj_coeff
+    coeff = VAE_REPA_COEFF if args.vae_repa_coeff is None else args.vae_repa_coeff
+    args.vae_repa_coeff = coeff if "vae" in chosen else 0.0
+    parts = [name for name, weight in (("repa", args.proj_coeff), ("vae", args.vae_repa_coeff)) if weight]
+    args.align = "+".join(parts) or "none"
 
 
 @dataclass
@@ -241,6 +312,11 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, auto
         projector_width=args.projector_width,
     )
     config.check()
+    if args.vae_repa_coeff:
+        args.vae_repa_depth = args.vae_repa_depth or VAE_REPA_DEPTHS[config.size_name]
+        args.vae_repa_width = args.vae_repa_width or VAE_REPA_WIDTH * config.size.width
+        config = replace(config, latent_depth=args.vae_repa_depth, latent_width=args.vae_repa_width)
+        config.check()
     args.sit = config.to_dict()
     if latents is not None:
         check_features(args, config, latents)
@@ -293,6 +369,8 @@ def build_trainer(
         optimizer=build_optimizer(args, model),
         ema=ema,
         accelerator=accelerator,
+        latent_coeff=args.vae_repa_coeff,
+        latent_times=tuple(args.vae_repa_times),
     )
 
 
@@ -325,7 +403,7 @@ def build_job(
         "sendvae-ldm",
         data.latents,
         build,
-        describe=lambda task: describe(args, config, data),
+        describe=lambda task: describe(args, config, data) + cost_lines(args, config, task.trainer),
         products=("vae",),
         prepare=lambda folder: autoencoder.save(folder / "vae"),
     )
@@ -339,8 +417,23 @@ def describe(args: argparse.Namespace, config: SiTConfig, data: Data) -> list[st
         f"{config.model}: {config.size.depth} blocks of {config.size.width}, {config.grid}×{config.grid} tokens",
     ]
     if args.proj_coeff:
-        lines.append(f"REPA after block {config.encoder_depth} with {args.enc_type}, from {args.repa_source}")
+        lines.append(
+            f"REPA after block {config.encoder_depth} with {args.enc_type}, from {args.repa_source}, weight "
+            f"{args.proj_coeff:g}"
+        )
+    if args.vae_repa_coeff:
+        low, high = args.vae_repa_times
+        lines.append(
+            f"VAE-REPA after block {config.latent_depth}, times {low:g} to {high:g}, weight {args.vae_repa_coeff:g}"
+        )
     return lines
+
+
+def cost_lines(args: argparse.Namespace, config: SiTConfig, trainer: LDMTrainer) -> list[str]:
+    """What the alignment costs, measured; on the main process, which alone has a use for it."""
+    if args.align == "none" or not trainer.accelerator.is_main_process:
+        return []
+    return alignment_cost_lines(config, trainer.encoders or (), args.resolution)
 
 
 def dry_run_step(
@@ -349,6 +442,8 @@ def dry_run_step(
     """Two steps at the real shapes: batch 2 on each process, of random latents."""
     trainer = build_trainer(args, config, autoencoder, accelerator)
     batch = random_batch(args, config, count=2)
+    for line in cost_lines(args, config, trainer):
+        print(line)
     networks = {
         args.model: trainer.model,
         **{f"VFM {encoder.name}": encoder for encoder in trainer.encoders or ()},

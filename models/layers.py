@@ -1,18 +1,23 @@
 """Small layers and constants that several networks share."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
 
-def projector(in_features: int, out_features: int, width: int = 2048) -> nn.Sequential:
-    """Linear–SiLU–Linear–SiLU–Linear, applied to the last dimension: ``[..., in]`` → ``[..., out]`` (REPA)."""
-    return nn.Sequential(
-        nn.Linear(in_features, width),
-        nn.SiLU(),
-        nn.Linear(width, width),
-        nn.SiLU(),
-        nn.Linear(width, out_features),
-    )
+def projector(in_features: int, out_features: int, width: int = 2048, layers: int = 3) -> nn.Sequential:
+    """Linear layers with a SiLU between each two, on the last dimension: ``[..., in]`` → ``[..., out]``.
+
+    Args:
+        width: of all hidden layers.
+        layers: linear ones; three are REPA's projector.
+    """
+    widths = [in_features, *[width] * (layers - 1), out_features]
+    modules = []
+    for before, after in pairwise(widths):
+        modules += [nn.Linear(before, after), nn.SiLU()]
+    return nn.Sequential(*modules[:-1])
 
 
 def sincos_positions(width: int, grid: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ Parameter names are those of the public SiT, REPA and REPA-E code, so that their
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ SIT_SIZES = {
     "XL": SiTSize(28, 1152, 16),
 }
 PATCH_SIZES = (1, 2, 4, 8)
+LATENT_PROJECTOR_LAYERS = 5  # of VAE-REPA's projector
+PROJECTORS = ("projectors.", "latent_projector.")  # parameters that only training has a use for
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class SiTConfig:
         encoder_depth: block after which hidden states are projected to VFM features (REPA), counted from 1.
         feature_dims: D of each VFM, one projector each; empty without REPA.
         projector_width: hidden width of the projectors.
+        latent_depth: block after which hidden states predict the clean latent (VAE-REPA), counted from 1; 0: none.
+        latent_width: hidden width of that projector.
     """
 
     model: str
@@ -59,10 +63,17 @@ class SiTConfig:
     encoder_depth: int = 8
     feature_dims: tuple[int, ...] = ()
     projector_width: int = 2048
+    latent_depth: int = 0
+    latent_width: int = 0
+
+    @property
+    def size_name(self) -> str:
+        """A key of ``SIT_SIZES``."""
+        return self._name[0]
 
     @property
     def size(self) -> SiTSize:
-        return SIT_SIZES[self._name[0]]
+        return SIT_SIZES[self.size_name]
 
     @property
     def patch_size(self) -> int:
@@ -78,12 +89,22 @@ class SiTConfig:
         return re.fullmatch(r"SiT-(\w+)/(\d+)", self.model).groups()
 
     def to_dict(self) -> dict:
-        """Plain JSON values; ``SiTConfig.from_dict`` is the inverse."""
-        return asdict(self) | {"feature_dims": list(self.feature_dims)}
+        """Plain JSON values; ``SiTConfig.from_dict`` is the inverse.
+
+        What says that there is no VAE-REPA is left out, so that runs from before it was known are the same runs.
+        """
+        values = asdict(self) | {"feature_dims": list(self.feature_dims)}
+        if not self.latent_depth:
+            del values["latent_depth"], values["latent_width"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "SiTConfig":
         return cls(**(values | {"feature_dims": tuple(values["feature_dims"])}))
+
+    def without_projectors(self) -> "SiTConfig":
+        """The network that samples: its parameters are those whose names do not begin with one of ``PROJECTORS``."""
+        return replace(self, feature_dims=(), latent_depth=0, latent_width=0)
 
     def check(self) -> None:
         """Raise :class:`UserError` for a name or a combination that cannot be built."""
@@ -99,6 +120,10 @@ class SiTConfig:
             raise UserError(
                 f"--encoder-depth {self.encoder_depth}: {self.model} has blocks 1 to {self.size.depth}; choose one"
             )
+        if not 0 <= self.latent_depth <= self.size.depth:
+            raise UserError(
+                f"--vae-repa-depth {self.latent_depth}: {self.model} has blocks 1 to {self.size.depth}; choose one"
+            )
 
 
 def model_names() -> list[str]:
@@ -107,7 +132,7 @@ def model_names() -> list[str]:
 
 
 class SiT(nn.Module):
-    """The diffusion model on latents, with REPA's projectors beside it.
+    """The diffusion model on latents, with the projectors of REPA and VAE-REPA (arXiv 2601.17830) beside it.
 
     Args:
         config: its sizes.
@@ -127,9 +152,17 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
         self.blocks = nn.ModuleList(Block(width, config.size.heads, config.qk_norm) for _ in range(config.size.depth))
-        self.projectors = nn.ModuleList(projector(width, dim, config.projector_width) for dim in config.feature_dims)
+        self.projectors = nn.ModuleList()
         self.final_layer = FinalLayer(width, patch * patch * config.latent_channels)
         self._initialise()
+        # Last, so that one seed gives the same network whatever it is aligned with.
+        self.projectors.extend(projector(width, dim, config.projector_width) for dim in config.feature_dims)
+        self.projectors.apply(xavier_linears)
+        self.latent_projector = None
+        if config.latent_depth:
+            values = patch * patch * config.latent_channels
+            self.latent_projector = projector(width, values, config.latent_width, LATENT_PROJECTOR_LAYERS)
+            self.latent_projector.apply(xavier_linears)
 
     @property
     def null_class(self) -> int:
@@ -137,8 +170,14 @@ class SiT(nn.Module):
         return self.config.num_classes
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, with_tokens: bool = False, only_tokens: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | list[torch.Tensor]:
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        with_tokens: bool = False,
+        only_tokens: bool = False,
+        with_latent: bool = False,
+    ) -> torch.Tensor | tuple | list[torch.Tensor]:
         """Predict the velocity.
 
         Args:
@@ -147,24 +186,30 @@ class SiT(nn.Module):
             y: class in 0…num_classes, the last one the null class, int64 ``[B]``.
             with_tokens: also return the projected hidden states of block ``encoder_depth``.
             only_tokens: return nothing else, and leave out the blocks after that one.
+            with_latent: also return them and the clean latent that block ``latent_depth`` predicts.
 
         Returns:
             velocity ``[B, C, h, w]``; with ``with_tokens`` also a list of ``[B, N, D]``, one for each VFM; with
-            ``only_tokens`` that list.
+            ``only_tokens`` that list; with ``with_latent`` velocity, that list and the predicted normalised latent
+            ``[B, C, h, w]``, None without VAE-REPA.
         """
         x = self.x_embedder(x) + self.pos_embed  # [B, N, width]
         condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
-        tokens = []
+        tokens, latent = [], None
         for number, block in enumerate(self.blocks, start=1):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, condition, use_reentrant=False)
             else:
                 x = block(x, condition)
-            if (with_tokens or only_tokens) and number == self.config.encoder_depth:
+            if (with_tokens or only_tokens or with_latent) and number == self.config.encoder_depth:
                 tokens = [project(x) for project in self.projectors]
                 if only_tokens:
                     return tokens
+            if with_latent and number == self.config.latent_depth:
+                latent = self._unpatchify(self.latent_projector(x))
         velocity = self._unpatchify(self.final_layer(x, condition))
+        if with_latent:
+            return velocity, tokens, latent
         return (velocity, tokens) if with_tokens else velocity
 
     def _unpatchify(self, x: torch.Tensor) -> torch.Tensor:

@@ -92,9 +92,9 @@ def test_labels_are_dropped_with_the_probability_given():
     trainer = tiny_trainer(cfg_prob=0.3)
     batch, seen = random_batch(2000), []
 
-    def network(x, t, y, with_tokens):
+    def network(x, t, y, with_latent):
         seen.append(y)
-        return x * trainer.model.x_embedder.proj.bias.sum(), []
+        return x * trainer.model.x_embedder.proj.bias.sum(), [], None
 
     trainer.wrapped = network
     trainer.accumulate(batch, trainer.draws_for(batch, 0, 0), share=1.0)

@@ -69,12 +69,12 @@ class Checkpoint:
             return f"{MANIFEST} is not readable ({error})"
         return None
 
-    def load_module(self, name: str, module: nn.Module, without: str | None = None) -> None:
+    def load_module(self, name: str, module: nn.Module, without: str | tuple[str, ...] = ()) -> None:
         """Load ``name.safetensors``; keys must be exactly the module's, those that begin with ``without`` left out."""
         path = self.folder / f"{name}.safetensors"
         try:
             weights = load_file(path)
-            module.load_state_dict({k: v for k, v in weights.items() if without is None or not k.startswith(without)})
+            module.load_state_dict({k: v for k, v in weights.items() if not k.startswith(without)})
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(f"{path} does not fit the network ({' '.join(str(error).split())[:200]})") from error
 

@@ -1,4 +1,4 @@
-"""Stage 3: one step of training a SiT on cached latents, aligned with VFM features (REPA, arXiv 2410.06940)."""
+"""Stage 3: one step of training a SiT on cached latents: denoising, REPA (arXiv 2410.06940), VAE-REPA (2601.17830)."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,6 +11,7 @@ from dataset.latents import LatentBatch
 from diffusion.flow import add_noise, training_times, velocity
 from loss.alignment import averaged, patch_cosine_loss
 from loss.denoising import denoising_error
+from loss.latent_alignment import latent_alignment_loss
 from loss.total import total
 from models.encoders import Encoder
 from models.latent_statistics import LatentStatistics
@@ -56,6 +57,8 @@ class LDMTrainer:
         encoders: frozen VFMs, one for each of the model's projectors; None where features come with the batch.
         encoder_names: of the VFMs, for the metrics of each where there are several.
         proj_coeff: weight of the REPA loss.
+        latent_coeff: weight of the VAE-REPA loss, where the model has its projector.
+        latent_times: lowest and highest time that this loss counts.
         cfg_prob: probability that a label is replaced by the null class.
         path_type, weighting: the interpolant and how times are drawn.
         max_grad_norm: gradients are clipped to this 2-norm.
@@ -81,10 +84,13 @@ class LDMTrainer:
         optimizer: torch.optim.Optimizer,
         ema: EMA | None,
         accelerator: Accelerator,
+        latent_coeff: float = 0.0,
+        latent_times: tuple[float, float] = (0.0, 1.0),
     ):
         self.model, self.statistics, self.encoders = model, statistics, encoders
         self.encoder_names = encoder_names
         self.proj_coeff, self.cfg_prob = proj_coeff, cfg_prob
+        self.latent_coeff, self.latent_times = latent_coeff, latent_times
         self.path_type, self.weighting = path_type, weighting
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.optimizer, self.ema, self.accelerator = optimizer, ema, accelerator
@@ -141,13 +147,16 @@ class LDMTrainer:
         labels = torch.where(draws.dropout < self.cfg_prob, self.model.null_class, labels)
         with nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
             noisy = add_noise(x, t, draws.noise, self.path_type)
-            prediction, tokens = self.wrapped(noisy, t, labels, with_tokens=True)
+            prediction, tokens, latent = self.wrapped(noisy, t, labels, with_latent=True)
             target = velocity(x, t, draws.noise, self.path_type)
             terms, weights = {"denoise": denoising_error(prediction, target).mean()}, {"denoise": 1.0}
             if tokens:
                 losses = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
                 repa = averaged("repa", self.encoder_names, losses, self.proj_coeff)
                 terms, weights = terms | repa[0], weights | repa[1]
+            if latent is not None:
+                terms["vae_repa"] = latent_alignment_loss(latent, x, t, *self.latent_times)
+                weights["vae_repa"] = self.latent_coeff
             loss = total(terms, weights)
             self.accelerator.backward(loss * share)
         return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}

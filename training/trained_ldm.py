@@ -5,12 +5,12 @@ Nothing of it can be given by a flag that might contradict the training.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
 from models.autoencoder import STATISTICS_FILE, Autoencoder, build_autoencoder
-from models.sit import SiT, SiTConfig
+from models.sit import PROJECTORS, SiT, SiTConfig
 from training.checkpoint import Checkpoint, CheckpointFolder
 from training.run import arguments_of, status_of
 
@@ -54,9 +54,9 @@ class TrainedLDM:
         return self.checkpoint.step
 
     def load_model(self) -> SiT:
-        """The SiT in eval mode, on the CPU, without REPA's projectors."""
+        """The SiT in eval mode, on the CPU, without the projectors that aligned it."""
         model = SiT(self.config)
-        self.checkpoint.load_module(self.weights, model, without="projectors.")
+        self.checkpoint.load_module(self.weights, model, without=PROJECTORS)
         return model.eval().requires_grad_(False)
 
     def load_autoencoder(self) -> Autoencoder:
@@ -209,7 +209,7 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             folder=folder,
             checkpoint=checkpoint,
             weights=weights,
-            config=replace(config, feature_dims=()),
+            config=config.without_projectors(),
             path_type=arguments["path_type"],
             class_names=arguments["class_names"],
             resolution=arguments["resolution"],

@@ -36,15 +36,23 @@ def with_flags(spoil=lambda data: None, **changes):
     return prepare
 
 
-def begun_run(**changes):
+def with_times(low: str, high: str, **changes):
+    """A case with a range of times, which takes two values."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        return [*with_flags(**changes)(tmp_path, monkeypatch), "--vae-repa-times", low, high]
+
+    return prepare
+
+
+def begun_run(old: dict, **changes):
     """A run that was begun with other flags."""
 
     def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         argv = with_flags(**changes)(tmp_path, monkeypatch)
         folder = tmp_path / "exps" / "run"
         folder.mkdir(parents=True)
-        defaults = {"cfg_prob": 0.3, "learning_rate": 1e-3}
-        (folder / "args.json").write_text(json.dumps({"args": defaults}))
+        (folder / "args.json").write_text(json.dumps({"args": {"learning_rate": 1e-3} | old}))
         CheckpointFolder(folder).save(1, {"model": nn.Linear(1, 1)}, {}, {})
         return argv
 
@@ -152,7 +160,25 @@ CASES = [
         ("is a path", "--val-vae-latents-name"),
     ),
     Case("held-out of another VAE", with_flags(val_vae_latents_name=cache_of_random_numbers), ("has another VAE",)),
-    Case("changed flag on resume", begun_run(cfg_prob=0.1), ("--cfg-prob 0.3, not 0.1",)),
+    Case("changed flag on resume", begun_run({"cfg_prob": 0.3}, cfg_prob=0.1), ("--cfg-prob 0.3, not 0.1",)),
+    Case("unknown alignment", with_flags(align="vae+repa"), ("--align", "vae+repa", "repa+vae")),
+    Case(
+        "VFM weights without REPA", with_flags(align="vae", enc_ckpt="x.pth"), ("--enc-ckpt", "--align vae", "no VFM")
+    ),
+    Case("weight of REPA without REPA", with_flags(align="none", proj_coeff=0.5), ("--proj-coeff", "--align none")),
+    Case("source of features without REPA", with_flags(align="vae", repa_source="images"), ("--repa-source", "vae")),
+    Case("weight without VAE-REPA", with_flags(vae_repa_coeff=0.5), ("--vae-repa-coeff", "add vae to --align repa")),
+    Case("depth without VAE-REPA", with_flags(align="none", vae_repa_depth=2), ("--vae-repa-depth", "--align none")),
+    Case("times without VAE-REPA", with_times("0.1", "0.9"), ("--vae-repa-times", "add vae to --align repa")),
+    Case(
+        "VAE-REPA beyond the model", with_flags(align="vae", vae_repa_depth=7), ("--vae-repa-depth 7", "blocks 1 to 6")
+    ),
+    Case("VAE-REPA at block 0", with_flags(align="vae", vae_repa_depth=0), ("--vae-repa-depth", "0")),
+    Case(
+        "times reversed", with_times("0.8", "0.2", align="vae"), ("--vae-repa-times 0.8 0.2", "lower time comes first")
+    ),
+    Case("time above 1", with_times("0", "2", align="vae"), ("--vae-repa-times", "[0, 1]")),
+    Case("changed alignment on resume", begun_run({"align": "none"}, align="vae"), ("--align none, not vae",)),
     Case("probability above 1", with_flags(cfg_prob=1.5), ("--cfg-prob", "[0, 1]")),
     Case("unknown weighting", with_flags(weighting="logit"), ("--weighting", "lognormal")),
     Case("abbreviated flag", lambda tmp_path, monkeypatch: ["--mod", "SiT-B/2"], ("--mod",)),
