@@ -178,7 +178,10 @@ def _check_zip(path: Path) -> None:
     if any(name.endswith(".npy") for name in names):
         raise NotWeightsError("it is a NumPy .npz archive")
     if any(Path(name).name == "constants.pkl" for name in names):
-        raise NotWeightsError("it is a TorchScript program; save its state_dict() instead")
+        raise NotWeightsError(
+            "it is TorchScript, a program, and not run here; where you trust it, convert it once: "
+            f"torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), 'weights.pt')"
+        )
     if not any(Path(name).name == "data.pkl" for name in names):
         raise NotWeightsError("it is a zip archive that torch.save did not write")
 

@@ -212,5 +212,5 @@ def test_torchscript_is_refused_with_the_way_to_convert_it(monkeypatch, tmp_path
     shrink(monkeypatch, "clip-vit-L", CLIP_VIT)
     path = tmp_path / "ViT-L-14.pt"
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
-    with pytest.raises(UserError, match=r"TorchScript archive.*torch\.jit\.load\('ViT-L-14\.pt'.*state_dict\(\)"):
+    with pytest.raises(UserError, match=r"TorchScript.*torch\.jit\.load\('ViT-L-14\.pt'.*state_dict\(\)"):
         build_encoder("clip-vit-L", 3, str(path))

@@ -5,6 +5,7 @@ each writer gives the file content of one layout. Nothing here imports what it t
 """
 
 import math
+from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
@@ -147,7 +148,7 @@ def dinov1_teacher(w):
     head = {"head.mlp.0.weight": torch.zeros(4, 4), "head.last_layer.weight_v": torch.zeros(4, 4)}
     teacher = {f"backbone.{name}": tensor for name, tensor in dino(w).items()} | head
     student = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in teacher.items()}
-    return {"student": student, "teacher": teacher, "optimizer": {"state": {}}, "epoch": 100}
+    return {"student": student, "teacher": teacher, "optimizer": {"state": {}}, "args": Namespace(arch="vit_base")}
 
 
 def dinov2(w):

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import os
 import socket
-import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -30,7 +29,6 @@ def load_weights(network: nn.Module, enc_type: str, spec: EncoderSpec, path: Pat
         UserError: the file holds no weights, or those of another network.
     """
     try:
-        _refuse_torchscript(path)
         state = read_state_dict(path, NESTED_KEYS)
         state = _for_vit(state, network) if spec.kind == "vit" else _for_cnn(state, network, spec)
         network.load_state_dict(state)
@@ -169,15 +167,3 @@ def _without(state: dict[str, torch.Tensor], network: nn.Module, droppable: tupl
     """Drop what the network lacks and may be dropped; anything else too much is left to be complained about."""
     wanted = network.state_dict()
     return {name: tensor for name, tensor in state.items() if name in wanted or not name.startswith(droppable)}
-
-
-def _refuse_torchscript(path: Path) -> None:
-    """OpenAI publishes CLIP as TorchScript, which is code: it is not run here."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise NotWeightsError(
-                "it is a TorchScript archive, whose code is not run here; convert it once, where you trust it: "
-                f"torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), 'weights.pt')"
-            )
