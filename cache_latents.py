@@ -26,7 +26,8 @@ from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_na
 from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from errors import UserError
-from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
+from formats.vae import build_autoencoder
+from models.autoencoder import Autoencoder, architecture_names
 from models.encoders import ENCODERS, Encoder, build_encoders, encoder_names
 from training import arguments
 from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run

@@ -26,7 +26,8 @@ from dataset.latents import FLIPPED_NAME, LatentBatch, LatentDataset, features_n
 from dataset.loader import stage_dataset
 from dataset.shards import read_index
 from errors import UserError
-from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
+from formats.vae import build_autoencoder
+from models.autoencoder import Autoencoder, architecture_names
 from models.encoders import Encoder, encoder_names
 from models.sit import SiT, SiTConfig
 from training import arguments, dry_run

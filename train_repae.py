@@ -23,8 +23,9 @@ from accelerate import Accelerator
 from dataset.images import ImageDataset
 from dataset.loader import ImageBatch, LabelledImages
 from errors import UserError
+from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, load_loss_config
-from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
+from models.autoencoder import Autoencoder, architecture_names
 from models.encoders import encoder_names, encoder_spec
 from models.sit import SiT, SiTConfig
 from training import arguments, dry_run

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from dataset.images import ImageDataset
 from diffusion.flow import PATH_TYPES
 from errors import UserError
+from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, load_loss_config
-from models.autoencoder import architecture_names, build_autoencoder
+from models.autoencoder import architecture_names
 from models.encoders import Encoder, build_encoders, encoder_names
 from models.mapper import Mapper
 from training import arguments, dry_run

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.images import ImageDataset, open_images
 from dataset.packing import PackingJob
 from dataset.shards import ShardSpec
-from models.autoencoder import Autoencoder, build_autoencoder
+from formats.vae import build_autoencoder
+from models.autoencoder import Autoencoder
 from training.cli import ArgumentParser, add_debug_argument, positive_int, run
 from training.latent_cache import (
     Cacher,

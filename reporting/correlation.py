@@ -124,7 +124,7 @@ def vae_checksums(runs: Iterable[Run]) -> dict[str, str]:
         if run.sort == SORTS["train_ldm.py"] and "vae_checksum" in run.arguments:
             found[run.name] = run.arguments["vae_checksum"]
         elif run.vae_folder is not None:
-            from models.autoencoder import build_autoencoder  # torch and diffusers: seconds that few reports need
+            from formats.vae import build_autoencoder  # torch and diffusers: seconds that few reports need
 
             try:
                 found[run.name] = build_autoencoder(str(run.vae_folder))[0].checksum()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, features_name
 from dataset.packing import PackingJob
 from dataset.shards import ShardSpec
-from models.autoencoder import build_autoencoder
+from formats.vae import build_autoencoder
 from models.latent_statistics import LatentStatistics
 from tests.command_line import argv_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.autoencoder import build_autoencoder
+from formats.vae import build_autoencoder
 from models.sit import SiT, SiTConfig
 from tests.command_line import argv_of
 from training.checkpoint import CheckpointFolder

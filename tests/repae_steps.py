@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from dataset.loader import ImageBatch
+from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, VAEObjective
-from models.autoencoder import build_autoencoder
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from models.sit import SiT, SiTConfig

@@ -3,8 +3,8 @@
 import torch
 from accelerate import Accelerator
 
+from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, VAEObjective
-from models.autoencoder import build_autoencoder
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from models.mapper import Mapper

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffusion.flow import PATH_TYPES, add_noise, interpolant
+from formats.vae import build_autoencoder
 from loss.alignment import constant_predictor_cosine, patch_cosine, patch_cosine_loss
-from models.autoencoder import build_autoencoder
 from models.encoders import build_encoder
 from models.latent_statistics import latent_moments
 from models.mapper import Mapper

@@ -17,7 +17,7 @@ from dataset.images import open_images
 from dataset.latents import LatentDataset, features_name
 from dataset.toy import write_toy_dataset
 from errors import UserError
-from models.autoencoder import build_autoencoder
+from formats.vae import build_autoencoder
 from models.encoders import build_encoder
 from tests.latent_caches import flags, save_vae
 from tests.photographs import random_image

@@ -19,7 +19,7 @@ from dataset.npz import write_npz
 from dataset.shards import PackedReader
 from diffusion.counted_noise import counted_normal
 from errors import UserError
-from models.autoencoder import build_autoencoder
+from formats.vae import build_autoencoder
 from models.sit import SiT, SiTConfig
 from tests.ldm_runs import CLASS_NAMES, RESOLUTION, STEP, flags, write_ldm_run
 from training.sampling import choose_labels, default_shard_size, preview_rows

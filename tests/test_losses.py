@@ -11,12 +11,13 @@ import torchvision
 
 import loss.perceptual
 from errors import UserError
+from formats.vae import build_autoencoder
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
 from loss.perceptual import build_lpips
 from loss.reconstruction import kl_divergence, reconstruction_loss
 from loss.total import total
 from loss.vae_objective import VAELossConfig, VAEObjective, load_loss_config
-from models.autoencoder import build_autoencoder, to_signed
+from models.autoencoder import to_signed
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.mapper import Mapper
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
+from formats.vae import build_autoencoder
 from models.autoencoder import (
     CONFIG_DIR,
     STATISTICS_FILE,
     Autoencoder,
     Posterior,
     architecture_names,
-    build_autoencoder,
     to_signed,
     to_uint8,
 )

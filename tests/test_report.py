@@ -10,8 +10,8 @@ import pytest
 
 import report
 from errors import UserError
+from formats.vae import build_autoencoder
 from metrics.record import Measurement, write_measurement
-from models.autoencoder import build_autoencoder
 from reporting.correlation import pearson
 from reporting.gather import gather
 from reporting.runs import find_runs

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import generate
 import train_ldm
-from models.autoencoder import build_autoencoder
+from formats.vae import build_autoencoder
 from tests.latent_caches import save_vae
 from tests.ldm_trainings import LATENTS, flags, write_data
 from training.cli import run

@@ -19,7 +19,8 @@ import generate
 import train_ldm
 import train_repae
 from dataset.toy import main as make_toy
-from models.autoencoder import Autoencoder, build_autoencoder
+from formats.vae import build_autoencoder
+from models.autoencoder import Autoencoder
 from preprocessing import main as preprocess
 from tests import ldm_trainings
 from tests.photographs import write_class_folders

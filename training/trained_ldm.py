@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from models.autoencoder import STATISTICS_FILE, Autoencoder, build_autoencoder
+from formats.vae import build_autoencoder
+from models.autoencoder import STATISTICS_FILE, Autoencoder
 from models.sit import PROJECTORS, SiT, SiTConfig
 from training.checkpoint import Checkpoint, CheckpointFolder
 from training.run import arguments_of, status_of

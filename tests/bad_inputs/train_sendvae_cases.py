@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.autoencoder import build_autoencoder
+from formats.vae import build_autoencoder
 from models.discriminator import PatchDiscriminator
 from tests.bad_inputs.case import Case
 from tests.sendvae_runs import flags
