@@ -183,6 +183,20 @@ class PackingJob:
             return self.is_complete()
 
 
+@contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold a lock file unless another process does; gives whether it is held now."""
+    try:
+        descriptor = _lock_file(path, 0.0, "")
+    except UserError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
 def _short(value: object) -> str:
     """A setting in a message: of a checksum, its beginning."""
     text = str(value)

@@ -50,6 +50,17 @@ def load_image(file: bytes | io.BufferedIOBase, resolution: int, max_pixels: int
         raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def image_size(file: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image, without decoding it. Raises :class:`BadImageError`."""
+    try:
+        with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
+            return image.size
+    except Image.UnidentifiedImageError:
+        raise BadImageError("not an image of a known format") from None
+    except Exception as error:  # as in load_image
+        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any of Pillow's modes to 8-bit RGB.
 

@@ -1,11 +1,17 @@
-"""Who this process is among independent ones: no process group, no collective, nobody waits for anybody."""
+"""Who this process is among independent ones: no collective, nobody waits for anybody, unless a job forms a group."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from errors import UserError
+
+GROUP_TIMEOUT = timedelta(hours=6)  # the slowest of the processes may be that late
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,19 @@ def this_process() -> Process:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return Process(rank, world_size, device, local_size)
+
+
+@contextmanager
+def process_group(process: Process) -> Iterator[None]:
+    """Let the processes exchange CPU tensors (gloo, whatever the device); one alone needs no group."""
+    if process.world_size == 1:
+        yield
+        return
+    dist.init_process_group("gloo", rank=process.rank, world_size=process.world_size, timeout=GROUP_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def set_inference_numerics(process: Process, mixed_precision: str, allow_tf32: bool) -> None:

@@ -1,0 +1,22 @@
+"""Stage 5: figures for tables. Each command has its own flags: evaluate.py COMMAND --help."""
+
+import sys
+from collections.abc import Sequence
+
+from metrics import evaluate_generation
+from training.cli import ArgumentParser, run
+
+COMMANDS = {"generation": evaluate_generation}  # modules with HELP, DESCRIPTION, add_arguments(parser), run(args)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = ArgumentParser(prog="evaluate.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION))
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command].run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,273 @@
+"""Generated images against a reference: FID, sFID, Inception Score, Precision, Recall (ADM's protocol) and KID.
+
+ADM (Dhariwal & Nichol 2021, arXiv 2105.05233): Inception-v3 of 2015-12-05; statistics of the reference as its ``.npz``
+brings them; Precision and Recall with k = 3 on all samples and the reference's images; the Inception Score over splits
+of 5000. With another network the same figures are FD-NAME, KID-NAME and so on, never FID.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+from metrics.features import INCEPTION, Extractor, without_tf32
+from metrics.frechet import frechet_distance
+from metrics.inception_score import SPLIT_SIZE
+from metrics.kid import SUBSETS, choose_subset_size, kernel_distance
+from metrics.precision_recall import NEIGHBOUR, count_pairs, precision_recall
+from metrics.record import Measurement
+from metrics.sources import ImageSet
+from metrics.summary import Needs, Summary, SummaryCache, summarise
+from training.processes import Process
+from training.run import progress_bar
+
+METRICS = ("fid", "sfid", "is", "pr", "kid")
+OF_INCEPTION = ("sfid", "is")
+KIND = "generation"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is measured; flags of the same names.
+
+    Attributes:
+        metrics: of :data:`METRICS`.
+        num_samples: the first so many images; None: all.
+        batch_size: images at once on a process.
+        num_workers: reading threads.
+        seed: of KID's subsets.
+        ref_cache: folder that keeps the reference's features; None: beside the reference.
+    """
+
+    metrics: tuple[str, ...]
+    num_samples: int | None = None
+    batch_size: int = 64
+    num_workers: int = 4
+    seed: int = 0
+    ref_cache: Path | None = None
+
+
+def choose_metrics(wanted: Sequence[str] | None, features: str) -> tuple[str, ...]:
+    """The metrics of ``--metrics``, in a fixed order; by default all that the network has."""
+    possible = [metric for metric in METRICS if features == INCEPTION or metric not in OF_INCEPTION]
+    if wanted is None:
+        return tuple(possible)
+    for metric in wanted:
+        if metric not in METRICS:
+            raise UserError(f"--metrics {metric} is not known; there are {', '.join(METRICS)}, separated by commas")
+        if metric not in possible:
+            raise UserError(
+                f"--metrics {metric} is defined for Inception alone; with --features {features}: fid,pr,kid"
+            )
+    return tuple(metric for metric in METRICS if metric in wanted)
+
+
+def check_samples(samples: ImageSet, settings: Settings) -> None:
+    """Refuse samples that cannot be measured, before any image is read."""
+    if samples.images is None:
+        raise UserError(f"--samples {samples.path} holds statistics and no images (arr_0); give the images")
+    available, wanted = len(samples.images), settings.num_samples
+    if wanted is not None and wanted > available:
+        raise UserError(f"--num-samples {wanted}: {samples.path} has {available} images")
+    check_count(f"--samples {samples.path}", wanted or available, settings)
+
+
+def check_reference(reference: ImageSet, resolution: int, settings: Settings, features: str) -> None:
+    """Refuse a reference that samples of a resolution, in pixels, cannot be compared with."""
+    if reference.images is not None:
+        check_count(f"--ref {reference.path}", len(reference.images), settings)
+        if reference.images.resolution != resolution:
+            raise UserError(
+                f"the samples have {resolution} px, --ref {reference.path} {reference.images.resolution} px; give a "
+                "reference of the samples' resolution"
+            )
+        return
+    lacking = [metric for metric in settings.metrics if metric != "is" and not _brings(reference, metric, features)]
+    if lacking:
+        raise UserError(
+            f"--ref {reference.path} has no images (arr_0), which {', '.join(lacking)} need; give another reference, "
+            "or --metrics without them"
+        )
+
+
+def check_count(what: str, count: int, settings: Settings) -> None:
+    """Refuse fewer images than the metrics are defined for."""
+    least = NEIGHBOUR + 1 if "pr" in settings.metrics else 2
+    if count < least:
+        metrics = ",".join(settings.metrics)
+        raise UserError(f"{what}: too few images ({count}), --metrics {metrics} needs at least {least}; give more")
+
+
+def evaluate(
+    samples: ImageSet, reference: ImageSet, extractor: Extractor, settings: Settings, process: Process
+) -> dict[str, float] | None:
+    """Measure; all processes call it, in ``training.processes.process_group``. Rank 0 gets the values by name.
+
+    Args:
+        samples: the generated images, checked by :func:`check_samples`.
+        reference: what they are compared with, checked by :func:`check_reference`.
+        extractor: on the process's device.
+        settings: what and how.
+        process: who this is.
+    """
+    theirs = summarise_reference(reference, extractor, settings, process)
+    metrics = settings.metrics
+    needs = Needs(
+        pooled="fid" in metrics,
+        spatial="sfid" in metrics,
+        scores="is" in metrics,
+        features="pr" in metrics or "kid" in metrics,
+    )
+    ours = summarise(
+        samples.images,
+        settings.num_samples or len(samples.images),
+        extractor,
+        needs,
+        process,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        description="samples",
+    )
+    return compare(ours, theirs, extractor.name, settings) if ours is not None else None
+
+
+def summarise_reference(
+    reference: ImageSet, extractor: Extractor, settings: Settings, process: Process
+) -> Summary | None:
+    """What the metrics need of the reference: what it brings, what is kept of it, and the rest from its images."""
+    metrics, name = settings.metrics, extractor.name
+    needs = Needs(
+        pooled="fid" in metrics and not _brings(reference, "fid", name),
+        spatial="sfid" in metrics and not _brings(reference, "sfid", name),
+        scores=False,
+        features="pr" in metrics or "kid" in metrics,
+    )
+    summary = Summary(0)
+    if needs != Needs(False, False, False, False):
+        images = reference.images
+        path = reference.path.resolve()
+        folder = settings.ref_cache or path.with_name(f"{path.name}.features")
+        cache = SummaryCache(folder, images, len(images), extractor)
+        kept = cache.load(needs) if process.is_main else None
+        if _is_missing_anywhere(kept is None, process):
+            kept = summarise(
+                images,
+                len(images),
+                extractor,
+                needs,
+                process,
+                batch_size=settings.batch_size,
+                num_workers=settings.num_workers,
+                description="reference",
+            )
+            if kept is not None:
+                cache.keep(kept)
+        if kept is None:  # another rank
+            return None
+        summary = kept
+    if extractor.is_inception:
+        summary.pooled, summary.spatial = reference.pooled or summary.pooled, reference.spatial or summary.spatial
+    return summary
+
+
+def compare(ours: Summary, theirs: Summary, name: str, settings: Settings) -> dict[str, float]:
+    """The values of :attr:`Settings.metrics` by name, in that order."""
+    values: dict[str, float] = {}
+    metrics, suffix = settings.metrics, "" if name == INCEPTION else f"-{name}"
+    if "fid" in metrics:
+        values[f"FD{suffix}" if suffix else "FID"] = frechet_distance(ours.pooled, theirs.pooled)
+    if "sfid" in metrics:
+        values["sFID"] = frechet_distance(ours.spatial, theirs.spatial)
+    if "is" in metrics:
+        values["IS"] = ours.score
+    with without_tf32():
+        if "pr" in metrics:
+            pairs = count_pairs(len(ours.features), len(theirs.features))
+            with progress_bar(pairs, 0, "precision, recall", "pair", True) as progress:
+                found = precision_recall(ours.features, theirs.features, progress.update)
+            values[f"Precision{suffix}"], values[f"Recall{suffix}"] = found
+        if "kid" in metrics:
+            size = choose_subset_size(len(ours.features), len(theirs.features))
+            mean, deviation = kernel_distance(ours.features, theirs.features, subset_size=size, seed=settings.seed)
+            values[f"KID{suffix}"], values[f"KID{suffix}-std"] = mean, deviation
+    return values
+
+
+def measurement(
+    values: Mapping[str, float],
+    samples: ImageSet,
+    reference: ImageSet,
+    extractor: Extractor,
+    settings: Settings,
+    name: str,
+) -> Measurement:
+    """What is written beside the samples."""
+    stored = [metric for metric in settings.metrics if _brings(reference, metric, extractor.name)]
+    images = reference.images
+    count = settings.num_samples or len(samples.images)
+    return Measurement(
+        name=name,
+        kind=KIND,
+        values=dict(values),
+        count=count,
+        subject={
+            "path": str(samples.path),
+            "resolution": samples.images.resolution,
+            "fingerprint": samples.images.fingerprint(),
+            "made_by": samples.made_by,
+        },
+        reference={
+            "path": str(reference.path),
+            "count": len(images) if images is not None else None,
+            "fingerprint": images.fingerprint() if images is not None else None,
+            "statistics_of_the_file": stored,
+        },
+        extractor=extractor.describe(),
+        settings={
+            "metrics": list(settings.metrics),
+            "seed": settings.seed,
+            "kid_subsets": SUBSETS,
+            "kid_subset_size": choose_subset_size(count, len(images)) if images is not None else None,
+            "is_split_size": SPLIT_SIZE,
+            "neighbour": NEIGHBOUR,
+            "precision": "float32",
+        },
+    )
+
+
+def measurement_name(samples: ImageSet, features: str) -> str:
+    """``generation``, with the ``.npz`` it is of where that has a name of its own, and the network if not Inception."""
+    parts = [KIND]
+    if samples.path.is_file() and samples.path.stem != "samples":
+        parts.append(samples.path.stem)
+    if features != INCEPTION:
+        parts.append(features.replace("/", "-"))
+    return "-".join(parts)
+
+
+def table(values: Mapping[str, float]) -> str:
+    """The values in aligned lines, a mean with its standard deviation."""
+    rows = {name: f"{value:.5g}" for name, value in values.items() if not name.endswith("-std")}
+    for name in rows:
+        if f"{name}-std" in values:
+            rows[name] += f" ± {values[f'{name}-std']:.2g}"
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def _brings(reference: ImageSet, metric: str, features: str) -> bool:
+    """Whether the reference comes with the statistics that a metric needs."""
+    stored = {"fid": reference.pooled, "sfid": reference.spatial}.get(metric)
+    return features == INCEPTION and stored is not None
+
+
+def _is_missing_anywhere(missing: bool, process: Process) -> bool:
+    """What rank 0 found, told to all."""
+    if process.world_size == 1:
+        return missing
+    flag = torch.tensor(int(missing))
+    dist.broadcast(flag, 0)
+    return bool(flag)

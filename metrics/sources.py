@@ -1,0 +1,177 @@
+"""Sets of images to be compared, in whatever they lie: ``.npz``, a folder, a packed dataset, what generate.py made."""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dataset.images import ImageDataset, open_images
+from dataset.npz_images import ARRAY, NpzImages, array_names, open_npz
+from dataset.shards import is_unfinished, read_index
+from dataset.transforms import IMAGE_SUFFIXES, BadImageError, image_size, load_image
+from errors import UserError
+from metrics.frechet import Gaussian
+from metrics.inception import POOLED, SPATIAL
+
+LAYOUTS = "an .npz, a folder of images, a packed dataset, or a sample folder of generate.py"
+POOLED_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")  # ADM's names
+ASYMMETRY = 1e-3  # of a stored covariance, as a share of its largest entry
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One side of a comparison.
+
+    Attributes:
+        path: where it lies.
+        images: None where there are only statistics.
+        pooled, spatial: Inception's statistics, where an ``.npz`` brings them.
+        made_by: settings of generate.py or preprocessing.py, where those made it.
+    """
+
+    path: Path
+    images: ImageDataset | None
+    pooled: Gaussian | None = None
+    spatial: Gaussian | None = None
+    made_by: dict = field(default_factory=dict)
+
+
+class FolderImages:
+    """All image files below a folder, by name, as a :class:`dataset.images.ImageDataset` without labels.
+
+    Nothing is cropped or resized: all must be square and of the first one's size.
+
+    Raises:
+        UserError: no images, or the first one is not square.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = sorted(
+            (Path(folder) / name).relative_to(path)
+            for folder, _, names in os.walk(path)
+            for name in names
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+        )
+        if not self._files:
+            raise UserError(f"{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); give {LAYOUTS}")
+        width, height = self._size(0, (path / self._files[0]).read_bytes())
+        if width != height:
+            raise UserError(f"{path / self._files[0]} is {width}×{height}, {self._advice}")
+        self.resolution = width
+        self.labels = np.zeros(len(self), np.int64)
+        self.class_names = [""]
+        self.shard_counts = [len(self)]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, item: int) -> str:
+        return str(self._files[item])
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and times of change; the contents are not read."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            status = (self.path / file).stat()
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return f"files:{digest.hexdigest()}"
+
+    def read_into(self, items: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
+        for item, pixels in zip(items, out, strict=True):
+            encoded = (self.path / self._files[item]).read_bytes()
+            width, height = self._size(item, encoded)
+            if (width, height) != (self.resolution, self.resolution):
+                raise UserError(
+                    f"{self.path / self._files[item]} is {width}×{height}, {self._files[0]} is "
+                    f"{self.resolution}×{self.resolution}; {self._advice}"
+                )
+            try:
+                pixels[...] = load_image(encoded, self.resolution)
+            except BadImageError as error:
+                raise self._unusable(item, error) from error
+
+    _advice = "images must be square and of one size: run preprocessing.py and give the packed dataset"
+
+    def _size(self, item: int, encoded: bytes) -> tuple[int, int]:
+        try:
+            return image_size(encoded)
+        except BadImageError as error:
+            raise self._unusable(item, error) from error
+
+    def _unusable(self, item: int, error: Exception) -> UserError:
+        return UserError(f"{self.path / self._files[item]} cannot be used ({error}); remove it or make it again")
+
+
+def open_image_set(path: Path, flag: str) -> ImageSet:
+    """Open whatever ``path`` is.
+
+    Args:
+        path: ``.npz``, folder of images, packed dataset, folder of generate.py, or a run that has one.
+        flag: which names it, for messages.
+
+    Raises:
+        UserError: nothing usable there.
+    """
+    if not path.exists():
+        raise UserError(f"{flag} {path} does not exist; give {LAYOUTS}")
+    if path.is_file():
+        if path.suffix.lower() != ".npz":
+            raise UserError(f"{flag} {path} is a file, but no .npz; give {LAYOUTS}")
+        return _open_npz(path)
+    if read_index(path) is None and (path / "args.json").is_file():
+        path = _only_sample_folder(path, flag)
+    index = read_index(path)
+    if index is not None:
+        return ImageSet(path, open_images(path), made_by=index.get("source") or {})
+    if is_unfinished(path):
+        raise UserError(f"{flag} {path} is not finished; run the command that makes it again, it continues")
+    return ImageSet(path, FolderImages(path))
+
+
+def _only_sample_folder(run: Path, flag: str) -> Path:
+    folders = sorted(index.parent.name for index in run.glob("*/index.json") if _holds_images(index.parent))
+    if not folders:
+        raise UserError(f"{flag} {run} is a run without complete samples; run generate.py --exp-path {run} first")
+    if len(folders) > 1:
+        raise UserError(f"{flag} {run} has several folders of samples; give one: {', '.join(folders)}")
+    return run / folders[0]
+
+
+def _holds_images(folder: Path) -> bool:
+    index = read_index(folder)
+    return index is not None and index["kind"] == "images"
+
+
+def _open_npz(path: Path) -> ImageSet:
+    with open_npz(path) as archive:
+        names = array_names(archive)
+    pooled = _read_statistics(path, POOLED_KEYS, POOLED) if set(POOLED_KEYS) <= set(names) else None
+    spatial = _read_statistics(path, SPATIAL_KEYS, SPATIAL) if set(SPATIAL_KEYS) <= set(names) else None
+    if spatial is not None and spatial.mean.min() < 0:
+        raise UserError(
+            f"{path}: mu_s has negative entries (down to {spatial.mean.min():.3g}), but sFID's features come after a "
+            "ReLU; take --metrics without sfid, or a reference made by ADM's protocol"
+        )
+    images = NpzImages(path) if ARRAY in names or pooled is None else None
+    return ImageSet(path, images, pooled, spatial)
+
+
+def _read_statistics(path: Path, keys: tuple[str, str], dim: int) -> Gaussian:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, cov = (np.asarray(file[key], np.float64) for key in keys)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: {', '.join(keys)} are not readable ({error}); copy or download it again") from error
+    where = f"{path}: {', '.join(keys)}"
+    if mean.shape != (dim,) or cov.shape != (dim, dim):
+        raise UserError(f"{where} have shapes {list(mean.shape)}, {list(cov.shape)}; [{dim}], [{dim}, {dim}] is needed")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UserError(f"{where} are not finite; make or download the reference again")
+    if np.abs(cov - cov.T).max() > ASYMMETRY * np.abs(cov).max() or np.diag(cov).min() < 0:
+        raise UserError(f"{where}: {keys[1]} is no covariance (it must be symmetric); make the reference again")
+    return Gaussian(mean, (cov + cov.T) / 2)
