@@ -5,11 +5,13 @@
 What the model is, its path, its classes, its VAE and its resolution come from the run. Image i, its label and its noise
 depend on --seed and i alone (last bits apart: another batch size, GPU or --compile may move a pixel by a level). Any
 number of processes work on it, under python, torchrun or accelerate launch; none waits for another. Stopped at any
-moment, the same command makes the missing shards. In the folder then are
+moment, the same command makes the missing shards. With --evaluate REF the last process then measures FID and its
+relatives, as evaluate.py generation does. In the folder then are
 
   index.json, labels.npy, images-*.npy    a packed dataset, as preprocessing.py makes them
   samples.npz                             arr_0: uint8 [N, H, W, 3]
   preview.png
+  metrics/generation.json                 with --evaluate
 """
 
 import argparse
@@ -22,10 +24,14 @@ import numpy as np
 import torch
 
 from dataset.npz import npz_bytes
-from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
+from dataset.packing import PackingJob, check_space, lock_if_free, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from diffusion.counted_noise import MAX_SEED
 from errors import UserError
+from metrics.evaluate_generation import Evaluation, add_metric_arguments, plan, settings_of
+from metrics.features import INCEPTION
+from metrics.generation import check_count
+from metrics.sources import open_image_set
 from models.autoencoder import Autoencoder
 from models.sit import SiT
 from training.cli import (
@@ -56,6 +62,7 @@ from training.sampling import (
 from training.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm, statistics_checksum
 
 OUTPUT_FLAG = "--sample-dir"
+EVALUATION_LOCK_NAME = ".evaluation.lock"
 FLAGS = {  # which flag a setting comes from
     "weights_sha256": "--exp-path",
     "vae": "--exp-path",
@@ -72,6 +79,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_label_arguments(parser.add_argument_group("labels and noise"))
     add_output_arguments(parser.add_argument_group("output"))
     add_speed_arguments(parser.add_argument_group("precision and speed"))
+    add_evaluation_arguments(parser.add_argument_group("evaluation"))
     args = parser.parse_args(argv)
     check_arguments(args)
     return args
@@ -158,6 +166,16 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_evaluation_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="REF",
+        help="then measure against REF, as evaluate.py generation does; no .npz needed",
+    )
+    add_metric_arguments(group)
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
     if args.heun and args.mode != "ode":
@@ -166,6 +184,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
     if args.seed > MAX_SEED:
         raise UserError(f"--seed {args.seed} has more than 64 bits")
+    if args.evaluate is None and (args.metrics or args.ref_cache or args.features != INCEPTION):
+        raise UserError("--metrics, --features and --ref-cache belong to --evaluate REF; add it, or leave them out")
     if args.sample_dir is not None and args.sample_dir.exists() and not args.sample_dir.is_dir():
         raise UserError(f"{OUTPUT_FLAG} {args.sample_dir} is a file; give a folder")
 
@@ -179,19 +199,38 @@ def main(argv: Sequence[str]) -> int:
     classes = parse_classes(args.classes, trained.class_names)
     args.shard_size = args.shard_size or default_shard_size(args.num_fid_samples)
     args.sample_dir = args.sample_dir or default_folder(args, trained)
+    evaluation = plan_evaluation(args, trained.resolution, process)
     autoencoder = trained.load_autoencoder()
     try:
         if args.dry_run:
             dry_run(args, trained, autoencoder, process)
         else:
             with sigterm_as_interrupt():
-                generate(args, trained, autoencoder, classes, process)
+                is_complete = generate(args, trained, autoencoder, classes, process)
+                if evaluation is not None and is_complete:
+                    evaluate_complete(args.sample_dir, evaluation, process)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory ({str(error).splitlines()[0]}): lower --pproc-batch-size, or add --mixed-precision bf16; "
             "what is complete is kept"
         ) from error
     return 0
+
+
+def plan_evaluation(args: argparse.Namespace, resolution: int, process: Process) -> Evaluation | None:
+    """What ``--evaluate`` asks for, checked before hours of sampling."""
+    if args.evaluate is None:
+        return None
+    settings = settings_of(args, batch_size=args.pproc_batch_size)
+    check_count("--num-fid-samples", args.num_fid_samples, settings)
+    return plan(args, args.evaluate, "--evaluate", resolution, settings, process)
+
+
+def evaluate_complete(folder: Path, evaluation: Evaluation, process: Process) -> None:
+    """Measure a complete folder, on one of the processes that find it complete; the others need not wait."""
+    with lock_if_free(folder / EVALUATION_LOCK_NAME) as is_ours:
+        if is_ours:
+            evaluation.measure(open_image_set(folder, OUTPUT_FLAG), Process(0, 1, process.device))
 
 
 def warn(message: str) -> None:
@@ -298,8 +337,12 @@ def generate(
     autoencoder: Autoencoder,
     classes: Sequence[int],
     process: Process,
-) -> None:
-    """Make what is missing of this process's shards, complete what is complete, say what came out."""
+) -> bool:
+    """Make what is missing of this process's shards, complete what is complete, say what came out.
+
+    Returns:
+        whether all images are there.
+    """
     spec = ShardSpec("images", (3, trained.resolution, trained.resolution), "uint8")
     settings = describe(args, trained, autoencoder, classes, process)
     packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, FLAGS)
@@ -315,9 +358,10 @@ def generate(
         make_shards(args, packing, sampler, labels, todo, process)
     if not packing.finish(shards, trained.class_names):
         show(f"{args.sample_dir}: this process's shards are complete; whoever comes last completes the folder")
-        return
+        return False
     complete(packing, args.npz, args.preview)
     show(f"{args.sample_dir} is complete: {len(labels)} images" + (f", {NPZ_NAME}" if args.npz else ""))
+    return True
 
 
 def show_plan(args: argparse.Namespace, packing: PackingJob, labels: np.ndarray, num_classes: int, shards: int) -> None:

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     )
     samples = open_image_set(args.samples, "--samples")
     check_samples(samples, settings)
-    evaluation = plan(args, args.ref, samples.images.resolution, settings, process)
+    evaluation = plan(args, args.ref, "--ref", samples.images.resolution, settings, process)
     if args.dry_run:
         dry_run(samples, evaluation, process)
         return 0
@@ -124,9 +124,11 @@ class Evaluation:
         print(f"written to {path}")
 
 
-def plan(args: argparse.Namespace, ref: Path, resolution: int, settings: Settings, process: Process) -> Evaluation:
+def plan(
+    args: argparse.Namespace, ref: Path, ref_flag: str, resolution: int, settings: Settings, process: Process
+) -> Evaluation:
     """Open and check all that a measurement of samples of a resolution, in pixels, needs; generate.py does it first."""
-    reference = open_image_set(ref, "--ref")
+    reference = open_image_set(ref, ref_flag)
     check_reference(reference, resolution, settings, args.features)
     return Evaluation(reference, extractor_of(args, process), settings)
 

@@ -162,7 +162,7 @@ def _build_timm(name: str, checkpoint: str | None, random_weights: bool) -> nn.M
         hint = f"did you mean {TIMM}{close[0]}? " if close else ""
         raise UserError(f"{FLAG} {TIMM}{name}: timm has no such model; {hint}timm.list_models() lists them")
     if random_weights:
-        return timm.create_model(name, num_classes=0)
+        return timm.create_model(name)
     settings = timm.get_pretrained_cfg(name)
     full_name = ".".join(part for part in (settings.architecture, settings.tag) if part)
     spec = EncoderSpec(full_name, "cnn", embed_dim=0, stride=0)  # weights are looked for by its name alone
@@ -172,6 +172,7 @@ def _build_timm(name: str, checkpoint: str | None, random_weights: bool) -> nn.M
         raise UserError(str(error).replace("--enc-type", FLAG)) from error
     try:
         overlay = {"state_dict": read_state_dict(path)}
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
+        # with its classifier, unused: timm takes any file, even an unfitting one, for a network with another head
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except (NotWeightsError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{FLAG} {TIMM}{name}: {path} holds no weights for it ({one_line(error)})") from error

@@ -35,16 +35,18 @@ class Moments:
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self._waiting: list[torch.Tensor] = []
+        self._rows = 0  # that wait
 
     def update(self, features: torch.Tensor) -> None:
         """Add float ``[B, D]``; small batches wait until they are worth a matrix product."""
         self._waiting.append(features)
-        if sum(map(len, self._waiting)) >= ROWS_AT_ONCE:
+        self._rows += len(features)
+        if self._rows >= ROWS_AT_ONCE:
             self.flush()
 
     def flush(self) -> None:
         """Add what still waits."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._rows = self._waiting, [], 0
         for rows in torch.cat(waiting).split(ROWS_AT_ONCE) if waiting else ():
             centred = rows.to(self.mean)
             mean = centred.mean(0)

@@ -68,27 +68,27 @@ def choose_metrics(wanted: Sequence[str] | None, features: str) -> tuple[str, ..
 def check_samples(samples: ImageSet, settings: Settings) -> None:
     """Refuse samples that cannot be measured, before any image is read."""
     if samples.images is None:
-        raise UserError(f"--samples {samples.path} holds statistics and no images (arr_0); give the images")
+        raise UserError(f"{samples} holds statistics and no images (arr_0); give the images")
     available, wanted = len(samples.images), settings.num_samples
     if wanted is not None and wanted > available:
         raise UserError(f"--num-samples {wanted}: {samples.path} has {available} images")
-    check_count(f"--samples {samples.path}", wanted or available, settings)
+    check_count(str(samples), wanted or available, settings)
 
 
 def check_reference(reference: ImageSet, resolution: int, settings: Settings, features: str) -> None:
     """Refuse a reference that samples of a resolution, in pixels, cannot be compared with."""
     if reference.images is not None:
-        check_count(f"--ref {reference.path}", len(reference.images), settings)
+        check_count(str(reference), len(reference.images), settings)
         if reference.images.resolution != resolution:
             raise UserError(
-                f"the samples have {resolution} px, --ref {reference.path} {reference.images.resolution} px; give a "
+                f"the samples have {resolution} px, {reference} {reference.images.resolution} px; give a "
                 "reference of the samples' resolution"
             )
         return
     lacking = [metric for metric in settings.metrics if metric != "is" and not _brings(reference, metric, features)]
     if lacking:
         raise UserError(
-            f"--ref {reference.path} has no images (arr_0), which {', '.join(lacking)} need; give another reference, "
+            f"{reference} has no images (arr_0), which {', '.join(lacking)} need; give another reference, "
             "or --metrics without them"
         )
 

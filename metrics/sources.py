@@ -28,16 +28,21 @@ class ImageSet:
 
     Attributes:
         path: where it lies.
+        flag: which names it, for messages.
         images: None where there are only statistics.
         pooled, spatial: Inception's statistics, where an ``.npz`` brings them.
         made_by: settings of generate.py or preprocessing.py, where those made it.
     """
 
     path: Path
+    flag: str
     images: ImageDataset | None
     pooled: Gaussian | None = None
     spatial: Gaussian | None = None
     made_by: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.path}"
 
 
 class FolderImages:
@@ -122,15 +127,15 @@ def open_image_set(path: Path, flag: str) -> ImageSet:
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise UserError(f"{flag} {path} is a file, but no .npz; give {LAYOUTS}")
-        return _open_npz(path)
+        return _open_npz(path, flag)
     if read_index(path) is None and (path / "args.json").is_file():
         path = _only_sample_folder(path, flag)
     index = read_index(path)
     if index is not None:
-        return ImageSet(path, open_images(path), made_by=index.get("source") or {})
+        return ImageSet(path, flag, open_images(path), made_by=index.get("source") or {})
     if is_unfinished(path):
         raise UserError(f"{flag} {path} is not finished; run the command that makes it again, it continues")
-    return ImageSet(path, FolderImages(path))
+    return ImageSet(path, flag, FolderImages(path))
 
 
 def _only_sample_folder(run: Path, flag: str) -> Path:
@@ -147,7 +152,7 @@ def _holds_images(folder: Path) -> bool:
     return index is not None and index["kind"] == "images"
 
 
-def _open_npz(path: Path) -> ImageSet:
+def _open_npz(path: Path, flag: str) -> ImageSet:
     with open_npz(path) as archive:
         names = array_names(archive)
     pooled = _read_statistics(path, POOLED_KEYS, POOLED) if set(POOLED_KEYS) <= set(names) else None
@@ -158,7 +163,7 @@ def _open_npz(path: Path) -> ImageSet:
             "ReLU; take --metrics without sfid, or a reference made by ADM's protocol"
         )
     images = NpzImages(path) if ARRAY in names or pooled is None else None
-    return ImageSet(path, images, pooled, spatial)
+    return ImageSet(path, flag, images, pooled, spatial)
 
 
 def _read_statistics(path: Path, keys: tuple[str, str], dim: int) -> Gaussian:

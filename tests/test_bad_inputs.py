@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import cache_latents
+import evaluate
 import generate
 import preprocessing
 import report
@@ -15,6 +16,7 @@ import train_repae
 import train_sendvae
 from tests.bad_inputs import (
     cache_latents_cases,
+    evaluate_cases,
     generate_cases,
     preprocessing_cases,
     report_cases,
@@ -27,6 +29,7 @@ from training.cli import run
 
 SCRIPTS = {
     cache_latents: cache_latents_cases,
+    evaluate: evaluate_cases,
     generate: generate_cases,
     preprocessing: preprocessing_cases,
     report: report_cases,
