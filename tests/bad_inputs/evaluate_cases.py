@@ -10,7 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from metrics.inception import POOLED, SPATIAL
+from models.encoders import ENCODERS
 from models.encoders.weights import find_weights
+from models.weight_files import read_state_dict
 from tests.bad_inputs.case import Case
 from tests.command_line import argv_of
 from tests.image_sets import random_images, write_folder, write_npz, write_packed
@@ -140,10 +142,7 @@ def other_weights(tmp_path: Path) -> Path:
 
 
 def nan_weights(tmp_path: Path) -> Path:
-    from models.weight_files import read_state_dict
-
-    spec = type("Spec", (), {"timm_name": "tf_efficientnet_lite0"})
-    state = read_state_dict(find_weights("efficientnet-lite0", spec, None))
+    state = read_state_dict(find_weights("efficientnet-lite0", ENCODERS["efficientnet-lite0"], None))
     next(iter(state.values())).fill_(torch.nan)
     torch.save(state, tmp_path / "diverged.pth")
     return tmp_path / "diverged.pth"
