@@ -4,14 +4,14 @@
   python report.py 'exps/table2-*' --format markdown --no-html   for a README
   python report.py exps/mine --published mine=table1/sendvae-80  beside a published row; presets know theirs
 
-RUN is the folder of a training, of an experiment (stands for its runs), a VAE, or a folder of generated images. Figures
-come from the metrics/*.json that evaluate.py and probe.py leave; nothing is measured here and no GPU is used. Where a
-VAE was probed and a SiT was trained on its latents, the probe's F1 stands beside the SiT's FID, with Pearson's
-correlation over VAEs (the paper's Figure 1). The page loads nothing: one file, to be kept or sent.
+RUN is the folder of a training, of an experiment (stands for its runs), a VAE, a folder of generated images, or one in
+which measurements lie (metrics/). Figures come from the metrics/*.json that evaluate.py and probe.py leave; nothing is
+measured here and no GPU is used. Where a VAE was probed and a SiT was trained on its latents, the probe's F1 stands
+beside the SiT's FID, with Pearson's correlation over VAEs (the paper's Figure 1). The page is one file that loads
+nothing, to be kept or sent.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +70,6 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     report = gather(args.runs, args.published)
     drawn = [view for view in report.views if view.vaes >= correlation.ENOUGH]
     if args.figure1 and not drawn:

@@ -1,6 +1,5 @@
 """Probes of VAEs beside the images that diffusion models make with them: the paper's Figure 1 from one's own runs."""
 
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,18 +7,14 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from tqdm import tqdm
 
-from errors import UserError
 from metrics.published import Published
 from reporting.results import BENCHMARKS, PROBES, PUBLISHED_F1, Row
-from reporting.runs import SORTS, Run
 from reporting.tables import NOTHING, Column, aligned, markdown_table, number_word
-
-logger = logging.getLogger("sendvae")
 
 ATTRIBUTES = "attributes/"
 MAIN_METRIC = f"{ATTRIBUTES}{PUBLISHED_F1}"
+COMPARED = (MAIN_METRIC, *(f"{ATTRIBUTES}{name}" for name in ("F1-micro", "mAP", "top5-recall")))
 ENOUGH = 3  # a correlation of two points is ±1
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -72,7 +67,7 @@ class View:
     def correlations(self) -> dict[str, float]:
         """Pearson's r of each attribute metric that all points have with the distance; NaN where one does not vary."""
         shared = set.intersection(*(set(point.probes) for point in self.points))
-        names = sorted(shared, key=lambda name: (name != MAIN_METRIC, name))
+        names = [name for name in COMPARED if name in shared]
         distances = [point.distance for point in self.points]
         return {name: pearson([point.probes[name] for point in self.points], distances) for name in names}
 
@@ -85,23 +80,23 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.clip(a @ b / scale, -1, 1)) if scale > 0 else math.nan
 
 
-def views(rows: Sequence[Row], runs: Sequence[Run]) -> list[View]:
+def views(rows: Sequence[Row]) -> list[View]:
     """All comparable sets of points, those of most VAEs first; without guidance before with, FID before others.
 
-    A VAE is told by its checksum. One that was probed several times on the same data has the mean of these probes.
+    A VAE is told by the checksum in its measurement, whatever run or folder it lies in. One that was probed several
+    times on the same data has the mean of these probes.
     """
-    probes = [row for row in rows if row.section == PROBES["attributes"] and row.owner and MAIN_METRIC in row.cells]
-    images = [row for row in rows if row.metric_of_images and row.owner]
-    if not probes or not images:
-        return []
-    checksums = vae_checksums({row.owner.name: row.owner for row in probes}.values())
     probed: dict[tuple[str, str], list[Row]] = {}
-    for row in probes:
-        if row.owner.name in checksums:
-            probed.setdefault((checksums[row.owner.name], row.detail), []).append(row)
+    for row in rows:
+        if row.section == PROBES["attributes"] and row.measurement and MAIN_METRIC in row.cells:
+            checksum = row.measurement.subject.get("vae_checksum")
+            if checksum:  # raw pixels have none
+                probed.setdefault((checksum, row.detail), []).append(row)
     found: dict[tuple, list[Point]] = {}
-    for row in images:
-        made_with = _vae_of(row, checksums)
+    for row in rows:
+        if row.metric_of_images is None or row.owner is None:
+            continue
+        made_with = _vae_of(row)
         for (checksum, data), same in probed.items():
             if checksum == made_with:
                 distance = row.cells[row.metric_of_images].value
@@ -112,25 +107,8 @@ def views(rows: Sequence[Row], runs: Sequence[Run]) -> list[View]:
 
 
 def _mean_probe(rows: Sequence[Row]) -> dict[str, float]:
-    names = [name for name in rows[0].cells if name.startswith(ATTRIBUTES) and all(name in row.cells for row in rows)]
+    names = [name for name in COMPARED if all(name in row.cells for row in rows)]
     return {name: fmean(row.cells[name].value for row in rows) for name in names}
-
-
-def vae_checksums(runs: Iterable[Run]) -> dict[str, str]:
-    """Which VAE each run made or was trained with, by the run's name; without those whose weights do not load."""
-    found = {}
-    runs = list(runs)
-    for run in tqdm(runs, "checksums of VAEs", unit="VAE", disable=None, leave=False):
-        if run.sort == SORTS["train_ldm.py"] and "vae_checksum" in run.arguments:
-            found[run.name] = run.arguments["vae_checksum"]
-        elif run.vae_folder is not None:
-            from formats.vae import build_autoencoder  # torch and diffusers: seconds that few reports need
-
-            try:
-                found[run.name] = build_autoencoder(str(run.vae_folder))[0].checksum()
-            except UserError as error:
-                logger.warning("%s is left out of the correlation: %s", run.name, error)
-    return found
 
 
 def points_table(view: View) -> tuple[list[Column], list[list[str]]]:
@@ -237,10 +215,10 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _vae_of(row: Row, checksums: Mapping[str, str]) -> str | None:
+def _vae_of(row: Row) -> str | None:
     """The checksum of the VAE that images were made with."""
     settings = row.samples.settings if row.samples else {}
-    return settings.get("vae") or row.owner.arguments.get("vae_checksum") or checksums.get(row.owner.name)
+    return settings.get("vae") or row.owner.arguments.get("vae_checksum")
 
 
 def _sit_of(row: Row) -> str:

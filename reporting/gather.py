@@ -43,6 +43,6 @@ def gather(paths: Sequence[str], given: Sequence[str] = ()) -> Report:
     published, runs = load_published(), find_runs(paths)
     reproduced = published_rows(runs, given, published)
     rows = result_rows(runs, reproduced, published)
-    found = views(rows, runs)
+    found = views(rows)
     rows = with_means(rows)
     return Report(runs, rows, result_tables(rows), found, notes(rows), reproduced, published)

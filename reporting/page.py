@@ -16,7 +16,7 @@ from reporting.gather import Report
 from reporting.markup import Html, element, joined
 from reporting.pictures import grids, inline
 from reporting.results import Row
-from reporting.runs import SAMPLES, SORTS, VAE_FOLDER, Run
+from reporting.runs import MEASURED, SAMPLES, VAE_FOLDER, Run
 from reporting.scatter import scatter
 from reporting.tables import NOTHING, Table, arrow
 
@@ -24,10 +24,17 @@ STYLE = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs, nothing is loaded
 MOST_GRIDS = 6  # of a run's samples/, spread over the training
 MOST_VIEWS = 3
+RECONSTRUCTIONS = "-reconstructions"  # train_repae.py's second grid
 CAPTIONS = {
-    SORTS["train_sendvae.py"]: "originals above, reconstructions below",
-    SORTS["train_ldm.py"]: "from noise",
-    SORTS["train_repae.py"]: "from the training",
+    "VAE": "originals above, reconstructions below",
+    "SiT": "made from noise",
+    "VAE and SiT": "made from noise",
+}
+DRAWN = {  # what measurements draw, by the end of the file's name
+    "worst": "worst first: originals above, reconstructions below",
+    "colours": "images and their latents as colours (three principal components)",
+    "map": "latents by class (two principal components)",
+    "ways": "from one image to another through the latents",
 }
 
 
@@ -239,9 +246,13 @@ def pictures(run: Run) -> Html | None:
         if samples.preview:
             found.append((samples.preview, f"{samples.path.name}: {_how(samples.settings, samples.count)}"))
         found += _drawn(samples.path)
-    training = grids(run.folder / "samples")
+    training = [path for path in grids(run.folder / "samples") if not path.stem.endswith(RECONSTRUCTIONS)]
     if training:
-        found.append((training[0], f"{_step_of(training[0])}: {CAPTIONS.get(run.sort, '')}"))
+        last = training[0]
+        found.append((last, f"{_step_of(last)}: {CAPTIONS.get(run.sort, '')}"))
+        beside = last.with_name(f"{last.stem}{RECONSTRUCTIONS}.png")
+        if beside.is_file():
+            found.append((beside, f"{_step_of(last)}: {CAPTIONS['VAE']}"))
     if run.sort != SAMPLES:
         found += _drawn(run.folder)
     earlier = _spread(training[1:], MOST_GRIDS)
@@ -326,7 +337,7 @@ def plain_table(heads: Sequence[str], rows: Sequence[Sequence[object]], words: i
 
 def badge(run: Run) -> Html:
     """The state of a run as a coloured word."""
-    if run.sort in (VAE_FOLDER, SAMPLES):
+    if run.sort in (VAE_FOLDER, SAMPLES, MEASURED):
         return element("span", run.sort, class_="badge")
     state = str(run.status.get("state", "not started"))
     kind = state if state in ("finished", "running", "stopped", "failed") else "unknown"
@@ -361,7 +372,11 @@ def _scrolling(table: Html) -> Html:
 
 def _drawn(folder: Path) -> list[tuple[Path, str]]:
     """Pictures that evaluate.py and probe.py left beside their figures."""
-    return [(path, path.stem.replace("-", " ")) for path in sorted(metrics_folder(folder).glob("*.png"))]
+    found = []
+    for path in sorted(metrics_folder(folder).glob("*.png")):
+        name, _, kind = path.stem.rpartition("-")
+        found.append((path, f"{name}: {DRAWN[kind]}" if kind in DRAWN else path.stem))
+    return found
 
 
 def _how(made: Mapping[str, object], count: int | None) -> str:

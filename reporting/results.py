@@ -27,6 +27,7 @@ PROBES = {
 SECTIONS = (GENERATION, RECONSTRUCTION, *PROBES.values())
 ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "rFID", "PSNR", "SSIM", "LPIPS-alex", "LPIPS-vgg",
          "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5")  # fmt: skip
+GENERIC_NAMES = ("packed", "packed-val", "train", "val", "test")  # of a dataset: its parent's name says more
 BENCHMARKS = ("celeba", "deepfashion", "awa")
 PUBLISHED_F1 = "F1-macro"  # what a published F1 stands beside; its averaging is not published
 
@@ -37,7 +38,7 @@ class Cell:
 
     Attributes:
         value: as measured, or the mean over seeds.
-        std: over seeds (of a sample), or None.
+        std: over seeds (of a sample); for a single measurement, of the estimate (KID's over its subsets), or None.
         published: of the same name and kind, or None.
     """
 
@@ -190,20 +191,28 @@ def records(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 def metric_order(metric: str) -> tuple[int, str]:
     """A key that sorts metrics as tables show them; those of other extractors after the usual ones."""
-    name = metric.rpartition("/")[2]
+    name = short_name(metric)
     return (ORDER.index(name) if name in ORDER else len(ORDER), metric)
+
+
+def short_name(metric: str) -> str:
+    """``attributes/mAP → mAP``; ``FD-timm/resnet50`` stays."""
+    probe, _, name = metric.partition("/")
+    return name if name and probe.isalpha() else metric
 
 
 def dataset_of(measurement: Measurement) -> str:
     """The name of the data that a VAE was measured on; empty where the record does not tell."""
     places = [measurement.settings.get("data"), (measurement.reference or {}).get("path")]
-    places += [measurement.subject.get("data")]
-    return next((Path(str(place)).name for place in places if place), "")
+    path = next((Path(str(place)) for place in places if place), None)
+    if path is None:
+        return ""
+    return "/".join(path.parts[-2:]) if path.name in GENERIC_NAMES else path.name
 
 
 def benchmark_of(measurement: Measurement) -> str | None:
     """Which published benchmark of attributes was probed, if one was."""
-    text = " ".join([measurement.name, dataset_of(measurement), str(measurement.settings.get("format", ""))])
+    text = f"{measurement.settings.get('attributes_of', '')} {measurement.name} {dataset_of(measurement)}"
     words = re.findall("[a-z]+", text.lower())
     return next((name for name in BENCHMARKS if name in words), None)
 
@@ -217,13 +226,15 @@ def _row(
         detail = samples.path.name if samples else ""
     elif measurement.kind == "probe":
         section = _probe_section(measurement)
-        variant = [str(measurement.settings[key]) for key in ("features",) if measurement.settings.get(key)]
-        detail = ", ".join([detail, *variant] if detail else variant)
+        if measurement.settings.get("features") == "pixels":
+            detail = ", ".join([*([detail] if detail else []), "raw pixels"])
     cells = {}
     for metric in sorted(measurement.values, key=metric_order):
+        if metric.endswith("-std") and metric.removesuffix("-std") in measurement.values:
+            continue  # of the estimate before it
         value = _figure(run, measurement, metric)
         beside = _published_value(row, section, guidance, metric, measurement, published) if row else None
-        cells[metric] = Cell(value, published=beside)
+        cells[metric] = Cell(value, _spread(run, measurement, metric), beside)
     return Row(
         section=section,
         run=run.name,
@@ -239,6 +250,10 @@ def _row(
     )
 
 
+def _spread(run: Run, measurement: Measurement, metric: str) -> float | None:
+    return _figure(run, measurement, f"{metric}-std") if f"{metric}-std" in measurement.values else None
+
+
 def _figure(run: Run, measurement: Measurement, metric: str) -> float:
     value = measurement.values[metric]
     if value is None:
@@ -251,7 +266,7 @@ def _figure(run: Run, measurement: Measurement, metric: str) -> float:
 
 
 def _guidance(measurement: Measurement, samples: Samples | None) -> str:
-    settings = {**measurement.settings, **measurement.subject, **(samples.settings if samples else {})}
+    settings = (samples.settings if samples else {}) or measurement.subject.get("made_by") or {}
     scale = settings.get("cfg_scale")
     if scale is None:
         return "unknown"

@@ -1,7 +1,8 @@
 """What lies in a run's folder, as files only: nothing is loaded, no network built.
 
 A subject of a report is the folder of a training (``args.json``), a VAE's diffusers folder, a folder of generated
-images, or a single ``.npz``. The folder of an experiment (``preset.json``) stands for its runs.
+images, a single ``.npz``, or a folder of measurements (``metrics/``) of something else, such as raw pixels. The folder
+of an experiment (``preset.json``) stands for its runs.
 """
 
 import json
@@ -17,7 +18,7 @@ from training.experiment import PRESET_NAME
 
 PREVIEW_NAME = "preview.png"
 SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": "VAE and SiT"}
-VAE_FOLDER, SAMPLES = "VAE folder", "samples"
+VAE_FOLDER, SAMPLES, MEASURED = "VAE folder", "samples", "measurements"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Run:
     Attributes:
         folder: where it lies.
         name: unique in a report.
-        sort: one of ``SORTS``' values, ``VAE_FOLDER`` or ``SAMPLES``.
+        sort: one of ``SORTS``' values, ``VAE_FOLDER``, ``SAMPLES`` or ``MEASURED``.
         arguments: all resolved flags of a training.
         command: words of its command line.
         versions, commit: of what it ran on.
@@ -85,12 +86,6 @@ class Run:
     measurements: list[Measurement] = field(default_factory=list)
     samples: list[Samples] = field(default_factory=list)
     preset: Preset | None = None
-
-    @property
-    def vae_folder(self) -> Path | None:
-        """The VAE that the run made, or has a copy of."""
-        folder = self.folder if self.sort == VAE_FOLDER else self.folder / "vae"
-        return folder if (folder / "config.json").is_file() else None
 
 
 def find_runs(paths: Iterable[str]) -> list[Run]:
@@ -164,9 +159,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_untrained(path: Path) -> Run:
     """A VAE's folder or samples on their own."""
-    if path.is_dir() and (path / "config.json").is_file():
-        return Run(path, _name(path), VAE_FOLDER, measurements=read_measurements(metrics_folder(path)))
-    return Run(path, _name(path), SAMPLES, samples=[read_samples(path)])
+    if path.is_file() or (path / INDEX_NAME).is_file():
+        return Run(path, _name(path), SAMPLES, samples=[read_samples(path)])
+    sort = VAE_FOLDER if (path / "config.json").is_file() else MEASURED
+    return Run(path, _name(path), sort, measurements=read_measurements(path / FOLDER_NAME))
 
 
 def _subjects(path: Path) -> list[Path]:
@@ -179,7 +175,7 @@ def _subjects(path: Path) -> list[Path]:
     if not _is_subject(path):
         raise UserError(
             f"{path} is no run (args.json), experiment ({PRESET_NAME}), VAE (config.json) or folder of generated images"
-            f" ({INDEX_NAME}); give one, e.g. exps/NAME"
+            f" ({INDEX_NAME}), and nothing was measured of it ({FOLDER_NAME}/*.json); give one, e.g. exps/NAME"
         )
     return [path]
 
@@ -190,6 +186,7 @@ def _is_subject(path: Path) -> bool:
         or _is_vae(path)
         or _is_samples(path)
         or (path.is_file() and path.suffix == ".npz")
+        or any((path / FOLDER_NAME).glob("*.json"))
     )
 
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from reporting.results import GENERATION, OTHER_FEATURES, Cell, Row, metric_order, records
+from reporting.results import GENERATION, OTHER_FEATURES, Cell, Row, metric_order, records, short_name
 
 NOTHING = "–"
 PUBLISHED = "published"
@@ -63,7 +63,7 @@ def _table(title: str, rows: list[Row]) -> Table:
 def _column_title(metric: str, table: str) -> str:
     """Without what the table's title says already."""
     extractor = table.partition(OTHER_FEATURES)[2]
-    return metric.rpartition("/")[2].removesuffix(f"-{extractor}" if extractor else "")
+    return short_name(metric).removesuffix(f"-{extractor}" if extractor else "")
 
 
 def _word(row: Row, column: Column) -> str:
@@ -88,7 +88,7 @@ def cell_word(metric: str, cell: Cell | None, is_published: bool) -> str:
 
 def published_word(metric: str, value: float) -> str:
     """As it was published: ``0.6 → 0.60`` for a precision, ``120.41`` as it stands."""
-    digits = PUBLISHED_DIGITS.get(metric.rpartition("/")[2].partition("-")[0], 2)
+    digits = PUBLISHED_DIGITS.get(short_name(metric).partition("-")[0], 2)
     return max(f"{value:.{digits}f}", f"{value:g}", key=len)
 
 
@@ -96,7 +96,7 @@ def number_word(metric: str, value: float) -> str:
     """``2.876 → 2.88`` for an FID; 4 significant digits where nothing else is usual."""
     if not math.isfinite(value):
         return "not finite"
-    family = metric.rpartition("/")[2]
+    family = short_name(metric)
     digits = DIGITS.get(family, DIGITS.get(family.partition("-")[0]))
     if family.startswith(("F1", "mAP", "top", "LPIPS")):
         digits = 4
@@ -105,7 +105,7 @@ def number_word(metric: str, value: float) -> str:
 
 def arrow(metric: str) -> str:
     """Which way is better, as far as it is known."""
-    family = metric.rpartition("/")[2].partition("-")[0]
+    family = short_name(metric).partition("-")[0]
     if family.startswith(HIGHER_IS_BETTER):
         return "↑"
     return "↓" if family in LOWER_IS_BETTER else ""

@@ -62,7 +62,7 @@ def write_samples(
     write_json(
         folder / "index.json", {"kind": "images", "count": count, "source": source | ({"vae": vae} if vae else {})}
     )
-    extractor = next((metric for metric in values if metric.startswith("FD-")), "")[3:]
+    extractor = next((metric for metric in values if metric.startswith("FD-")), "")[3:].replace("/", "-")
     file_name = f"generation-{extractor}" if extractor else "generation"
     write_measurement(Measurement(file_name, "generation", values, count, {"path": str(folder)}), folder)
     return folder
@@ -75,10 +75,12 @@ def write_reconstruction(folder: Path, values: dict[str, float], count: int = 50
     write_measurement(measurement, folder)
 
 
-def write_probe(folder: Path, f1: float, data: str = "data/toy", **values: float) -> None:
-    """What probe.py attributes leaves."""
+def write_probe(folder: Path, f1: float, data: str = "data/toy", vae: str = "", **values: float) -> None:
+    """What probe.py attributes leaves, of the VAE with the checksum ``vae``."""
     found = {"attributes/F1-macro": f1, **{f"attributes/{name}": value for name, value in values.items()}}
-    measurement = Measurement("probe-attributes", "probe", found, 800, {"path": "x"}, settings={"data": data})
+    measurement = Measurement(
+        "probe-attributes", "probe", found, 800, {"path": "x", "vae_checksum": vae}, settings={"data": data}
+    )
     write_measurement(measurement, folder)
 
 

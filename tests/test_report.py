@@ -152,7 +152,7 @@ def published_table_8(exps, with_guided: bool = False) -> None:
     f1s, fids = (0.6222, 0.6347, 0.6439, 0.6647), (17.43, 11.40, 8.96, 7.57)
     for number, (f1, fid) in enumerate(zip(f1s, fids, strict=True)):
         run = write_run(exps / f"ldm{number}", vae_checksum=f"vae{number}")
-        write_probe(run, f1, "data/celeba", **{"top5-recall": 1 - f1})
+        write_probe(run, f1, "data/celeba", f"vae{number}", **{"top5-recall": 1 - f1})
         write_samples(run, {"FID": fid}, vae=f"vae{number}")
         if with_guided:
             write_samples(run, {"FID": fid / 2}, cfg_scale=2.0, vae=f"vae{number}", name="guided")
@@ -186,7 +186,7 @@ def test_sits_of_other_lengths_are_not_mixed(tmp_path):
 def test_several_sits_on_one_vae_are_one_vae(tmp_path):
     published_table_8(tmp_path)
     write_samples(write_run(tmp_path / "ldm9", vae_checksum="vae0"), {"FID": 17.0}, vae="vae0")
-    write_probe(tmp_path / "ldm9", 0.6224, "data/celeba")
+    write_probe(tmp_path / "ldm9", 0.6224, "data/celeba", "vae0")
     (view,) = gather([str(tmp_path / "ldm*")]).views
     assert (view.vaes, len(view.points)) == (4, 5)
     probes = {point.sit: point.probes["attributes/F1-macro"] for point in view.points}
@@ -194,16 +194,13 @@ def test_several_sits_on_one_vae_are_one_vae(tmp_path):
 
 
 def test_a_sit_finds_its_vae_by_the_weights(tmp_path):
-    """A VAE run whose weights are those that the SiT's run names, another whose are not, and a bare folder."""
-    autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
-    other, _ = build_autoencoder("f4d4-tiny", "none")
-    for name, vae, f1 in (("right-vae", autoencoder, 0.7), ("wrong-vae", other, 0.2)):
-        write_probe(write_run(tmp_path / name, "VAE"), f1)
-        vae.save(tmp_path / name / "vae")
-    autoencoder.save(tmp_path / "bare")
-    write_probe(tmp_path / "bare", 0.5, "data/other")
-    write_samples(write_run(tmp_path / "ldm", vae_checksum=autoencoder.checksum()), {"FD-x": 9.0})
-    names = ("ldm", "right-vae", "wrong-vae", "bare")
+    """A VAE run whose weights are those that the SiT's run names, another whose are not, a bare folder, raw pixels."""
+    write_probe(write_run(tmp_path / "right-vae", "VAE"), 0.7, vae="right")
+    write_probe(write_run(tmp_path / "wrong-vae", "VAE"), 0.2, vae="wrong")
+    write_probe(tmp_path / "bare", 0.5, "data/other", "right")
+    write_probe(tmp_path / "pixels", 0.1)
+    write_samples(write_run(tmp_path / "ldm", vae_checksum="right"), {"FD-x": 9.0})
+    names = ("ldm", "right-vae", "wrong-vae", "bare", "pixels")
     found = gather([str(tmp_path / name) for name in names]).views
     assert {
         view.data: [(p.vae, p.probes["attributes/F1-macro"], p.distance) for p in view.points] for view in found
@@ -211,6 +208,16 @@ def test_a_sit_finds_its_vae_by_the_weights(tmp_path):
         "toy": [("right-vae", 0.7, 9.0)],
         "other": [("bare", 0.5, 9.0)],
     }
+
+
+def test_the_spread_of_an_estimate_stands_beside_it(tmp_path, capsys):
+    run = write_run(tmp_path / "mine")
+    write_samples(run, {"FD-timm/x": 3.5, "KID-timm/x": 0.0123, "KID-timm/x-std": 0.0004})
+    out = printed(capsys, run, "--no-html")
+    assert "Generated images, features of timm/x" in out
+    assert _cells(out.splitlines()[1])[-2:] == ["FD ↓", "KID ↓"]
+    assert _cells(out.splitlines()[3])[-2:] == ["3.5", "0.0123 ± 0.0004"]
+    assert set(records(capsys, run)) == {("mine", "FD-timm/x"), ("mine", "KID-timm/x")}
 
 
 def test_figure1_is_written(tmp_path, capsys):

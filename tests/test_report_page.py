@@ -65,7 +65,7 @@ def exps_with_everything(exps: Path) -> list[str]:
     for number, f1 in enumerate((0.52, 0.61, 0.66)):
         vae = f"checksum{number}"
         run = write_run(exps / f"table2-depth{number}-ldm", vae_checksum=vae, encoder_depth=number)
-        write_probe(run, f1, "data/celeba")
+        write_probe(run, f1, "data/celeba", vae)
         write_samples(run, UNGUIDED | {"FID": 12.0 - number}, vae=vae)
         write_preset(exps, f"table2/depth{number}", [run.name], f"table2/depth{number}")
     write_reconstruction(write_run(exps / "mine-vae", "VAE", steps=1000), {"rFID": 0.31, "PSNR": 27.5})
@@ -116,7 +116,7 @@ def test_names_and_values_of_a_run_are_text(tmp_path):
         "".join(json.dumps({"step": s, EVIL: s, f"val/{EVIL}": s}) + "\n" for s in (1, 9))
     )
     write_picture(folder / "samples" / f"{EVIL}.png")
-    write_probe(folder, 0.5, EVIL, **{EVIL: 0.5})
+    write_probe(folder, 0.5, EVIL, EVIL, **{EVIL: 0.5})
     write_samples(folder, {"FID": 1.0, EVIL: 2.0}, vae=EVIL, name=EVIL)
     write_preset(tmp_path, "p", [folder.name])
     preset = tmp_path / "p" / "preset.json"

@@ -45,7 +45,7 @@ def of_a_folder(write: Callable[[Path], object]):
 def two_vaes_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for number in (0, 1):
         run = write_run(tmp_path / f"ldm{number}", vae_checksum=f"vae{number}")
-        write_probe(run, 0.5 + number / 10)
+        write_probe(run, 0.5 + number / 10, vae=f"vae{number}")
         write_samples(run, UNGUIDED)
     return [str(tmp_path / "ldm*"), "--no-html", "--figure1", str(tmp_path / "f.png")]
 
