@@ -274,9 +274,8 @@ def picture(path: Path, caption: str) -> Html:
     found = inline(path)
     if found.fault:
         return element("figure", element("p", found.fault, class_="fault"), element("figcaption", caption))
-    image = element(
-        "img", src=found.uri, alt=caption, width=found.width, class_="pixels" if found.is_enlarged else None
-    )
+    kind = "pixels" if found.is_enlarged else "plot" if path.stem.endswith("-map") else None
+    image = element("img", src=found.uri, alt=caption, width=found.width, class_=kind)
     return element("figure", image, element("figcaption", caption))
 
 
