@@ -10,7 +10,6 @@ import pytest
 
 import report
 from errors import UserError
-from formats.vae import build_autoencoder
 from metrics.record import Measurement, write_measurement
 from reporting.correlation import pearson
 from reporting.gather import gather
