@@ -1,8 +1,11 @@
-"""Stage 4: images from a train_ldm.py run, as packed shards and one .npz for the evaluators.
+"""Stage 4: images from a diffusion transformer, as packed shards and one .npz for the evaluators.
 
   python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
+  python generate.py --exp-path pretrained/sit-repae-vavae --train-steps 400000
+  python generate.py --ckpt last.pt --vae-ckpt stabilityai/sd-vae-ft-ema
 
-What the model is, its path, its classes, its VAE and its resolution come from the run. Image i, its label and its noise
+Takes runs of this project, and experiments and bare checkpoints of REPA and REPA-E. What the model is, its path, its
+classes, its VAE and its resolution come from the run or the checkpoint, as far as it says so. Image i, its label and its noise
 depend on --seed and i alone (last bits apart: another batch size, GPU or --compile may move a pixel by a level). Any
 number of processes work on it, under python, torchrun or accelerate launch; none waits for another. Stopped at any
 moment, the same command makes the missing shards. With --evaluate REF the last process then measures FID and its
@@ -17,7 +20,7 @@ relatives, as evaluate.py generation does. In the folder then are
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,7 @@ from dataset.npz import npz_bytes
 from dataset.packing import PackingJob, check_space, lock_if_free, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from diffusion.counted_noise import MAX_SEED
+from diffusion.flow import PATH_TYPES
 from errors import UserError
 from metrics.evaluate_generation import Evaluation, add_metric_arguments, plan, settings_of
 from metrics.features import INCEPTION
@@ -44,6 +48,8 @@ from training.cli import (
     run,
 )
 from training.dry_run import count_parameters, peak_memory
+from training.foreign_ldm import FLAGS as FOREIGN_FLAGS
+from training.foreign_ldm import ForeignLDM, is_foreign, open_foreign_ldm
 from training.latent_cache import autocast_for, chunk_size
 from training.processes import Process, set_inference_numerics, this_process
 from training.run import progress_bar
@@ -63,18 +69,16 @@ from training.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm, statisti
 
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
-FLAGS = {  # which flag a setting comes from
-    "weights_sha256": "--exp-path",
-    "vae": "--exp-path",
-    "latent_statistics": "--exp-path",
-    "path_type": "--exp-path",
-    "precision": "--mixed-precision",
-}
+FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; these of the model:
+MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog="generate.py", usage="%(prog)s --exp-path DIR [flags]", description=__doc__)
+    parser = ArgumentParser(
+        prog="generate.py", usage="%(prog)s (--exp-path DIR | --ckpt FILE) [flags]", description=__doc__
+    )
     add_run_arguments(parser.add_argument_group("what is sampled"))
+    add_foreign_arguments(parser.add_argument_group("what a checkpoint of REPA or REPA-E does not say itself"))
     add_sampler_arguments(parser.add_argument_group("sampler"))
     add_label_arguments(parser.add_argument_group("labels and noise"))
     add_output_arguments(parser.add_argument_group("output"))
@@ -86,7 +90,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--exp-path", type=Path, required=True, metavar="DIR", help="run of train_ldm.py: exps/NAME")
+    group.add_argument(
+        "--exp-path",
+        type=Path,
+        metavar="DIR",
+        help="run of train_ldm.py, exps/NAME, or an experiment of REPA or REPA-E with its args.json",
+    )
+    group.add_argument(
+        "--ckpt", type=Path, metavar="FILE", help="instead: a SiT checkpoint of REPA or REPA-E, .pt or .safetensors"
+    )
     group.add_argument(
         "--train-steps",
         type=positive_int,
@@ -94,6 +106,26 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         help="checkpoint or milestone of step N, also of an unfinished run (default: a finished run's newest)",
     )
     group.add_argument("--weights", choices=WEIGHTS, default="ema", help="ema: their moving average; model: as trained")
+
+
+def add_foreign_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--vae", metavar="NAME", help="architecture of --vae-ckpt, e.g. f8d4, where it does not tell")
+    group.add_argument(
+        "--vae-ckpt",
+        metavar="FILE",
+        help="the VAE of its latents (default: in the checkpoint, or the file that its args name)",
+    )
+    group.add_argument(
+        "--vae-latents-stats",
+        metavar="FILE",
+        help="its latent statistics (default: the checkpoint's, else REPA's factor 0.18215 for 4 channels)",
+    )
+    group.add_argument(
+        "--path-type", choices=PATH_TYPES, help="interpolant it was trained on (default: as its args say, else linear)"
+    )
+    group.add_argument(
+        "--resolution", type=positive_int, metavar="PX", help="side of the images, pixels; only checked against the VAE"
+    )
 
 
 def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
@@ -128,7 +160,7 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         OUTPUT_FLAG,
         type=Path,
         metavar="DIR",
-        help="folder of these images (default: in --exp-path, named by step, sampler, guidance, number and seed)",
+        help="folder of these images (default: in --exp-path or beside --ckpt, named by step, sampler, guidance, number and seed)",
     )
     group.add_argument(
         "--npz", action=argparse.BooleanOptionalAction, default=True, help="write samples.npz beside the shards"
@@ -178,6 +210,10 @@ def add_evaluation_arguments(group: argparse._ArgumentGroup) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
+    if (args.exp_path is None) == (args.ckpt is None):
+        raise UserError("give --exp-path with a run's folder, or --ckpt with a checkpoint's file")
+    if args.ckpt is not None and args.train_steps is not None:
+        raise UserError("--train-steps chooses a checkpoint of --exp-path; --ckpt is one itself")
     if args.heun and args.mode != "ode":
         raise UserError("--heun is for --mode ode; the SDE is solved by Euler–Maruyama")
     if args.guidance_low > args.guidance_high:
@@ -195,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
     process = this_process()
     set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
     report = warn if process.is_main else lambda message: None
-    trained = open_trained_ldm(args.exp_path, args.train_steps, args.weights, report)
+    trained = open_model(args, report)
     classes = parse_classes(args.classes, trained.class_names)
     args.shard_size = args.shard_size or default_shard_size(args.num_fid_samples)
     args.sample_dir = args.sample_dir or default_folder(args, trained)
@@ -233,6 +269,19 @@ def evaluate_complete(folder: Path, evaluation: Evaluation, process: Process) ->
             evaluation.measure(open_image_set(folder, OUTPUT_FLAG), Process(0, 1, process.device))
 
 
+def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> TrainedLDM | ForeignLDM:
+    """A run of this project, or somebody else's checkpoint."""
+    if args.ckpt is not None or is_foreign(args.exp_path):
+        return open_foreign_ldm(args, report)
+    given = next((name for name in FOREIGN_FLAGS if getattr(args, name) is not None), None)
+    if given is not None:
+        raise UserError(
+            f"--{given.replace('_', '-')} is for checkpoints of REPA and REPA-E; {args.exp_path} says it itself: leave "
+            "the flag away"
+        )
+    return open_trained_ldm(args.exp_path, args.train_steps, args.weights, report)
+
+
 def warn(message: str) -> None:
     print(f"WARNING: {message}", file=sys.stderr)
 
@@ -262,19 +311,19 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> list[int]:
     return classes
 
 
-def default_folder(args: argparse.Namespace, trained: TrainedLDM) -> Path:
-    """A folder in the run, named by what is most often varied."""
-    parts = ["samples", f"{trained.step:07d}", f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
+def default_folder(args: argparse.Namespace, trained: TrainedLDM | ForeignLDM) -> Path:
+    """A folder in the run, or beside the checkpoint, named by what is most often varied."""
+    parts = ["samples", trained.label, f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
     if args.cfg_scale != 1:
         parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}")
     if args.weights != "ema":
         parts.append(args.weights)
     if args.label_sampling != "random":
         parts.append(args.label_sampling)
-    return args.exp_path / "-".join([*parts, f"{args.num_fid_samples}", f"seed{args.seed}"])
+    return trained.folder / "-".join([*parts, f"{args.num_fid_samples}", f"seed{args.seed}"])
 
 
-def sampler_settings(args: argparse.Namespace, trained: TrainedLDM) -> SamplerSettings:
+def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | ForeignLDM) -> SamplerSettings:
     return SamplerSettings(
         mode=args.mode,
         num_steps=args.num_steps,
@@ -288,7 +337,11 @@ def sampler_settings(args: argparse.Namespace, trained: TrainedLDM) -> SamplerSe
 
 
 def describe(
-    args: argparse.Namespace, trained: TrainedLDM, autoencoder: Autoencoder, classes: Sequence[int], process: Process
+    args: argparse.Namespace,
+    trained: TrainedLDM | ForeignLDM,
+    autoencoder: Autoencoder,
+    classes: Sequence[int],
+    process: Process,
 ) -> dict:
     """All that the images depend on; goes into the index, and a rerun in the same folder must agree with it."""
     tf32 = process.device.type == "cuda" and args.allow_tf32
@@ -309,7 +362,7 @@ def describe(
 
 
 def build_sampler(
-    args: argparse.Namespace, trained: TrainedLDM, autoencoder: Autoencoder, process: Process
+    args: argparse.Namespace, trained: TrainedLDM | ForeignLDM, autoencoder: Autoencoder, process: Process
 ) -> tuple[ImageSampler, SiT]:
     """The networks on the device."""
     device = process.device
@@ -333,7 +386,7 @@ def build_sampler(
 
 def generate(
     args: argparse.Namespace,
-    trained: TrainedLDM,
+    trained: TrainedLDM | ForeignLDM,
     autoencoder: Autoencoder,
     classes: Sequence[int],
     process: Process,
@@ -345,7 +398,8 @@ def generate(
     """
     spec = ShardSpec("images", (3, trained.resolution, trained.resolution), "uint8")
     settings = describe(args, trained, autoencoder, classes, process)
-    packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, FLAGS)
+    flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path" if args.ckpt is None else "--ckpt")
+    packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags)
     show = print if process.is_main else lambda text: None
     packing.begin()
     labels = choose_labels(args.num_fid_samples, classes, args.label_sampling, args.seed)
@@ -403,7 +457,9 @@ def make_shards(
     print(f"process {process.rank} of {process.world_size}: {rate}")
 
 
-def dry_run(args: argparse.Namespace, trained: TrainedLDM, autoencoder: Autoencoder, process: Process) -> None:
+def dry_run(
+    args: argparse.Namespace, trained: TrainedLDM | ForeignLDM, autoencoder: Autoencoder, process: Process
+) -> None:
     """Two images in two steps, and what all of them would take at that rate."""
     forwards, steps = sampler_settings(args, trained).forwards(), args.num_steps
     args.num_steps = min(2, steps)
@@ -423,7 +479,7 @@ def dry_run(args: argparse.Namespace, trained: TrainedLDM, autoencoder: Autoenco
     seconds = (forwards * step_seconds + decode_seconds) / 2 * args.num_fid_samples / process.world_size
     size = npz_bytes(args.num_fid_samples, trained.resolution)
     print(
-        f"{trained.config.model} of step {trained.step} ({trained.weights}): {count_parameters(model)[0]:,} parameters"
+        f"{trained.config.model}, checkpoint {trained.label} ({trained.weights}): {count_parameters(model)[0]:,} parameters"
     )
     print(f"VAE: {count_parameters(autoencoder)[0]:,} parameters")
     print(f"batch of 2: {step_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")

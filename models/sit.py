@@ -3,18 +3,25 @@
 Parameter names are those of the public SiT, REPA and REPA-E code, so that their checkpoints load.
 """
 
+import json
 import math
 import re
+import shutil
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from timm.layers import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 from models.layers import projector, sincos_positions, xavier_linears
+from models.weight_files import NotWeightsError, one_line, read_state_dict
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers calls them
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,50 @@ class SiT(nn.Module):
     def null_class(self) -> int:
         """The label that means "no class", for classifier-free guidance."""
         return self.config.num_classes
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of what it is given."""
+        return self.config.latent_channels, self.config.latent_size, self.config.latent_size
+
+    def save_pretrained(self, folder: str | Path, projectors: bool = False) -> None:
+        """Write ``config.json`` and the weights as safetensors, complete or not at all.
+
+        Args:
+            folder: is replaced where it exists.
+            projectors: also write those of REPA and VAE-REPA, which only training needs.
+        """
+        folder = Path(folder)
+        beside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        config = self.config if projectors else self.config.without_projectors()
+        content = {"_class_name": type(self).__name__} | config.to_dict()
+        (beside / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        weights = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
+        kept = {key: tensor for key, tensor in weights.items() if projectors or not key.startswith(PROJECTORS)}
+        save_file(kept, beside / WEIGHTS_FILE)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SiT":
+        """The network that :meth:`save_pretrained` wrote, in eval mode on the CPU.
+
+        Raises:
+            UserError: no such folder, not of a SiT, or weights of another one.
+        """
+        folder = Path(folder)
+        try:
+            content = json.loads((folder / CONFIG_FILE).read_text())
+            if content["_class_name"] != cls.__name__:
+                raise UserError(f"{folder / CONFIG_FILE} describes a {content['_class_name']}, not a {cls.__name__}")
+            config = SiTConfig.from_dict({key: value for key, value in content.items() if not key.startswith("_")})
+            model = cls(config)
+            model.load_state_dict(read_state_dict(folder / WEIGHTS_FILE))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, NotWeightsError, RuntimeError) as error:
+            raise UserError(f"{folder} is no complete folder of a SiT ({one_line(error)})") from error
+        return model.eval()
 
     def forward(
         self,

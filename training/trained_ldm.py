@@ -54,6 +54,11 @@ class TrainedLDM:
     def step(self) -> int:
         return self.checkpoint.step
 
+    @property
+    def label(self) -> str:
+        """For the names of what is made from it."""
+        return f"{self.step:07d}"
+
     def load_model(self) -> SiT:
         """The SiT in eval mode, on the CPU, without the projectors that aligned it."""
         model = SiT(self.config)
