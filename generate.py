@@ -5,11 +5,11 @@
   python generate.py --ckpt last.pt --vae-ckpt stabilityai/sd-vae-ft-ema
 
 Takes runs of this project, and experiments and bare checkpoints of REPA and REPA-E. What the model is, its path, its
-classes, its VAE and its resolution come from the run or the checkpoint, as far as it says so. Image i, its label and its noise
-depend on --seed and i alone (last bits apart: another batch size, GPU or --compile may move a pixel by a level). Any
-number of processes work on it, under python, torchrun or accelerate launch; none waits for another. Stopped at any
-moment, the same command makes the missing shards. With --evaluate REF the last process then measures FID and its
-relatives, as evaluate.py generation does. In the folder then are
+classes, its VAE and its resolution come from the run or the checkpoint, as far as it says so. Image i, its label and
+its noise depend on --seed and i alone (last bits apart: another batch size, GPU or --compile may move a pixel by a
+level). Any number of processes work on it, under python, torchrun or accelerate launch; none waits for another.
+Stopped at any moment, the same command makes the missing shards. With --evaluate REF the last process then measures
+FID and its relatives, as evaluate.py generation does. In the folder then are
 
   index.json, labels.npy, images-*.npy    a packed dataset, as preprocessing.py makes them
   samples.npz                             arr_0: uint8 [N, H, W, 3]
@@ -160,7 +160,8 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         OUTPUT_FLAG,
         type=Path,
         metavar="DIR",
-        help="folder of these images (default: in --exp-path or beside --ckpt, named by step, sampler, guidance, number and seed)",
+        help="folder of these images (default: in --exp-path or beside --ckpt, named by step, sampler, guidance, "
+        "number and seed)",
     )
     group.add_argument(
         "--npz", action=argparse.BooleanOptionalAction, default=True, help="write samples.npz beside the shards"
@@ -479,7 +480,8 @@ def dry_run(
     seconds = (forwards * step_seconds + decode_seconds) / 2 * args.num_fid_samples / process.world_size
     size = npz_bytes(args.num_fid_samples, trained.resolution)
     print(
-        f"{trained.config.model}, checkpoint {trained.label} ({trained.weights}): {count_parameters(model)[0]:,} parameters"
+        f"{trained.config.model}, checkpoint {trained.label} ({trained.weights}): "
+        f"{count_parameters(model)[0]:,} parameters"
     )
     print(f"VAE: {count_parameters(autoencoder)[0]:,} parameters")
     print(f"batch of 2: {step_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")

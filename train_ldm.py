@@ -30,16 +30,19 @@ from formats.vae import build_autoencoder
 from models.autoencoder import Autoencoder, architecture_names
 from models.encoders import Encoder, encoder_names
 from models.sit import SiT, SiTConfig
-from training import arguments, dry_run
+from training import arguments, dry_run, ldm_source
 from training.alignment_cost import alignment_cost_lines
+from training.checkpoint import CheckpointFolder
 from training.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
 from training.ema import EMA
+from training.foreign_ldm import statistics_of
 from training.ldm import LDMTrainer
+from training.ldm_source import Source
 from training.ldm_task import LDMTask
 from training.loop import Schedule
 from training.networks import build_optimizer, build_token_encoders, feature_dims
 from training.processes import this_process
-from training.run import build_accelerator, set_numerics
+from training.run import arguments_of, build_accelerator, set_numerics
 from training.session import Job, micro_batch_size, train
 from training.trained_ldm import statistics_checksum
 
@@ -49,6 +52,10 @@ REPA_COEFF, VAE_REPA_COEFF = 0.5, 1.0
 # Published for B, L and XL; the small ones follow B. The width is not published: this one costs XL/2 the published 4 %.
 VAE_REPA_DEPTHS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}
 VAE_REPA_WIDTH = 2  # in widths of the SiT
+CONTINUE_HELP = (
+    "with --exp-name: begin that run with weights, average, optimizer state and step of another run, of an experiment "
+    "of REPA or REPA-E, or of a checkpoint file of theirs (--resume-step chooses which); alone: resume the run in DIR"
+)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -57,7 +64,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         usage="%(prog)s --exp-name NAME --data-dir DIR --vae-latents-name NAME [flags]",
         description=__doc__,
     )
-    arguments.add_run_arguments(parser)
+    arguments.add_run_arguments(parser, CONTINUE_HELP)
     arguments.add_data_arguments(parser)
     add_latent_arguments(parser)
     arguments.add_sit_arguments(parser, model="SiT-XL/1")
@@ -183,16 +190,17 @@ class Data:
 
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
-    folder = None if args.dry_run else arguments.run_folder(args)
+    folder, origin = (None, args.continue_train_exp_dir) if args.dry_run else ldm_source.resolve_folder(args)
     accelerator = build_accelerator(args.mixed_precision, args.report_to, folder)
     set_numerics(args.seed, args.allow_tf32, args.deterministic)
     data = open_data(args, accelerator)
     autoencoder = load_autoencoder(args, data.latents)
     config = resolve(args, accelerator, data, autoencoder)
+    source = open_source(args, config, origin, folder, None if data.latents is None else autoencoder)
     if args.dry_run:
-        dry_run_step(args, config, data, autoencoder, accelerator)
+        dry_run_step(args, config, source, autoencoder, accelerator)
         return 0
-    job = build_job(args, config, data, autoencoder, accelerator)
+    job = build_job(args, config, data, autoencoder, source, accelerator)
     return train(args, vars(args), folder, job, accelerator)
 
 
@@ -330,6 +338,27 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, auto
     return config
 
 
+def open_source(
+    args: argparse.Namespace,
+    config: SiTConfig,
+    origin: str | Path | None,
+    folder: Path | None,
+    autoencoder: Autoencoder | None,
+) -> Source | None:
+    """What a run goes on from that has no checkpoint of its own yet; noted in ``args``."""
+    if folder is not None and CheckpointFolder(folder).list():
+        before = arguments_of(folder) or {}
+        if "continued_from" in before:
+            args.continued_from = before["continued_from"]
+        return None
+    if origin is None:
+        return None
+    source = ldm_source.open_source(Path(origin), args.resume_step)
+    ldm_source.check_source(source, config, args, None if autoencoder is None else statistics_of(autoencoder))
+    args.continued_from = source.record()
+    return source
+
+
 def check_features(args: argparse.Namespace, config: SiTConfig, latents: LatentDataset) -> None:
     """Cached features must lie on the SiT's token grid."""
     if args.repa_source != "features":
@@ -383,7 +412,12 @@ def build_alignment(args: argparse.Namespace, config: SiTConfig, accelerator: Ac
 
 
 def build_job(
-    args: argparse.Namespace, config: SiTConfig, data: Data, autoencoder: Autoencoder, accelerator: Accelerator
+    args: argparse.Namespace,
+    config: SiTConfig,
+    data: Data,
+    autoencoder: Autoencoder,
+    source: Source | None,
+    accelerator: Accelerator,
 ) -> Job:
     def build() -> LDMTask:
         trainer = build_trainer(args, config, autoencoder, accelerator)
@@ -404,6 +438,8 @@ def build_job(
         "sendvae-ldm",
         data.latents,
         build,
+        begin=lambda task: None if source is None else source.take_over(task.trainer),
+        first_step=None if source is None else source.step,
         describe=lambda task: describe(args, config, data) + cost_lines(args, config, task.trainer),
         products=("vae",),
         prepare=lambda folder: autoencoder.save(folder / "vae"),
@@ -438,10 +474,16 @@ def cost_lines(args: argparse.Namespace, config: SiTConfig, trainer: LDMTrainer)
 
 
 def dry_run_step(
-    args: argparse.Namespace, config: SiTConfig, data: Data, autoencoder: Autoencoder, accelerator: Accelerator
+    args: argparse.Namespace,
+    config: SiTConfig,
+    source: Source | None,
+    autoencoder: Autoencoder,
+    accelerator: Accelerator,
 ) -> None:
     """Two steps at the real shapes: batch 2 on each process, of random latents."""
     trainer = build_trainer(args, config, autoencoder, accelerator)
+    if source is not None:
+        source.take_over(trainer)
     batch = random_batch(args, config, count=2)
     for line in cost_lines(args, config, trainer):
         print(line)

@@ -1,14 +1,16 @@
 """SiT checkpoints of REPA and REPA-E: in, sampled, continued; and out again. Against an independent network."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import generate
+import train_ldm
 from diffusion.counted_noise import counted_normal
 from errors import UserError
 from formats.sit import infer_config, read_sit
@@ -17,7 +19,12 @@ from models.autoencoder import Autoencoder
 from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
 from tests.command_line import argv_of
 from tests.latent_caches import save_vae
+from tests.ldm_steps import tiny_trainer
+from tests.ldm_trainings import LATENTS, write_data
+from tests.ldm_trainings import flags as ldm_flags
 from tests.public_sit import PublicSiT, public_args, write_checkpoint, write_experiment
+from training.cli import run
+from training.ldm_source import open_source
 
 
 def probe(count: int = 3, channels: int = 4, side: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -178,6 +185,115 @@ def test_generate_continues_and_refuses_other_weights(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "complete", lambda *args: None)
         assert generate.main(begun) == 0
-    with pytest.raises(UserError, match="another --ckpt .weights_sha256"):
+    with pytest.raises(UserError, match=r"another --ckpt \(weights_sha256"):
         generate.main(argv_of(SAMPLING | flags | {"sample_dir": tmp_path / "begun", "ckpt": tmp_path / "b.pt"}))
     assert np.array_equal(sampled(tmp_path / "begun", ckpt=tmp_path / "a.pt", **flags), straight)
+
+
+def continued(data: Path, tmp_path: Path, name: str, **changes: object) -> int:
+    """train_ldm.py on the tiny cache with what :func:`public_experiment` was trained with."""
+    return run(train_ldm.main, ldm_flags(data, tmp_path / "exps", name, **({"learning_rate": 1e-4} | changes)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def public_experiment(data, tmp_path_factory) -> Path:
+    """REPA-E's LDM training on the tiny cache, 7 steps long."""
+    statistics = load_file(data / LATENTS / "vae" / "latents_stats.safetensors")
+    networks = [PublicSiT(seed=seed, batch_norm=True) for seed in (1, 2)]
+    for network in networks:
+        network.bn.running_mean.copy_(statistics["mean"])
+        network.bn.running_var.copy_(statistics["std"].square())
+    return write_experiment(tmp_path_factory.mktemp("theirs") / "sit", *networks, public_args(vae="f4d4"))
+
+
+def test_the_first_update_is_the_one_of_their_optimizer(public_experiment):
+    """On the same gradients: torch's AdamW over the public network, from their state, and ours after the mapping."""
+    contents = torch.load(next(public_experiment.glob("checkpoints/*.pt")), weights_only=False)
+    public = PublicSiT(batch_norm=True)
+    public.load_state_dict(contents["model"])
+    optimizer = torch.optim.AdamW(public.parameters(), lr=1.0)
+    optimizer.load_state_dict(contents["opt"])
+    optimizer.param_groups[0]["lr"] = 1e-3
+    before = {name: parameter.detach().clone() for name, parameter in public.named_parameters()}
+
+    source = open_source(public_experiment, 0)
+    assert source.step == 7
+    trainer = tiny_trainer(config=source.config, ema_decay=0.9, max_grad_norm=1e9)
+    source.take_over(trainer)
+    for name, tensor in contents["ema"].items():
+        if not name.startswith("bn."):
+            assert torch.equal(trainer.ema.module.state_dict()[name], tensor)
+    generator = torch.Generator().manual_seed(9)
+    ours = dict(trainer.model.named_parameters())
+    for name, parameter in public.named_parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            ours[name].grad = parameter.grad.clone()
+    optimizer.step()
+    trainer.update(1e-3)
+    assert len(ours) == len(before) - 1  # all but the position embedding
+    for name, parameter in ours.items():
+        expected = dict(public.named_parameters())[name]
+        assert (expected - before[name]).abs().max() > 5e-4  # it moved
+        assert (parameter - expected).abs().max() < 1e-7, name
+
+
+def test_train_ldm_goes_on_from_their_experiment_and_then_without_it(data, public_experiment, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(public_experiment, source)
+    flags = {"continue_train_exp_dir": source, "resume_step": 7, "checkpointing_steps": 1, "keep_checkpoints": 9}
+    assert continued(data, tmp_path, "straight", max_train_steps=10, **flags) == 0
+    assert continued(data, tmp_path, "two", max_train_steps=8, **flags) == 0
+    shutil.rmtree(source)
+    assert continued(data, tmp_path, "two", max_train_steps=10, **flags) == 0
+    exps = tmp_path / "exps"
+    assert [path.name for path in sorted((exps / "two" / "checkpoints").iterdir())] == ["0000008", "0000009", "0000010"]
+    for name in ("model", "ema"):
+        a, b = (
+            load_file(exps / run / "checkpoints" / "0000010" / f"{name}.safetensors") for run in ("straight", "two")
+        )
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    steps = [json.loads(line)["step"] for line in (exps / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [8, 9, 10]
+    arguments = json.loads((exps / "two" / "args.json").read_text())["args"]
+    assert arguments["continued_from"] == {"checkpoint": str(source / "checkpoints" / "0000007.pt"), "step": 7}
+    state = torch.load(exps / "two" / "checkpoints" / "0000010" / "optimizer.pt", weights_only=True)["state"]
+    assert {int(entry["step"]) for entry in state.values()} == {3 + 3}  # write_experiment made three
+
+
+def test_train_ldm_goes_on_from_another_run_of_ours(data, tmp_path, capsys):
+    """The new run's steps are those that the old one would have made; without REPA its projectors are left out."""
+    assert continued(data, tmp_path, "old", max_train_steps=4, checkpointing_steps=2) == 0
+    old = tmp_path / "exps" / "old"
+    flags = {"continue_train_exp_dir": old, "resume_step": 2, "max_train_steps": 4}
+    assert continued(data, tmp_path, "new", **flags) == 0
+    a, b = (
+        load_file(tmp_path / "exps" / name / "checkpoints" / "0000004" / "ema.safetensors") for name in ("old", "new")
+    )
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert continued(data, tmp_path, "plain", **(flags | {"proj_coeff": 0})) == 0
+    weights = load_file(tmp_path / "exps" / "plain" / "checkpoints" / "0000004" / "model.safetensors")
+    assert not any(name.startswith("projectors.") for name in weights)
+    capsys.readouterr()
+    assert continued(data, tmp_path, "done", continue_train_exp_dir=old, max_train_steps=4) == 2
+    assert "trained for 4 steps already" in capsys.readouterr().err
+
+
+def test_train_ldm_begins_with_bare_weights(data, tmp_path, capsys):
+    """No optimizer, no step: AdamW begins anew at step 0, and the average is that of the file."""
+    public = PublicSiT(seed=4, batch_norm=True)
+    statistics = load_file(data / LATENTS / "vae" / "latents_stats.safetensors")
+    public.bn.running_mean.copy_(statistics["mean"])
+    public.bn.running_var.copy_(statistics["std"].square() * 1.03**2)
+    torch.save(public.state_dict(), tmp_path / "bare.pt")
+    assert continued(data, tmp_path, "bare", continue_train_exp_dir=tmp_path / "bare.pt", learning_rate=0) == 0
+    weights = load_file(tmp_path / "exps" / "bare" / "checkpoints" / "0000002" / "model.safetensors")
+    assert all(torch.equal(tensor, public.state_dict()[name]) for name, tensor in weights.items())
+    log = (tmp_path / "exps" / "bare" / "log.txt").read_text()
+    assert "AdamW begins anew" in log
+    assert "differ from its by 0.029 standard deviations" in log

@@ -24,11 +24,13 @@ CHANGEABLE = frozenset(
 )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(
+    parser: argparse.ArgumentParser, continue_help: str = "resume the run in DIR (instead of --exp-name)"
+) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", default="exps", metavar="DIR", help="folder of all runs")
     group.add_argument("--exp-name", metavar="NAME", help="this run's folder in --output-dir; same command = resume")
-    group.add_argument("--continue-train-exp-dir", metavar="DIR", help="resume the run in DIR (instead of --exp-name)")
+    group.add_argument("--continue-train-exp-dir", metavar="DIR", help=continue_help)
     group.add_argument(
         "--resume-step",
         type=non_negative_int,
@@ -254,6 +256,11 @@ def run_folder(args: argparse.Namespace) -> Path:
         if not (folder / "args.json").is_file():
             raise UserError(f"--continue-train-exp-dir {folder} is not a run: it has no args.json")
         return folder
+    return named_folder(args)
+
+
+def named_folder(args: argparse.Namespace) -> Path:
+    """The folder that --exp-name means."""
     if not args.exp_name:
         raise UserError("--exp-name is needed: the name of the run's folder in --output-dir")
     if Path(args.exp_name).name != args.exp_name or args.exp_name in (".", ".."):

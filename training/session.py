@@ -28,7 +28,8 @@ class Job:
         project: its trackers' project.
         dataset: what ``dataset.loader.BatchLoader`` reads.
         build: builds the networks; called once it is clear that there is something left to train.
-        begin: called with the task of a run that starts from step 0.
+        begin: called with the task of a run that has no checkpoint of its own.
+        first_step: that ``begin`` takes the run to, with what it had from elsewhere; None: nothing, so 0.
         describe: lines for the log that say what is trained.
         products: names in the run's folder that a finished run has.
         prepare: called on the main process with the folder of a run that starts, or that lacks a product.
@@ -38,6 +39,7 @@ class Job:
     dataset: Any
     build: Callable[[], Task]
     begin: Callable[[Task], None] = lambda task: None
+    first_step: int | None = None
     describe: Callable[[Task], Sequence[str]] = lambda task: ()
     products: tuple[str, ...] = ()
     prepare: Callable[[Path], None] = lambda folder: None
@@ -55,10 +57,11 @@ def train(args: argparse.Namespace, arguments: dict[str, Any], folder: Path, job
     """
     run = Run(folder, accelerator, arguments | {"num_processes": accelerator.num_processes})
     try:
-        checkpoint = find_checkpoint(run, args.resume_step)
+        # of a run that begins elsewhere, --resume-step chose a checkpoint there
+        checkpoint = find_checkpoint(run, args.resume_step if job.first_step is None else 0)
         if checkpoint is not None:
             _check_same_run(run)
-        start_step = 0 if checkpoint is None else checkpoint.step
+        start_step = (job.first_step or 0) if checkpoint is None else checkpoint.step
         if _is_finished(run, start_step, args.max_train_steps, job.products):
             logger.info("%s is finished: %d steps", folder, start_step)
             return EXIT_OK
