@@ -22,7 +22,7 @@ import torch
 from diffusion.flow import PATH_TYPES
 from errors import UserError
 from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
-from models.weight_files import NotWeightsError, read_contents
+from models.weight_files import NotWeightsError, read_contents, read_state_dict
 
 State = dict[str, torch.Tensor]
 
@@ -219,6 +219,19 @@ def rename_legacy_blocks(state: Mapping[str, torch.Tensor]) -> tuple[State, int 
 def repa_statistics() -> Statistics:
     """What REPA normalises Stable Diffusion's latents with: no mean, one factor."""
     return Statistics(torch.zeros(REPA_CHANNELS), torch.full((REPA_CHANNELS,), 1 / REPA_SCALE))
+
+
+def read_statistics(path: str | Path, given: str) -> Statistics:
+    """REPA-E's ``latents_scale`` (1/std) and ``latents_bias``, or ``mean`` and ``std``, of any shape with C numbers."""
+    try:
+        tensors = read_state_dict(path)
+        if "latents_scale" in tensors:
+            return Statistics(tensors["latents_bias"].float().flatten(), 1 / tensors["latents_scale"].float().flatten())
+        return Statistics(tensors["mean"].float().flatten(), tensors["std"].float().flatten())
+    except (NotWeightsError, KeyError) as error:
+        raise UserError(
+            f"{given}: no latent statistics (latents_scale and latents_bias, or mean and std; {error})"
+        ) from error
 
 
 def _weight_sets(contents: object, given: str) -> dict[str, State]:

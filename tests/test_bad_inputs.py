@@ -8,6 +8,7 @@ import pytest
 
 import cache_latents
 import evaluate
+import export_ldm
 import generate
 import preprocessing
 import report
@@ -17,6 +18,7 @@ import train_sendvae
 from tests.bad_inputs import (
     cache_latents_cases,
     evaluate_cases,
+    export_ldm_cases,
     generate_cases,
     preprocessing_cases,
     report_cases,
@@ -30,6 +32,7 @@ from training.cli import run
 SCRIPTS = {
     cache_latents: cache_latents_cases,
     evaluate: evaluate_cases,
+    export_ldm: export_ldm_cases,
     generate: generate_cases,
     preprocessing: preprocessing_cases,
     report: report_cases,

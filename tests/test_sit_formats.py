@@ -7,24 +7,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import export_ldm
 import generate
 import train_ldm
 from diffusion.counted_noise import counted_normal
+from diffusion.guidance import guided
+from diffusion.samplers import model_velocity, sample_ode
 from errors import UserError
 from formats.sit import infer_config, read_sit
 from formats.vae import build_autoencoder
-from models.autoencoder import Autoencoder
+from models.autoencoder import Autoencoder, to_uint8
 from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
 from tests.command_line import argv_of
 from tests.latent_caches import save_vae
+from tests.ldm_runs import CLASS_NAMES, STEP, random_weights, write_ldm_run
 from tests.ldm_steps import tiny_trainer
 from tests.ldm_trainings import LATENTS, write_data
 from tests.ldm_trainings import flags as ldm_flags
 from tests.public_sit import PublicSiT, public_args, write_checkpoint, write_experiment
 from training.cli import run
 from training.ldm_source import open_source
+from training.trained_ldm import open_trained_ldm
 
 
 def probe(count: int = 3, channels: int = 4, side: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -297,3 +303,62 @@ def test_train_ldm_begins_with_bare_weights(data, tmp_path, capsys):
     log = (tmp_path / "exps" / "bare" / "log.txt").read_text()
     assert "AdamW begins anew" in log
     assert "differ from its by 0.029 standard deviations" in log
+
+
+def export(*argv: object) -> int:
+    return run(export_ldm.main, [str(word) for word in argv])
+
+
+def snippet_of(folder: Path) -> str:
+    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+
+
+def test_the_exported_folder_and_its_snippet(tmp_path, monkeypatch):
+    """Weights to the bit; the README's lines, as they stand, make the image of generate.py's sampler."""
+    trained_run = write_ldm_run(tmp_path / "run")
+    assert export(trained_run, tmp_path / "dry", "--dry-run") == 0
+    assert not (tmp_path / "dry").exists()
+    out = tmp_path / "out"
+    assert export(trained_run, out) == 0
+    assert export(trained_run, out, "--overwrite") == 0
+    trained = open_trained_ldm(trained_run, None, "ema")
+    expected, loaded = trained.load_model(), SiT.from_pretrained(out / "transformer")
+    assert loaded.config == trained.config
+    assert expected.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    autoencoder, known = build_autoencoder(str(out / "vae"))
+    assert known
+    assert autoencoder.checksum() == trained.vae_checksum
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["class_names"] == CLASS_NAMES
+    assert (index["path_type"], index["resolution"], index["steps"]) == ("linear", 32, STEP)
+
+    snippet = snippet_of(out)
+    assert len(snippet.strip().splitlines()) <= 15
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})  # noqa: S102  it is what is tested
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    velocity = guided(model_velocity(expected), 2.5, 3, high=0.75)
+    z = sample_ode(velocity, noise, torch.tensor([0]), num_steps=50)
+    with torch.no_grad():
+        image = to_uint8(autoencoder.decode(autoencoder.statistics.denormalize(z)))[0].permute(1, 2, 0).numpy()
+    found = np.asarray(Image.open(tmp_path / "sample.png"))
+    assert found.std() > 10
+    assert np.abs(found.astype(int) - image).max() <= 1
+
+
+def test_projectors_are_saved_where_they_are_wanted(tmp_path):
+    config = SiTConfig("SiT-Ti/2", 4, 8, 6, True, 4, (24, 40), 32)
+    model = SiT(config)
+    random_weights(model, 3)
+    model.save_pretrained(tmp_path / "sit", projectors=True)
+    loaded = SiT.from_pretrained(tmp_path / "sit")
+    assert loaded.config == config
+    x, t, y = probe()
+    velocity, tokens = model.eval()(x, t, y, with_tokens=True)
+    again, same = loaded(x, t, y, with_tokens=True)
+    assert torch.equal(velocity, again)
+    assert all(torch.equal(a, b) for a, b in zip(tokens, same, strict=True))
+    (tmp_path / "sit" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(UserError, match="describes a UNet2DModel"):
+        SiT.from_pretrained(tmp_path / "sit")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import UserError
-from formats.sit import REPA_CHANNELS, SiTCheckpoint, SiTWeights, Statistics, read_sit, repa_statistics
+from formats.sit import REPA_CHANNELS, SiTCheckpoint, SiTWeights, Statistics, read_sit, read_statistics, repa_statistics
 from formats.vae import build_autoencoder
 from models.autoencoder import Autoencoder
 from models.sit import PROJECTORS, SiT, SiTConfig
@@ -116,8 +116,9 @@ def open_foreign_ldm(args: argparse.Namespace, report: Callable[[str], object]) 
         folder, given = Path(args.exp_path), f"--exp-path {args.exp_path} ({path.name})"
     checkpoint = read_sit(path, given, facts)
     weights = _chosen(checkpoint, args.weights, given)
-    path_type = _path_type(checkpoint.facts, args.path_type, given, report)
-    autoencoder = _load_autoencoder(checkpoint, weights, args, given, report)
+    notes: list[str] = []
+    path_type = _path_type(checkpoint.facts, args.path_type, given, notes.append)
+    autoencoder = _load_autoencoder(checkpoint, weights, args, given, notes.append)
     config = checkpoint.config.without_projectors()
     resolution = config.latent_size * autoencoder.downsampling
     for name, value in (("its args say", checkpoint.facts.get("resolution")), ("--resolution is", args.resolution)):
@@ -127,6 +128,8 @@ def open_foreign_ldm(args: argparse.Namespace, report: Callable[[str], object]) 
                 f"{resolution} px: give its own VAE and no --resolution"
             )
     state = {key: tensor for key, tensor in weights.state.items() if not key.startswith(PROJECTORS)}
+    for note in notes:
+        report(note)
     return ForeignLDM(
         folder=folder,
         label=path.stem,
@@ -206,6 +209,13 @@ def _load_autoencoder(
             f"{autoencoder.latent_channels}: give the VAE that it was trained with (--vae-ckpt)"
         )
     own = statistics_of(autoencoder) if known else None
+    if args.vae_latents_stats is not None:
+        own = read_statistics(args.vae_latents_stats, f"--vae-latents-stats {args.vae_latents_stats}")
+        if len(own.mean) != autoencoder.latent_channels:
+            raise UserError(
+                f"--vae-latents-stats {args.vae_latents_stats} is of {len(own.mean)} channels, the VAE has "
+                f"{autoencoder.latent_channels}"
+            )
     statistics = _statistics(weights, own, args, given, report)
     autoencoder.statistics.load(statistics.mean, statistics.std)
     return autoencoder

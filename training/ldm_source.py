@@ -111,6 +111,8 @@ def open_source(path: Path, step: int) -> Source:
     Raises:
         UserError: nothing of that kind, no such step, or damaged.
     """
+    if not path.exists():
+        raise UserError(f"{FLAG} {path}: no such folder or file; give a run, or a checkpoint of REPA or REPA-E")
     if path.is_dir() and not is_foreign(path):
         return _own(path, step)
     if path.is_dir():
@@ -193,7 +195,7 @@ def _check_statistics(source: Source, statistics: Statistics) -> None:
 
 def _own(folder: Path, step: int) -> Source:
     """A checkpoint of another run of train_ldm.py."""
-    if not folder.is_dir() or arguments_of(folder) is None:
+    if arguments_of(folder) is None:
         raise UserError(f"{FLAG} {folder} is not a run: it has no args.json")
     checkpoints = CheckpointFolder(folder)
     checkpoint = checkpoints.at_step(step) if step else checkpoints.newest_good(logger.warning)

@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from dataset.shards import checksum
+from formats.vae import build_autoencoder
 from tests.bad_inputs.case import Case
+from tests.latent_caches import save_vae
 from tests.ldm_runs import STEP, flags, write_ldm_run
+from tests.public_sit import PublicSiT, public_args, write_experiment
 from training.run import write_json
 
 CHECKPOINT = Path("checkpoints") / f"{STEP:07d}"
@@ -176,11 +179,104 @@ def environment(**variables: str):
     return prepare
 
 
+def foreign(spoil: Callable[[Path], object] = lambda folder: None, **changes: object):
+    """An experiment of REPA in ``theirs``, good flags, something spoiled; callables are given the case's folder."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        shared = tmp_path.parent / "shared-foreign"
+        if not shared.exists():
+            write_experiment(shared, PublicSiT(seed=1), PublicSiT(seed=2), public_args())
+            save_vae(shared)
+        folder = tmp_path / "theirs"
+        shutil.copytree(shared, folder)
+        spoil(folder)
+        values = {"exp_path": folder, "vae_ckpt": folder / "vae"}
+        values |= {key: value(folder) if callable(value) else value for key, value in changes.items()}
+        return flags(folder, **({"sample_dir": tmp_path / "out"} | values))
+
+    return prepare
+
+
+def bare(make: Callable[[], object], **changes: object):
+    """The same with ``--ckpt`` and a file of what ``make`` returns."""
+    changes = {"exp_path": None, "ckpt": lambda folder: folder / "file.pt"} | changes
+    return foreign(lambda folder: torch.save(make(), folder / "file.pt"), **changes)
+
+
+def their_facts(**changes: object):
+    return lambda folder: (folder / "args.json").write_text(json.dumps(public_args(**changes)))
+
+
+def cut(folder: Path) -> None:
+    path = folder / "checkpoints" / "0000007.pt"
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def weights() -> dict:
+    return PublicSiT().state_dict()
+
+
+def vae_weights() -> dict:
+    return build_autoencoder("f4d4-tiny", "none")[0].network.state_dict()
+
+
+def file_of_ones(folder: Path) -> Path:
+    torch.save({"ones": torch.ones(4)}, folder / "ones.pt")
+    return folder / "ones.pt"
+
+
+def our_file(tmp_path: Path) -> Path:
+    return shared_run(tmp_path) / CHECKPOINT / "ema.safetensors"
+
+
+def renamed_blocks() -> dict:
+    """A SiT of 7 blocks."""
+    state = weights()
+    return state | {key.replace("blocks.5.", "blocks.6."): state[key] for key in state if key.startswith("blocks.5.")}
+
+
+def variance_too() -> dict:
+    state = weights()
+    return state | {
+        key: torch.cat([state[key]] * 2) for key in ("final_layer.linear.weight", "final_layer.linear.bias")
+    }
+
+
 NEVER_FREE = {"dataset.packing.SHARED_LOCK_SECONDS": 0.0, "dataset.packing._try_lock": lambda descriptor: False}
 FULL = namedtuple("usage", "total used free")(10**9, 10**9 - 5, 5)
 
 CASES = [
-    Case("no run given", lambda path, _: ["--num-steps", "3"], ("--exp-path",)),
+    Case("no run given", lambda path, _: ["--num-steps", "3"], ("--exp-path", "--ckpt")),
+    Case("a run and a file", with_flags(ckpt="last.pt"), ("--exp-path", "or", "--ckpt")),
+    Case("a VAE for a run of ours", with_flags(vae_ckpt="x"), ("--vae-ckpt is for checkpoints of REPA", "leave")),
+    Case("no such file", foreign(exp_path=None, ckpt="nowhere.pt"), ("--ckpt nowhere.pt", "no such file")),
+    Case("a folder as file", foreign(exp_path=None, ckpt=lambda folder: folder), ("is a folder", "--exp-path")),
+    Case("a VAE as SiT", bare(vae_weights), ("holds a VAE",)),
+    Case("optimizer only", bare(lambda: {"opt": {"state": {}}, "steps": 3}), ("holds no weights, but opt, steps",)),
+    Case("a list", bare(lambda: [1]), ("holds a list",)),
+    Case("another network", bare(lambda: {"a.weight": torch.ones(2)}), ("holds no SiT", "a.weight")),
+    Case("unknown depth", bare(renamed_blocks), ("7 blocks of width 192", "XL 28 × 1152")),
+    Case("unknown width", bare(lambda: weights() | {"x_embedder.proj.weight": torch.ones(200, 4, 2, 2)}),
+         ("6 blocks of width 200",)),
+    Case("a learned variance", bare(variance_too), ("predicts a variance too",)),
+    Case("half a SiT", bare(lambda: {key: value for key, value in weights().items() if "fc2" not in key}),
+         ("no complete SiT-Ti/2", "lacks blocks.0.mlp.fc2.weight")),
+    Case("bare weights without a VAE", bare(weights, vae_ckpt=None),
+         ("--vae-ckpt is needed", "sd-vae-ft-ema")),
+    Case("as trained, of averages", bare(weights, weights="model"), ("take --weights ema",)),
+    Case("a step of a file", bare(weights, train_steps=7), ("--train-steps", "--ckpt")),
+    Case("file of our run", with_flags(exp_path=None, ckpt=our_file),
+         ("belongs to a run", "--exp-path")),
+    Case("their checkpoint cut", foreign(cut), ("0000007.pt", "not readable")),
+    Case("their step missing", foreign(train_steps=8), ("step 8", "there are: 7")),
+    Case("no args.json beside", foreign(without("args.json")), ("no args.json", "copy it")),
+    Case("args.json cut", foreign(replaced("args.json", "{")), ("args.json is not readable",)),
+    Case("args.json of another", foreign(their_facts(path_type="cosine")), ("args.json says path_type cosine",)),
+    Case("no statistics in the file", foreign(vae_latents_stats=file_of_ones), ("--vae-latents-stats", "mean and std")),
+    Case("another path", foreign(path_type="cosine"),
+         ("--path-type cosine", "trained on the linear path")),
+    Case("another resolution", foreign(resolution=64), ("--resolution is 64 px", "32 px")),
+    Case("VAE of other channels", foreign(vae="f16d16", vae_ckpt="none"), ("4 channels", "decodes 16", "--vae-ckpt")),
     Case("no such run", with_flags(exp_path=lambda path: path / "none"), ("--exp-path", "no such folder")),
     Case("a folder that is no run", with_flags(exp_path=no_run), ("no args.json", "train_ldm.py")),
     Case("a VAE's run", with_run(manifest(sit=None)), ("manifest.json", "'sit'", "train_ldm.py")),

@@ -11,6 +11,7 @@ from dataset.latents import VAE_NAME
 from tests.bad_inputs.case import Case
 from tests.latent_caches import save_vae, write_cache
 from tests.ldm_trainings import LATENTS, flags, write_data
+from tests.public_sit import PublicSiT, public_args, write_experiment
 from training.checkpoint import CheckpointFolder
 
 _made: dict[str, Path] = {}
@@ -95,6 +96,17 @@ def damaged_statistics(data: Path) -> None:
 
 def damaged_vae_weights(data: Path) -> None:
     (data / LATENTS / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+
+
+def continuing(facts: dict | None = None, network: dict | None = None, **changes):
+    """A new run that goes on from REPA-E's experiment, which was trained with ``facts``."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        networks = [PublicSiT(seed=seed, **(network or {})) for seed in (1, 2)]
+        folder = write_experiment(tmp_path / "theirs", *networks, public_args(**(facts or {})))
+        return with_flags(**({"continue_train_exp_dir": folder, "max_train_steps": 9} | changes))(tmp_path, monkeypatch)
+
+    return prepare
 
 
 CASES = [
@@ -183,4 +195,21 @@ CASES = [
     Case("unknown weighting", with_flags(weighting="logit"), ("--weighting", "lognormal")),
     Case("abbreviated flag", lambda tmp_path, monkeypatch: ["--mod", "SiT-B/2"], ("--mod",)),
     Case("random weights for a real run", with_flags(random_weights=True), ("--random-weights is for --dry-run",)),
+    Case("going on, without a name", continuing(exp_name=None), ("--exp-name is needed", "theirs")),
+    Case("going on from nothing", with_flags(continue_train_exp_dir="nowhere"), ("nowhere: no such folder or file",)),
+    Case("going on from no run", with_flags(continue_train_exp_dir="docs"), ("docs is not a run", "args.json")),
+    Case("going on from a text", with_flags(continue_train_exp_dir="README.md"), ("README.md", "not readable")),
+    Case("going on from another step", continuing(resume_step=8), ("step 8", "there are: 7")),
+    Case("going on with another model", continuing(model="SiT-S/2"), ("model SiT-Ti/2, not SiT-S/2", "--model")),
+    Case("going on with other classes", continuing({"num_classes": 5}, {"classes": 5}), ("num_classes 5, not 6",)),
+    Case("going on on another path", continuing(path_type="cosine"), ("--path-type linear, not cosine",)),
+    Case(
+        "going on with another VFM",
+        continuing({"enc_type": "dinov2-vit-b"}, {"dims": (768,)}),
+        ("projectors of widths 768", "needs 112", "--proj-coeff 0"),
+    ),
+    Case("going on at another block", continuing(encoder_depth=4), ("--encoder-depth 2, not 4",)),
+    Case("going on with wider projectors", continuing(projector_width=64), ("--projector-width 32, not 64",)),
+    Case("going on to where it is", continuing(max_train_steps=7, proj_coeff=0), ("7 steps already", "raise")),
+    Case("going on with other statistics", continuing(network={"batch_norm": True}), ("latent statistics differ",)),
 ]

@@ -1,0 +1,39 @@
+"""What a user can get wrong with export_ldm.py, and what the one line must say."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.bad_inputs.case import Case
+from tests.bad_inputs.generate_cases import shared_run
+
+
+def exporting(prepare_out: Callable[[Path], object] = lambda out: None, *flags: str, run: str | None = None):
+    """A good run (or ``run``), a folder ``out`` that is prepared, flags."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        prepare_out(tmp_path / "out")
+        return [run or str(shared_run(tmp_path)), str(tmp_path / "out"), *flags]
+
+    return prepare
+
+
+def thesis(out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.tex").write_text("")
+
+
+def earlier_export(out: Path) -> None:
+    out.mkdir()
+    (out / "model_index.json").write_text("{}")
+
+
+CASES = [
+    Case("no run", lambda tmp_path, monkeypatch: [], ("RUN, OUT",)),
+    Case("not a run", exporting(run="docs"), ("RUN docs is not a run",)),
+    Case("no such step", exporting(lambda out: None, "--train-steps", "3"), ("--train-steps 3", "there are: 5, 10")),
+    Case("a file", exporting(lambda out: out.write_text("")), ("out is a file",)),
+    Case("other files", exporting(thesis, "--overwrite"), ("holds other files", "new folder")),
+    Case("an earlier export", exporting(earlier_export), ("holds an export", "--overwrite")),
+]
