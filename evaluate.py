@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-from metrics import evaluate_generation
+from metrics import evaluate_generation, evaluate_reconstruction
 from training.cli import ArgumentParser, run
 
-COMMANDS = {"generation": evaluate_generation}  # modules with HELP, DESCRIPTION, add_arguments(parser), run(args)
+# modules with HELP, DESCRIPTION, add_arguments(parser), run(args)
+COMMANDS = {"generation": evaluate_generation, "reconstruction": evaluate_reconstruction}
 
 
 def main(argv: Sequence[str]) -> int:

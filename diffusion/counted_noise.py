@@ -23,6 +23,7 @@ class Purpose(IntEnum):
 
     NOISE = 0
     LABEL = 1
+    POSTERIOR = 2
 
 
 def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:

@@ -1,73 +1,112 @@
-"""LPIPS through the ``lpips`` package, with the VGG16 trunk taken from a local file, torch's cache or its download."""
+"""LPIPS through the ``lpips`` package, with the trunk taken from a local file, torch's cache or its download."""
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import lpips
 import torch
+import torchvision
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from errors import UserError
 from models.weight_files import NotWeightsError, read_state_dict
 
-VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-VGG16_FILE = VGG16_URL.rsplit("/", 1)[1]
+GO_WITHOUT = "perceptual_weight: 0 in the loss configuration, or --loss-override perceptual_weight=0"
 
 
-def build_lpips(checkpoint: str | None = None, random_weights: bool = False) -> nn.Module:
-    """LPIPS (VGG16, linear heads v0.1), frozen: two images ``[B, 3, H, W]`` in [-1, 1] → ``[B, 1, 1, 1]``.
+@dataclass(frozen=True)
+class Trunk:
+    """A network whose features LPIPS compares.
+
+    Attributes:
+        name: for messages.
+        url: of torchvision's weights.
+        layers: builds its feature layers.
+    """
+
+    name: str
+    url: str
+    layers: Callable[[], nn.Module]
+
+    @property
+    def file(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+
+TRUNKS = {
+    "vgg": Trunk("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", lambda: make_layers(cfgs["D"])),
+    "alex": Trunk(
+        "AlexNet",
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        lambda: torchvision.models.alexnet().features,
+    ),
+}
+
+
+def build_lpips(
+    checkpoint: str | None = None,
+    random_weights: bool = False,
+    net: str = "vgg",
+    flag: str = "--lpips-ckpt",
+    go_without: str = GO_WITHOUT,
+) -> nn.Module:
+    """LPIPS (linear heads v0.1), frozen: two images ``[B, 3, H, W]`` in [-1, 1] → ``[B, 1, 1, 1]``.
 
     The inputs get LPIPS's own shift and scale and nothing else; REPA-E's first release scaled x → 2x − 1 once more.
 
     Args:
-        checkpoint: torchvision's ``vgg16-397923af.pth``; by default torch's hub cache or download.
+        checkpoint: torchvision's weights of the trunk; by default torch's hub cache or download.
         random_weights: a random trunk, to measure sizes and speed.
+        net: of :data:`TRUNKS`; losses use ``vgg``.
+        flag: that the checkpoint comes from, for messages.
+        go_without: what to do without weights, for messages.
 
     Raises:
-        UserError: the weights cannot be had, or are not VGG16's.
+        UserError: the weights cannot be had, or are another network's.
     """
-    state = None if random_weights else _vgg16_state(checkpoint)
+    state = None if random_weights else _trunk_state(TRUNKS[net], checkpoint, flag, go_without)
     with warnings.catch_warnings():  # lpips 0.1.4 asks torchvision in an outdated way
         warnings.simplefilter("ignore")
-        network = lpips.LPIPS(net="vgg", version="0.1", pnet_rand=True, verbose=False)
+        network = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
     if state is not None:
         _load_trunk(network, state)
     return network.requires_grad_(False).eval()
 
 
-def _vgg16_state(checkpoint: str | None) -> dict[str, torch.Tensor]:
+def _trunk_state(trunk: Trunk, checkpoint: str | None, flag: str, go_without: str) -> dict[str, torch.Tensor]:
     """A state dict that holds the trunk's tensors, in torchvision's names."""
-    path = Path(checkpoint) if checkpoint else Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
+    path = Path(checkpoint) if checkpoint else Path(torch.hub.get_dir()) / "checkpoints" / trunk.file
     if path.is_file():
-        source = f"--lpips-ckpt {checkpoint}" if checkpoint else str(path)
+        source = f"{flag} {checkpoint}" if checkpoint else str(path)
         try:
             state = read_state_dict(path)
         except NotWeightsError as error:
-            raise UserError(f"{source} is not a file of VGG16 weights ({error})") from error
-        wrong = _first_wrong(state)
+            raise UserError(f"{source} is not a file of {trunk.name} weights ({error})") from error
+        wrong = _first_wrong(trunk, state)
         if wrong:
-            raise UserError(f"{source} is not torchvision's VGG16: {wrong} is missing or has another shape")
+            raise UserError(f"{source} is not torchvision's {trunk.name}: {wrong} is missing or has another shape")
         return state
     if checkpoint:
-        raise UserError(f"--lpips-ckpt {checkpoint}: no such file")
+        raise UserError(f"{flag} {checkpoint}: no such file")
     try:
         return torch.hub.load_state_dict_from_url(
-            VGG16_URL, map_location="cpu", weights_only=True, check_hash=True, progress=False
+            trunk.url, map_location="cpu", weights_only=True, check_hash=True, progress=False
         )
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"LPIPS needs torchvision's VGG16 weights and {VGG16_URL} cannot be reached: give the file with "
-            f"--lpips-ckpt, put it at {path}, or go without (perceptual_weight: 0 in the loss configuration, "
-            "or --loss-override perceptual_weight=0)"
+            f"LPIPS needs torchvision's {trunk.name} weights and {trunk.url} cannot be reached: give the file with "
+            f"{flag}, put it at {path}, or go without ({go_without})"
         ) from error
 
 
-def _first_wrong(state: dict[str, torch.Tensor]) -> str | None:
-    """The first tensor of VGG16's trunk that a loaded file lacks, or has in another shape."""
+def _first_wrong(trunk: Trunk, state: dict[str, torch.Tensor]) -> str | None:
+    """The first tensor of the trunk that a loaded file lacks, or has in another shape."""
     with torch.device("meta"):
-        trunk = make_layers(cfgs["D"])
-    for name, parameter in trunk.state_dict(prefix="features.").items():
+        layers = trunk.layers()
+    for name, parameter in layers.state_dict(prefix="features.").items():
         if name not in state or state[name].shape != parameter.shape:
             return name
     return None

@@ -1,0 +1,271 @@
+"""evaluate.py reconstruction: its flags and what it does."""
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dataset.images import ImageDataset, open_images
+from dataset.loader import read_batches
+from errors import UserError
+from loss.perceptual import TRUNKS, build_lpips
+from metrics.encoding import chunked, whole_chunks
+from metrics.reconstruction import PairScores, reconstruct, summary, worst, write_table
+from metrics.record import Measurement, write_measurement
+from metrics.subject import Subject, add_output_arguments, add_vae_arguments, open_vae, output_folder, output_subject
+from training.arguments import DEFAULT_RESOLUTION
+from training.cli import add_debug_argument, non_negative_int, positive_int
+from training.dry_run import count_parameters, peak_memory
+from training.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
+from training.pictures import save_grid
+from training.processes import Process, process_group, set_inference_numerics, this_process
+from training.run import progress_bar
+
+METRICS = ("psnr", "ssim", "lpips-alex", "lpips-vgg")
+GRID_COLUMNS = 8
+HELP = "a VAE on held-out images: rFID, PSNR, SSIM, LPIPS"
+DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
+
+  python evaluate.py reconstruction --vae exps/sendvae/vae --data data/imagenet256-val
+
+Writes to the VAE's metrics folder: NAME.json, NAME.csv (a row an image) and NAME-worst.png (originals above their
+reconstructions, the worst first). Reconstructions are compared as 8-bit images, clamped and rounded. Any number of
+processes share the work; neither their number nor the batch changes a value."""
+LPIPS_FLAGS = {"alex": "--lpips-alex-ckpt", "vgg": "--lpips-ckpt"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is compared")
+    add_vae_arguments(group)
+    add = group.add_argument
+    add("--data", "--data-dir", metavar="DIR", help="held-out images: packed dataset, class-folder tree or zip")
+    add("--resolution", type=positive_int, metavar="PX", help="side, pixels (default: the packed dataset's, or 256)")
+    add("--num-images", type=positive_int, metavar="N", help="evenly spread over the set (default: all)")
+    add("--sample", action="store_true", help="reconstruct from a sample of the posterior instead of its mean")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="of the samples' noise")
+    add = parser.add_argument_group("metrics").add_argument
+    add("--metrics", metavar="A,B,…", help=f"of {', '.join(METRICS)} (default: all whose networks have weights)")
+    for net, flag in LPIPS_FLAGS.items():
+        add(flag, metavar="FILE", help=f"torchvision's {TRUNKS[net].name} for LPIPS (default: torch's hub cache)")
+    group = parser.add_argument_group("output and speed")
+    add_output_arguments(group)
+    add = group.add_argument
+    add("--name", default="reconstruction", help="of the files that are written")
+    add("--worst", type=non_negative_int, default=16, metavar="N", help="images in NAME-worst.png; 0: no such file")
+    add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
+    add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the VAE")
+    add("--allow-tf32", action=argparse.BooleanOptionalAction, default=False, help="TF32 on Ampere and up")
+    add("--dry-run", action="store_true", help="two batches; print sizes, seconds and memory; write nothing")
+    add_debug_argument(group)
+
+
+def _metric_names(text: str) -> list[str]:
+    names = [name.strip().lower() for name in text.split(",")]
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"--metrics {name} is not known; there are {', '.join(METRICS)}")
+    return names
+
+
+@dataclass
+class Evaluation:
+    """What is needed for a batch.
+
+    Attributes:
+        subject: the VAE.
+        images: the dataset, of which ``items`` are measured.
+        items: int64 ``[N]``.
+        scores: of pairs of images.
+        vae_worker, score_worker: in whose chunks the networks run; scores are never made in low precision.
+        sample_seed: None decodes posterior means.
+    """
+
+    subject: Subject
+    images: ImageDataset
+    items: np.ndarray
+    scores: PairScores
+    vae_worker: ChunkEncoder
+    score_worker: ChunkEncoder
+    sample_seed: int | None
+
+    def pairs(self, items: np.ndarray, originals: torch.Tensor) -> torch.Tensor:
+        """uint8 ``[n, 3, H, W]`` → originals and reconstructions ``[n, 6, H, W]``."""
+        found = reconstruct(self.subject.autoencoder, self.vae_worker, originals, items, self.sample_seed)
+        return torch.cat([originals, found], 1)
+
+    def measure(self, items: np.ndarray, originals: torch.Tensor) -> torch.Tensor:
+        """float64 ``[n, scores]``."""
+        return chunked(self.score_worker, self.scores, self.pairs(items, originals))
+
+    def close(self) -> None:
+        self.vae_worker.close()
+        self.score_worker.close()
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.data:
+        raise UserError("--data is needed: held-out images, a packed dataset, a tree of class folders or a zip")
+    if not args.name or "/" in args.name or args.name.startswith("."):
+        raise UserError(f"--name {args.name} is no name of a file; give one without slashes")
+    args.metrics = None if args.metrics is None else _metric_names(args.metrics)
+    process = this_process()
+    set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
+    images = open_images(args.data, args.resolution, default=DEFAULT_RESOLUTION)
+    if not args.dry_run:
+        output_subject(args)
+    subject = open_vae(args, process)
+    subject.autoencoder.latent_shape(images.resolution)
+    networks = build_networks(args, process)
+    with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads, process_group(process):
+        evaluation = build_evaluation(args, subject, images, networks, process, threads)
+        try:
+            if args.dry_run:
+                dry_run(args, evaluation, process)
+            else:
+                evaluate(args, evaluation, process)
+        finally:
+            evaluation.close()
+    return 0
+
+
+def build_networks(args: argparse.Namespace, process: Process) -> dict[str, nn.Module]:
+    """LPIPS by its trunks; one without weights is left out with a line, or refused where it was asked for."""
+    networks = {}
+    for net, flag in LPIPS_FLAGS.items():
+        if args.metrics is not None and f"lpips-{net}" not in args.metrics:
+            continue
+        file = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        others = ",".join(name for name in args.metrics or METRICS if name != f"lpips-{net}")
+        try:
+            networks[net] = build_lpips(file, args.dry_run and not file, net, flag, f"--metrics {others}")
+        except UserError as error:
+            if file or args.metrics is not None:
+                raise
+            if process.is_main:
+                print(f"LPIPS-{net} is left out: {error}", file=sys.stderr)
+            continue
+        networks[net].to(process.device)
+    return networks
+
+
+def build_evaluation(
+    args: argparse.Namespace,
+    subject: Subject,
+    images: ImageDataset,
+    networks: dict[str, nn.Module],
+    process: Process,
+    threads: int,
+) -> Evaluation:
+    count = min(args.num_images or len(images), len(images))
+    chunk = chunk_size(images.resolution, process.device)
+    return Evaluation(
+        subject,
+        images,
+        np.linspace(0, len(images) - 1, count).round().astype(np.int64),
+        PairScores(networks),
+        ChunkEncoder(process.device, chunk, threads, autocast_for(process.device, args.mixed_precision)),
+        ChunkEncoder(process.device, chunk, threads, nullcontext),
+        args.seed if args.sample else None,
+    )
+
+
+def evaluate(args: argparse.Namespace, evaluation: Evaluation, process: Process) -> None:
+    """Measure all images over all processes; the main one writes."""
+    items, size = evaluation.items, whole_chunks(args.batch_size, evaluation.vae_worker.chunk)
+    places = [np.arange(first, min(first + size, len(items))) for first in range(0, len(items), size)]
+    mine = [places[number] for number in process.share(len(places))]
+    values = torch.zeros(len(items), len(evaluation.scores.names), dtype=torch.float64)
+    total = sum(map(len, mine))
+    with progress_bar(total, 0, "reconstructing", "img", process.is_main) as progress:
+        read = read_batches(evaluation.images, [items[place] for place in mine], num_workers=args.num_workers)
+        for place, originals in zip(mine, read, strict=True):
+            values[place] = evaluation.measure(items[place], originals)
+            progress.update(len(place))
+    if process.world_size > 1:
+        dist.all_reduce(values)  # every row is zero but in one process: a sum that rounds nothing
+    if process.is_main:
+        write_results(args, evaluation, values.numpy())
+
+
+def write_results(args: argparse.Namespace, evaluation: Evaluation, values: np.ndarray) -> None:
+    """The table on the terminal, the record, the CSV and the grid."""
+    names, items = evaluation.scores.names, evaluation.items
+    chosen = [place for place, name in enumerate(names) if args.metrics is None or name.lower() in args.metrics]
+    names, scores = [names[place] for place in chosen], values[:, chosen]
+    if not np.isfinite(values).all():
+        bad = evaluation.images.name(int(items[np.flatnonzero(~np.isfinite(values).all(1))[0]]))
+        raise UserError(f"the reconstruction of {bad} is not finite: this VAE has diverged, give another one")
+    folder = output_folder(args)
+    write_table(folder / f"{args.name}.csv", names, scores, evaluation.images, items)
+    if args.worst:
+        save_worst(folder / f"{args.name}-worst.png", evaluation, worst(values[:, 0], args.worst))
+    averages = summary(names, scores)
+    measurement = Measurement(
+        name=args.name,
+        kind="reconstruction",
+        values=averages,
+        count=len(items),
+        subject=evaluation.subject.description,
+        reference={
+            "path": str(Path(args.data)),
+            "what": "the same images, cropped alike",
+            "fingerprint": evaluation.images.fingerprint(),
+            "count": len(items),
+        },
+        settings={
+            "resolution": evaluation.images.resolution,
+            "latent": "sample" if args.sample else "mean",
+            "seed": args.seed if args.sample else None,
+            "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if args.allow_tf32 else "float32",
+            "compared_as": "uint8, clamped and rounded",
+        },
+    )
+    path = write_measurement(measurement, output_subject(args))
+    for name, value in averages.items():
+        print(f"{name:<12}{value:>10.4f}")
+    print(f"{len(items)} images of {args.data}; {path}")
+
+
+def save_worst(path: Path, evaluation: Evaluation, places: np.ndarray) -> None:
+    """Originals above reconstructions, the worst first, in rows of eight."""
+    items = evaluation.items[places]
+    side = evaluation.images.resolution
+    originals = torch.empty(len(items), 3, side, side, dtype=torch.uint8)
+    evaluation.images.read_into(items, originals.numpy())
+    pairs = evaluation.pairs(items, originals)
+    columns = min(GRID_COLUMNS, len(items))
+    missing = -len(items) % columns
+    pairs = torch.cat([pairs, torch.full((missing, 6, side, side), 255, dtype=torch.uint8)])
+    save_grid([row for part in pairs.split(columns) for row in part.chunk(2, 1)], path)
+
+
+def dry_run(args: argparse.Namespace, evaluation: Evaluation, process: Process) -> None:
+    """Two batches, and what the whole would take."""
+    size = whole_chunks(min(args.batch_size, 4 * evaluation.vae_worker.chunk), evaluation.vae_worker.chunk)
+    items = evaluation.items[np.arange(size) % len(evaluation.items)]
+    side = evaluation.images.resolution
+    originals = torch.empty(size, 3, side, side, dtype=torch.uint8)
+    evaluation.images.read_into(items, originals.numpy())
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        evaluation.measure(items, originals)
+        seconds.append(time.perf_counter() - begin)
+    if not process.is_main:
+        return
+    rate = size / seconds[-1] * process.world_size
+    print(f"VAE: {count_parameters(evaluation.subject.autoencoder)[0]:,} parameters")
+    print(f"{', '.join(evaluation.scores.names)}, LPIPS with random weights where no file is given")
+    print(
+        f"batches of {size}: {seconds[0]:.2f} and {seconds[1]:.2f} s; {rate:.2f} images/s with {process.world_size} "
+        f"processes, about {len(evaluation.items) / rate / 60:.1f} minutes for {len(evaluation.items)} images"
+    )
+    print(f"peak memory: {peak_memory(process.device)}; nothing was written")

@@ -1,0 +1,162 @@
+"""What probe.py measures of a data set's latents, one function each; they return values and what these depend on."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.attributes import TEST, TRAIN, VALIDATION
+from dataset.shards import write_atomically
+from diffusion.counted_noise import counted_integers
+from errors import UserError
+from metrics.latent_space import discrimination, uniformity
+from metrics.probe_data import ProbeData
+from metrics.probing import (
+    PENALTIES,
+    Features,
+    attribute_scores,
+    choose_probe,
+    class_scores,
+    each_attribute,
+    standardisation,
+)
+from training.run import progress_bar
+
+IMAGES_PER_COMPONENT = 10  # of a mixture, at least
+CHANCE_CLASSES = 100  # up to so many classes, a mixture with as many components is fitted too
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A data set's latents.
+
+    Attributes:
+        values: float32 ``[N, C, h, w]``, normalised per channel, on the CPU.
+        data: the images that they are of, in the same order.
+        device: where probes are fitted.
+        seed: of everything that is drawn.
+    """
+
+    values: Tensor
+    data: ProbeData
+    device: torch.device
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``values`` by name, ``settings`` they depend on, and ``files`` to be written beside the record."""
+
+    values: dict[str, float]
+    settings: dict = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def probe_attributes(latents: Latents) -> Outcome:
+    """A linear probe of all binary attributes on the flattened latent."""
+    data = latents.data
+    if data.attributes is None:
+        raise UserError("--data has no attributes; give a folder with attributes.csv, CelebA, DeepFashion or AwA2")
+    scores, settings = _probe(latents, torch.from_numpy(data.attributes), len(data.attribute_names), "attributes")
+    targets = data.attributes[data.part(TEST)]
+    if not targets.any():
+        raise UserError("no image of the test set has any attribute: there is nothing to find; give more images")
+    values = attribute_scores(scores, targets)
+    values["positives"] = float(targets.mean())
+    table = _attribute_table(data.attribute_names, scores, targets)
+    settings |= {"attributes": len(data.attribute_names), "attributes_of": data.kind, "threshold": 0.5}
+    settings["attributes_in_test"] = int(targets.any(0).sum())
+    return Outcome(values, settings, {".csv": table})
+
+
+def probe_classes(latents: Latents) -> Outcome:
+    """A linear probe (softmax) of the class on the flattened latent."""
+    data = latents.data
+    classes = len(data.images.class_names)
+    if len(np.unique(data.labels)) < 2:
+        raise UserError("the images of --data are all of one class; class probing needs class folders or labels")
+    scores, settings = _probe(latents, torch.from_numpy(data.labels), classes, "classes")
+    labels = data.labels[data.part(TEST)]
+    values = class_scores(scores, labels)
+    values["most-frequent"] = float(np.bincount(labels).max() / len(labels))  # what a constant answer would reach
+    return Outcome(values, settings | {"classes": classes})
+
+
+def probe_uniformity(latents: Latents, points: int, with_tsne: bool = True) -> Outcome:
+    """Evenness of the latent vectors at one random position of each of ``points`` images, as VA-VAE samples them."""
+    places = spread(len(latents.values), points)
+    channels, height, width = latents.values.shape[1:]
+    numbers = torch.from_numpy(latents.data.items[places])
+    positions = counted_integers(latents.seed, numbers, height * width)
+    vectors = latents.values[places].flatten(2)[torch.arange(len(places)), :, positions].numpy()
+    values = uniformity(vectors, latents.seed, with_tsne)
+    return Outcome(values, {"points": len(places), "channels": channels})
+
+
+def probe_discrimination(latents: Latents, points: int, components: Sequence[int] | None) -> Outcome:
+    """Fit of Gaussian mixtures to the flattened latents, see :func:`metrics.latent_space.discrimination`."""
+    data = latents.data
+    train, test = (places[spread(len(places), points)] for places in (data.part(TRAIN), data.part(TEST)))
+    if components is None:
+        classes = len(np.unique(data.labels))
+        wanted = {10, 50, 100} | ({classes} if 1 < classes <= CHANCE_CLASSES else set())
+        components = sorted(count for count in wanted if count * IMAGES_PER_COMPONENT <= len(train))
+    elif max(components) > len(train):
+        raise UserError(
+            f"--components {max(components)}: there are {len(train)} training images; give fewer components"
+        )
+    if not components or len(test) < 2:
+        raise UserError(f"a mixture cannot be fitted to {len(train)} training images; give more images")
+    flat = latents.values.flatten(1).numpy()
+    values = discrimination(flat[train], flat[test], data.labels[train], data.labels[test], components, latents.seed)
+    return Outcome(values, {"train_images": len(train), "test_images": len(test), "components": list(components)})
+
+
+def spread(available: int, wanted: int) -> np.ndarray:
+    """Up to ``wanted`` numbers of 0…available − 1, evenly spread."""
+    return np.linspace(0, available - 1, min(wanted, available)).round().astype(np.int64)
+
+
+def _probe(latents: Latents, targets: Tensor, outputs: int, name: str) -> tuple[np.ndarray, dict]:
+    """Logits of the test images ``[n, outputs]``, and how the probe was chosen."""
+    data, flat = latents.data, latents.values.flatten(1)
+    parts = {code: data.part(code) for code in (TRAIN, VALIDATION, TEST)}
+    mean, scale = standardisation(flat, parts[TRAIN])
+    train, validation, test = (Features(flat, places, mean, scale, latents.device) for places in parts.values())
+    with progress_bar(len(PENALTIES), 0, f"probing {name}", "fit", True) as progress:
+        chosen = choose_probe(
+            train,
+            targets[parts[TRAIN]],
+            validation,
+            targets[parts[VALIDATION]],
+            outputs,
+            after_each=progress.update,
+        )
+    settings = {
+        "penalty": chosen.penalty,
+        "validation_losses": {str(penalty): loss for penalty, loss in chosen.losses.items()},
+        "dimensions": flat.shape[1],
+        "split": data.counts(),
+        "split_as_given": data.splits_as_given,
+    }
+    return chosen.probe.scores(test).numpy(), settings
+
+
+def _attribute_table(names: Sequence[str], scores: np.ndarray, targets: np.ndarray) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("attribute", "test images that have it", "F1", "average precision"))
+    for name, count, f1, precision in zip(names, targets.sum(0), *each_attribute(scores, targets), strict=True):
+        writer.writerow((name, count, f"{f1:.4f}", f"{precision:.4f}"))
+    return text.getvalue().encode()
+
+
+def write_files(outcome: Outcome, folder: Path, name: str) -> None:
+    """Write the outcome's files as ``NAME`` with their endings."""
+    for ending, content in outcome.files.items():
+        write_atomically(folder / f"{name}{ending}", content)

@@ -1,0 +1,94 @@
+"""The VAE that is measured: its flags, how it is built, and where what is measured of it goes."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+from metrics.record import metrics_folder
+from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
+from training.processes import Process
+from training.run import status_of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A VAE under examination.
+
+    Attributes:
+        autoencoder: on the device, frozen.
+        has_statistics: whether it came with latent statistics.
+        description: for a measurement: ``path``, ``vae_checksum``, and the ``step`` of a run.
+    """
+
+    autoencoder: Autoencoder
+    has_statistics: bool
+    description: dict
+
+
+def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(architecture_names())
+    parser.add_argument(
+        "--vae", "--vae-arch", metavar="NAME", help=f"a run's vae/, any diffusers folder, or an architecture ({names})"
+    )
+    parser.add_argument(
+        "--vae-ckpt",
+        "--vae-ckpt-path",
+        metavar="DIR",
+        help="folder with its weights (default: the --vae folder); none: random ones, a baseline (from --seed)",
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help="write to DIR/metrics (default: beside the VAE: its run's, or its folder's)"
+    )
+
+
+def open_vae(args: argparse.Namespace, process: Process) -> Subject:
+    """Build the VAE of ``--vae`` and ``--vae-ckpt`` on the device."""
+    if not args.vae:
+        raise UserError("--vae is needed: a run's vae/, a diffusers folder, or an architecture with --vae-ckpt")
+    torch.manual_seed(args.seed)  # of random weights
+    autoencoder, has_statistics = build_autoencoder(args.vae, args.vae_ckpt)
+    autoencoder.requires_grad_(False).to(process.device)
+    if process.device.type == "cpu":
+        autoencoder.to(memory_format=torch.channels_last)
+    path = _path(args)
+    description = {"path": "random weights" if path is None else str(path), "vae_checksum": autoencoder.checksum()}
+    status = None if path is None else status_of(path.parent)
+    if status is not None:
+        description["step"] = status.get("step")
+    return Subject(autoencoder, has_statistics, description)
+
+
+def output_subject(args: argparse.Namespace) -> Path:
+    """What the measurements are to lie beside (``metrics.record.metrics_folder``); an error where that is nowhere.
+
+    Raises:
+        UserError: no ``--output-dir`` for a VAE without a place of its own, or one that is a file.
+    """
+    if args.output_dir is not None:
+        folder = Path(args.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output-dir {folder} is a file; give a folder")
+        return folder
+    path = _path(args)
+    if path is None or not path.exists():
+        raise UserError("--output-dir is needed: what is measured has no folder of its own to write into")
+    return path
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """The folder of the measurements, made."""
+    folder = metrics_folder(output_subject(args))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _path(args: argparse.Namespace) -> Path | None:
+    """Where the VAE's weights lie; None for random ones or without a VAE."""
+    source = args.vae_ckpt or args.vae
+    return None if source is None or source == "none" else Path(source)

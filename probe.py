@@ -1,0 +1,300 @@
+"""What a VAE's latents know: attributes, classes, and how they fill their space.
+
+  python probe.py attributes --vae exps/sendvae/vae --data data/celeba
+  python probe.py attributes uniformity discrimination pictures --vae exps/quickstart-vae/vae --data data/toy
+  python probe.py classes --vae exps/sendvae/vae --data data/imagenet256 --val-data data/imagenet256-val
+
+  attributes      linear probe of binary attributes on the flattened latent: F1, mean average precision, top-5 recall
+  classes         linear probe of the class: top-1 and top-5 accuracy
+  uniformity      how evenly latent vectors are spread: Gini coefficient of a kernel density estimate, 0 is perfect
+  discrimination  fit of Gaussian mixtures to whole latents: log-likelihood, BIC, agreement of components with classes
+  pictures        latents as colours, a map by class, the way from one image to another
+  all             all of these that the data allow
+
+The images are encoded once (posterior mean) and stay in memory. Values go into metrics/probe-WHAT.json beside the VAE.
+Baselines: --features pixels (no VAE), or a random VAE: --vae f4d4-tiny --vae-ckpt none; both with --output-dir.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.attributes import READERS
+from errors import UserError
+from metrics.encoding import chunked, encode_dataset, posterior_means, scaled_pixels
+from metrics.latent_pictures import pick, save_colours, save_map, save_ways, ways
+from metrics.probe_data import ProbeData, open_probe_data
+from metrics.probes import (
+    Latents,
+    Outcome,
+    probe_attributes,
+    probe_classes,
+    probe_discrimination,
+    probe_uniformity,
+    spread,
+    write_files,
+)
+from metrics.record import Measurement, write_measurement
+from metrics.subject import Subject, add_output_arguments, add_vae_arguments, open_vae, output_folder, output_subject
+from models.autoencoder import to_uint8
+from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance
+from training.arguments import DEFAULT_RESOLUTION
+from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
+from training.dry_run import count_parameters, peak_memory
+from training.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
+from training.processes import Process, set_inference_numerics, this_process
+from training.run import progress_bar
+
+PROBES = ("attributes", "classes", "uniformity", "discrimination", "pictures")
+MAP_IMAGES = 2000
+MOMENTS_ITEMS = 256  # latents whose moments are summed at once
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="probe.py", usage="%(prog)s WHAT … --vae DIR --data DIR [flags]", description=__doc__)
+    parser.add_argument("what", nargs="+", choices=(*PROBES, "all"), metavar="WHAT", help=f"{', '.join(PROBES)}, all")
+    group = parser.add_argument_group("what is probed")
+    add_vae_arguments(group)
+    add = group.add_argument
+    add("--features", choices=("latent", "pixels"), default="latent", help="pixels: raw ones, without a VAE")
+    add("--data", "--data-dir", metavar="DIR", help="photographs (with their annotation files), or a packed dataset")
+    add("--val-data", "--val-data-dir", metavar="DIR", help="images to test on (default: the data's split, or 20 %%)")
+    add("--attributes", choices=("auto", *READERS), default="auto", help="layout of the annotation files in --data")
+    add("--resolution", type=positive_int, metavar="PX", help="side, pixels (default: the packed dataset's, or 256)")
+    add("--max-images", type=positive_int, metavar="N", help="evenly spread over the data (default: all)")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="of random splits, positions, a random VAE")
+    add = parser.add_argument_group("details").add_argument
+    add("--num-points", type=positive_int, default=10000, metavar="N", help="images in uniformity and discrimination")
+    add("--tsne", action=argparse.BooleanOptionalAction, default=True, help="uniformity over a t-SNE, as VA-VAE's")
+    add("--components", metavar="K,K,…", help="of mixtures (default: 10, 50, 100 and the classes, as data suffice)")
+    add("--num-pictures", type=positive_int, default=16, metavar="N", help="images in pictures, at least 2")
+    add("--steps", type=positive_int, default=8, metavar="N", help="decoded images from one to another")
+    group = parser.add_argument_group("output and speed")
+    add_output_arguments(group)
+    add = group.add_argument
+    add("--name", metavar="TEXT", help="in the files' names, probe-WHAT-TEXT (default: the attributes' layout, if any)")
+    add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
+    add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the VAE")
+    add("--allow-tf32", action=argparse.BooleanOptionalAction, default=False, help="TF32 on Ampere and up")
+    add("--dry-run", action="store_true", help="encode two batches; print sizes, bytes, seconds; write nothing")
+    add_debug_argument(group)
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, before anything is built."""
+    if not args.data:
+        raise UserError("--data is needed: photographs with their annotation files, or a packed dataset")
+    if args.features == "pixels" and (args.vae or args.vae_ckpt):
+        raise UserError("--features pixels is the baseline without a VAE: leave out --vae and --vae-ckpt")
+    if args.num_pictures < 2:
+        raise UserError("--num-pictures 1: the way from one image to another needs 2")
+    if args.name is not None and (not args.name or "/" in args.name):
+        raise UserError(f"--name {args.name} is no part of a file's name; give one without slashes")
+    if args.components is not None:
+        parts = args.components.split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            raise UserError(f"--components {args.components} must be numbers of at least 1, separated by commas")
+        args.components = sorted({int(part) for part in parts})
+    args.wants_all = "all" in args.what
+    args.what = [name for name in PROBES if args.wants_all or name in args.what]
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_arguments(argv)
+    process = this_process()
+    if process.world_size > 1:
+        raise UserError("probe.py is one process, whatever the number of GPUs: start it with python or probe.sh")
+    set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
+    data = open_probe_data(
+        args.data,
+        args.resolution,
+        default=DEFAULT_RESOLUTION,
+        val_path=args.val_data,
+        kind=args.attributes,
+        needs_attributes="attributes" in args.what and not args.wants_all,
+        max_images=args.max_images,
+        seed=args.seed,
+    )
+    if args.wants_all:
+        args.what = [name for name in args.what if is_possible(name, data)]
+    if not args.dry_run:
+        output_subject(args)
+    subject = open_vae(args, process) if args.features == "latent" else None
+    function, shape = encoder_of(subject, data.images.resolution)
+    with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads:
+        autocast = autocast_for(process.device, args.mixed_precision)
+        chunk = chunk_size(data.images.resolution, process.device)
+        worker = ChunkEncoder(process.device, chunk, threads, autocast)
+        if args.dry_run:
+            dry_run(args, data, subject, worker, process)
+        else:
+            show_plan(data, shape)
+            with progress_bar(len(data.items), 0, "encoding", "img", True) as progress:
+                raw = encode_dataset(
+                    data.images,
+                    data.items,
+                    function,
+                    shape,
+                    worker,
+                    batch_size=args.batch_size,
+                    num_workers=args.num_workers,
+                    progress=progress,
+                )
+    if not args.dry_run:
+        statistics = normalise(raw, subject)
+        probe_all(args, Latents(raw, data, process.device, args.seed), subject, statistics, worker)
+    worker.close()
+    return 0
+
+
+def is_possible(name: str, data: ProbeData) -> bool:
+    """Whether the data have what a probe of ``all`` needs."""
+    if name == "attributes":
+        return data.attributes is not None
+    return name != "classes" or len(np.unique(data.labels)) > 1
+
+
+def encoder_of(subject: Subject | None, resolution: int):
+    """What turns images into latents, and the latents' shape (C, h, w); raw pixels without a VAE."""
+    if subject is None:
+        return scaled_pixels, (3, resolution, resolution)
+    return posterior_means(subject.autoencoder), subject.autoencoder.latent_shape(resolution)
+
+
+def normalise(values: torch.Tensor, subject: Subject | None) -> LatentStatistics:
+    """Normalise latents ``[N, C, h, w]`` in place, with the VAE's statistics or, without any, with their own."""
+    if subject is not None and subject.has_statistics:
+        statistics = LatentStatistics(values.shape[1])
+        statistics.load_state_dict({k: v.cpu() for k, v in subject.autoencoder.statistics.state_dict().items()})
+    else:
+        moments = sum(latent_moments(part) for part in values.split(MOMENTS_ITEMS))
+        mean, var = mean_and_variance(moments)
+        statistics = LatentStatistics(values.shape[1])
+        statistics.load(mean, var.sqrt(), var)
+    for part in values.split(MOMENTS_ITEMS):
+        part.copy_(statistics.normalize(part))
+    return statistics
+
+
+def show_plan(data: ProbeData, shape: tuple[int, ...]) -> None:
+    """What is probed, and the memory that it takes."""
+    size = int(np.prod(shape))
+    counts = ", ".join(f"{count} {name}" for name, count in data.counts().items())
+    print(
+        f"{len(data.items)} images ({counts}), {size} numbers each: {4 * len(data.items) * size / 1e6:.1f} MB in memory"
+    )
+
+
+def probe_all(
+    args: argparse.Namespace, latents: Latents, subject: Subject | None, statistics: LatentStatistics, worker
+) -> None:
+    """Run the probes one by one; each one's results are written before the next begins."""
+    probes = {
+        "attributes": lambda name: probe_attributes(latents),
+        "classes": lambda name: probe_classes(latents),
+        "uniformity": lambda name: probe_uniformity(latents, args.num_points, args.tsne),
+        "discrimination": lambda name: probe_discrimination(latents, args.num_points, args.components),
+        "pictures": lambda name: draw_pictures(args, latents, subject, statistics, worker, name),
+    }
+    for what in args.what:
+        suffix = args.name or (latents.data.kind if what == "attributes" and latents.data.kind != "csv" else None)
+        name = f"probe-{what}" + (f"-{suffix}" if suffix else "")
+        write_outcome(args, latents, subject, what, name, probes[what](name))
+
+
+def write_outcome(
+    args: argparse.Namespace, latents: Latents, subject: Subject | None, what: str, name: str, outcome: Outcome
+) -> None:
+    """The table on the terminal, the record and what comes with it."""
+    data = latents.data
+    has_statistics = subject is not None and subject.has_statistics
+    write_files(outcome, output_folder(args), name)
+    measurement = Measurement(
+        name=name,
+        kind="probe",
+        values={f"{what}/{key}": value for key, value in outcome.values.items()},
+        count=len(data.items),
+        subject=subject.description if subject is not None else {"path": "raw pixels"},
+        settings={
+            "data": str(Path(args.data)),
+            "val_data": args.val_data,
+            "fingerprint": data.images.fingerprint(),
+            "resolution": data.images.resolution,
+            "features": args.features,
+            "normalised_with": "the VAE's statistics" if has_statistics else "statistics of these images",
+            "seed": args.seed,
+            **outcome.settings,
+        },
+    )
+    path = write_measurement(measurement, output_subject(args))
+    for key, value in outcome.values.items():
+        print(f"{what + '/' + key:<36}{value:>10.4f}")
+    print(path)
+
+
+def draw_pictures(
+    args: argparse.Namespace,
+    latents: Latents,
+    subject: Subject | None,
+    statistics: LatentStatistics,
+    worker: ChunkEncoder,
+    name: str,
+) -> Outcome:
+    """Latents as colours, a map by class, and (of a VAE) the way from one image to another."""
+    data, folder = latents.data, output_folder(args)
+    chosen = pick(len(data.items), args.num_pictures)
+    originals = torch.empty(len(chosen), 3, data.images.resolution, data.images.resolution, dtype=torch.uint8)
+    data.images.read_into(data.items[chosen], originals.numpy())
+    colours = save_colours(folder / f"{name}-colours.png", originals, latents.values[chosen])
+    places = spread(len(data.items), MAP_IMAGES)
+    flat = latents.values[places].flatten(1).numpy()
+    plane = save_map(folder / f"{name}-map.png", flat, data.labels[places], data.images.class_names)
+    if subject is not None:
+        between = ways(latents.values[chosen].numpy(), args.steps)
+        z = statistics.denormalize(torch.from_numpy(between).flatten(0, 1))
+        decoded = chunked(worker, lambda part: to_uint8(subject.autoencoder.decode(part)), z)
+        save_ways(folder / f"{name}-ways.png", originals, decoded.unflatten(0, between.shape[:2]))
+    values = {"variance-in-colours": colours, "variance-in-map": plane}
+    return Outcome(values, {"pictures": len(chosen), "map_images": len(places)})
+
+
+def dry_run(
+    args: argparse.Namespace, data: ProbeData, subject: Subject | None, worker: ChunkEncoder, process: Process
+) -> None:
+    """Encode two batches and say what the whole would take."""
+    function, shape = encoder_of(subject, data.images.resolution)
+    size = min(args.batch_size, 4 * worker.chunk)
+    items = data.items[np.arange(size) % len(data.items)]
+    images = torch.empty(size, 3, data.images.resolution, data.images.resolution, dtype=torch.uint8)
+    data.images.read_into(items, images.numpy())
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        chunked(worker, function, images)
+        seconds.append(time.perf_counter() - begin)
+    if subject is not None:
+        print(f"VAE: {count_parameters(subject.autoencoder)[0]:,} parameters")
+    show_plan(data, shape)
+    if data.attributes is not None:
+        print(f"{len(data.attribute_names)} attributes ({data.kind}), {data.attributes.mean():.1%} positive")
+    print(f"{', '.join(args.what)} of {len(data.images.class_names)} classes")
+    rate = size / seconds[-1]
+    print(
+        f"batches of {size}: {seconds[0]:.2f} and {seconds[1]:.2f} s; {rate:.1f} images/s, about "
+        f"{len(data.items) / rate / 60:.1f} minutes to encode"
+    )
+    print(f"peak memory: {peak_memory(process.device)}; nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
