@@ -40,9 +40,9 @@ from metrics.probes import (
     spread,
     write_files,
 )
+from metrics.reconstruction import decoder
 from metrics.record import Measurement, write_measurement
 from metrics.subject import Subject, add_output_arguments, add_vae_arguments, open_vae, output_folder, output_subject
-from models.autoencoder import to_uint8
 from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance
 from training.arguments import DEFAULT_RESOLUTION
 from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
@@ -127,9 +127,9 @@ def main(argv: Sequence[str]) -> int:
     )
     if args.wants_all:
         args.what = [name for name in args.what if is_possible(name, data)]
+    subject = open_vae(args, process) if args.features == "latent" else None
     if not args.dry_run:
         output_subject(args)
-    subject = open_vae(args, process) if args.features == "latent" else None
     function, shape = encoder_of(subject, data.images.resolution)
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads:
         autocast = autocast_for(process.device, args.mixed_precision)
@@ -262,7 +262,7 @@ def draw_pictures(
     if subject is not None:
         between = ways(latents.values[chosen].numpy(), args.steps)
         z = statistics.denormalize(torch.from_numpy(between).flatten(0, 1))
-        decoded = chunked(worker, lambda part: to_uint8(subject.autoencoder.decode(part)), z)
+        decoded = chunked(worker, decoder(subject.autoencoder), z)
         save_ways(folder / f"{name}-ways.png", originals, decoded.unflatten(0, between.shape[:2]))
     values = {"variance-in-colours": colours, "variance-in-map": plane}
     return Outcome(values, {"pictures": len(chosen), "map_images": len(places)})

@@ -54,7 +54,7 @@ def save_map(path: Path, latents: np.ndarray, labels: np.ndarray, class_names: l
         axes.scatter(*own[:, :2].T, s=8, color=palette(number), alpha=0.7, linewidths=0, label=name)
     axes.set_xlabel(f"first principal component ({components.variances[0] / components.total:.1%} of the variance)")
     axes.set_ylabel(f"second ({components.variances[-1] / components.total:.1%})")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, markerscale=2)
     figure.savefig(path, metadata={"Software": None})
     return components.explained
 

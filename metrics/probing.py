@@ -17,6 +17,7 @@ from torch import Tensor
 ROWS = 4096  # features that are multiplied at once
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
 MAX_ITERATIONS = 100
+HISTORY = 10  # gradients that L-BFGS remembers: with 1000 classes and 8192 features 33 MB each, twice
 MIN_STD = 1e-6  # of a feature; below it, it says nothing and is left out
 
 
@@ -130,6 +131,7 @@ def fit_probe(
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=max_iterations,
+        history_size=HISTORY,
         tolerance_grad=1e-6,
         tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
@@ -139,13 +141,14 @@ def fit_probe(
         optimizer.zero_grad()
         total, done = torch.zeros((), dtype=torch.float64, device=first.device), 0
         for block in features.blocks():
-            loss = data_loss(F.linear(block, weight, bias), targets[done : done + len(block)]) / len(features)
+            scores = F.linear(block, weight, bias).double()  # in float32 the line search would stop at rounding errors
+            loss = data_loss(scores, targets[done : done + len(block)]) / len(features)
             loss.backward()
-            total += loss.detach().double()
+            total += loss.detach()
             done += len(block)
-        regulariser = 0.5 * penalty * weight.square().sum()
+        regulariser = 0.5 * penalty * weight.double().square().sum()
         regulariser.backward()
-        return total + regulariser.detach().double()
+        return total + regulariser.detach()
 
     optimizer.step(closure)
     return LinearProbe(weight.detach(), bias.detach())

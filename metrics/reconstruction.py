@@ -7,7 +7,7 @@ come out slightly better (at 40 dB by about 0.05 dB).
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from dataset.images import ImageDataset
 from dataset.shards import write_atomically
 from diffusion.counted_noise import Purpose, counted_normal
+from errors import UserError
 from metrics.encoding import chunked
 from models.autoencoder import Autoencoder, to_signed, to_uint8
 from training.latent_cache import ChunkEncoder
@@ -77,7 +78,19 @@ def reconstruct(
     if sample_seed is not None:
         numbers = torch.from_numpy(np.asarray(items, np.int64))
         z = z + std * counted_normal(sample_seed, numbers, 0, tuple(z.shape[1:]), Purpose.POSTERIOR)
-    return chunked(worker, lambda part: to_uint8(autoencoder.decode(part)), z.contiguous())
+    return chunked(worker, decoder(autoencoder), z.contiguous())
+
+
+def decoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
+    """Un-normalised latents ``[n, C, h, w]`` → uint8 images; a :class:`UserError` where these are not finite."""
+
+    def decode(z: Tensor) -> Tensor:
+        images = autoencoder.decode(z)
+        if not images.isfinite().all():  # as uint8 it would be any number
+            raise UserError("reconstructions are not finite: this VAE has diverged, or needs --mixed-precision no")
+        return to_uint8(images)
+
+    return decode
 
 
 def worst(scores: np.ndarray, count: int) -> np.ndarray:

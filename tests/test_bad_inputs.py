@@ -11,6 +11,7 @@ import evaluate
 import export_ldm
 import generate
 import preprocessing
+import probe
 import report
 import train_ldm
 import train_repae
@@ -18,9 +19,11 @@ import train_sendvae
 from tests.bad_inputs import (
     cache_latents_cases,
     evaluate_cases,
+    evaluate_reconstruction_cases,
     export_ldm_cases,
     generate_cases,
     preprocessing_cases,
+    probe_cases,
     report_cases,
     train_ldm_cases,
     train_repae_cases,
@@ -35,6 +38,7 @@ SCRIPTS = {
     export_ldm: export_ldm_cases,
     generate: generate_cases,
     preprocessing: preprocessing_cases,
+    probe: probe_cases,
     report: report_cases,
     train_ldm: train_ldm_cases,
     train_repae: train_repae_cases,
@@ -42,7 +46,7 @@ SCRIPTS = {
 }
 CASES = [
     pytest.param(script.main, case, id=f"{script.__name__}-{case.name}")
-    for script, table in SCRIPTS.items()
+    for script, table in (*SCRIPTS.items(), (evaluate, evaluate_reconstruction_cases))  # a table for each command
     for case in table.CASES
 ]
 

@@ -1,0 +1,190 @@
+"""evaluate.py reconstruction: scores against formulas, the same values for any batch and number of processes."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from scipy.ndimage import correlate1d
+
+import evaluate
+from dataset.images import open_images
+from dataset.toy import write_toy_dataset
+from loss.perceptual import build_lpips
+from metrics.reconstruction import PairScores, ssim, worst
+from metrics.record import read_measurements
+from models.autoencoder import build_autoencoder, to_uint8
+from tests.command_line import argv_of
+from tests.latent_caches import save_vae
+from training.validation import psnr
+
+ROOT = Path(evaluate.__file__).parent
+COUNT = 21
+
+
+def flags(data: Path, vae: Path, **changes) -> list[str]:
+    values = {"vae": vae, "data": data, "resolution": 32, "num_workers": 1, "metrics": "psnr,ssim"} | changes
+    return ["reconstruction", *argv_of(values)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy") / "toy"
+    write_toy_dataset(folder, COUNT, 32, seed=0, num_workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    return save_vae(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def measured(data, vae, tmp_path_factory) -> Path:
+    """The folder of a run of the command."""
+    folder = tmp_path_factory.mktemp("measured")
+    assert evaluate.main(flags(data, vae, output_dir=folder, batch_size=7)) == 0
+    return folder / "metrics"
+
+
+def random_pairs(count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    first = generator.integers(0, 256, (count, 3, side, side))
+    second = np.clip(first + generator.integers(-30, 31, first.shape), 0, 255)
+    return first.astype(np.uint8), second.astype(np.uint8)
+
+
+def ssim_by_hand(first: np.ndarray, second: np.ndarray) -> float:
+    """Wang et al. 2004, eq. 13, over one image ``[3, H, W]``, reflected at its borders."""
+    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    window /= window.sum()
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return correlate1d(correlate1d(x, window, 1, mode="mirror"), window, 2, mode="mirror")
+
+    x, y = first.astype(np.float64), second.astype(np.float64)
+    variances = mean(x * x) - mean(x) ** 2, mean(y * y) - mean(y) ** 2
+    covariance = mean(x * y) - mean(x) * mean(y)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    value = (2 * mean(x) * mean(y) + c1) * (2 * covariance + c2)
+    return float((value / ((mean(x) ** 2 + mean(y) ** 2 + c1) * (variances[0] + variances[1] + c2))).mean())
+
+
+def test_psnr_and_ssim_are_their_formulas():
+    first, second = random_pairs(3, 24)
+    error = ((first.astype(np.float64) - second) ** 2).reshape(3, -1).mean(1)
+    tensors = torch.from_numpy(first), torch.from_numpy(second)
+    np.testing.assert_allclose(psnr(*tensors), 10 * np.log10(255**2 / error), rtol=1e-12)
+    np.testing.assert_allclose(ssim(*tensors), list(map(ssim_by_hand, first, second)), rtol=1e-6)
+    torch.testing.assert_close(ssim(tensors[0], tensors[0]), torch.ones(3, dtype=torch.float64))
+
+
+def test_lpips_alex_is_its_definition(tmp_path):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        names = torchvision.models.alexnet().features.state_dict(prefix="features.")
+    state = {name: torch.randn(tensor.shape) * 0.05 for name, tensor in names.items()}
+    torch.save(state, tmp_path / "alexnet.pth")
+    network = build_lpips(str(tmp_path / "alexnet.pth"), net="alex", flag="--lpips-alex-ckpt")
+    with torch.device("meta"):
+        trunk = torchvision.models.alexnet().features
+    trunk.load_state_dict({name.removeprefix("features."): tensor for name, tensor in state.items()}, assign=True)
+    first, second = (torch.from_numpy(images) for images in random_pairs(2, 64))
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    taps, total = (1, 4, 7, 9, 11), torch.zeros(2, dtype=torch.float64)  # after each ReLU
+    x, y = (((i / 127.5 - 1) - shift.view(3, 1, 1)) / scale.view(3, 1, 1) for i in (first.float(), second.float()))
+    with torch.no_grad():
+        for place, layer in enumerate(trunk):
+            x, y = layer(x), layer(y)
+            if place in taps:
+                unit = [f.double() / (f.double().square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (x, y)]
+                head = network.state_dict()[f"lin{taps.index(place)}.model.1.weight"].double()
+                total += ((unit[0] - unit[1]).square() * head).sum(1).mean((1, 2))
+    scores = PairScores({"alex": network})
+    assert scores.names == ["PSNR", "SSIM", "LPIPS-alex"]
+    np.testing.assert_allclose(scores(torch.cat([second, first], 1))[:, 2], total, rtol=1e-4)
+    assert total.min() > 1e-3
+
+
+def test_the_record_is_of_8_bit_reconstructions_of_posterior_means(measured, data, vae):
+    autoencoder, _ = build_autoencoder(str(vae))
+    images = open_images(data, 32)
+    originals = np.empty((COUNT, 3, 32, 32), np.uint8)
+    images.read_into(range(COUNT), originals)
+    with torch.no_grad():
+        found = to_uint8(autoencoder.decode(autoencoder.encode(torch.from_numpy(originals)).mean)).numpy()
+    error = ((originals.astype(np.float64) - found) ** 2).reshape(COUNT, -1).mean(1)
+    expected = 10 * np.log10(255**2 / error)
+    (record,) = read_measurements(measured)
+    assert record.values["PSNR"] == pytest.approx(expected.mean(), rel=1e-4)
+    assert record.values["SSIM"] == pytest.approx(np.mean(list(map(ssim_by_hand, originals, found))), rel=1e-3)
+    assert record.count == COUNT and record.kind == "reconstruction" and record.reference["count"] == COUNT
+    assert record.subject["vae_checksum"] == autoencoder.checksum()
+    rows = list(csv.DictReader((measured / "reconstruction.csv").open()))
+    assert len(rows) == COUNT and rows[3]["image"] == images.name(3) and rows[3]["class"] == "cross"
+    np.testing.assert_allclose([float(row["PSNR"]) for row in rows], expected, rtol=1e-4)
+    # 16 worst in rows of 8: originals above reconstructions, 2 px between
+    grid = np.asarray(Image.open(measured / "reconstruction-worst.png"))
+    assert grid.shape == (4 * 34 - 2, 8 * 34 - 2, 3)
+    last = int(expected.argmin())
+    np.testing.assert_array_equal(grid[:32, :32], originals[last].transpose(1, 2, 0))
+    assert np.abs(grid[34:66, :32].astype(int) - found[last].transpose(1, 2, 0)).max() <= 1
+    assert worst(expected, 2).tolist() == np.argsort(expected)[:2].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_any_batch_gives_the_same_values(measured, data, vae, tmp_path, batch_size):
+    assert evaluate.main(flags(data, vae, output_dir=tmp_path, batch_size=batch_size)) == 0
+    for name in ("reconstruction.csv", "reconstruction-worst.png"):
+        assert (tmp_path / "metrics" / name).read_bytes() == (measured / name).read_bytes()
+    assert read_measurements(tmp_path / "metrics")[0].values == read_measurements(measured)[0].values
+
+
+def test_two_processes_give_the_same_values(measured, data, vae, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = flags(data, vae, output_dir=tmp_path, batch_size=8)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [*launcher, "evaluate.py", *argv], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "metrics" / "reconstruction.csv").read_bytes() == (measured / "reconstruction.csv").read_bytes()
+    assert read_measurements(tmp_path / "metrics")[0].values == read_measurements(measured)[0].values
+
+
+def test_samples_of_the_posterior_are_counted(measured, data, vae, tmp_path):
+    runs = {"first": 0, "again": 0, "other": 1}
+    for name, seed in runs.items():
+        argv = flags(data, vae, output_dir=tmp_path, sample=True, seed=seed, name=name, num_images=10, worst=0)
+        assert evaluate.main(argv) == 0
+    first, again, other = (read_measurement_named(tmp_path, name).values for name in runs)
+    assert first == again and first["PSNR"] != other["PSNR"]
+    assert len((tmp_path / "metrics" / "first.csv").read_text().splitlines()) == 11
+    assert not list((tmp_path / "metrics").glob("*.png"))
+
+
+def read_measurement_named(folder: Path, name: str):
+    return next(record for record in read_measurements(folder / "metrics") if record.name == name)
+
+
+def test_a_dry_run_writes_nothing(data, vae, tmp_path, capsys):
+    assert evaluate.main(flags(data, vae, output_dir=tmp_path / "out", dry_run=True)) == 0
+    assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_lpips_without_weights_is_left_out_with_a_line(data, vae, tmp_path, capsys, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    assert evaluate.main(flags(data, vae, output_dir=tmp_path, metrics=None, num_images=2)) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(lines) == 2 and "--lpips-alex-ckpt" in lines[0] and "vgg16-397923af.pth" in lines[1]
+    assert set(read_measurements(tmp_path / "metrics")[0].values) == {"PSNR", "SSIM"}
