@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from formats.vae import build_autoencoder
 from metrics.record import metrics_folder
-from models.autoencoder import Autoencoder, architecture_names, build_autoencoder
+from models.autoencoder import Autoencoder, architecture_names
 from training.processes import Process
 from training.run import status_of
 

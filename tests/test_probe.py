@@ -12,9 +12,9 @@ import preprocessing
 import probe
 from dataset.attributes import TEST, TRAIN, VALIDATION
 from dataset.toy import write_toy_dataset
+from formats.vae import build_autoencoder
 from metrics.probe_data import open_probe_data
 from metrics.record import read_measurements
-from models.autoencoder import build_autoencoder
 from models.latent_statistics import EPSILON
 from tests.annotated_sets import write_celeba
 from tests.command_line import argv_of

@@ -16,10 +16,11 @@ from scipy.ndimage import correlate1d
 import evaluate
 from dataset.images import open_images
 from dataset.toy import write_toy_dataset
+from formats.vae import build_autoencoder
 from loss.perceptual import build_lpips
 from metrics.reconstruction import PairScores, ssim, worst
 from metrics.record import read_measurements
-from models.autoencoder import build_autoencoder, to_uint8
+from models.autoencoder import to_uint8
 from tests.command_line import argv_of
 from tests.latent_caches import save_vae
 from training.validation import psnr
