@@ -48,8 +48,6 @@ def diverged(folder: Path) -> Path:
 
 
 CASES = [
-    Case("no command", lambda folder, monkeypatch: [], ("COMMAND",)),
-    Case("unknown command", lambda folder, monkeypatch: ["rfid"], ("rfid", "reconstruction")),
     Case("no data", with_flags(data=None), ("--data", "packed dataset")),
     Case("data missing", with_flags(data="/no/such/folder"), ("/no/such/folder",)),
     Case("data unfinished", with_flags(data=unfinished_dataset), ("not finished", "preprocessing.py")),
