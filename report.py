@@ -12,6 +12,7 @@ nothing, to be kept or sent.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,16 +79,23 @@ def main(argv: Sequence[str]) -> int:
             f"--figure1 needs {correlation.ENOUGH} VAEs with probe F1 (probe.py attributes) and a SiT's FID "
             f"(evaluate.py generation); there are {most}"
         )
-    print(formatted(report, args.format))
-    if args.dry_run:
-        return 0
+    if not args.dry_run:
+        write_files(report, args, drawn)
+    try:
+        print(formatted(report, args.format), flush=True)
+    except BrokenPipeError:  # report.py … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def write_files(report: Report, args: argparse.Namespace, drawn: Sequence[correlation.View]) -> None:
+    """The page and the figure, as far as they are wanted."""
     if args.figure1:
         correlation.write_scatter(drawn[0], report.published, args.figure1)
         print(f"{args.figure1}: {drawn[0].title}", file=sys.stderr)
     if not args.no_html:
         size = write_page(report, args.html, args.title)
         print(f"{args.html}: {size / 1e6:.1f} MB, for any browser", file=sys.stderr)
-    return 0
 
 
 def formatted(report: Report, form: str) -> str:

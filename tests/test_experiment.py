@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 import cache_latents
+import evaluate
 import generate
 import preprocessing
+import probe
 import report
 import train_ldm
 import train_sendvae
@@ -30,6 +32,8 @@ SCRIPTS = {
     "cache_latents.py": cache_latents,
     "train_ldm.py": train_ldm,
     "generate.py": generate,
+    "evaluate.py": evaluate,
+    "probe.py": probe,
     "report.py": report,
     "dataset.toy": toy,
 }
@@ -74,8 +78,9 @@ def test_every_flag_of_every_preset_is_one_of_its_script(name, capsys):
     experiments, _ = resolve_all(name, "exps", given)
     for stage in [stage for found in experiments for stage in found.stages]:
         script = next(word for word in stage.command if word in SCRIPTS)
+        commands = [stage.command[stage.command.index(script) + 1]] if script == "evaluate.py" else []
         with pytest.raises(SystemExit):
-            SCRIPTS[script].main(["--help"])
+            SCRIPTS[script].main([*commands, "--help"])
         known = capsys.readouterr().out
         for command in (stage.command, stage.dry_command or []):
             for word in command[command.index(script) + 1 :] if command else []:
@@ -294,4 +299,4 @@ def test_the_quickstart_s_stages_run_from_images_to_samples(tmp_path):
     args = json.loads((tmp_path / "exps" / "quickstart-ldm" / "args.json").read_text())["args"]
     assert args["repa_source"] == "features"
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert again.stdout.count("finished already") == 10
+    assert again.stdout.count("finished already") == 13
