@@ -2,7 +2,7 @@
 # ./quickstart.sh [--long | --data DIR] [flags of run_experiment.sh]
 #
 # From nothing to generated images on any machine with Python 3.10 or later: makes .venv, installs, then runs the preset
-# quickstart of run_experiment.sh. About 10 minutes on 2 CPU cores after the installation. No network but PyPI. The same
+# quickstart of run_experiment.sh. About 11 minutes on 2 CPU cores after the installation. No network but PyPI. The same
 # command goes on where it stopped.
 #
 #   --long        the preset quickstart_long: about an hour on 2 CPU cores

@@ -45,6 +45,7 @@ class View:
         data: that was probed.
         metric: of the images, ``FID`` or ``FD-NAME``.
         guidance: of the samples.
+        reference: that they were compared with.
         sit: model and steps of the SiTs.
         points: one for each SiT.
     """
@@ -52,6 +53,7 @@ class View:
     data: str
     metric: str
     guidance: str
+    reference: str
     sit: str
     points: list[Point]
 
@@ -101,7 +103,9 @@ def views(rows: Sequence[Row]) -> list[View]:
             if checksum == made_with:
                 distance = row.cells[row.metric_of_images].value
                 point = Point(same[0].run, row.run, checksum, _mean_probe(same), distance)
-                found.setdefault((data, row.metric_of_images, row.guidance, _sit_of(row)), []).append(point)
+                found.setdefault((data, row.metric_of_images, row.guidance, row.reference, _sit_of(row)), []).append(
+                    point
+                )
     made = [View(*key, points) for key, points in found.items()]
     return sorted(made, key=lambda view: (-view.vaes, view.guidance != "none", view.metric != "FID", view.metric))
 
@@ -141,6 +145,7 @@ def records(found: Iterable[View]) -> list[dict[str, object]]:
             "data": view.data,
             "metric": view.metric,
             "guidance": view.guidance,
+            "reference": view.reference,
             "sit": view.sit,
             "vaes": view.vaes,
             "pearson": {

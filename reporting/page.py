@@ -349,7 +349,7 @@ def _best(table: Table) -> dict[int, Row]:
     Means over seeds are compared with means. None where rows are not alike: other guidance, other data, other counts.
     """
     rows = [row for row in table.sources if row.seeds > 1] or table.sources
-    if len({(row.guidance, row.images, row.section, row.detail) for row in rows}) > 1:
+    if len({(row.guidance, row.reference, row.images, row.detail) for row in rows}) > 1:
         return {}
     best = {}
     for place, column in enumerate(table.columns):

@@ -56,6 +56,7 @@ class Row:
         run: name of the run, or ``PRESET, mean of N``.
         detail: what of the run was measured and on what: the samples' folder, the data.
         guidance: ``none``, ``2.5 on [0, 0.75]``, or ``unknown``; empty where there is none to speak of.
+        reference: what generated images were compared with; empty where nobody knows.
         images: how many were measured.
         cells: by the metric's name.
         published: the row whose numbers stand beside, or None.
@@ -70,6 +71,7 @@ class Row:
     run: str
     detail: str
     guidance: str
+    reference: str
     images: int
     cells: Mapping[str, Cell]
     published: PublishedRow | None = None
@@ -123,7 +125,8 @@ def with_means(rows: Sequence[Row]) -> list[Row]:
     """Add the mean and standard deviation wherever one preset was run several times (seeds), after its rows."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        key = (row.section, row.preset, row.detail, row.guidance, tuple(row.cells)) if row.preset else id(row)
+        kind = (row.section, row.preset, row.detail, row.guidance, row.reference, tuple(row.cells))
+        key = kind if row.preset else (id(row),)
         groups.setdefault(key, []).append(row)
     found = []
     for group in groups.values():
@@ -176,6 +179,7 @@ def records(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "section": row.section,
             "detail": row.detail,
             "guidance": row.guidance or None,
+            "reference": row.reference or None,
             "images": row.images,
             "metric": metric,
             "measured": cell.value,
@@ -220,10 +224,10 @@ def benchmark_of(measurement: Measurement) -> str | None:
 def _row(
     run: Run, samples: Samples | None, measurement: Measurement, row: PublishedRow | None, published: Published
 ) -> Row:
-    section, guidance, detail = RECONSTRUCTION, "", dataset_of(measurement)
+    section, guidance, detail, reference = RECONSTRUCTION, "", dataset_of(measurement), ""
     if measurement.kind == "generation":
         section, guidance = _generation_section(measurement), _guidance(measurement, samples)
-        detail = samples.path.name if samples else ""
+        detail, reference = samples.path.name if samples else "", detail
     elif measurement.kind == "probe":
         section = _probe_section(measurement)
         if measurement.settings.get("features") == "pixels":
@@ -240,6 +244,7 @@ def _row(
         run=run.name,
         detail=detail,
         guidance=guidance,
+        reference=reference,
         images=measurement.count,
         cells=cells,
         published=row,

@@ -50,6 +50,7 @@ def _table(title: str, rows: list[Row]) -> Table:
     if details != {""} and not (title.startswith(GENERATION) and len(details) == 1):
         columns.append(Column("of", is_number=False))
     columns += [Column("guidance", is_number=False)] if any(row.guidance for row in rows) else []
+    columns += [Column("reference", is_number=False)] if any(row.reference for row in rows) else []
     columns += [Column("images")]
     for metric in sorted({metric for row in rows for metric in row.cells}, key=metric_order):
         columns.append(Column(_column_title(metric, title), metric))
@@ -72,8 +73,8 @@ def _word(row: Row, column: Column) -> str:
     if column.title == "published row":
         compared = any(cell.published is not None for cell in row.cells.values())
         return row.published.id if compared else NOTHING
-    words = {"run": row.run, "of": row.detail, "guidance": row.guidance, "images": f"{row.images:,}"}
-    return words[column.title] or NOTHING
+    words = {"run": row.run, "of": row.detail, "guidance": row.guidance, "reference": row.reference}
+    return (words | {"images": f"{row.images:,}"})[column.title] or NOTHING
 
 
 def cell_word(metric: str, cell: Cell | None, is_published: bool) -> str:

@@ -53,6 +53,7 @@ def write_samples(
     count: int = 50_000,
     name: str = "generated",
     vae: str = "",
+    reference: str = "imagenet256.npz",
 ) -> Path:
     """A folder of generated images in a run, without the images, and what was measured of it."""
     folder = run / name
@@ -64,7 +65,10 @@ def write_samples(
     )
     extractor = next((metric for metric in values if metric.startswith("FD-")), "")[3:].replace("/", "-")
     file_name = f"generation-{extractor}" if extractor else "generation"
-    write_measurement(Measurement(file_name, "generation", values, count, {"path": str(folder)}), folder)
+    measurement = Measurement(
+        file_name, "generation", values, count, {"path": str(folder)}, {"path": f"references/{reference}"}
+    )
+    write_measurement(measurement, folder)
     return folder
 
 

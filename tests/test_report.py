@@ -43,11 +43,11 @@ def test_published_figures_stand_in_the_next_column(tmp_path, capsys):
     lines = out.splitlines()
     assert lines[0] == "Generated images"
     assert _cells(lines[1]) == [
-        "run", "guidance", "images", "FID ↓", "published", "sFID ↓", "published", "IS ↑", "published",
+        "run", "guidance", "reference", "images", "FID ↓", "published", "sFID ↓", "published", "IS ↑", "published",
         "Precision ↑", "published", "Recall ↑", "published", "published row",
     ]  # fmt: skip
     assert _cells(lines[3]) == [
-        "mine", "none", "50,000", "8.00", "8.42", "5.25", "5.05", "110.5", "108.3",
+        "mine", "none", "imagenet256.npz", "50,000", "8.00", "8.42", "5.25", "5.05", "110.5", "108.3",
         "0.741", "0.74", "0.602", "0.60", "table2/depth1",
     ]  # fmt: skip
     assert lines[1].index("FID") + 5 == lines[3].index("8.00") + 4  # numbers end below their title's end
@@ -182,6 +182,14 @@ def test_sits_of_other_lengths_are_not_mixed(tmp_path):
     assert sorted(view.vaes for view in gather([str(tmp_path / "ldm*")]).views) == [1, 3]
 
 
+def test_distances_to_other_references_are_not_mixed(tmp_path):
+    published_table_8(tmp_path)
+    run = write_run(tmp_path / "ldm9", vae_checksum="vae0")
+    write_samples(run, {"FID": 17.0}, vae="vae0", reference="validation.npz")
+    found = {view.reference: view.vaes for view in gather([str(tmp_path / "ldm*")]).views}
+    assert found == {"imagenet256.npz": 4, "validation.npz": 1}
+
+
 def test_several_sits_on_one_vae_are_one_vae(tmp_path):
     published_table_8(tmp_path)
     write_samples(write_run(tmp_path / "ldm9", vae_checksum="vae0"), {"FID": 17.0}, vae="vae0")
@@ -233,7 +241,7 @@ def test_markdown_and_csv_hold_the_same_figures(tmp_path, capsys):
     words = (run, "--no-html", "--published", "a|b=table2/depth1")
     lines = printed(capsys, *words, "--format", "markdown").splitlines()
     assert lines[0] == "### Generated images"
-    assert lines[4].startswith("| a\\|b | none | 50,000 | 8.00 | 8.42 | 5.25 | 5.05 |")
+    assert lines[4].startswith("| a\\|b | none | imagenet256.npz | 50,000 | 8.00 | 8.42 | 5.25 | 5.05 |")
     assert set(lines[3]) == set("|- :")
     rows = list(csv.DictReader(io.StringIO(printed(capsys, *words, "--format", "csv"))))
     assert {row["metric"]: float(row["measured"]) for row in rows} == UNGUIDED
