@@ -21,8 +21,9 @@ from diffusion.flow import PATH_TYPES
 from errors import UserError
 from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, load_loss_config
+from loss.vf_alignment import VFLoss
 from models.encoders import Encoder, build_encoders, encoder_names
-from models.mapper import Mapper
+from models.mapper import LinearMapper, Mapper
 from training import arguments, dry_run
 from training.cli import (
     ArgumentParser,
@@ -40,6 +41,8 @@ from training.run import build_accelerator, set_numerics
 from training.sendvae import SendVAE, SendVAETrainer
 from training.sendvae_task import SendVAETask, initialise_statistics
 from training.session import Job, micro_batch_size, train
+
+ALIGN_LOSSES = ("cosine", "vf")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -59,6 +62,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--data-dir is needed: a packed dataset (preprocessing.py) or a tree of class folders")
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")
+    if args.freeze_vae and args.align_loss == "vf":
+        raise UserError(
+            "--freeze-vae with --align-loss vf: that loss is weighed against the reconstruction's gradient in the "
+            "encoder, which a frozen VAE has not; take --align-loss cosine"
+        )
+    if args.align_loss == "vf":
+        args.mapper_depth, args.noise_injection = None, False
     return args
 
 
@@ -93,22 +103,49 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="weight of the alignment loss; 0: plain VAE training, no VFM is loaded",
     )
-    group.add_argument("--mapper-depth", type=non_negative_int, default=1, metavar="N", help="ViT blocks; 0: MLP only")
+    group.add_argument(
+        "--align-loss",
+        choices=ALIGN_LOSSES,
+        default="cosine",
+        help="cosine: Send-VAE's, through the mapper; vf: VA-VAE's marginal cosine and distance matrix of the "
+        "projected latent itself, without mapper and noise",
+    )
+    group.add_argument(
+        "--mapper-depth", type=non_negative_int, default=1, metavar="N", help="ViT blocks; 0: MLP only (cosine only)"
+    )
     group.add_argument(
         "--mapper-grid",
         type=positive_int,
         metavar="N",
-        help="VFM tokens along a side; divides the latent's side (default: resolution / 16)",
+        help="VFM tokens along a side; divides the latent's side (default: resolution / 16; vf: the latent's side)",
     )
     group.add_argument(
         "--noise-injection",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="the mapper sees latents with noise of a random time",
+        help="the mapper sees latents with noise of a random time (cosine only)",
     )
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="how noise is mixed in")
     group.add_argument(
         "--bn-momentum", type=fraction, default=0.1, metavar="X", help="of the latent statistics, a step"
+    )
+    group.add_argument(
+        "--vf-weight",
+        type=non_negative_float,
+        default=0.1,
+        metavar="X",
+        help="vf only: its gradient in the encoder's last layer, in units of that of L1 + LPIPS; --align-coeff "
+        "multiplies it",
+    )
+    group.add_argument(
+        "--vf-cosine-margin", type=fraction, default=0.5, metavar="X", help="vf only: cosines above 1 - X are free"
+    )
+    group.add_argument(
+        "--vf-distance-margin",
+        type=fraction,
+        default=0.25,
+        metavar="X",
+        help="vf only: differences of cosines up to X are free",
     )
 
 
@@ -134,7 +171,8 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, images: ImageDat
     if args.channels_last is None:
         args.channels_last = accelerator.device.type == "cpu"
     args.resolution = images.resolution if images is not None else args.resolution or arguments.DEFAULT_RESOLUTION
-    args.mapper_grid = args.mapper_grid or max(1, args.resolution // 16)
+    if args.align_loss == "cosine":
+        args.mapper_grid = args.mapper_grid or max(1, args.resolution // 16)
     if images is not None:
         args.data_fingerprint = images.fingerprint()
         if not args.dry_run:
@@ -152,7 +190,16 @@ def build_trainer(
     latent_shape = autoencoder.latent_shape(args.resolution)
     encoders, mappers = build_alignment(args, latent_shape, accelerator)
     mapper, *more_mappers = mappers or [None]
-    model = SendVAE(autoencoder, mapper, args.noise_injection, args.path_type, args.freeze_vae, more_mappers)
+    vf_loss = VFLoss(args.vf_cosine_margin, args.vf_distance_margin) if args.align_loss == "vf" else None
+    model = SendVAE(
+        autoencoder,
+        mapper,
+        args.noise_injection,
+        args.path_type,
+        args.freeze_vae,
+        more_mappers,
+        raw_latent=vf_loss is not None,
+    )
     model.to(device).train()
     discriminator = build_discriminator(args, loss_config)
     objective = build_objective(args, loss_config, accelerator)
@@ -173,7 +220,7 @@ def build_trainer(
         objective.to(device),
         discriminator,
         [encoder.to(device) for encoder in encoders],
-        align_coeff=args.align_coeff,
+        align_coeff=alignment_weight(args),
         bn_momentum=0.0 if args.freeze_vae else args.bn_momentum,
         max_grad_norm=args.max_grad_norm,
         seed=args.seed,
@@ -181,24 +228,37 @@ def build_trainer(
         disc_optimizer=None if discriminator is None else build_optimizer(args, discriminator),
         ema=ema,
         accelerator=accelerator,
+        vf_loss=vf_loss,
     )
     return trainer, statistics
 
 
+def alignment_weight(args: argparse.Namespace) -> float:
+    """Of the alignment loss; of VA-VAE's in proportion to L1 + LPIPS."""
+    return args.align_coeff * (args.vf_weight if args.align_loss == "vf" else 1.0)
+
+
 def build_alignment(
     args: argparse.Namespace, latent_shape: tuple[int, int, int], accelerator: Accelerator
-) -> tuple[list[Encoder], list[Mapper]]:
+) -> tuple[list[Encoder], list[Mapper | LinearMapper]]:
     """The VFMs and a mapper for each; none without alignment."""
-    if not args.align_coeff:
+    if not alignment_weight(args):
         return [], []
     channels, side, _ = latent_shape
-    if side % args.mapper_grid:
+    grid = args.mapper_grid or side
+    if args.align_loss == "vf" and grid != side:
+        raise UserError(
+            f"--mapper-grid {grid}: --align-loss vf compares every position of the {side}×{side} latent with its "
+            "feature: leave the flag away"
+        )
+    if side % grid:
         divisors = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
-        raise UserError(f"--mapper-grid {args.mapper_grid} does not divide the {side}×{side} latent; {divisors} do")
+        raise UserError(f"--mapper-grid {grid} does not divide the {side}×{side} latent; {divisors} do")
     with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
-        encoders = build_encoders(encoder_names(args.enc_type), args.mapper_grid, args.enc_ckpt, args.random_weights)
-    mappers = [Mapper(channels, side, args.mapper_grid, encoder.embed_dim, args.mapper_depth) for encoder in encoders]
-    return encoders, mappers
+        encoders = build_encoders(encoder_names(args.enc_type), grid, args.enc_ckpt, args.random_weights)
+    if args.align_loss == "vf":
+        return encoders, [LinearMapper(channels, encoder.embed_dim) for encoder in encoders]
+    return encoders, [Mapper(channels, side, grid, encoder.embed_dim, args.mapper_depth) for encoder in encoders]
 
 
 def dry_run_step(
@@ -280,7 +340,11 @@ def describe(args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDat
     for encoder in trainer.encoders:
         latent = trainer.model.autoencoder.latent_shape(args.resolution)
         grid, pixels, width = encoder.grid, encoder.input_size, encoder.embed_dim
-        lines.append(f"latent {latent} → mapper → {grid}×{grid} tokens of {width} ({encoder.name} sees {pixels} px)")
+        way = "mapper" if args.align_loss == "cosine" else "1×1 convolution"
+        lines.append(f"latent {latent} → {way} → {grid}×{grid} tokens of {width} ({encoder.name} sees {pixels} px)")
+    if trainer.encoders:
+        loss = "1 − cosine" if trainer.vf_loss is None else f"{trainer.vf_loss}, in proportion to the fidelity,"
+        lines.append(f"alignment: {loss} with weight {trainer.align_coeff:g}")
     return lines
 
 

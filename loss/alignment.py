@@ -17,7 +17,7 @@ def patch_cosine_loss(tokens: torch.Tensor, features: torch.Tensor) -> torch.Ten
 
 
 def averaged(
-    metric: str, encoders: Sequence[str], losses: Sequence[torch.Tensor], weight: float
+    metric: str, encoders: Sequence[str], losses: Sequence[torch.Tensor], weight: float | torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Terms and weights of an alignment with one or several VFMs.
 

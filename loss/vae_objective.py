@@ -17,6 +17,7 @@ from errors import UserError
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
 from loss.reconstruction import RECONSTRUCTION_LOSSES, kl_divergence, reconstruction_loss
 from loss.total import total
+from loss.vf_alignment import vf_weight
 
 # Keys of REPA-E's file without effect on a KL autoencoder: accepted with any value, so that the file can be reused.
 IGNORED_KEYS = frozenset({"quantizer_weight", "logvar_init"})
@@ -169,6 +170,31 @@ class VAEObjective(nn.Module):
             gradients = [_gradient(loss, last_layer, scaler) for loss in (fidelity, terms["gan"])]
             weights["gan"] = weights["gan"] * adaptive_weight(*map(reduce, gradients))
         return weights
+
+    def alignment_weight(
+        self,
+        terms: dict[str, torch.Tensor],
+        alignment: torch.Tensor,
+        encoder_layer: torch.Tensor,
+        values_per_image: int,
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> torch.Tensor:
+        """The factor that keeps VA-VAE's alignment loss in proportion to fidelity, see :func:`vf_weight`.
+
+        Args:
+            terms: from :meth:`generator_terms`.
+            alignment: the VF loss.
+            encoder_layer: the encoder's last weight, where gradients are compared.
+            values_per_image: 3·H·W.
+            reduce: averages a gradient over processes, so that all of them use the factor of the global micro-batch
+                (VA-VAE has one for each process).
+            scaler: fp16's.
+        """
+        weights = {"reconstruction": self.config.reconstruction_weight, "perceptual": self.config.perceptual_weight}
+        fidelity = total({name: terms[name] for name in weights if name in terms}, weights)
+        gradients = [_gradient(loss, encoder_layer, scaler) for loss in (fidelity, alignment)]
+        return vf_weight(*map(reduce, gradients), values_per_image)
 
     def discriminator_terms(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """Unweighted scalar terms of the discriminator's loss, from logits of any shape."""

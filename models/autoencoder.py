@@ -78,6 +78,11 @@ class Autoencoder(nn.Module):
         """The decoder's last weight, where VQGAN's adaptive GAN weight compares gradients."""
         return self.network.decoder.conv_out.weight
 
+    @property
+    def encoder_last_layer(self) -> nn.Parameter:
+        """The encoder's last weight, where VA-VAE compares gradients."""
+        return self.network.encoder.conv_out.weight
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) for square images; raises where the resolution does not fit the downsampling."""
         if resolution % self.downsampling:

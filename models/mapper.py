@@ -61,6 +61,23 @@ class Mapper(nn.Module):
         return self.projector(x)
 
 
+class LinearMapper(nn.Module):
+    """VA-VAE's projection of the latent to the VFM's width: a 1×1 convolution without bias (arXiv 2501.01423).
+
+    Args:
+        latent_channels: C of the latent.
+        embed_dim: D of the VFM.
+    """
+
+    def __init__(self, latent_channels: int, embed_dim: int):
+        super().__init__()
+        self.projection = nn.Conv2d(latent_channels, embed_dim, kernel_size=1, bias=False)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Map an un-normalised latent ``[B, C, h, w]`` to ``[B, h·w, D]``."""
+        return self.projection(z).flatten(2).transpose(1, 2)
+
+
 def num_heads(width: int) -> int:
     """Attention heads for a hidden width: 64 channels each, or else the widest heads below 64 that divide it."""
     head_width = next(w for w in range(min(64, width), 0, -1) if width % w == 0)

@@ -5,9 +5,10 @@ from accelerate import Accelerator
 
 from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, VAEObjective
+from loss.vf_alignment import VFLoss
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
-from models.mapper import Mapper
+from models.mapper import LinearMapper, Mapper
 from tests.command_line import argv_of
 from training.ema import EMA
 from training.optimizer import build_adamw
@@ -45,17 +46,22 @@ def tiny_trainer(
     bn_momentum: float = 0.1,
     ema_decay: float = 0.0,
     freeze_vae: bool = False,
+    vf_loss: VFLoss | None = None,
     **loss: object,
 ) -> SendVAETrainer:
-    """f4d4-tiny, one ViT block, efficientnet-lite0 on a 2×2 grid, no LPIPS; random weights from ``seed``."""
+    """f4d4-tiny, one ViT block, efficientnet-lite0 on a 2×2 grid, no LPIPS; random weights from ``seed``.
+
+    With ``vf_loss`` a linear mapper, on the latent's 8×8 grid.
+    """
     accelerator = accelerator or Accelerator(cpu=True)
     torch.manual_seed(seed)
     autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
     encoders, mapper = [], None
     if align_coeff:
-        encoders = [build_encoder("efficientnet-lite0", GRID)]
-        mapper = Mapper(4, RESOLUTION // 4, GRID, encoders[0].embed_dim, projector_width=64)
-    model = SendVAE(autoencoder, mapper, freeze_vae=freeze_vae).train()
+        encoders = [build_encoder("efficientnet-lite0", RESOLUTION // 4 if vf_loss else GRID)]
+        width = encoders[0].embed_dim
+        mapper = LinearMapper(4, width) if vf_loss else Mapper(4, RESOLUTION // 4, GRID, width, projector_width=64)
+    model = SendVAE(autoencoder, mapper, freeze_vae=freeze_vae, raw_latent=vf_loss is not None).train()
     discriminator = PatchDiscriminator(width=8).train() if gan else None
     config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.1 if gan else 0.0, **loss)
     return SendVAETrainer(
@@ -71,6 +77,7 @@ def tiny_trainer(
         disc_optimizer=build_adamw(discriminator.parameters(), **ADAMW) if gan else None,
         ema=EMA(autoencoder, ema_decay) if ema_decay else None,
         accelerator=accelerator,
+        vf_loss=vf_loss,
     )
 
 

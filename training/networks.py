@@ -3,6 +3,7 @@
 import argparse
 
 import torch
+import torch._functorch.config
 from accelerate import Accelerator
 from torch import nn
 
@@ -70,6 +71,8 @@ def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.
 
 def compile_networks(autoencoder: Autoencoder, *others: nn.Module | None) -> None:
     """Compile in place, so that state-dict keys keep their names."""
+    # Adaptive weights take gradients through a graph that is kept; a compiled one must then not give its buffers away.
+    torch._functorch.config.donated_buffer = False
     for module in (autoencoder.network.encoder, autoencoder.network.decoder, *others):
         if module is not None:
             module.compile()

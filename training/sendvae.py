@@ -13,11 +13,12 @@ from diffusion.flow import add_noise
 from loss.alignment import averaged, patch_cosine_loss
 from loss.total import total
 from loss.vae_objective import VAEObjective
+from loss.vf_alignment import VFLoss
 from models.autoencoder import Autoencoder, to_signed
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.encoders import Encoder
 from models.latent_statistics import latent_moments, sum_over_processes
-from models.mapper import Mapper
+from models.mapper import LinearMapper, Mapper
 from training.ema import EMA
 from training.optimizer import optimizer_step
 from training.randomness import Purpose, seeded_generator
@@ -58,26 +59,29 @@ class SendVAE(nn.Module):
         path_type: ``linear`` or ``cosine`` interpolant.
         freeze_vae: train the mapper on a VAE that stays as it is.
         more_mappers: of further VFMs.
+        raw_latent: the mappers see the posterior sample as it is, neither normalised nor noisy (VA-VAE).
     """
 
     def __init__(
         self,
         autoencoder: Autoencoder,
-        mapper: Mapper | None,
+        mapper: Mapper | LinearMapper | None,
         noise_injection: bool = True,
         path_type: str = "linear",
         freeze_vae: bool = False,
-        more_mappers: Sequence[Mapper] = (),
+        more_mappers: Sequence[Mapper | LinearMapper] = (),
+        raw_latent: bool = False,
     ):
         super().__init__()
         self.autoencoder, self.mapper = autoencoder, mapper
         self.more_mappers = nn.ModuleList(more_mappers)
         self.noise_injection, self.path_type, self.freeze_vae = noise_injection, path_type, freeze_vae
+        self.raw_latent = raw_latent
         if freeze_vae:
             autoencoder.requires_grad_(False)
 
     @property
-    def mappers(self) -> list[Mapper]:
+    def mappers(self) -> list[Mapper | LinearMapper]:
         """One for each VFM; none where the VAE is trained alone."""
         return [] if self.mapper is None else [self.mapper, *self.more_mappers]
 
@@ -92,7 +96,9 @@ class SendVAE(nn.Module):
         return SendVAEOutput(posterior.mean, posterior.logvar, z, reconstruction, tokens)
 
     def noisy_latent(self, z: torch.Tensor, noise: Noise) -> torch.Tensor:
-        """The mapper's input: the normalised latent, with noise where that is switched on."""
+        """The mapper's input: the normalised latent, with noise where that is switched on; or the latent as it is."""
+        if self.raw_latent:
+            return z
         z = self.autoencoder.statistics.normalize(z)
         return add_noise(z, noise.t, noise.path, self.path_type) if self.noise_injection else z
 
@@ -119,6 +125,7 @@ class SendVAETrainer:
         optimizer, disc_optimizer: over the parameters of ``model`` and ``discriminator``; one may be None.
         ema: average of the autoencoder, or None.
         accelerator: precision and processes.
+        vf_loss: VA-VAE's loss in place of Send-VAE's cosine; ``align_coeff`` is then in proportion to the fidelity.
     """
 
     def __init__(
@@ -136,16 +143,21 @@ class SendVAETrainer:
         disc_optimizer: torch.optim.Optimizer | None,
         ema: EMA | None,
         accelerator: Accelerator,
+        vf_loss: VFLoss | None = None,
     ):
         self.model, self.objective, self.discriminator, self.encoders = model, objective, discriminator, encoders
         self.align_coeff, self.bn_momentum, self.max_grad_norm = align_coeff, bn_momentum, max_grad_norm
-        self.seed = seed
+        self.seed, self.vf_loss = seed, vf_loss
         self.optimizer, self.disc_optimizer, self.ema, self.accelerator = optimizer, disc_optimizer, ema, accelerator
         # The wrapped modules are for the forwards that gradients are synchronised through; `model` for everything else.
         self.wrapped = accelerator.prepare_model(model)
         self.wrapped_pair = None
         if discriminator is not None:
             self.wrapped_pair = accelerator.prepare_model(DiscriminatorPair(discriminator))
+
+    @property
+    def encoder_names(self) -> list[str]:
+        return [encoder.name for encoder in self.encoders]
 
     @property
     def statistics(self):
@@ -218,6 +230,8 @@ class SendVAETrainer:
         metrics = {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
         if self.objective.config.adaptive_discriminator_weight and "gan" in weights:
             metrics["gan_weight"] = weights["gan"]
+        if "vf_cosine" in weights:
+            metrics["vf_weight"] = weights["vf_cosine"]
         if plays:
             metrics |= self._discriminator_backward(images, output.reconstruction.detach(), share, synchronise)
         return metrics, output.latent.detach()
@@ -245,13 +259,35 @@ class SendVAETrainer:
         if output.tokens:
             with self.accelerator.autocast():
                 features = [encoder(images) for encoder in self.encoders]
-            losses = [patch_cosine_loss(*pair) for pair in zip(output.tokens, features, strict=True)]
-            aligned, weight = averaged("alignment", [e.name for e in self.encoders], losses, self.align_coeff)
+            pairs = list(zip(output.tokens, features, strict=True))
+            if self.vf_loss is None:
+                losses = [patch_cosine_loss(*pair) for pair in pairs]
+                aligned, weight = averaged("alignment", self.encoder_names, losses, self.align_coeff)
+            else:
+                aligned, weight = self._vf_terms(terms, pairs, images[0].numel())
             terms, weights = terms | aligned, weights | weight
         elif alignment is not None:
             aligned, weight = alignment(output.latent)
             terms, weights = terms | aligned, weights | weight
         return terms, weights
+
+    def _vf_terms(
+        self, terms: dict[str, torch.Tensor], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], values_per_image: int
+    ) -> tuple[dict, dict]:
+        """Terms and weights of VA-VAE's loss; ``terms`` are the VAE's own, ``pairs`` tokens and features of each VFM.
+
+        With gradient accumulation every micro-batch has a weight of its own, as in the adaptive GAN weight.
+        """
+        parts = [self.vf_loss.terms(*pair) for pair in pairs]
+        alignment = torch.stack([sum(part.values()) for part in parts]).mean()
+        layer, scaler = self.model.autoencoder.encoder_last_layer, self.accelerator.scaler
+        factor = self.objective.alignment_weight(terms, alignment, layer, values_per_image, mean_over_processes, scaler)
+        aligned, weights = {}, {}
+        for metric in parts[0]:
+            losses = [part[metric] for part in parts]
+            more = averaged(metric, self.encoder_names, losses, self.align_coeff * factor)
+            aligned, weights = aligned | more[0], weights | more[1]
+        return aligned, weights
 
     def _discriminator_backward(
         self, images: torch.Tensor, reconstruction: torch.Tensor, share: float, synchronise: bool

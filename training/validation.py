@@ -89,7 +89,7 @@ def validate(
             reconstruction = autoencoder.decode(posterior.mean)
             scores = [psnr(images, to_uint8(reconstruction)), _l1(images, reconstruction), images.new_ones(len(images))]
             noisy = model.noisy_latent(posterior.sample(noise.posterior), noise)
-            clean = autoencoder.statistics.normalize(posterior.mean)
+            clean = posterior.mean if model.raw_latent else autoencoder.statistics.normalize(posterior.mean)
             for encoder, mapper, feature_sum in zip(encoders, model.mappers, unit_features, strict=True):
                 features = encoder(images)
                 scores += [patch_cosine(mapper(z), features).mean(1) for z in (noisy, clean)]
