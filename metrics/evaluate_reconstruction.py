@@ -17,6 +17,10 @@ from dataset.loader import read_batches
 from errors import UserError
 from loss.perceptual import TRUNKS, build_lpips
 from metrics.encoding import chunked, whole_chunks
+from metrics.evaluate_generation import FEW_IMAGES, extractor_of
+from metrics.features import CHECKPOINT_FLAG, FLAG, INCEPTION, Extractor
+from metrics.frechet import Moments, frechet_distance
+from metrics.inception import FLAG as INCEPTION_FLAG
 from metrics.reconstruction import PairScores, reconstruct, summary, worst, write_table
 from metrics.record import Measurement, write_measurement
 from metrics.subject import Subject, add_output_arguments, add_vae_arguments, open_vae, output_folder, output_subject
@@ -28,7 +32,7 @@ from training.pictures import save_grid
 from training.processes import Process, process_group, set_inference_numerics, this_process
 from training.run import progress_bar
 
-METRICS = ("psnr", "ssim", "lpips-alex", "lpips-vgg")
+METRICS = ("rfid", "psnr", "ssim", "lpips-alex", "lpips-vgg")
 GRID_COLUMNS = 8
 HELP = "a VAE on held-out images: rFID, PSNR, SSIM, LPIPS"
 DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
@@ -36,8 +40,9 @@ DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
   python evaluate.py reconstruction --vae exps/sendvae/vae --data data/imagenet256-val
 
 Writes to the VAE's metrics folder: NAME.json, NAME.csv (a row an image) and NAME-worst.png (originals above their
-reconstructions, the worst first). Reconstructions are compared as 8-bit images, clamped and rounded. Any number of
-processes share the work; neither their number nor the batch changes a value."""
+reconstructions, the worst first). Reconstructions are compared as 8-bit images, clamped and rounded; the reference of
+rFID are the originals of the very images that are reconstructed. Any number of processes share the work; neither their
+number nor the batch changes a value."""
 LPIPS_FLAGS = {"alex": "--lpips-alex-ckpt", "vgg": "--lpips-ckpt"}
 
 
@@ -52,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=non_negative_int, default=0, metavar="N", help="of the samples' noise")
     add = parser.add_argument_group("metrics").add_argument
     add("--metrics", metavar="A,B,…", help=f"of {', '.join(METRICS)} (default: all whose networks have weights)")
+    add(
+        FLAG,
+        metavar="NAME",
+        help="whose features rFID compares: inception (the default), a name of --enc-type, or timm/NAME; all but "
+        "inception give rFD-NAME",
+    )
+    add(INCEPTION_FLAG, metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: torch's hub cache)")
+    add(CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)")
     for net, flag in LPIPS_FLAGS.items():
         add(flag, metavar="FILE", help=f"torchvision's {TRUNKS[net].name} for LPIPS (default: torch's hub cache)")
     group = parser.add_argument_group("output and speed")
@@ -84,6 +97,7 @@ class Evaluation:
         images: the dataset, of which ``items`` are measured.
         items: int64 ``[N]``.
         scores: of pairs of images.
+        extractor: whose features rFID compares; None without rFID.
         vae_worker, score_worker: in whose chunks the networks run; scores are never made in low precision.
         sample_seed: None decodes posterior means.
     """
@@ -92,6 +106,7 @@ class Evaluation:
     images: ImageDataset
     items: np.ndarray
     scores: PairScores
+    extractor: Extractor | None
     vae_worker: ChunkEncoder
     score_worker: ChunkEncoder
     sample_seed: int | None
@@ -101,9 +116,16 @@ class Evaluation:
         found = reconstruct(self.subject.autoencoder, self.vae_worker, originals, items, self.sample_seed)
         return torch.cat([originals, found], 1)
 
-    def measure(self, items: np.ndarray, originals: torch.Tensor) -> torch.Tensor:
-        """float64 ``[n, scores]``."""
-        return chunked(self.score_worker, self.scores, self.pairs(items, originals))
+    def measure(self, items: np.ndarray, originals: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Scores float64 ``[n, scores]``; features ``[n, D]`` of originals and of reconstructions, if there are any."""
+        pairs = self.pairs(items, originals)
+        scores = chunked(self.score_worker, self.scores, pairs)
+        if self.extractor is None:
+            return scores, []
+        return scores, [chunked(self.score_worker, self.pooled, images.contiguous()) for images in pairs.chunk(2, 1)]
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        return self.extractor(images).pooled
 
     def close(self) -> None:
         self.vae_worker.close()
@@ -123,9 +145,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         output_subject(args)
     subject.autoencoder.latent_shape(images.resolution)
-    networks = build_networks(args, process)
+    networks, extractor = build_networks(args, process), build_extractor(args, process, len(images))
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads, process_group(process):
-        evaluation = build_evaluation(args, subject, images, networks, process, threads)
+        evaluation = build_evaluation(args, subject, images, networks, extractor, process, threads)
         try:
             if args.dry_run:
                 dry_run(args, evaluation, process)
@@ -156,11 +178,30 @@ def build_networks(args: argparse.Namespace, process: Process) -> dict[str, nn.M
     return networks
 
 
+def build_extractor(args: argparse.Namespace, process: Process, available: int) -> Extractor | None:
+    """The network whose features rFID compares; as with LPIPS, one without weights is left out unless asked for."""
+    wanted = args.metrics is not None or args.features is not None
+    if args.metrics is not None and "rfid" not in args.metrics:
+        return None
+    args.features = args.features or INCEPTION
+    try:
+        if min(args.num_images or available, available) < 2:
+            raise UserError("rFID needs at least 2 images; give more, or --metrics without rfid")
+        return extractor_of(args, process)
+    except UserError as error:
+        if wanted or args.inception_ckpt or args.enc_ckpt:
+            raise
+        if process.is_main:
+            print(f"rFID is left out: {error}", file=sys.stderr)
+        return None
+
+
 def build_evaluation(
     args: argparse.Namespace,
     subject: Subject,
     images: ImageDataset,
     networks: dict[str, nn.Module],
+    extractor: Extractor | None,
     process: Process,
     threads: int,
 ) -> Evaluation:
@@ -171,6 +212,7 @@ def build_evaluation(
         images,
         np.linspace(0, len(images) - 1, count).round().astype(np.int64),
         PairScores(networks),
+        extractor,
         ChunkEncoder(process.device, chunk, threads, autocast_for(process.device, args.mixed_precision)),
         ChunkEncoder(process.device, chunk, threads, nullcontext),
         args.seed if args.sample else None,
@@ -183,19 +225,43 @@ def evaluate(args: argparse.Namespace, evaluation: Evaluation, process: Process)
     places = [np.arange(first, min(first + size, len(items))) for first in range(0, len(items), size)]
     mine = [places[number] for number in process.share(len(places))]
     values = torch.zeros(len(items), len(evaluation.scores.names), dtype=torch.float64)
-    total = sum(map(len, mine))
-    with progress_bar(total, 0, "reconstructing", "img", process.is_main) as progress:
+    shares = [
+        sum(len(places[number]) for number in range(r, len(places), process.world_size))
+        for r in range(process.world_size)
+    ]
+    moments: list[Moments] = []
+    with progress_bar(shares[process.rank], 0, "reconstructing", "img", process.is_main) as progress:
         read = read_batches(evaluation.images, [items[place] for place in mine], num_workers=args.num_workers)
         for place, originals in zip(mine, read, strict=True):
-            values[place] = evaluation.measure(items[place], originals)
+            values[place], features = evaluation.measure(items[place], originals)
+            moments = moments or [Moments(part.shape[1]) for part in features]
+            for total, part in zip(moments, features, strict=True):
+                total.update(part)
             progress.update(len(place))
     if process.world_size > 1:
         dist.all_reduce(values)  # every row is zero but in one process: a sum that rounds nothing
+        collect(moments, shares, process)
     if process.is_main:
-        write_results(args, evaluation, values.numpy())
+        write_results(args, evaluation, values.numpy(), moments)
 
 
-def write_results(args: argparse.Namespace, evaluation: Evaluation, values: np.ndarray) -> None:
+def collect(moments: list[Moments], shares: list[int], process: Process) -> None:
+    """Add the other processes' moments to those of rank 0; ``shares`` are the images of each process."""
+    for total in moments:
+        total.flush()
+        if not process.is_main:
+            dist.send(total.mean, 0)
+            dist.send(total.scatter, 0)
+            continue
+        for rank in range(1, process.world_size):
+            if shares[rank]:
+                mean, scatter = torch.empty_like(total.mean), torch.empty_like(total.scatter)
+                dist.recv(mean, rank)
+                dist.recv(scatter, rank)
+                total.merge(shares[rank], mean, scatter)
+
+
+def write_results(args: argparse.Namespace, evaluation: Evaluation, values: np.ndarray, moments: list[Moments]) -> None:
     """The table on the terminal, the record, the CSV and the grid."""
     names, items = evaluation.scores.names, evaluation.items
     chosen = [place for place, name in enumerate(names) if args.metrics is None or name.lower() in args.metrics]
@@ -204,7 +270,10 @@ def write_results(args: argparse.Namespace, evaluation: Evaluation, values: np.n
     write_table(folder / f"{args.name}.csv", names, scores, evaluation.images, items)
     if args.worst:
         save_worst(folder / f"{args.name}-worst.png", evaluation, worst(values[:, 0], args.worst))
-    averages = summary(names, scores)
+    averages, extractor = summary(names, scores), evaluation.extractor
+    if extractor is not None:
+        name = "rFID" if extractor.is_inception else f"rFD-{extractor.name}"
+        averages = {name: frechet_distance(*(part.gaussian() for part in moments))} | averages
     measurement = Measurement(
         name=args.name,
         kind="reconstruction",
@@ -217,6 +286,7 @@ def write_results(args: argparse.Namespace, evaluation: Evaluation, values: np.n
             "fingerprint": evaluation.images.fingerprint(),
             "count": len(items),
         },
+        extractor=extractor.describe() if extractor is not None else None,
         settings={
             "resolution": evaluation.images.resolution,
             "latent": "sample" if args.sample else "mean",
@@ -227,7 +297,9 @@ def write_results(args: argparse.Namespace, evaluation: Evaluation, values: np.n
     )
     path = write_measurement(measurement, output_subject(args))
     for name, value in averages.items():
-        print(f"{name:<12}{value:>10.4f}")
+        print(f"{name:<{max(map(len, averages))}}{value:>10.4f}")
+    if extractor is not None and len(items) < FEW_IMAGES:
+        print(f"note: Fréchet distances of {len(items)} images are larger than those of 50000; compare like with like")
     print(f"{len(items)} images of {args.data}; {path}")
 
 
@@ -260,7 +332,8 @@ def dry_run(args: argparse.Namespace, evaluation: Evaluation, process: Process) 
         return
     rate = size / seconds[-1] * process.world_size
     print(f"VAE: {count_parameters(evaluation.subject.autoencoder)[0]:,} parameters")
-    print(f"{', '.join(evaluation.scores.names)}, LPIPS with random weights where no file is given")
+    features = [] if evaluation.extractor is None else [f"features of {evaluation.extractor.describe()['name']}"]
+    print(f"{', '.join(evaluation.scores.names + features)}; LPIPS with random weights where no file is given")
     print(
         f"batches of {size}: {seconds[0]:.2f} and {seconds[1]:.2f} s; {rate:.2f} images/s with {process.world_size} "
         f"processes, about {len(evaluation.items) / rate / 60:.1f} minutes for {len(evaluation.items)} images"

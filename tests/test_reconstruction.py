@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torchvision
 from PIL import Image
@@ -18,6 +19,7 @@ from dataset.images import open_images
 from dataset.toy import write_toy_dataset
 from formats.vae import build_autoencoder
 from loss.perceptual import build_lpips
+from metrics.features import build_extractor
 from metrics.reconstruction import PairScores, ssim, worst
 from metrics.record import read_measurements
 from models.autoencoder import to_uint8
@@ -27,10 +29,18 @@ from training.validation import psnr
 
 ROOT = Path(evaluate.__file__).parent
 COUNT = 21
+RFD = "rFD-efficientnet-lite0"
 
 
 def flags(data: Path, vae: Path, **changes) -> list[str]:
-    values = {"vae": vae, "data": data, "resolution": 32, "num_workers": 1, "metrics": "psnr,ssim"} | changes
+    values = {
+        "vae": vae,
+        "data": data,
+        "resolution": 32,
+        "num_workers": 1,
+        "features": "efficientnet-lite0",
+        "metrics": "rfid,psnr,ssim",
+    } | changes
     return ["reconstruction", *argv_of(values)]
 
 
@@ -127,6 +137,13 @@ def test_the_record_is_of_8_bit_reconstructions_of_posterior_means(measured, dat
     assert record.values["SSIM"] == pytest.approx(np.mean(list(map(ssim_by_hand, originals, found))), rel=1e-3)
     assert record.count == COUNT and record.kind == "reconstruction" and record.reference["count"] == COUNT
     assert record.subject["vae_checksum"] == autoencoder.checksum()
+    assert record.extractor["name"] == "efficientnet-lite0" and list(record.values) == [RFD, "PSNR", "SSIM"]
+    extractor = build_extractor("efficientnet-lite0")
+    theirs, ours = (extractor(torch.from_numpy(batch)).pooled.double().numpy() for batch in (originals, found))
+    covariances = np.cov(theirs.T), np.cov(ours.T)
+    overlap = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real.trace()  # singular: half of the digits
+    expected_distance = ((theirs.mean(0) - ours.mean(0)) ** 2).sum() + sum(map(np.trace, covariances)) - 2 * overlap
+    assert record.values[RFD] == pytest.approx(expected_distance, rel=1e-2) and expected_distance > 1
     rows = list(csv.DictReader((measured / "reconstruction.csv").open()))
     assert len(rows) == COUNT and rows[3]["image"] == images.name(3) and rows[3]["class"] == "cross"
     np.testing.assert_allclose([float(row["PSNR"]) for row in rows], expected, rtol=1e-4)
@@ -139,12 +156,19 @@ def test_the_record_is_of_8_bit_reconstructions_of_posterior_means(measured, dat
     assert worst(expected, 2).tolist() == np.argsort(expected)[:2].tolist()
 
 
+def check_values(folder: Path, measured: Path) -> None:
+    """All as in ``measured``; the Fréchet distance adds up in another order."""
+    found, expected = read_measurements(folder / "metrics")[0].values, read_measurements(measured)[0].values
+    assert found["PSNR"] == expected["PSNR"] and found["SSIM"] == expected["SSIM"]
+    assert found[RFD] == pytest.approx(expected[RFD], rel=1e-9)
+
+
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_any_batch_gives_the_same_values(measured, data, vae, tmp_path, batch_size):
     assert evaluate.main(flags(data, vae, output_dir=tmp_path, batch_size=batch_size)) == 0
     for name in ("reconstruction.csv", "reconstruction-worst.png"):
         assert (tmp_path / "metrics" / name).read_bytes() == (measured / name).read_bytes()
-    assert read_measurements(tmp_path / "metrics")[0].values == read_measurements(measured)[0].values
+    check_values(tmp_path, measured)
 
 
 def test_two_processes_give_the_same_values(measured, data, vae, tmp_path):
@@ -156,13 +180,15 @@ def test_two_processes_give_the_same_values(measured, data, vae, tmp_path):
     )
     assert answer.returncode == 0, answer.stderr
     assert (tmp_path / "metrics" / "reconstruction.csv").read_bytes() == (measured / "reconstruction.csv").read_bytes()
-    assert read_measurements(tmp_path / "metrics")[0].values == read_measurements(measured)[0].values
+    check_values(tmp_path, measured)
 
 
 def test_samples_of_the_posterior_are_counted(measured, data, vae, tmp_path):
     runs = {"first": 0, "again": 0, "other": 1}
     for name, seed in runs.items():
-        argv = flags(data, vae, output_dir=tmp_path, sample=True, seed=seed, name=name, num_images=10, worst=0)
+        argv = flags(
+            data, vae, output_dir=tmp_path, sample=True, seed=seed, name=name, num_images=10, worst=0, metrics="psnr"
+        )
         assert evaluate.main(argv) == 0
     first, again, other = (read_measurement_named(tmp_path, name).values for name in runs)
     assert first == again and first["PSNR"] != other["PSNR"]
@@ -185,7 +211,8 @@ def test_lpips_without_weights_is_left_out_with_a_line(data, vae, tmp_path, caps
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
-    assert evaluate.main(flags(data, vae, output_dir=tmp_path, metrics=None, num_images=2)) == 0
+    assert evaluate.main(flags(data, vae, output_dir=tmp_path, metrics=None, features=None, num_images=2)) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert len(lines) == 2 and "--lpips-alex-ckpt" in lines[0] and "vgg16-397923af.pth" in lines[1]
+    assert len(lines) == 3 and "--lpips-alex-ckpt" in lines[0] and "vgg16-397923af.pth" in lines[1]
+    assert "weights-inception-2015-12-05-6726825d.pth" in lines[2]
     assert set(read_measurements(tmp_path / "metrics")[0].values) == {"PSNR", "SSIM"}
