@@ -26,6 +26,7 @@ from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_na
 from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from errors import UserError
+from formats.runs import PLACES as CHECKPOINT_FOLDERS
 from formats.vae import build_autoencoder
 from models.autoencoder import Autoencoder, architecture_names
 from models.encoders import ENCODERS, Encoder, build_encoders, encoder_names
@@ -47,6 +48,7 @@ from training.latent_cache import (
 )
 from training.processes import Process, set_inference_numerics, this_process
 from training.run import progress_bar, status_of
+from training.trained_ldm import statistics_checksum
 
 IMAGENET_IMAGES = 1_281_167  # what a dry run without data counts
 MAX_DIFFERENCE = 0.02  # of measured latent statistics from the VAE's, above which there is a warning
@@ -73,9 +75,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PX",
         help="side of the images, pixels (default: the packed dataset's, or 256)",
     )
-    names = ", ".join(architecture_names())
-    add("--vae", "--vae-arch", default="f16d32", metavar="NAME", help=f"diffusers folder, or architecture ({names})")
-    add("--vae-ckpt", "--vae-ckpt-path", metavar="DIR", help="folder with its weights (default: the --vae folder)")
+    arguments.add_vae_source_arguments(parser, default="f16d32")
     add(
         OUTPUT_FLAG,
         metavar="NAME",
@@ -87,7 +87,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--statistics",
         choices=("vae", "measured"),
         default="vae",
-        help="what training normalises with: the VAE's latent statistics, or those measured over this dataset",
+        help="what training normalises with: the VAE's latent statistics (where it has none, and always with measured, "
+        "those over this dataset)",
     )
     add("--hflip", action="store_true", help="also encode the mirrored images (twice the size and time)")
     add("--cache-features", action="store_true", help="also store VFM features, for small sets (--dry-run: how many)")
@@ -128,7 +129,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.random_weights and args.vae in architecture_names():
         args.vae_ckpt = args.vae_ckpt or "none"
     if args.vae_ckpt == "none" and not args.dry_run:
-        raise UserError("--vae-ckpt none is for --dry-run: give the diffusers folder of a trained VAE")
+        raise UserError("--vae-ckpt none is for --dry-run: give a trained VAE")
     if not args.dry_run and not args.data_dir:
         raise UserError("--data-dir is needed: a packed dataset (preprocessing.py), a tree of class folders or a zip")
     if args.cache_features and not args.enc_type:
@@ -162,13 +163,13 @@ class Networks:
 
     Attributes:
         autoencoder: the VAE.
-        has_statistics: whether it came with latent statistics.
+        statistics: where its latent statistics come from; None where it has none.
         keeps_statistics: whether training is to normalise with those, and not with the measured ones.
         encoders: the VFMs of --cache-features.
     """
 
     autoencoder: Autoencoder
-    has_statistics: bool
+    statistics: str | None
     keeps_statistics: bool
     encoders: list[Encoder]
 
@@ -207,12 +208,22 @@ def open_dataset(args: argparse.Namespace) -> ImageDataset | None:
 def cache_folder(args: argparse.Namespace) -> Path:
     """The folder to make."""
     if args.vae_latents_name is None:
-        source = Path(args.vae_ckpt or args.vae).resolve()
-        args.vae_latents_name = f"latents-{source.parent.name if source.name == VAE_NAME else source.name}"
+        args.vae_latents_name = f"latents-{vae_label(args.vae_ckpt or args.vae)}"
     folder = latents_folder(args.data_dir, args.vae_latents_name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{OUTPUT_FLAG} {folder} is a file; give a folder")
     return folder
+
+
+def vae_label(source: str) -> str:
+    """A name for what a VAE makes: that of its run, with the step of a checkpoint; of its file, folder or hub name."""
+    path = Path(source)
+    if not path.exists():  # a hub's name; slashes and colons are no part of a folder's name
+        return path.name.replace(":", "-")
+    path = path.resolve()
+    if path.parent.name in CHECKPOINT_FOLDERS:
+        return f"{path.parent.parent.name}-{path.name}"
+    return path.parent.name if path.name == VAE_NAME else path.stem if path.is_file() else path.name
 
 
 def build_networks(args: argparse.Namespace, process: Process) -> Networks:
@@ -220,7 +231,7 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
     if args.cache_features:
         args.features_grid = args.features_grid or max(1, args.resolution // 16)
         names = encoder_names(args.enc_type)  # its error comes before a large VAE is read
-    autoencoder, has_statistics = build_autoencoder(args.vae, args.vae_ckpt)
+    autoencoder, statistics = build_autoencoder(args.vae, args.vae_ckpt, args.vae_latents_stats)
     autoencoder.latent_shape(args.resolution)
     encoders = []
     if args.cache_features:
@@ -234,7 +245,7 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
         autoencoder.network.encoder.compile()
         for encoder in encoders:
             encoder.network.compile()
-    return Networks(autoencoder, has_statistics, has_statistics and args.statistics == "vae", encoders)
+    return Networks(autoencoder, statistics, statistics is not None and args.statistics == "vae", encoders)
 
 
 def build_targets(
@@ -250,6 +261,9 @@ def build_targets(
     }
     dtype, vae, shards = getattr(torch, args.dtype), networks.autoencoder, len(images.shard_counts)
     specs, checksum = build_specs(args, networks), vae.checksum()
+    statistics = args.statistics
+    if args.vae_latents_stats:
+        statistics += f", --vae-latents-stats {statistics_checksum(vae)[:12]}"
     measured: MeasuredStatistics | None = None
 
     def before_index() -> None:
@@ -260,7 +274,7 @@ def build_targets(
 
     targets = []
     for flipped in (False, True) if args.hflip else (False,):
-        settings = {"vae": checksum, "flipped": flipped} | ({} if flipped else {"statistics": args.statistics})
+        settings = {"vae": checksum, "flipped": flipped} | ({} if flipped else {"statistics": statistics})
         job = packing(folder / FLIPPED_NAME if flipped else folder, "latents", settings)
         encode, name = latents_encoder(vae, dtype), "mirrored latents" if flipped else "latents"
         if flipped:
@@ -302,6 +316,10 @@ def make_cache(
     todo = sorted({number for target in targets for number in target.packing.missing(process.share(shards))})
     if process.is_main:
         show_plan(folder, targets, images)
+        if todo and networks.statistics is None:
+            print("the VAE has no latent statistics: they are computed over this dataset, by all processes")
+        elif todo:
+            print(f"the VAE's latent statistics are those of {networks.statistics}")
     count = sum(images.shard_counts[number] for number in todo)
     cacher = Cacher(
         images,
@@ -359,7 +377,7 @@ def report(folder: Path, targets: Sequence[Target], count: int, networks: Networ
     """What the complete cache is, and how its statistics compare with those the VAE came with."""
     size = sum(target.packing.spec.item_bytes for target in targets) * count
     print(f"{folder} is complete: {count} images, {', '.join(target.name for target in targets)}, {size} bytes")
-    if not networks.has_statistics:
+    if networks.statistics is None:
         print("the VAE came without latent statistics; the measured ones are stored with the cache's copy of it")
         return
     expected = networks.autoencoder.statistics.tensors()

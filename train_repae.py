@@ -25,7 +25,7 @@ from dataset.loader import ImageBatch, LabelledImages
 from errors import UserError
 from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, load_loss_config
-from models.autoencoder import Autoencoder, architecture_names
+from models.autoencoder import Autoencoder
 from models.encoders import encoder_names, encoder_spec
 from models.sit import SiT, SiTConfig
 from training import arguments, dry_run
@@ -73,18 +73,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("VAE and its losses")
-    group.add_argument(
-        "--vae",
-        default="f8d4",
-        metavar="NAME",
-        help=f"architecture ({', '.join(architecture_names())}) or a diffusers folder",
-    )
-    group.add_argument(
-        "--vae-ckpt",
-        metavar="DIR",
-        help="diffusers folder with its weights; none: from scratch (default: the --vae folder). Training starts from "
-        "its latent statistics; where it has none, from those of its first batches",
-    )
+    arguments.add_vae_source_arguments(group, default="f8d4")
     group.add_argument("--vae-learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of the VAE")
     arguments.add_vae_loss_arguments(group)
 
@@ -120,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     accelerator = build_accelerator(args.mixed_precision, args.report_to, folder)
     set_numerics(args.seed, args.allow_tf32, args.deterministic)
     images, held_out = open_image_data(args, accelerator)
-    autoencoder, has_statistics = build_autoencoder(args.vae, args.vae_ckpt)
+    autoencoder, statistics = build_autoencoder(args.vae, args.vae_ckpt, args.vae_latents_stats)
     config = resolve(args, accelerator, images, held_out, autoencoder)
     if args.dry_run:
         dry_run_step(args, build_trainer(args, loss_config, config, autoencoder, accelerator), images)
@@ -131,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
         return build_task(args, trainer, images, held_out)
 
     def begin(task: RepaeTask) -> None:
-        if not has_statistics:
+        if statistics is None:
             initialise_statistics(args, task.trainer.vae, images)
             task.trainer.start_averages()
 

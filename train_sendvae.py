@@ -21,7 +21,6 @@ from diffusion.flow import PATH_TYPES
 from errors import UserError
 from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, load_loss_config
-from models.autoencoder import architecture_names
 from models.encoders import Encoder, build_encoders, encoder_names
 from models.mapper import Mapper
 from training import arguments, dry_run
@@ -65,17 +64,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("VAE and its losses")
-    group.add_argument(
-        "--vae",
-        default="f16d32",
-        metavar="NAME",
-        help=f"architecture ({', '.join(architecture_names())}) or a diffusers folder",
-    )
-    group.add_argument(
-        "--vae-ckpt",
-        metavar="DIR",
-        help="diffusers folder with its weights; none: from scratch (default: the --vae folder)",
-    )
+    arguments.add_vae_source_arguments(group, default="f16d32")
     group.add_argument(
         "--freeze-vae",
         action="store_true",
@@ -154,12 +143,12 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, images: ImageDat
 
 def build_trainer(
     args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator
-) -> tuple[SendVAETrainer, bool]:
-    """Build every network and optimizer; also answers whether the VAE came with latent statistics."""
+) -> tuple[SendVAETrainer, str | None]:
+    """Build every network and optimizer; also answers where the VAE's latent statistics come from, if it has any."""
     device = accelerator.device
     if args.freeze_vae:  # nothing to reconstruct
         loss_config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.0)
-    autoencoder, has_statistics = build_autoencoder(args.vae, args.vae_ckpt)
+    autoencoder, statistics = build_autoencoder(args.vae, args.vae_ckpt, args.vae_latents_stats)
     latent_shape = autoencoder.latent_shape(args.resolution)
     encoders, mappers = build_alignment(args, latent_shape, accelerator)
     mapper, *more_mappers = mappers or [None]
@@ -193,7 +182,7 @@ def build_trainer(
         ema=ema,
         accelerator=accelerator,
     )
-    return trainer, has_statistics
+    return trainer, statistics
 
 
 def build_alignment(
@@ -245,15 +234,15 @@ def build_job(
     held_out: ImageDataset | None,
     accelerator: Accelerator,
 ) -> Job:
-    has_statistics = False
+    statistics: str | None = None
 
     def build() -> SendVAETask:
-        nonlocal has_statistics
-        trainer, has_statistics = build_trainer(args, loss_config, accelerator)
+        nonlocal statistics
+        trainer, statistics = build_trainer(args, loss_config, accelerator)
         return build_task(args, trainer, images, held_out)
 
     def begin(task: SendVAETask) -> None:
-        if not has_statistics:
+        if statistics is None:
             initialise_statistics(args, task.trainer, images)
 
     return Job(

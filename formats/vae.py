@@ -1,63 +1,253 @@
-"""VAEs as users have them: an architecture's name, a diffusers folder, and its latent statistics."""
+"""VAEs as users have them, in whatever layout and from whichever training code, with their latent statistics.
+
+One entry for every script: what ``--vae``, ``--vae-ckpt`` and ``--vae-latents-stats`` accept is told apart by content
+(``formats.checkpoints`` lists the layouts, ``formats.statistics`` those of statistics).
+"""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from errors import UserError
-from models.autoencoder import CONFIG_DIR, STATISTICS_FILE, Autoencoder, architecture_names, list_or_value
+from formats.architecture import (
+    describe_difference,
+    first_misfit,
+    fitting_names,
+    infer_config,
+    infer_shape,
+    named_config,
+)
+from formats.checkpoints import FoundVAE, find_vae
+from formats.hub import hub_folder, is_hub_name
+from formats.runs import DIFFUSERS_WEIGHTS, MANIFEST, locate_vae, read_checkpoint
+from formats.statistics import config_statistics, find_beside, read_statistics
+from models.autoencoder import Autoencoder, architecture_names
+from models.weight_files import NotWeightsError, one_line, read_contents
+
+RANDOM = "none"  # --vae-ckpt none: from scratch
+_SUFFIXES = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
+_WEIGHTS = tuple(f"{DIFFUSERS_WEIGHTS}{suffix}" for suffix in _SUFFIXES)
 
 
-def build_autoencoder(vae: str, checkpoint: str | None = None) -> tuple[Autoencoder, bool]:
-    """Build a VAE and load its weights.
+@dataclass(frozen=True)
+class VAESource:
+    """A VAE as it was found, before it is built.
 
-    Args:
-        vae: an architecture's name (:func:`architecture_names`) or a diffusers folder.
-        checkpoint: diffusers folder with weights for it, ``"none"`` for random ones; by default the ``vae`` folder.
+    Attributes:
+        path: its file or folder.
+        given: the flag and what it was given, for messages.
+        found: its tensors; statistics among them where the file has them.
+        config: its diffusers configuration, read or inferred.
+    """
+
+    path: Path
+    given: str
+    found: FoundVAE
+    config: dict
+
+
+@dataclass(frozen=True)
+class LoadedVAE:
+    """A VAE with its weights.
+
+    Attributes:
+        autoencoder: in eval mode, float32.
+        layout: what it came from, in words.
+        statistics_source: where its latent statistics come from; None where it has none.
+        path: its file or folder; None for random weights.
+    """
+
+    autoencoder: Autoencoder
+    layout: str
+    statistics_source: str | None
+    path: Path | None
+
+
+def build_autoencoder(
+    vae: str, checkpoint: str | None = None, statistics: str | None = None
+) -> tuple[Autoencoder, str | None]:
+    """Build a VAE and load its weights and latent statistics; see :func:`load_vae`.
 
     Returns:
-        the autoencoder in eval mode, and whether its latent statistics are known (from our own file beside the weights,
-        or from ``latents_mean`` / ``latents_std`` in the diffusers configuration).
+        the autoencoder in eval mode, and where its latent statistics come from: None where it has none.
+    """
+    loaded = load_vae(vae, checkpoint, statistics)
+    return loaded.autoencoder, loaded.statistics_source
+
+
+def load_vae(
+    vae: str | None,
+    checkpoint: str | None = None,
+    statistics: str | None = None,
+    *,
+    step: int | None = None,
+    flag: str = "--vae-ckpt",
+) -> LoadedVAE:
+    """Build a VAE and load its weights and latent statistics.
+
+    Args:
+        vae: an architecture's name (``architecture_names``); or a VAE in any form, whose architecture is taken, and
+            whose weights too where no ``checkpoint`` is given; None: what the checkpoint says.
+        checkpoint: a file, folder, run or hub name with weights; ``"none"`` for random ones.
+        statistics: a file with latent statistics; by default those in the checkpoint, beside it, or in its
+            configuration.
+        step: of the checkpoint, where that is one of our own runs.
+        flag: what the user calls ``checkpoint``, for messages.
 
     Raises:
-        UserError: no such name, folder or weights, or weights of another architecture.
+        UserError: no such name, file or folder, no VAE in it, or one of another architecture.
     """
-    config = _architecture(vae)
+    if vae is None and checkpoint == RANDOM:
+        raise UserError(f"{flag} {RANDOM}: random weights need an architecture; give --vae".strip())
+    wanted = None if vae is None else architecture(vae)
+    if checkpoint == RANDOM:
+        autoencoder = Autoencoder(_from_config(wanted, f"--vae {vae}"))
+        return LoadedVAE(autoencoder.eval(), "random", _load_statistics(autoencoder, None, statistics), None)
     if checkpoint is None and vae in architecture_names():
         raise UserError(
-            f"--vae {vae} names an architecture without weights: add --vae-ckpt with a diffusers folder, "
+            f"--vae {vae} names an architecture without weights: add --vae-ckpt with a VAE's file or folder, "
             "or --vae-ckpt none to train from scratch"
         )
-    if checkpoint == "none":
-        return Autoencoder(_from_config(config, vae)).eval(), False
-    folder, given = (
-        (Path(vae), f"--vae {vae}") if checkpoint is None else (Path(checkpoint), f"--vae-ckpt {checkpoint}")
-    )
-    autoencoder = Autoencoder(_load_network(folder, given, config, vae))
-    known = _load_statistics(autoencoder, folder, given)
-    return autoencoder.eval(), known
+    source = open_vae(vae, "--vae") if checkpoint is None else open_vae(checkpoint, flag, step, wanted, vae)
+    autoencoder = Autoencoder(_load_network(source, None if checkpoint is None else vae))
+    known = _load_statistics(autoencoder, source, statistics)
+    return LoadedVAE(autoencoder.eval(), source.found.layout, known, source.path)
 
 
-def _architecture(vae: str) -> dict:
+def architecture(vae: str) -> dict:
+    """The diffusers configuration that ``--vae`` means.
+
+    Raises:
+        UserError: it is neither a known name nor a VAE.
+    """
     if vae in architecture_names():
-        return json.loads((CONFIG_DIR / f"{vae}.json").read_text())
-    if not Path(vae).is_dir():
+        return named_config(vae)
+    path = Path(vae)
+    if not path.exists() and not is_hub_name(vae):
         names = ", ".join(architecture_names())
-        raise UserError(f"--vae {vae}: neither a known architecture ({names}) nor a diffusers folder")
-    return _read_config(Path(vae), f"--vae {vae}")
+        raise UserError(f"--vae {vae}: neither a known architecture ({names}) nor a VAE's file, folder or hub name")
+    given = f"--vae {vae}"
+    if (path / "config.json").is_file():  # weights need not lie beside it
+        return _read_config(path, given)
+    return open_vae(vae, "--vae").config
+
+
+def open_vae(
+    name: str, flag: str, step: int | None = None, wanted: dict | None = None, wanted_name: str | None = None
+) -> VAESource:
+    """Find a VAE and read its tensors and its configuration.
+
+    Args:
+        name: a file, folder, run or hub name.
+        flag: that it was given with, for messages.
+        step: of a run.
+        wanted: the configuration it must have, as far as tensors tell; None: whatever it has.
+        wanted_name: what the user calls that.
+
+    Raises:
+        UserError: there is no VAE, or another one.
+    """
+    given = f"{flag} {name}".strip()
+    with _reasons(given):
+        path = hub_folder(name) if is_hub_name(name) else Path(name)
+        if not path.exists():
+            raise NotWeightsError("no such file or folder (a VAE's file, diffusers folder, run or hub name)")
+        path = locate_vae(path, step)
+    config = None
+    if path.is_dir() and (path / MANIFEST).is_file():
+        with _reasons(given):
+            found, config = read_checkpoint(path)
+    elif path.is_dir():
+        config = _read_config(path, given)
+        if wanted is not None:
+            _compare(config, wanted, given, wanted_name)  # before large files are read
+        found = _read_folder(path, given)
+    else:
+        with _reasons(given):
+            found = find_vae(read_contents(path), str(path))
+    if config is None:
+        config = _infer(found, given, wanted, wanted_name)
+    return VAESource(path, given, found, config)
+
+
+def _infer(found: FoundVAE, given: str, wanted: dict | None, wanted_name: str | None) -> dict:
+    """The configuration of bare tensors: what is wanted, if they can be that."""
+    if wanted is None:
+        with _reasons(given):
+            return infer_config(found.state)
+    if first_misfit(found.state, _on_meta(wanted, f"--vae {wanted_name}"), found.is_ldm) is None:
+        return wanted
+    with _reasons(given):
+        shape = infer_shape(found.state)
+    _compare(shape, wanted, given, wanted_name)
+    return wanted
+
+
+def _compare(config: dict, wanted: dict, given: str, wanted_name: str | None) -> None:
+    difference = describe_difference(config, wanted)
+    if difference is None:
+        return
+    names = fitting_names(config)
+    remedy = f"give --vae {names[0]}" if names else "give the architecture that these weights belong to (--vae DIR)"
+    raise UserError(f"{given} is of another architecture than --vae {wanted_name}: {difference}; {remedy}")
+
+
+def _load_network(source: VAESource, wanted_name: str | None) -> AutoencoderKL:
+    """The network in float32, whatever precision is stored."""
+    name = f"--vae {wanted_name}" if wanted_name else source.given
+    misfit = first_misfit(source.found.state, _on_meta(source.config, name), source.found.is_ldm)
+    if misfit:
+        raise UserError(f"{source.given} ({source.found.layout}) does not fit its architecture: {misfit}")
+    for key, tensor in source.found.state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{source.given}: {key} is of type {tensor.dtype}, not of weights; give unquantised ones")
+    network = _on_meta(source.config, name)
+    state = {key: tensor.detach().float().clone().contiguous() for key, tensor in source.found.state.items()}
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_(True)
+
+
+def _load_statistics(autoencoder: Autoencoder, source: VAESource | None, file: str | None) -> str | None:
+    """Load what there is, the nearest first; answers where it comes from."""
+    if file is not None:
+        given = f"--vae-latents-stats {file}"
+        with _reasons(given):
+            if not Path(file).exists():
+                raise NotWeightsError("no such file")
+            found = read_statistics(Path(file))
+            found.load_into(autoencoder.statistics)
+        return found.source
+    if source is None:
+        return None
+    with _reasons(source.given):
+        found = source.found.statistics
+        beside = find_beside(source.path)
+        if found is None and beside is not None:
+            try:
+                found = read_statistics(beside)
+            except NotWeightsError as error:
+                raise NotWeightsError(f"latent statistics do not load from {beside.name} ({error})") from error
+        if found is None:
+            found = config_statistics(autoencoder.network.config, "latents_mean and latents_std of config.json")
+        if found is None:
+            return None
+        try:
+            found.load_into(autoencoder.statistics)
+        except NotWeightsError as error:
+            raise NotWeightsError(f"{Path(found.source).name}: {error}") from error
+    return found.source
 
 
 def _read_config(folder: Path, given: str) -> dict:
     path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{given} is not a diffusers VAE folder: it has no config.json")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{given}: config.json is not readable as JSON ({error})") from error
     if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
@@ -65,62 +255,34 @@ def _read_config(folder: Path, given: str) -> dict:
     return config
 
 
-def _from_config(config: dict, name: str) -> AutoencoderKL:
+def _read_folder(folder: Path, given: str) -> FoundVAE:
+    """The weights of a diffusers folder."""
+    file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{given}: weights do not load (there is no {_WEIGHTS[0]} in the folder)")
+    try:
+        found = find_vae(read_contents(file), str(file))
+    except NotWeightsError as error:
+        raise UserError(f"{given}: weights do not load ({file.name}: {error})") from error
+    return FoundVAE(found.state, "diffusers folder", found.is_ldm)
+
+
+def _from_config(config: dict, given: str) -> AutoencoderKL:
     try:
         return AutoencoderKL.from_config(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--vae {name}: its configuration does not build ({error})") from error
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(f"{given}: its configuration does not build ({one_line(error)})") from error
 
 
-def _load_network(folder: Path, given: str, config: dict, vae: str) -> AutoencoderKL:
-    if not folder.exists():
-        raise UserError(f"{given}: no such folder (a diffusers folder, or none for random weights)")
-    if not folder.is_dir():
-        raise UserError(f"{given} is a file; a diffusers folder with config.json and weights is expected")
-    found = _read_config(folder, given)
-    for key in ("block_out_channels", "latent_channels", "down_block_types", "layers_per_block"):
-        if list_or_value(found.get(key)) != list_or_value(config.get(key)):
-            raise UserError(
-                f"{given} has {key} {found.get(key)} where --vae {vae} has {config.get(key)}: "
-                "give the architecture that these weights belong to"
-            )
+def _on_meta(config: dict, given: str) -> AutoencoderKL:
+    with torch.device("meta"):
+        return _from_config(config, given)
+
+
+@contextmanager
+def _reasons(given: str) -> Iterator[None]:
+    """Say of which flag a reason is."""
     try:
-        network, info = AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{given}: weights do not load ({_first_line(error)})") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            keys = ", ".join(str(key) for key in sorted(info[kind])[:3])
-            raise UserError(f"{given}: {len(info[kind])} {kind.replace('_', ' ')}, first {keys}")
-    return network
-
-
-def _load_statistics(autoencoder: Autoencoder, folder: Path, given: str) -> bool:
-    channels = autoencoder.latent_channels
-    path = folder / STATISTICS_FILE
-    if path.is_file():
-        try:
-            tensors = load_file(path)
-            mean, std, var = tensors["mean"], tensors["std"], tensors.get("var")
-        except (SafetensorError, KeyError) as error:
-            raise UserError(
-                f"{given}: latent statistics do not load from {STATISTICS_FILE} ({_first_line(error)})"
-            ) from error
-        source = STATISTICS_FILE
-    else:
-        config = autoencoder.network.config
-        if config.get("latents_mean") is None or config.get("latents_std") is None:
-            return False
-        mean, std = torch.tensor(config.latents_mean).flatten(), torch.tensor(config.latents_std).flatten()
-        var, source = None, "latents_mean, latents_std of config.json"
-    if any(tensor is not None and tensor.shape != (channels,) for tensor in (mean, std, var)):
-        raise UserError(f"{given}: {source}: statistics of {mean.numel()} channels for a VAE with {channels}")
-    autoencoder.statistics.load(mean, std, var)
-    return True
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+        yield
+    except NotWeightsError as error:
+        raise UserError(f"{given}: {error}") from error

@@ -102,7 +102,7 @@ class Autoencoder(nn.Module):
         digest.update(weights_checksum(self.network.state_dict()).encode())
         return digest.hexdigest()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, with_statistics: bool = True) -> None:
         """Write a diffusers folder with the latent statistics beside the weights, complete or not at all."""
         folder = Path(folder)
         beside = folder.with_name(f".{folder.name}.tmp")
@@ -111,9 +111,11 @@ class Autoencoder(nn.Module):
         network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
         statistics = self.statistics.tensors()
         if network.config.get("latents_mean") is not None:  # still those of the VAE that training started from
-            network.register_to_config(latents_mean=statistics["mean"].tolist(), latents_std=statistics["std"].tolist())
+            std = statistics["std"].double() * network.config.scaling_factor  # its pipelines divide by it
+            network.register_to_config(latents_mean=statistics["mean"].tolist(), latents_std=std.tolist())
         network.save_pretrained(beside, safe_serialization=True)
-        save_file(statistics, beside / STATISTICS_FILE)
+        if with_statistics:
+            save_file(statistics, beside / STATISTICS_FILE)
         replaced = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():

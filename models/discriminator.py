@@ -1,12 +1,7 @@
 """PatchGAN discriminator (pix2pix, arXiv 1611.07004; the layout of taming-transformers, so that its files load)."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
-
-from errors import UserError
-from models.weight_files import NotWeightsError, one_line, read_state_dict
 
 
 class PatchDiscriminator(nn.Module):
@@ -52,23 +47,6 @@ class DiscriminatorPair(nn.Module):
     def forward(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two batches ``[B, 3, H, W]`` in [-1, 1] → (logits of real, logits of fake)."""
         return self.discriminator(real), self.discriminator(fake)
-
-
-def load_discriminator(discriminator: PatchDiscriminator, path: str | Path) -> None:
-    """Load PatchGAN weights, a state dict with keys ``main.N.…``, from a .safetensors or .pt file.
-
-    Raises:
-        UserError: no such file, not weights, or of another discriminator.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--disc-pretrained-ckpt {path}: no such file")
-    try:
-        discriminator.load_state_dict(read_state_dict(path))
-    except (NotWeightsError, RuntimeError) as error:
-        raise UserError(
-            f"--disc-pretrained-ckpt {path} holds no weights of this PatchGAN ({one_line(error)})"
-        ) from error
 
 
 def _init_weights(module: nn.Module) -> None:

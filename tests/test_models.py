@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
+from formats.discriminator import load_discriminator
 from formats.vae import build_autoencoder
 from models.autoencoder import (
     CONFIG_DIR,
@@ -21,7 +22,7 @@ from models.autoencoder import (
     to_signed,
     to_uint8,
 )
-from models.discriminator import DiscriminatorPair, PatchDiscriminator, load_discriminator
+from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.layers import sincos_positions
 from models.mapper import Mapper, num_heads
 
@@ -447,7 +448,7 @@ def test_what_is_not_a_vae_is_a_one_line_error_that_names_the_flag(vae, checkpoi
 
 
 def test_weights_of_another_architecture_are_refused_by_name(saved):
-    with pytest.raises(UserError, match=r"--vae-ckpt .*block_out_channels.*--vae f8d4"):
+    with pytest.raises(UserError, match=r"--vae-ckpt .*than --vae f8d4: block_out_channels.*give --vae f4d4-tiny"):
         build_autoencoder("f8d4", str(saved[1]))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffusion.flow import PATH_TYPES, WEIGHTINGS
 from errors import UserError
+from models.autoencoder import architecture_names
 from models.encoders import ENCODERS
 from models.sit import SIT_SIZES
 from training.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
@@ -95,13 +96,40 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stage-dir", metavar="DIR", help="copy the packed dataset to this local folder first")
 
 
+def add_vae_source_arguments(group: argparse._ArgumentGroup, default: str) -> None:
+    """Flags that name a VAE, its weights and its latent statistics: what ``formats.vae.build_autoencoder`` takes."""
+    group.add_argument(
+        "--vae",
+        "--vae-arch",
+        default=default,
+        metavar="NAME",
+        help=f"architecture ({', '.join(architecture_names())}), or a VAE in any form that --vae-ckpt takes",
+    )
+    group.add_argument(
+        "--vae-ckpt",
+        "--vae-ckpt-path",
+        metavar="PATH",
+        help="its weights: an LDM, Lightning, Stable Diffusion or REPA-E file (.pt, .ckpt, .safetensors), a diffusers "
+        "folder or file, a run or its checkpoint, a name on the hub such as stabilityai/sd-vae-ft-mse; none: random "
+        "ones (default: those of --vae)",
+    )
+    group.add_argument(
+        "--vae-latents-stats",
+        metavar="FILE",
+        help="its latent statistics, REPA-E's, LightningDiT's or ours (default: those in the VAE's file, beside it as "
+        "X-latents-stats.pt, or in its folder)",
+    )
+
+
 def add_vae_loss_arguments(group: argparse._ArgumentGroup) -> None:
     """Flags of the VAE's losses and of its discriminator."""
     group.add_argument(
         "--disc-learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of the discriminator"
     )
     group.add_argument(
-        "--disc-pretrained-ckpt", metavar="FILE", help="PatchGAN weights, .pt or .safetensors (default: random)"
+        "--disc-pretrained-ckpt",
+        metavar="PATH",
+        help="PatchGAN weights: a bare file, a Lightning or REPA-E checkpoint, or a run (default: random)",
     )
     group.add_argument(
         "--loss-cfg-path",

@@ -7,10 +7,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from errors import UserError
+from formats.discriminator import load_discriminator
 from loss.perceptual import build_lpips
 from loss.vae_objective import VAELossConfig, VAEObjective
 from models.autoencoder import Autoencoder
-from models.discriminator import PatchDiscriminator, load_discriminator
+from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, build_encoders, encoder_names, encoder_spec
 from training.optimizer import build_adamw
 

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import os
-import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,6 +15,7 @@ from torch import nn
 from errors import UserError
 from models.encoders.layouts import NESTED_KEYS, to_timm
 from models.encoders.registry import ENCODERS, EncoderSpec
+from models.hub import hub_answers
 from models.weight_files import NotWeightsError, one_line, read_state_dict
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
@@ -104,23 +104,12 @@ def _from_hub(spec: EncoderSpec) -> Path | None:
     cached = try_to_load_from_cache(repository, "model.safetensors")
     if isinstance(cached, str):
         return Path(cached)
-    if constants.HF_HUB_OFFLINE or not _hub_answers():
+    if constants.HF_HUB_OFFLINE or not hub_answers():
         return None
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))
     except OSError:  # what the hub's own errors derive from
         return None
-
-
-def _hub_answers() -> bool:
-    """Whether the hub's name resolves: without a network its client would retry for a minute before it gives up."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 def _pair_in_order(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ def no_vgg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def no_dinov2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.delenv("VFM_DIR", raising=False)
     monkeypatch.setattr("models.encoders.weights.try_to_load_from_cache", lambda *args: None)
-    monkeypatch.setattr("models.encoders.weights._hub_answers", lambda: False)
+    monkeypatch.setattr("models.encoders.weights.hub_answers", lambda: False)
     return flags(photographs(tmp_path / "images"), tmp_path / "exps", enc_type="dinov2-vit-s")
 
 

@@ -1,0 +1,211 @@
+"""Write a VAE for other software: a diffusers folder, an LDM file, or the three files that REPA-E takes.
+
+  python export_vae.py exps/sendvae pretrained/sendvae --format diffusers
+  python export_vae.py exps/sendvae pretrained/sendvae.safetensors --format ldm --train-steps 50000
+  python export_vae.py exps/sendvae pretrained/sendvae/sendvae.pt --format repa-e
+
+SOURCE is anything that --vae-ckpt takes elsewhere: a run of ours (its vae/, or with --train-steps any of its
+checkpoints), an LDM, Lightning, Stable Diffusion or REPA-E file, a diffusers folder or file, a name on the hub. So this
+also turns one public layout into another. Weights are stored in float32 and keep every bit.
+
+diffusers  OUT is a folder that AutoencoderKL.from_pretrained and diffusers' pipelines use unchanged. The latent
+           statistics go into config.json as scaling_factor and shift_factor, where channels differ also as latents_mean
+           and latents_std, and exactly into latents_stats.safetensors.
+ldm        OUT is one .pt or .safetensors file in latent-diffusion's layout. It has no place for statistics.
+repa-e     OUT is a .pt file X.pt in the same layout; beside it X-latents-stats.pt and, where SOURCE or
+           --disc-pretrained-ckpt has a discriminator, X-discriminator-ckpt.pt.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import UserError
+from formats.architecture import fitting_names
+from formats.discriminator import read_discriminator
+from formats.export import SUFFIXES, diffusers_scaling, ldm_state, repae_files, write_files
+from formats.layers import State
+from formats.runs import file_checksum
+from formats.vae import LoadedVAE, load_vae
+from models.weight_files import NotWeightsError
+from training.cli import ArgumentParser, add_debug_argument, non_negative_int, run
+from training.dry_run import count_parameters
+
+FORMATS = ("diffusers", "ldm", "repa-e")
+REPAE_ARCHITECTURES = ("f8d4", "f16d32")  # which its code can build
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="export_vae.py",
+        usage="%(prog)s SOURCE OUT --format FORMAT [flags]",
+        description=__doc__,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="run, file, folder or hub name of the VAE")
+    add("out", metavar="OUT", help="folder (diffusers) or file (ldm, repa-e) to write")
+    add("--format", choices=FORMATS, required=True, help="whose layout to write")
+    add(
+        "--train-steps",
+        type=non_negative_int,
+        metavar="N",
+        help="step of the checkpoint, where SOURCE is a run (default: the vae/ of the finished run)",
+    )
+    add("--vae", metavar="NAME", help="architecture, where SOURCE does not tell it (default: read off its tensors)")
+    add(
+        "--vae-latents-stats",
+        metavar="FILE",
+        help="latent statistics, REPA-E's, LightningDiT's or ours (default: those in SOURCE or beside it)",
+    )
+    add(
+        "--disc-pretrained-ckpt",
+        metavar="PATH",
+        help="discriminator for --format repa-e (default: SOURCE's, where it has one)",
+    )
+    add("--overwrite", action="store_true", help="replace what OUT holds (default: refuse)")
+    add(
+        "--dry-run", action="store_true", help="read and convert everything, print what would be written, write nothing"
+    )
+    add_debug_argument(parser)
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse an OUT that does not go with --format, or that would be replaced without being told to."""
+    out, suffix = Path(args.out), Path(args.out).suffix
+    if args.format == "ldm" and suffix not in SUFFIXES:
+        raise UserError(f"{out}: --format ldm writes one file; give a name that ends in {' or '.join(SUFFIXES)}")
+    if args.format == "repa-e" and suffix != ".pt":
+        raise UserError(f"{out}: --format repa-e writes X.pt and more beside it; give a name that ends in .pt")
+    if args.format == "repa-e" and args.out.count(".pt") > 1:
+        raise UserError(f"{out}: REPA-E replaces every .pt in the path to find the statistics; let it occur once")
+    if args.disc_pretrained_ckpt and args.format != "repa-e":
+        raise UserError(f"--disc-pretrained-ckpt: --format {args.format} has no place for it; take --format repa-e")
+    if args.format == "diffusers" and out.exists():
+        check_folder(out, args.overwrite)
+    elif out.is_dir():
+        raise UserError(f"{out} is a folder; give the file to write, such as {out / f'vae{SUFFIXES[0]}'}")
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Only a VAE's folder is replaced, because nothing of it is left then."""
+    if not out.is_dir():
+        raise UserError(f"{out} is a file; --format diffusers writes a folder")
+    names = sorted(path.name for path in out.iterdir())
+    if not names:
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists; give another OUT, or --overwrite to replace it")
+    strange = [name for name in names if name != "config.json" and not name.endswith((".safetensors", ".bin"))]
+    if strange or "config.json" not in names:
+        raise UserError(f"{out} is not a VAE's folder alone ({(strange or names)[0]} is in it); give another OUT")
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_arguments(argv)
+    loaded = load_vae(args.vae, args.source, args.vae_latents_stats, step=args.train_steps, flag="")
+    describe(args.source, loaded)
+    if args.format == "diffusers":
+        export_folder(args, loaded)
+    else:
+        export_files(args, loaded)
+    return 0
+
+
+def describe(source: str, loaded: LoadedVAE) -> None:
+    """What was read."""
+    vae = loaded.autoencoder
+    names = fitting_names(vae.network.config)
+    name = names[0] if names else f"f{vae.downsampling}d{vae.latent_channels} of its own kind"
+    print(f"{source}: {loaded.layout}, {name}, {count_parameters(vae.network)[0]:,} parameters")
+    print(f"latent statistics: {loaded.statistics_source or 'none'}")
+
+
+def export_folder(args: argparse.Namespace, loaded: LoadedVAE) -> None:
+    """A diffusers folder with the statistics in its configuration."""
+    out, vae = Path(args.out), loaded.autoencoder
+    if loaded.statistics_source is None:
+        factor = vae.network.config.scaling_factor
+        print(f"scaling_factor stays {factor}, and no latents_stats.safetensors is written: give --vae-latents-stats")
+    else:
+        vae.network.register_to_config(**diffusers_scaling(vae.statistics))
+        for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+            print(f"config.json: {key} {vae.network.config[key]}")
+    if args.dry_run:
+        print(f"would write {out}; nothing was written")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    vae.save(out, with_statistics=loaded.statistics_source is not None)
+    show_written(sorted(out.iterdir()))
+
+
+def export_files(args: argparse.Namespace, loaded: LoadedVAE) -> None:
+    """One LDM file, or REPA-E's three."""
+    out = Path(args.out)
+    files = {out: ldm_state(loaded.autoencoder)} if args.format == "ldm" else trio(args, out, loaded)
+    existing = [path for path in files if path.exists()]
+    if existing and not args.overwrite:
+        raise UserError(f"{existing[0]} exists; give another OUT, or --overwrite to replace it")
+    if args.format == "ldm" and loaded.statistics_source is not None:
+        print("the latent statistics are left out, because the layout has no place for them (repa-e has)")
+    if args.dry_run:
+        for path, state in files.items():
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+            print(f"would write {path}: {len(state)} tensors, about {size} bytes")
+        print("nothing was written")
+        return
+    write_files(files)
+    show_written(files)
+
+
+def trio(args: argparse.Namespace, out: Path, loaded: LoadedVAE) -> dict[Path, State]:
+    """What REPA-E takes; its code cannot do without the statistics."""
+    if loaded.statistics_source is None:
+        raise UserError(
+            f"{args.source} has no latent statistics, which REPA-E needs: give --vae-latents-stats (cache_latents.py "
+            "measures them: latents_stats.safetensors of a latent cache)"
+        )
+    if not set(fitting_names(loaded.autoencoder.network.config)) & set(REPAE_ARCHITECTURES):
+        print(f"note: REPA-E's code builds {' and '.join(REPAE_ARCHITECTURES)} only, and this is another architecture")
+    source = args.disc_pretrained_ckpt or args.source
+    flag = "--disc-pretrained-ckpt " if args.disc_pretrained_ckpt else ""
+    try:
+        discriminator = find_source_discriminator(Path(source), args.train_steps, bool(args.disc_pretrained_ckpt))
+        if discriminator is None:
+            print("no discriminator: REPA-E then trains one from scratch (leave out its --disc-pretrained-ckpt)")
+        return repae_files(loaded.autoencoder, out, discriminator)
+    except NotWeightsError as error:
+        raise UserError(f"{flag}{source}: {error}") from error
+
+
+def find_source_discriminator(path: Path, step: int | None, required: bool) -> State | None:
+    """The discriminator of SOURCE, or the one that was asked for.
+
+    Raises:
+        NotWeightsError: it was asked for and is not there.
+    """
+    if not path.exists():
+        if required:
+            raise NotWeightsError("no such file")
+        return None  # a name on the hub
+    try:
+        state = read_discriminator(path, None if required else step)
+    except NotWeightsError:
+        if required:
+            raise
+        return None  # the file holds a VAE alone
+    if state is None and required:
+        raise NotWeightsError("there is no discriminator.safetensors in the folder")
+    return state
+
+
+def show_written(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print(f"{path}: {path.stat().st_size} bytes, sha256 {file_checksum(path)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,62 @@
+"""PatchGAN discriminators as users have them: bare, REPA-E's and Lightning's checkpoints, our own runs."""
+
+from pathlib import Path
+
+from errors import UserError
+from formats.checkpoints import find_discriminator, what_instead
+from formats.layers import State
+from formats.runs import locate_discriminator
+from models.discriminator import PatchDiscriminator
+from models.weight_files import NotWeightsError, read_contents
+
+
+def load_discriminator(discriminator: PatchDiscriminator, path: str | Path) -> None:
+    """Load what ``--disc-pretrained-ckpt`` names.
+
+    Raises:
+        UserError: no such file, no PatchGAN in it, or another one.
+    """
+    given = f"--disc-pretrained-ckpt {path}"
+    if not Path(path).exists():
+        raise UserError(f"{given}: no such file")
+    try:
+        state = read_discriminator(Path(path))
+        if state is None:
+            raise NotWeightsError("the folder has no discriminator.safetensors; give a run, its checkpoint or a file")
+        _check(state, discriminator)
+    except NotWeightsError as error:
+        raise UserError(f"{given} holds no weights of this PatchGAN: {error}") from error
+    discriminator.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+
+
+def read_discriminator(path: Path, step: int | None = None) -> State | None:
+    """The tensors of a PatchGAN, by names ``main.N.…``; None where a folder has none.
+
+    Args:
+        path: a file, a checkpoint of ours, or a run.
+        step: of a run; None: the newest that has one.
+
+    Raises:
+        NotWeightsError: the file is not readable, or holds something else.
+    """
+    file = locate_discriminator(path, step)
+    if file is None:
+        return None
+    contents = read_contents(file)
+    state = find_discriminator(contents)
+    if state is None:
+        instead = what_instead(contents) or "no main.0.weight among its tensors"
+        raise NotWeightsError(f"it holds {instead}")
+    return state
+
+
+def _check(state: State, discriminator: PatchDiscriminator) -> None:
+    wanted = discriminator.state_dict()
+    if any(name.endswith((".loc", ".initialized")) for name in state):
+        raise NotWeightsError("it normalises with ActNorm; this one uses BatchNorm, as LDM and REPA-E do")
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unknown:
+        raise NotWeightsError(f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown: it has more layers")
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape:
+            raise NotWeightsError(f"{name} is {tuple(state[name].shape)} instead of {tuple(tensor.shape)}")

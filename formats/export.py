@@ -1,0 +1,75 @@
+"""A VAE in the files of other codes: what goes into them, and writing them complete or not at all."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from formats.layers import State, to_ldm
+from formats.statistics import DISCRIMINATOR_SUFFIX, REPAE_SUFFIX, repae_tensors
+from models.autoencoder import Autoencoder
+from models.latent_statistics import LatentStatistics
+
+NEARLY = 1e-3  # of a std: statistics that differ less between channels are one number
+SUFFIXES = (".pt", ".safetensors")
+
+
+def diffusers_scaling(statistics: LatentStatistics) -> dict[str, object]:
+    """Latent statistics in the words of diffusers' ``AutoencoderKL`` configuration.
+
+    Its pipelines differ in what they read, so that all of it is given (diffusers 0.42)::
+
+        Stable Diffusion, DiT         z · scaling_factor
+        Stable Diffusion 3, Flux, …   (z − shift_factor) · scaling_factor
+        Stable Diffusion XL           (z − latents_mean) · scaling_factor / latents_std
+
+    The last is exactly how we normalise. The first two get the mean and the standard deviation over all channels; where
+    these hardly differ between channels, there is nothing else to say, and latents_mean and latents_std are None.
+    """
+    mean, std = statistics.mean.cpu().double(), statistics.std.cpu().double()
+    shift = mean.mean()
+    spread = (std.square().mean() + (mean - shift).square().mean()).sqrt()
+    config: dict[str, object] = {"scaling_factor": (1 / spread).item(), "shift_factor": shift.item()}
+    same = max((mean - shift).abs().max(), (std - spread).abs().max()) <= NEARLY * spread
+    per_channel = None if same else (mean.tolist(), (std / spread).tolist())
+    return config | dict(zip(("latents_mean", "latents_std"), per_channel or (None, None), strict=True))
+
+
+def ldm_state(autoencoder: Autoencoder) -> State:
+    """The network's tensors by LDM names, float32 on the CPU."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in autoencoder.network.state_dict().items()}
+    return to_ldm(state)
+
+
+def repae_files(autoencoder: Autoencoder, path: Path, discriminator: Mapping | None) -> dict[Path, State]:
+    """REPA-E's trio: ``X.pt``, ``X-latents-stats.pt`` and, where there is a discriminator, ``X-discriminator-ckpt.pt``.
+
+    Raises:
+        NotWeightsError: REPA-E cannot store these statistics.
+    """
+    files = {path: ldm_state(autoencoder)}
+    files[path.with_name(f"{path.stem}{REPAE_SUFFIX}{path.suffix}")] = repae_tensors(autoencoder.statistics)
+    if discriminator is not None:
+        files[path.with_name(f"{path.stem}{DISCRIMINATOR_SUFFIX}{path.suffix}")] = dict(discriminator)
+    return files
+
+
+def write_files(files: Mapping[Path, State]) -> None:
+    """Write tensors by name, as safetensors or with ``torch.save`` by the suffix; all beside, then all renamed."""
+    beside = {path: path.with_name(f".{path.name}.tmp") for path in files}
+    try:
+        for path, state in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # copies: torch.save would write whole storages of which a tensor may be a part
+            state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+            if path.suffix == ".safetensors":
+                save_file(state, beside[path])
+            else:
+                torch.save(state, beside[path])
+        for path, temporary in beside.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in beside.values():
+            temporary.unlink(missing_ok=True)

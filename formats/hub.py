@@ -1,0 +1,88 @@
+"""VAEs by their names on the Hugging Face hub: ``stabilityai/sd-vae-ft-mse``, ``NAME:FOLDER`` for a folder in it.
+
+The hub's local cache goes first; what it lacks is downloaded, where the hub can be reached.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, constants, snapshot_download
+
+from formats.statistics import DISCRIMINATOR_SUFFIX, LIGHTNINGDIT_FILE, REPAE_SUFFIX, WEIGHT_SUFFIXES
+from models.autoencoder import STATISTICS_FILE
+from models.hub import hub_answers
+from models.weight_files import NotWeightsError, one_line
+
+_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<folder>[\w./-]+))?")
+_WEIGHTS = tuple(f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".bin"))
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text can be a hub name, and is no path: nothing lies there, and its first part is no folder here."""
+    found = _NAME.fullmatch(text)
+    return found is not None and not Path(text).exists() and not Path(text.split("/")[0]).exists()
+
+
+def hub_folder(name: str) -> Path:
+    """A local folder with the files of a hub name, as the repository has them.
+
+    Raises:
+        NotWeightsError: neither in the cache nor to be had.
+    """
+    found = _NAME.fullmatch(name)
+    repository, inside = found["repository"], found["folder"] or ""
+    cached = _cached(repository, inside)
+    if cached is not None:
+        return cached
+    if constants.HF_HUB_OFFLINE or not hub_answers():
+        raise NotWeightsError(
+            f"no such file or folder, and as a name on the hub: it is not in the cache ({constants.HF_HUB_CACHE}) and "
+            "the hub cannot be reached; download it on a machine with a network (hf download "
+            f"{repository} --local-dir DIR) and give the folder"
+        )
+    try:
+        files = choose_files(HfApi().list_repo_files(repository), inside)
+        return Path(snapshot_download(repository, allow_patterns=files)) / inside
+    except OSError as error:  # what the hub's own errors derive from
+        raise NotWeightsError(f"no such file or folder, and the hub does not have it ({one_line(error)})") from error
+
+
+def choose_files(files: Sequence[str], inside: str = "") -> list[str]:
+    """Which of a repository's files to download: those of a VAE, with its statistics.
+
+    Args:
+        files: all of the repository's.
+        inside: the folder of the repository that is meant; by default its root, or ``vae/``.
+
+    Raises:
+        NotWeightsError: no VAE in them, or several.
+    """
+    prefix = f"{inside.strip('/')}/" if inside.strip("/") else ""
+    for folder in (prefix, f"{prefix}vae/"):
+        if f"{folder}config.json" in files:
+            weights = next((f"{folder}{name}" for name in _WEIGHTS if f"{folder}{name}" in files), None)
+            if weights is not None:
+                statistics = [f"{folder}{name}" for name in (STATISTICS_FILE, LIGHTNINGDIT_FILE)]
+                return [f"{folder}config.json", weights, *(name for name in statistics if name in files)]
+    here = [name for name in files if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+    weights = [name for name in here if PurePosixPath(name).suffix in WEIGHT_SUFFIXES]
+    beside = (REPAE_SUFFIX, DISCRIMINATOR_SUFFIX, "latents_stats")
+    vaes = [name for name in weights if not PurePosixPath(name).stem.endswith(beside)]
+    if len(vaes) != 1:
+        raise NotWeightsError(
+            f"the repository has {len(vaes) or 'no'} files that may be a VAE {vaes[:3]}: download the one you mean "
+            "and give the file"
+        )
+    return vaes + [name for name in weights if PurePosixPath(name).stem.endswith(beside)]
+
+
+def _cached(repository: str, inside: str) -> Path | None:
+    """The repository's folder in the cache, if there is a VAE's file in it."""
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True)) / inside
+    except (OSError, ValueError):
+        return None
+    candidates = (folder, folder / "vae")
+    holds = any(path.is_dir() and any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir()) for path in candidates)
+    return folder if holds else None

@@ -1,0 +1,159 @@
+"""Where a folder keeps its VAE or its discriminator: diffusers folders and pipelines, downloads, our own runs.
+
+``exps/NAME`` is a run: its VAE is ``vae/`` once it is finished, and at any step ``checkpoints/0001000/`` or
+``milestones/0001000/``, where the EMA's weights go before those of the last step, as they do in ``vae/``.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from formats.checkpoints import FoundVAE, find_vae, vae_prefixes
+from formats.statistics import Statistics, vae_files
+from models.weight_files import NotWeightsError, one_line, read_contents
+
+MANIFEST = "manifest.json"
+ARGUMENTS = "args.json"
+PLACES = ("checkpoints", "milestones")
+VAE_MODULES = ("vae", "ema", "model")  # of a checkpoint, in the order in which vae/ would hold them
+OWN_STATISTICS = "statistics_ema"  # of a run that trains VAE and SiT together: those of the averaged SiT
+DISCRIMINATOR = "discriminator.safetensors"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+_READ_BYTES = 1 << 22
+
+
+def locate_vae(path: Path, step: int | None = None) -> Path:
+    """The file, diffusers folder or own checkpoint folder that a path means.
+
+    Args:
+        path: a file, or a folder of any kind.
+        step: of one of our own runs.
+
+    Raises:
+        NotWeightsError: there is no VAE at this place.
+    """
+    path = Path(path)
+    if step is not None and not is_run(path):
+        raise NotWeightsError(f"it is no run (it has no {ARGUMENTS}), so that it has no steps")
+    if not path.is_dir():
+        return path
+    if (path / "config.json").is_file() or (path / MANIFEST).is_file():
+        return path
+    if is_run(path):
+        return _of_run(path, step)
+    if (path / "vae" / "config.json").is_file():  # a pipeline's folder
+        return path / "vae"
+    files = vae_files(path)
+    if any(file.name.startswith(DIFFUSERS_WEIGHTS) for file in files) or not files:
+        raise NotWeightsError("not a diffusers VAE folder: it has no config.json")
+    if len(files) > 1:
+        raise NotWeightsError(f"it holds several files, {', '.join(file.name for file in files[:3])}: name one of them")
+    return files[0]
+
+
+def locate_discriminator(path: Path, step: int | None = None) -> Path | None:
+    """The file with a discriminator that a path means; None where a folder has none."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    folders = [path] if step is None else []
+    folders += [folder for number, folder in sorted(steps(path).items(), reverse=True) if step in (None, number)]
+    return next((folder / DISCRIMINATOR for folder in folders if (folder / DISCRIMINATOR).is_file()), None)
+
+
+def read_checkpoint(folder: Path) -> tuple[FoundVAE, dict | None]:
+    """The VAE in a checkpoint of ours, and its architecture where the checkpoint tells.
+
+    Raises:
+        NotWeightsError: damaged, or without a VAE.
+    """
+    manifest = _json(folder / MANIFEST)
+    for module in VAE_MODULES:
+        file = folder / f"{module}.safetensors"
+        if not file.is_file() or not _holds_vae(file):
+            continue
+        check_file(file, manifest)
+        found = find_vae(read_contents(file), str(file))
+        own = folder / f"{OWN_STATISTICS}.safetensors"
+        if own.is_file():
+            check_file(own, manifest)
+            tensors = read_contents(own)
+            found = replace(found, statistics=Statistics(tensors["mean"], None, tensors["var"], str(own)))
+        return replace(found, layout=f"{module} of a checkpoint of ours"), manifest.get("args", {}).get("vae_config")
+    run = folder.parent.parent
+    hint = f"; the VAE of its run is {run / 'vae'}" if (run / "vae").is_dir() else ""
+    raise NotWeightsError(f"it is a checkpoint without a VAE{hint}")
+
+
+def is_run(path: Path) -> bool:
+    return (Path(path) / ARGUMENTS).is_file()
+
+
+def steps(run: Path) -> dict[int, Path]:
+    """The checkpoints and milestones of a run by step; a whole checkpoint before a milestone."""
+    found = {}
+    for place in PLACES:
+        for folder in (Path(run) / place).glob("[0-9]*"):
+            if folder.name.isdigit() and (folder / MANIFEST).is_file():
+                found.setdefault(int(folder.name), folder)
+    return found
+
+
+def check_file(path: Path, manifest: dict) -> None:
+    """Refuse a file of a checkpoint that is not what was written."""
+    entry = manifest.get("files", {}).get(path.name)
+    if not isinstance(entry, dict):
+        raise NotWeightsError(f"{MANIFEST} does not list {path.name}: it is damaged, copy it again")
+    if path.stat().st_size != entry.get("bytes") or file_checksum(path) != entry.get("sha256"):
+        raise NotWeightsError(f"{path.name} is not what {MANIFEST} says (size or checksum): damaged, copy it again")
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _of_run(run: Path, step: int | None) -> Path:
+    there = steps(run)
+    listed = ", ".join(map(str, sorted(there))) or "none"
+    if step is not None:
+        if step not in there:
+            raise NotWeightsError(f"it has no checkpoint of step {step}; there are: {listed}")
+        return there[step]
+    status = _json(run / "status.json") if (run / "status.json").is_file() else {}
+    arguments = _json(run / ARGUMENTS).get("args", {})
+    is_input = "vae_checksum" in arguments and "vae_config" not in arguments  # the VAE that made a SiT's latents
+    if (run / "vae" / "config.json").is_file() and (is_input or status.get("state") == "finished"):
+        return run / "vae"
+    files = sorted((run / "checkpoints").glob("*.pt"))
+    if files:
+        raise NotWeightsError(f"it is an experiment of another code: give a checkpoint's file, such as {files[-1]}")
+    at = f"{status.get('state', 'not started')} at step {status.get('step', 0)}"
+    newest = f", or give a checkpoint, such as {os.path.join(there[max(there)], '')}" if there else ""
+    raise NotWeightsError(f"its training has not finished ({at}): run the same command again{newest}")
+
+
+def _holds_vae(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt") as opened:
+            return bool(vae_prefixes(opened.keys()))
+    except (OSError, SafetensorError) as error:
+        raise NotWeightsError(f"{file.name} is truncated or damaged ({one_line(error)})") from error
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise NotWeightsError(f"{path.name} is not readable ({one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise NotWeightsError(f"{path.name} is not a JSON object")
+    return content
