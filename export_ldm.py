@@ -1,31 +1,45 @@
-"""A trained diffusion transformer for use elsewhere: as a folder with its VAE.
+"""A trained diffusion transformer for use elsewhere: as a folder with its VAE, or as REPA-E's checkpoint.
 
   python export_ldm.py exps/ldm exported/ldm
+  python export_ldm.py exps/ldm exported/ldm-repae --format repa
 
 Formats:
 
   diffusers   transformer/ (config.json and safetensors, models.sit.SiT.from_pretrained), vae/ (a diffusers folder with
               latent statistics), model_index.json, and a README.md with 15 lines that sample an image from a clone
+  repa        args.json and checkpoints/0400000.pt in the layout of REPA-E (model, ema, vae, args, steps), which
+              REPA-E's generate.py reads: --exp-path FOLDER --train-steps 400000
 
-RUN is a run of train_ldm.py or train_repae.py, or an experiment of REPA-E. Everything is written beside and
-renamed when it is complete.
+RUN is a run of train_ldm.py or train_repae.py; for the format diffusers also an experiment of REPA-E. Everything is
+written beside and renamed when it is complete.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from errors import UserError
-from formats.exported_ldm import write_exported
+from formats.exported_ldm import INDEX_FILE, write_exported
+from formats.layers import to_ldm
+from formats.sit import repae_checkpoint, repae_facts, what_repae_lacks
 from models.autoencoder import Autoencoder
+from models.sit import SiT
 from training.cli import ArgumentParser, add_debug_argument, positive_int, run
 from training.dry_run import count_parameters
 from training.foreign_ldm import FLAGS, ForeignLDM, is_foreign, open_foreign_ldm
+from training.ldm_source import open_source
+from training.run import write_json
 from training.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm
 
-FORMATS = ("diffusers",)
+FORMATS = ("diffusers", "repa")
+ARGUMENTS_FILE = "args.json"
+EXPORTED_FROM = "exported_from"  # in a JSON file of every export, which --overwrite may then replace
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -40,7 +54,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--weights",
         choices=WEIGHTS,
         default="ema",
-        help="their moving average, or as trained",
+        help="for the format diffusers: their moving average, or as trained",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is an earlier export")
     parser.add_argument(
@@ -58,7 +72,10 @@ def main(argv: Sequence[str]) -> int:
     beside = args.out.with_name(f".{args.out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        export_folder(args, trained, autoencoder, beside)
+        if args.format == "diffusers":
+            export_folder(args, trained, autoencoder, beside)
+        else:
+            export_repae(args, trained, autoencoder, beside)
         if args.dry_run:
             print("nothing was written")
             return 0
@@ -77,11 +94,18 @@ def check_place(args: argparse.Namespace) -> None:
         return
     if not args.out.is_dir():
         raise UserError(f"OUT {args.out} is a file; give a new folder")
-    names = {path.name for path in args.out.iterdir()}
-    is_export = "model_index.json" in names or {"args.json", "checkpoints"} == names
-    if names and not (args.overwrite and is_export):
+    is_export = any(is_ours(args.out / name) for name in (INDEX_FILE, ARGUMENTS_FILE))
+    if any(args.out.iterdir()) and not (args.overwrite and is_export):
         hint = "add --overwrite to replace it" if is_export else "give a new folder"
         raise UserError(f"OUT {args.out} holds {'an export' if is_export else 'other files'}; {hint}")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this script wrote a JSON file."""
+    try:
+        return EXPORTED_FROM in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def open_run(args: argparse.Namespace) -> TrainedLDM | ForeignLDM:
@@ -90,6 +114,10 @@ def open_run(args: argparse.Namespace) -> TrainedLDM | ForeignLDM:
             return open_trained_ldm(args.exp_path, args.train_steps, args.weights, warn)
         except UserError as error:
             raise UserError(str(error).replace("--exp-path", "RUN")) from error
+    if args.format == "repa":
+        raise UserError(
+            f"{args.exp_path} is an experiment of REPA or REPA-E already; only --format diffusers is of use"
+        )
     unset = argparse.Namespace(**dict.fromkeys((*FLAGS, "ckpt")), **vars(args))
     return open_foreign_ldm(unset, warn)
 
@@ -114,8 +142,33 @@ def export_folder(
         "steps": trained.step,
         "weights": trained.weights,
         "class_names": trained.class_names,
+        EXPORTED_FROM: args.exp_path.name,
     }
     write_exported(folder, str(args.out), model, autoencoder, facts)
+
+
+def export_repae(args: argparse.Namespace, trained: TrainedLDM, autoencoder: Autoencoder, folder: Path) -> None:
+    """Both sets of weights with REPA's projectors, from the same checkpoint."""
+    source = open_source(args.exp_path, trained.step)
+    config = replace(source.config, latent_depth=0, latent_width=0)
+    facts = repae_facts(config, trained.resolution, trained.path_type, source.facts)
+    for reason in what_repae_lacks(config, facts):
+        warn(f"REPA-E's own code cannot read this: {reason}")
+    sets = {"model": source.model, "ema": source.model if source.ema is None else source.ema}
+    with torch.device("meta"):
+        wanted = SiT(config).state_dict()
+    sets = {name: {key: state[key] for key in wanted} for name, state in sets.items()}
+    statistics = autoencoder.statistics.tensors()
+    vae = to_ldm(autoencoder.network.state_dict())
+    checkpoint = repae_checkpoint(sets, statistics["mean"], statistics["var"], vae, facts, trained.step)
+    count = sum(tensor.numel() for tensor in sets["ema"].values())
+    print(f"{config.model} of step {trained.step}, model and ema: {count:,} numbers each")
+    print(f"VAE: {count_parameters(autoencoder)[0]:,} parameters, checksum {trained.vae_checksum}")
+    if args.dry_run:
+        return
+    (folder / "checkpoints").mkdir(parents=True)
+    write_json(folder / ARGUMENTS_FILE, facts | {EXPORTED_FROM: args.exp_path.name})
+    torch.save(checkpoint, folder / "checkpoints" / f"{trained.step:07d}.pt")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ call the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0.
 """
 
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,13 +23,14 @@ import torch
 from diffusion.flow import PATH_TYPES
 from errors import UserError
 from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
-from models.weight_files import NotWeightsError, read_contents, read_state_dict
+from models.weight_files import NotWeightsError, read_contents
 
 State = dict[str, torch.Tensor]
 
 DEFAULT_ENCODER_DEPTH = 8  # of REPA and REPA-E; no tensor tells it
 REPA_SCALE = 0.18215  # REPA normalises with it alone, Stable Diffusion's factor
 REPA_CHANNELS = 4
+REPAE_VAES, REPAE_PROJECTOR_WIDTH = ("f8d4", "f16d32"), 2048
 BATCH_NORM_PREFIX = "bn."
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 # What REPA's and REPA-E's flags say of a network or of how it is sampled; the rest of args is nobody's concern here.
@@ -221,17 +223,64 @@ def repa_statistics() -> Statistics:
     return Statistics(torch.zeros(REPA_CHANNELS), torch.full((REPA_CHANNELS,), 1 / REPA_SCALE))
 
 
-def read_statistics(path: str | Path, given: str) -> Statistics:
-    """REPA-E's ``latents_scale`` (1/std) and ``latents_bias``, or ``mean`` and ``std``, of any shape with C numbers."""
-    try:
-        tensors = read_state_dict(path)
-        if "latents_scale" in tensors:
-            return Statistics(tensors["latents_bias"].float().flatten(), 1 / tensors["latents_scale"].float().flatten())
-        return Statistics(tensors["mean"].float().flatten(), tensors["std"].float().flatten())
-    except (NotWeightsError, KeyError) as error:
-        raise UserError(
-            f"{given}: no latent statistics (latents_scale and latents_bias, or mean and std; {error})"
-        ) from error
+def repae_checkpoint(
+    sets: Mapping[str, State], mean: torch.Tensor, var: torch.Tensor, vae: State, facts: Mapping, step: int
+) -> dict:
+    """What REPA-E's ``generate.py`` reads, to be written with ``torch.save``.
+
+    Args:
+        sets: state dicts of a SiT with the projectors of REPA, ``"model"`` and ``"ema"``.
+        mean, var: of the latents, ``[C]``; become the BatchNorms', which add the same 1e-4 to var as we do.
+        vae: in the LDM layout.
+        facts: the content of ``args.json`` (:func:`repae_facts`).
+        step: trained for.
+    """
+
+    def with_batch_norm(state: State) -> State:
+        statistics = {"bn.running_mean": mean.clone(), "bn.running_var": var.clone()}
+        return dict(state) | statistics | {"bn.num_batches_tracked": torch.zeros((), dtype=torch.int64)}
+
+    networks = {name: with_batch_norm(state) for name, state in sets.items()}
+    return networks | {"vae": vae, "args": Namespace(**facts), "steps": step}
+
+
+def repae_facts(config: SiTConfig, resolution: int, path_type: str, trained_with: Mapping) -> dict[str, object]:
+    """The flags that REPA-E's ``generate.py`` looks at, under its names.
+
+    Args:
+        config: of the SiT with projectors.
+        resolution: of the images, pixels.
+        path_type: of the interpolant.
+        trained_with: the run's own flags, from which ``cfg_prob`` and ``enc_type`` come.
+    """
+    return {
+        "model": config.model,
+        "num_classes": config.num_classes,
+        "encoder_depth": config.encoder_depth,
+        "qk_norm": config.qk_norm,
+        "fused_attn": True,
+        "bn_momentum": 0.1,
+        "resolution": resolution,
+        "vae": f"f{resolution // config.latent_size}d{config.latent_channels}",
+        "path_type": path_type,
+        "prediction": "v",
+        "cfg_prob": trained_with.get("cfg_prob", 0.1),
+        "enc_type": trained_with.get("enc_type") if config.feature_dims else "None",
+    }
+
+
+def what_repae_lacks(config: SiTConfig, facts: Mapping) -> list[str]:
+    """Why REPA-E's own code could not build this network; empty where it can."""
+    reasons = []
+    if config.model.startswith("SiT-Ti") or config.model.startswith("SiT-S"):
+        reasons.append(f"it builds no {config.model}")
+    if facts["vae"] not in REPAE_VAES:
+        reasons.append(f"it knows the VAEs {' and '.join(REPAE_VAES)}, not {facts['vae']}")
+    if not config.feature_dims:
+        reasons.append("it expects a projector for each encoder, and this run was not aligned")
+    elif config.projector_width != REPAE_PROJECTOR_WIDTH:
+        reasons.append(f"its projectors have width {REPAE_PROJECTOR_WIDTH}, not {config.projector_width}")
+    return reasons
 
 
 def _weight_sets(contents: object, given: str) -> dict[str, State]:

@@ -28,6 +28,7 @@ from tests.ldm_steps import tiny_trainer
 from tests.ldm_trainings import LATENTS, write_data
 from tests.ldm_trainings import flags as ldm_flags
 from tests.public_sit import PublicSiT, public_args, write_checkpoint, write_experiment
+from tests.public_vae import TINY, PublicVAE, random_vae
 from training.cli import run
 from training.ldm_source import open_source
 from training.trained_ldm import open_trained_ldm
@@ -179,6 +180,58 @@ def test_generate_samples_a_repa_experiment_and_a_bare_file(tmp_path, capsys):
     assert source["weights_sha256"] == bare["weights_sha256"]
     other = expected_images(model, autoencoder, (torch.zeros(4), torch.full((4,), 1 / 0.18215)), torch.arange(4))
     assert_same_images(sampled(tmp_path / "model", exp_path=folder, vae_ckpt=vae, weights="model"), other)
+
+
+def repae_experiment(folder: Path) -> tuple[Path, PublicSiT, PublicVAE]:
+    """REPA-E's end-to-end training: the VAE in its layout beside the SiT, whose BatchNorm holds the statistics."""
+    ema, vae = PublicSiT(seed=2, batch_norm=True), random_vae(seed=3, **TINY)
+    parts = {"vae": vae.state_dict(), "discriminator": {}, "opt_vae": {}, "opt_disc": {}}
+    args = public_args(vae_ckpt="pretrained/sdvae/sdvae-f8d4.pt")
+    return write_experiment(folder, PublicSiT(seed=1, batch_norm=True), ema, args, **parts), ema, vae
+
+
+@torch.no_grad()
+def repae_images(ema: PublicSiT, vae: PublicVAE, labels: torch.Tensor) -> np.ndarray:
+    """As REPA-E decodes: ``z·sqrt(var) + mean`` by the BatchNorm of the averaged SiT, without the epsilon."""
+    z = euler(ema.eval(), 3, labels, steps=5, scale=2.0, high=0.7)
+    z = z * ema.bn.running_var.view(1, 4, 1, 1).sqrt() + ema.bn.running_mean.view(1, 4, 1, 1)
+    pixels = 127.5 * (vae.decode(z) + 1)
+    return pixels.round().clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
+
+
+def test_generate_samples_a_repae_experiment(tmp_path):
+    """VAE and statistics are those in the checkpoint; nothing else is needed."""
+    folder, ema, vae = repae_experiment(tmp_path / "repae")
+    expected = repae_images(ema, vae, torch.arange(4))
+    assert_same_images(sampled(tmp_path / "out", exp_path=folder, train_steps=7), expected)
+    file = folder / "checkpoints" / "0000007.pt"
+    assert_same_images(sampled(tmp_path / "bare", ckpt=file), expected)
+
+
+def test_generate_samples_an_ldm_on_a_finished_vae(tmp_path, monkeypatch, capsys):
+    """REPA-E's train_ldm_only.py: the VAE's file is the one in args.json, from where it ran, or --vae-ckpt."""
+    ema, vae = PublicSiT(seed=2, batch_norm=True), random_vae(seed=3, **TINY)
+    statistics = {
+        "latents_scale": ema.bn.running_var.rsqrt().view(1, 4, 1, 1),
+        "latents_bias": ema.bn.running_mean.view(1, 4, 1, 1),
+    }
+    (tmp_path / "pretrained").mkdir()
+    torch.save(vae.state_dict(), tmp_path / "pretrained" / "e2e.pt")
+    torch.save(statistics, tmp_path / "pretrained" / "e2e-latents-stats.pt")
+    args = public_args(vae_ckpt="pretrained/e2e.pt")
+    folder = write_experiment(tmp_path / "ldm", PublicSiT(seed=1, batch_norm=True), ema, args)
+    expected = repae_images(ema, vae, torch.arange(4))
+    monkeypatch.chdir(tmp_path)
+    assert_same_images(sampled(tmp_path / "a", exp_path=folder), expected)
+    monkeypatch.chdir("/")
+    argv = {"exp_path": folder, "sample_dir": tmp_path / "b"} | SAMPLING
+    assert run(generate.main, argv_of(argv)) == 2
+    assert "--vae-ckpt is needed" in capsys.readouterr().err
+    given = {"vae_ckpt": tmp_path / "pretrained" / "e2e.pt"}
+    assert_same_images(sampled(tmp_path / "b", exp_path=folder, **given), expected)
+    torch.save(statistics | {"latents_bias": statistics["latents_bias"] + 0.1}, tmp_path / "other.pt")
+    assert run(generate.main, argv_of(argv | given | {"vae_latents_stats": tmp_path / "other.pt"})) == 2
+    assert "not the VAE of this SiT" in capsys.readouterr().err
 
 
 def test_generate_continues_and_refuses_other_weights(tmp_path):
@@ -345,6 +398,46 @@ def test_the_exported_folder_and_its_snippet(tmp_path, monkeypatch):
     found = np.asarray(Image.open(tmp_path / "sample.png"))
     assert found.std() > 10
     assert np.abs(found.astype(int) - image).max() <= 1
+
+
+def test_the_layout_of_repae_is_read_by_independent_networks(data, tmp_path, capsys):
+    """Exported, loaded strictly into the public SiT and VAE, the same numbers; and back again to the bit."""
+    assert continued(data, tmp_path, "old", max_train_steps=2) == 0
+    old, out = tmp_path / "exps" / "old", tmp_path / "out"
+    capsys.readouterr()
+    assert export(old, out, "--format", "repa") == 0
+    warnings = capsys.readouterr().err
+    assert "it builds no SiT-Ti/2" in warnings
+    assert "projectors have width 2048, not 32" in warnings
+    file = out / "checkpoints" / "0000002.pt"
+    contents = torch.load(file, weights_only=False)
+    args = json.loads((out / "args.json").read_text())
+    assert (args["model"], args["vae"], args["enc_type"]) == ("SiT-Ti/2", "f4d4", "efficientnet-lite0")
+    assert contents["args"].encoder_depth == 2
+    public = PublicSiT(batch_norm=True).eval()
+    public.load_state_dict(contents["ema"])
+    public_vae = PublicVAE(**TINY)
+    public_vae.load_state_dict(contents["vae"])
+
+    trained = open_trained_ldm(old, None, "ema")
+    autoencoder = trained.load_autoencoder()
+    x, t, y = probe()
+    with torch.no_grad():
+        assert (trained.load_model()(x, t, y) - public(x, t, y)[0]).abs().max() < 1e-5
+        assert (autoencoder.decode(x) - public_vae.decode(x)).abs().max() < 1e-5
+    assert torch.equal(public.bn.running_mean, autoencoder.statistics.mean)
+    assert torch.equal(public.bn.running_var, autoencoder.statistics.var)
+
+    checkpoint = read_sit(file, "x", args)
+    for name in ("model", "ema"):
+        saved = load_file(old / "checkpoints" / "0000002" / f"{name}.safetensors")
+        assert saved.keys() == checkpoint.weights[name].state.keys()
+        assert all(torch.equal(saved[key], tensor) for key, tensor in checkpoint.weights[name].state.items())
+    loaded, _ = build_autoencoder(str(file))
+    assert loaded.checksum() == trained.vae_checksum
+    sampling = SAMPLING | {"num_fid_samples": 2}
+    images = [sampled(tmp_path / path.name / "images", exp_path=path, **sampling) for path in (old, out)]
+    assert np.abs(images[0].astype(int) - images[1]).max() <= 1
 
 
 def test_projectors_are_saved_where_they_are_wanted(tmp_path):

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import UserError
-from formats.sit import REPA_CHANNELS, SiTCheckpoint, SiTWeights, Statistics, read_sit, read_statistics, repa_statistics
-from formats.vae import build_autoencoder
-from models.autoencoder import Autoencoder
+from formats.sit import REPA_CHANNELS, SiTCheckpoint, SiTWeights, Statistics, read_sit, repa_statistics
+from formats.vae import load_vae
+from models.autoencoder import Autoencoder, architecture_names
 from models.sit import PROJECTORS, SiT, SiTConfig
 from models.weight_files import weights_checksum
 
@@ -202,20 +202,15 @@ def _load_autoencoder(
         source = str(checkpoint.path)
     else:
         source = args.vae_ckpt or _vae_of_training(checkpoint, given)
-    autoencoder, known = build_autoencoder(args.vae or named or source, source)
+    architecture = args.vae or (named if named in architecture_names() else None)  # else as its tensors tell
+    loaded = load_vae(architecture, source, args.vae_latents_stats)
+    autoencoder = loaded.autoencoder
     if autoencoder.latent_channels != checkpoint.config.latent_channels:
         raise UserError(
             f"{given} makes latents of {checkpoint.config.latent_channels} channels, the VAE decodes "
             f"{autoencoder.latent_channels}: give the VAE that it was trained with (--vae-ckpt)"
         )
-    own = statistics_of(autoencoder) if known else None
-    if args.vae_latents_stats is not None:
-        own = read_statistics(args.vae_latents_stats, f"--vae-latents-stats {args.vae_latents_stats}")
-        if len(own.mean) != autoencoder.latent_channels:
-            raise UserError(
-                f"--vae-latents-stats {args.vae_latents_stats} is of {len(own.mean)} channels, the VAE has "
-                f"{autoencoder.latent_channels}"
-            )
+    own = None if loaded.statistics_source is None else statistics_of(autoencoder)
     statistics = _statistics(weights, own, args, given, report)
     autoencoder.statistics.load(statistics.mean, statistics.std)
     return autoencoder

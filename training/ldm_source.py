@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from errors import UserError
 from formats.sit import REPA_CHANNELS, SiTCheckpoint, State, Statistics, read_sit, repa_statistics
 from models.autoencoder import STATISTICS_FILE
+from models.latent_statistics import EPSILON
 from models.sit import PROJECTORS, SiT, SiTConfig
 from training import arguments
 from training.checkpoint import Checkpoint, CheckpointFolder
 from training.foreign_ldm import TOLERANCE, checkpoint_file, is_foreign, statistics_difference
 from training.ldm import LDMTrainer
 from training.run import arguments_of, logger
+from training.trained_ldm import OWN_STATISTICS
 
 FLAG = "--continue-train-exp-dir"
 REFUSED_DIFFERENCE = 0.1  # of latent statistics, in standard deviations, from which on a SiT sees other latents
@@ -217,7 +219,7 @@ def _own(folder: Path, step: int) -> Source:
         moments=_own_moments(checkpoint, config),
         step=checkpoint.step,
         facts=facts,
-        statistics=_own_statistics(folder),
+        statistics=_own_statistics(checkpoint),
     )
 
 
@@ -230,12 +232,16 @@ def _own_moments(checkpoint: Checkpoint, config: SiTConfig) -> dict[str, dict[st
     return {names[number]: moments for number, moments in state.items()}
 
 
-def _own_statistics(folder: Path) -> Statistics | None:
-    path = folder / "vae" / STATISTICS_FILE
-    if not path.is_file():
-        return None
-    tensors = load_file(path)
-    return Statistics(tensors["mean"], tensors["std"])
+def _own_statistics(checkpoint: Checkpoint) -> Statistics | None:
+    """Those in the checkpoint, where the VAE was trained along, or those of the run's VAE."""
+    own, of_run = checkpoint.folder / f"{OWN_STATISTICS}.safetensors", checkpoint.folder.parents[1] / "vae"
+    if own.is_file():
+        tensors = load_file(own)
+        return Statistics(tensors["mean"], (tensors["var"] + EPSILON).sqrt())
+    if (of_run / STATISTICS_FILE).is_file():
+        tensors = load_file(of_run / STATISTICS_FILE)
+        return Statistics(tensors["mean"], tensors["std"])
+    return None
 
 
 def _foreign(checkpoint: SiTCheckpoint, given: str) -> Source:

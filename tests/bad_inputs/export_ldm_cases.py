@@ -24,9 +24,14 @@ def thesis(out: Path) -> None:
     (out / "thesis.tex").write_text("")
 
 
-def earlier_export(out: Path) -> None:
+def another_index(out: Path) -> None:
     out.mkdir()
     (out / "model_index.json").write_text("{}")
+
+
+def earlier_export(out: Path) -> None:
+    out.mkdir()
+    (out / "model_index.json").write_text('{"exported_from": "ldm"}')
 
 
 CASES = [
@@ -35,5 +40,6 @@ CASES = [
     Case("no such step", exporting(lambda out: None, "--train-steps", "3"), ("--train-steps 3", "there are: 5, 10")),
     Case("a file", exporting(lambda out: out.write_text("")), ("out is a file",)),
     Case("other files", exporting(thesis, "--overwrite"), ("holds other files", "new folder")),
+    Case("another's folder", exporting(another_index, "--overwrite"), ("holds other files", "new folder")),
     Case("an earlier export", exporting(earlier_export), ("holds an export", "--overwrite")),
 ]
