@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from dataset.latents import available_memory
+
 ROWS = 4096  # features that are multiplied at once
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
 MAX_ITERATIONS = 100
@@ -28,7 +30,7 @@ class Features:
         values: float32 ``[N, D]``, on the CPU.
         items: which of them, int64 ``[n]``.
         mean, scale: ``[D]``; what is subtracted, then multiplied by.
-        device: where they are used; kept there where half of its memory suffices.
+        device: where they are used; kept there where half of its free memory suffices.
     """
 
     def __init__(self, values: Tensor, items: np.ndarray, mean: Tensor, scale: Tensor, device: torch.device):
@@ -36,7 +38,8 @@ class Features:
         self._mean, self._scale, self._device = mean.to(device), scale.to(device), device
         self._kept: list[Tensor] | None = None
         needed = len(items) * values.shape[1] * 4
-        if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] // 2:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+        if needed < free // 2:
             self._kept = list(self.blocks())
 
     def __len__(self) -> int:
@@ -48,7 +51,7 @@ class Features:
             yield from self._kept
             return
         for part in self._items.split(ROWS):
-            yield (self._values[part].to(self._device) - self._mean) * self._scale
+            yield self._values[part].to(self._device).sub_(self._mean).mul_(self._scale)  # of a copy: indexing made one
 
 
 def standardisation(values: Tensor, items: np.ndarray) -> tuple[Tensor, Tensor]:
