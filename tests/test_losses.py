@@ -242,8 +242,8 @@ def test_the_default_configuration_is_the_methods():
     assert (config.adaptive_discriminator_weight, config.lecam_regularization_weight) == (False, 0.0)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_configuration_of_the_project_keeps_the_promise_of_its_name(path):
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("l[12]_*.yaml")), ids=lambda path: path.stem)
+def test_every_loss_configuration_keeps_the_promise_of_its_name(path):
     config = load_loss_config(path)
     assert config.reconstruction_loss == path.stem.split("_")[0]
     assert (config.perceptual_weight > 0) == ("lpips" in path.stem)
