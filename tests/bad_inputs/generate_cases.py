@@ -298,7 +298,7 @@ CASES = [
     Case("weights of another SiT", with_run(sit(qk_norm=True)), ("ema.safetensors does not fit",)),
     Case("latents of another shape", with_run(sit(latent_channels=8)), ("vae decodes latents (4, 8, 8)", "(8, 8, 8)")),
     Case("no VAE", with_run(without("vae")), ("vae is missing",)),
-    Case("VAE folder empty", with_run(without("vae/config.json")), ("run/vae is not a diffusers", "config.json")),
+    Case("VAE folder empty", with_run(without("vae/config.json")), ("run/vae", "not a diffusers", "config.json")),
     Case("no latent statistics", with_run(without("vae/latents_stats.safetensors")), ("no latent statistics",)),
     Case("another VAE", with_run(other_vae_weights), ("other weights than the VAE",)),
     Case("weights that diverged", with_run(diverged), ("image 0 is not finite", "--train-steps")),

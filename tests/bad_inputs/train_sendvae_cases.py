@@ -156,7 +156,7 @@ CASES = [
     Case("unknown VAE", with_flags(vae="f3d7"), ("f3d7", "f16d32")),
     Case("architecture without weights", with_flags(vae_ckpt=None), ("f4d4-tiny", "--vae-ckpt none")),
     Case("VAE folder missing", with_flags(vae_ckpt="/no/vae"), ("--vae-ckpt", "/no/vae")),
-    Case("VAE checkpoint is a file", with_flags(vae_ckpt=written("vae.pt", "x")), ("vae.pt", "diffusers folder")),
+    Case("VAE checkpoint is a file", with_flags(vae_ckpt=written("vae.pt", "x")), ("vae.pt", "it is text")),
     Case("VAE of another architecture", with_flags(vae="f8d4", vae_ckpt=saved_vae()), ("block_out_channels", "f8d4")),
     Case("VAE weights truncated", with_flags(vae_ckpt=saved_vae(truncated)), ("--vae-ckpt", "do not load")),
     Case("not a VAE's folder", with_flags(vae=saved_vae(another_class), vae_ckpt=None), ("UNet2DModel",)),
