@@ -15,6 +15,7 @@ import generate
 from dataset.shards import checksum
 from formats.vae import build_autoencoder
 from tests.bad_inputs.case import Case
+from tests.image_sets import random_images, write_npz
 from tests.latent_caches import save_vae
 from tests.ldm_runs import STEP, flags, write_ldm_run
 from tests.public_sit import PublicSiT, public_args, write_experiment
@@ -242,6 +243,10 @@ def variance_too() -> dict:
     }
 
 
+def reference_of(side: int):
+    return lambda tmp_path: write_npz(tmp_path / "ref.npz", random_images(4, 0, side))
+
+
 NEVER_FREE = {"dataset.packing.SHARED_LOCK_SECONDS": 0.0, "dataset.packing._try_lock": lambda descriptor: False}
 FULL = namedtuple("usage", "total used free")(10**9, 10**9 - 5, 5)
 
@@ -326,5 +331,9 @@ CASES = [
     Case("other classes", begun_with({}, classes="cat"), ("another --classes",)),
     Case("not enough space", patched({"shutil.disk_usage": lambda path: FULL}), ("0.00 GB are free", "--no-npz")),
     Case("folder locked", patched(NEVER_FREE), ("another run is writing", "--sample-dir")),
+    Case("no reference there", with_flags(evaluate=lambda path: path / "none"), ("--evaluate", "does not exist")),
+    Case("a reference of another size", with_flags(evaluate=reference_of(64)), ("have 32 px", "--evaluate", "64 px")),
+    Case("too few to evaluate", with_flags(evaluate=reference_of(32), num_fid_samples=3), ("--num-fid-samples", "(3)")),
+    Case("metrics of nothing", with_flags(metrics="fid"), ("--metrics", "--evaluate")),
     Case("a rank too many", environment(RANK="2", WORLD_SIZE="2"), ("RANK=2", "launch.sh")),
 ]  # fmt: skip
