@@ -18,6 +18,7 @@ import preprocessing
 import probe
 import report
 import train_ldm
+import train_repae
 import train_sendvae
 from dataset import toy
 from errors import UserError
@@ -31,6 +32,7 @@ SCRIPTS = {
     "train_sendvae.py": train_sendvae,
     "cache_latents.py": cache_latents,
     "train_ldm.py": train_ldm,
+    "train_repae.py": train_repae,
     "generate.py": generate,
     "evaluate.py": evaluate,
     "probe.py": probe,
@@ -74,7 +76,8 @@ def writing_stage(path: Path, code: str = "") -> dict:
 def test_every_flag_of_every_preset_is_one_of_its_script(name, capsys):
     """And every dry run's: nothing in a preset may be misspelt."""
     preset = load_preset(name)
-    given = [word for key in ("images", "val_images") if key in preset["variables"] for word in (f"--{key}", "x")]
+    wanted = ("images", "val_images", "vae", "reference", "celeba", "deepfashion", "awa")
+    given = [word for key in wanted if preset.get("variables", {}).get(key) in ("?", "") for word in (f"--{key}", "x")]
     experiments, _ = resolve_all(name, "exps", given)
     for stage in [stage for found in experiments for stage in found.stages]:
         script = next(word for word in stage.command if word in SCRIPTS)
