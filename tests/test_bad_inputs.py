@@ -1,5 +1,6 @@
 """Whatever a user gets wrong ends in exit code 2 and one line that says what, where and what to do."""
 
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import cache_latents
 import evaluate
 import export_ldm
+import export_vae
 import generate
 import preprocessing
 import probe
@@ -21,6 +23,7 @@ from tests.bad_inputs import (
     evaluate_cases,
     evaluate_reconstruction_cases,
     export_ldm_cases,
+    export_vae_cases,
     generate_cases,
     preprocessing_cases,
     probe_cases,
@@ -36,6 +39,7 @@ SCRIPTS = {
     cache_latents: cache_latents_cases,
     evaluate: evaluate_cases,
     export_ldm: export_ldm_cases,
+    export_vae: export_vae_cases,
     generate: generate_cases,
     preprocessing: preprocessing_cases,
     probe: probe_cases,
@@ -66,6 +70,14 @@ def test_one_line_and_exit_code_2(
     assert len(lines) == 1, lines
     for part in case.expect:
         assert part in lines[0]
+    assert not list(tmp_path.rglob(export_vae_cases.MARK)), "code in a file was run"
+
+
+def test_the_pickles_of_the_table_would_run_their_code(tmp_path: Path):
+    """Or the table proved nothing: unpickled as they are, they leave their mark."""
+    export_vae_cases.pickled_code(tmp_path / "vae.pt")
+    pickle.loads((tmp_path / "vae.pt").read_bytes())  # noqa: S301
+    assert (tmp_path / export_vae_cases.MARK).read_text() == "ran"
 
 
 def errors_in(stderr: str) -> list[str]:
