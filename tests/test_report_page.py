@@ -231,7 +231,7 @@ def test_a_damaged_picture_is_said_to_be(tmp_path):
 def chromium(tmp_path: Path, page: Path, *flags: str) -> subprocess.CompletedProcess:
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.resolve().as_uri()]
     environment = os.environ | {"HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
