@@ -69,7 +69,7 @@ class LoadedVAE:
 
 
 def build_autoencoder(
-    vae: str, checkpoint: str | None = None, statistics: str | None = None
+    vae: str | None, checkpoint: str | None = None, statistics: str | None = None
 ) -> tuple[Autoencoder, str | None]:
     """Build a VAE and load its weights and latent statistics; see :func:`load_vae`.
 

@@ -9,7 +9,8 @@ import torch
 from errors import UserError
 from formats.vae import build_autoencoder
 from metrics.record import metrics_folder
-from models.autoencoder import Autoencoder, architecture_names
+from models.autoencoder import Autoencoder
+from training.arguments import add_vae_source_arguments
 from training.processes import Process
 from training.run import status_of
 
@@ -30,16 +31,8 @@ class Subject:
 
 
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
-    names = ", ".join(architecture_names())
-    parser.add_argument(
-        "--vae", "--vae-arch", metavar="NAME", help=f"a run's vae/, any diffusers folder, or an architecture ({names})"
-    )
-    parser.add_argument(
-        "--vae-ckpt",
-        "--vae-ckpt-path",
-        metavar="DIR",
-        help="folder with its weights (default: the --vae folder); none: random ones, a baseline (from --seed)",
-    )
+    """The VAE's flags; random weights (``--vae-ckpt none``) are a baseline, drawn from ``--seed``."""
+    add_vae_source_arguments(parser, default=None)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +43,10 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_vae(args: argparse.Namespace, process: Process) -> Subject:
     """Build the VAE of ``--vae`` and ``--vae-ckpt`` on the device."""
-    if not args.vae:
-        raise UserError("--vae is needed: a run's vae/, a diffusers folder, or an architecture with --vae-ckpt")
+    if not args.vae and not args.vae_ckpt:
+        raise UserError("--vae is needed: a run, a VAE's file or folder, or an architecture with --vae-ckpt")
     torch.manual_seed(args.seed)  # of random weights
-    autoencoder, has_statistics = build_autoencoder(args.vae, args.vae_ckpt)
+    autoencoder, statistics = build_autoencoder(args.vae, args.vae_ckpt, args.vae_latents_stats)
     autoencoder.requires_grad_(False).to(process.device)
     if process.device.type == "cpu":
         autoencoder.to(memory_format=torch.channels_last)
@@ -62,7 +55,7 @@ def open_vae(args: argparse.Namespace, process: Process) -> Subject:
     status = None if path is None else status_of(path.parent)
     if status is not None:
         description["step"] = status.get("step")
-    return Subject(autoencoder, has_statistics, description)
+    return Subject(autoencoder, statistics is not None, description)
 
 
 def output_subject(args: argparse.Namespace) -> Path:

@@ -96,7 +96,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stage-dir", metavar="DIR", help="copy the packed dataset to this local folder first")
 
 
-def add_vae_source_arguments(group: argparse._ArgumentGroup, default: str) -> None:
+def add_vae_source_arguments(group: argparse._ActionsContainer, default: str | None) -> None:
     """Flags that name a VAE, its weights and its latent statistics: what ``formats.vae.build_autoencoder`` takes."""
     group.add_argument(
         "--vae",
