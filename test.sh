@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The test command: installs what is missing (into .venv where no environment is active), then ruff and pytest.
 # Arguments go to pytest: ./test.sh -k resume
+# Files of tests are shared among processes, one a core and 8 at the most; TEST_PROCESSES says how many, 0 is this one.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -18,4 +19,5 @@ fi
 python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the networks of tests are small: threads would only wait for each other
+exec python -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --maxprocesses 8 --dist loadfile "$@"
