@@ -20,4 +20,5 @@ python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the networks of tests are small: threads would only wait for each other
-exec python -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --maxprocesses 8 --dist loadfile "$@"
+exec python -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --maxprocesses 8 \
+    --dist loadfile --no-loadscope-reorder "$@"

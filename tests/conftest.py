@@ -9,3 +9,9 @@ def fresh_accelerator():
     """Several trainings in one process may ask for different precisions; accelerate remembers the first."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of files shared among processes, a long one that starts last decides the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
