@@ -86,6 +86,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_evaluation_arguments(parser.add_argument_group("evaluation"))
     args = parser.parse_args(argv)
     check_arguments(args)
+    args.npz = args.evaluate is None if args.npz is None else args.npz
     return args
 
 
@@ -164,7 +165,10 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         "number and seed)",
     )
     group.add_argument(
-        "--npz", action=argparse.BooleanOptionalAction, default=True, help="write samples.npz beside the shards"
+        "--npz",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="write samples.npz beside the shards (default: yes, without --evaluate)",
     )
     group.add_argument(
         "--preview", type=non_negative_int, default=64, metavar="N", help="images in preview.png; 0: none"
@@ -204,7 +208,7 @@ def add_evaluation_arguments(group: argparse._ArgumentGroup) -> None:
         "--evaluate",
         type=Path,
         metavar="REF",
-        help="then measure against REF, as evaluate.py generation does; no .npz needed",
+        help="then measure against REF, as evaluate.py generation does, on one process; no .npz is written",
     )
     add_metric_arguments(group)
 

@@ -67,9 +67,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             "--freeze-vae with --align-loss vf: that loss is weighed against the reconstruction's gradient in the "
             "encoder, which a frozen VAE has not; take --align-loss cosine"
         )
-    if args.align_loss == "vf":
-        args.mapper_depth, args.noise_injection = None, False
+    resolve_mapper(args)
     return args
+
+
+def resolve_mapper(args: argparse.Namespace) -> None:
+    """Defaults of the mapper, which VA-VAE's loss has not."""
+    if args.align_loss == "cosine":
+        args.mapper_depth = 1 if args.mapper_depth is None else args.mapper_depth
+        args.noise_injection = args.noise_injection is not False
+        return
+    given = {"--mapper-depth": args.mapper_depth is not None, "--noise-injection": args.noise_injection}
+    for flag in (flag for flag, is_given in given.items() if is_given):
+        raise UserError(f"{flag} belongs to --align-loss cosine: vf has neither mapper nor noise; leave it away")
+    args.noise_injection = False
 
 
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +122,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         "projected latent itself, without mapper and noise",
     )
     group.add_argument(
-        "--mapper-depth", type=non_negative_int, default=1, metavar="N", help="ViT blocks; 0: MLP only (cosine only)"
+        "--mapper-depth", type=non_negative_int, metavar="N", help="cosine only: ViT blocks; 0: MLP only (default: 1)"
     )
     group.add_argument(
         "--mapper-grid",
@@ -122,8 +133,8 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--noise-injection",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="the mapper sees latents with noise of a random time (cosine only)",
+        default=None,
+        help="cosine only: the mapper sees latents with noise of a random time (default: yes)",
     )
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="how noise is mixed in")
     group.add_argument(

@@ -299,7 +299,7 @@ def test_generate_evaluates(tmp_path, capsys):
     """Without an .npz, the same figures as evaluate.py afterwards; a second run does not sample again."""
     run = write_ldm_run(tmp_path / "run")
     ref = write_folder(tmp_path / "ref", random_images(8, 1))
-    argv = ldm_flags(run, sample_dir=tmp_path / "out", evaluate=ref, features=LITE0, no_npz=True, num_fid_samples=9)
+    argv = ldm_flags(run, sample_dir=tmp_path / "out", evaluate=ref, features=LITE0, num_fid_samples=9)
     assert generate.main(argv) == 0
     found = newest(tmp_path / "out")
     assert found.subject["made_by"]["train_steps"] == 10 and found.count == 9

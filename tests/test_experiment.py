@@ -93,6 +93,9 @@ def test_every_flag_of_every_preset_is_one_of_its_script(name, capsys):
 def test_the_paper_s_default_is_what_method_says():
     found = commands("sendvae_imagenet256")
     assert list(found) == ["preprocess", "sendvae", "cache", "ldm", "samples"]
+    assert value(commands("table7/sendvae")["reconstruction"], "vae") == value(
+        commands("table6/vavae-256-align", "--val-images", "photographs")["reconstruction"], "vae"
+    )
     assert value(found["sendvae"], "batch-size") == "1024"
     assert value(found["sendvae"], "vae") == "f16d32"
     assert value(found["ldm"], "model") == "SiT-XL/1"
@@ -121,6 +124,7 @@ def test_overrides_reach_flags_and_variables():
     )  # fmt: skip
     assert value(found["ldm"], "batch-size") == "64"
     assert "--compile" in found["ldm"]
+    assert value(commands("quickstart", "--data", "a{b")["toy"], "output") == "a{b/toy"
     assert value(found["preprocess"], "output-path") == "elsewhere"
     start = found["sendvae"].index("--loss-override")
     assert found["sendvae"][start + 1 : start + 3] == ["a=1", "b=2"]
@@ -135,6 +139,8 @@ def test_overrides_reach_flags_and_variables():
         (["quickstart_photographs"], ("--images is needed",)),
         (["quickstart", "stray"], ("'stray' belongs to no flag",)),
         (["quickstart", "--stages", "ldn"], ("--stages ldn", "samples")),
+        (["quickstart", "--data", "a{0}"], ("a{0}", "no variable")),
+        (["table8/vavae"], ("table8/vavae has nothing to do", "--celeba, --deepfashion, --awa")),
         ([], ("PRESET",)),
     ],
 )
@@ -202,12 +208,12 @@ def test_a_study_runs_presets_once_for_each_seed(presets, tmp_path, capfd):
         presets(name, stages={name[-3:]: stage}, variables={"size": 3, "seed": 0})
     members = [{"preset": "base"}, {"preset": ["group/one", "group/two"], "each": {"seed": "{seeds}"}}]
     presets("study", variables={"seeds": "0,1", "size": 5}, experiments=members, closing="{seeds} are done")
-    argv = ["study", "--output-dir", str(tmp_path / "exps"), "--seeds", "4,7", "--two.lr", "1"]
+    argv = ["study", "--output-dir", str(tmp_path / "exps"), "--seeds", "4, 7", "--two.lr", "1"]
     assert experiment.main(argv) == 0
     made = {path.name: path.read_text() for path in tmp_path.glob("*.5")}
     names = ("base", "group-one-seed4", "group-one-seed7", "group-two-seed4", "group-two-seed7")
     assert made == {f"{name}.5": "--lr 1" if "two" in name else "" for name in names}
-    assert "4,7 are done" in capfd.readouterr().out
+    assert "4, 7 are done" in capfd.readouterr().out
     assert experiment.main(argv) == 0
     assert capfd.readouterr().out.count("finished already") == 5
     for wrong, part in ((["--sead", "1"], "--sead is not known"), (["--three.lr", "1"], "has a stage three")):

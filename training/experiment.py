@@ -13,6 +13,7 @@ import fnmatch
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -151,7 +152,9 @@ def resolve_all(name: str, output_dir: str, overrides: Sequence[str]) -> tuple[l
 
 def _combinations(each: Mapping[str, str], variables: Mapping[str, str]) -> list[dict[str, str]]:
     """``{"seed": "0,1"}`` → ``[{"seed": "0"}, {"seed": "1"}]``; of several, all combinations."""
-    choices = [[(key, value) for value in _expand(values, variables).split(",")] for key, values in each.items()]
+    choices = [
+        [(key, value.strip()) for value in _expand(values, variables).split(",")] for key, values in each.items()
+    ]
     return [dict(chosen) for chosen in itertools.product(*choices)]
 
 
@@ -228,6 +231,8 @@ def _set_variable(variables: dict[str, Any], key: str, value: Any, where: str) -
 
 def run_stages(experiment: Experiment) -> int:
     """Run what is not finished; returns the exit code of the first stage that fails, or 0."""
+    if not experiment.stages:
+        raise UserError(_nothing_to_do(experiment.preset))
     stamps = _read_stamps(experiment.folder)
     _write_preset(experiment)
     begin = time.monotonic()
@@ -256,6 +261,8 @@ def run_stages(experiment: Experiment) -> int:
 
 def dry_run(experiment: Experiment, built: set[tuple[str, ...]]) -> int:
     """Print every command and build every stage that can be built and is not in ``built`` yet, which grows."""
+    if not experiment.stages:
+        print(f"    {_nothing_to_do(experiment.preset)}", flush=True)
     for number, stage in enumerate(experiment.stages, start=1):
         print(f"[{number}/{len(experiment.stages)}] {stage.name}: {shlex.join(stage.command)}", flush=True)
         if stage.dry_command is None:
@@ -269,6 +276,13 @@ def dry_run(experiment: Experiment, built: set[tuple[str, ...]]) -> int:
             return code
         built.add(what)
     return EXIT_OK
+
+
+def _nothing_to_do(preset: str) -> str:
+    conditions = [stage.get("if") or [] for stage in load_preset(preset)["stages"].values()]
+    names = dict.fromkeys(name for each in conditions for name in ([each] if isinstance(each, str) else each))
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    return f"{preset} has nothing to do: give one of {flags}"
 
 
 def _without_names(command: Sequence[str]) -> tuple[str, ...]:
@@ -425,14 +439,15 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def _expand(value: Any, variables: Mapping[str, str]) -> str:
     """Replace ``{variable}``, also within variables."""
+
+    def replace_one(match: re.Match) -> str:
+        if match[1] not in variables:
+            raise UserError(f"{value!r} refers to {match[0]}, which is no variable of the preset")
+        return str(variables[match[1]])
+
     text = str(value)
     for _ in range(4):
-        if "{" not in text:
-            break
-        try:
-            text = text.format(**variables)
-        except KeyError as error:
-            raise UserError(f"the preset refers to {{{error.args[0]}}}, which is no variable of it") from error
+        text = re.sub(r"\{(\w+)\}", replace_one, text)
     return text
 
 
