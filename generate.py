@@ -95,7 +95,7 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         "--exp-path",
         type=Path,
         metavar="DIR",
-        help="run of train_ldm.py, exps/NAME, or an experiment of REPA or REPA-E with its args.json",
+        help="run of train_ldm.py or train_repae.py, exps/NAME, or an experiment of REPA or REPA-E with its args.json",
     )
     group.add_argument(
         "--ckpt", type=Path, metavar="FILE", help="instead: a SiT checkpoint of REPA or REPA-E, .pt or .safetensors"
