@@ -56,7 +56,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--vae-latents-stats",
         metavar="FILE",
-        help="latent statistics, REPA-E's, LightningDiT's or ours (default: those in SOURCE or beside it)",
+        help="latent statistics, REPA-E's, LightningDiT's or ours; repa: mean 0 and scale 0.18215 (default: those in "
+        "SOURCE or beside it)",
     )
     add(
         "--disc-pretrained-ckpt",

@@ -38,6 +38,7 @@ from metrics.generation import check_count
 from metrics.sources import open_image_set
 from models.autoencoder import Autoencoder
 from models.sit import SiT
+from training import arguments
 from training.cli import (
     ArgumentParser,
     add_debug_argument,
@@ -110,17 +111,7 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_foreign_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--vae", metavar="NAME", help="architecture of --vae-ckpt, e.g. f8d4, where it does not tell")
-    group.add_argument(
-        "--vae-ckpt",
-        metavar="FILE",
-        help="the VAE of its latents (default: in the checkpoint, or the file that its args name)",
-    )
-    group.add_argument(
-        "--vae-latents-stats",
-        metavar="FILE",
-        help="its latent statistics (default: the checkpoint's, else REPA's factor 0.18215 for 4 channels)",
-    )
+    arguments.add_foreign_vae_arguments(group)
     group.add_argument(
         "--path-type", choices=PATH_TYPES, help="interpolant it was trained on (default: as its args say, else linear)"
     )

@@ -22,14 +22,13 @@ import torch
 
 from diffusion.flow import PATH_TYPES
 from errors import UserError
+from formats.statistics import REPA_CHANNELS, repa_statistics
 from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
 from models.weight_files import NotWeightsError, read_contents
 
 State = dict[str, torch.Tensor]
 
 DEFAULT_ENCODER_DEPTH = 8  # of REPA and REPA-E; no tensor tells it
-REPA_SCALE = 0.18215  # REPA normalises with it alone, Stable Diffusion's factor
-REPA_CHANNELS = 4
 REPAE_VAES, REPAE_PROJECTOR_WIDTH = ("f8d4", "f16d32"), 2048
 BATCH_NORM_PREFIX = "bn."
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
@@ -218,9 +217,12 @@ def rename_legacy_blocks(state: Mapping[str, torch.Tensor]) -> tuple[State, int 
     return {name(key): tensor for key, tensor in state.items()}, first
 
 
-def repa_statistics() -> Statistics:
-    """What REPA normalises Stable Diffusion's latents with: no mean, one factor."""
-    return Statistics(torch.zeros(REPA_CHANNELS), torch.full((REPA_CHANNELS,), 1 / REPA_SCALE))
+def assumed_statistics(config: SiTConfig) -> Statistics | None:
+    """REPA's, for a SiT on Stable Diffusion's latents that holds none; None for other channels."""
+    if config.latent_channels != REPA_CHANNELS:
+        return None
+    assumed = repa_statistics()
+    return Statistics(assumed.mean, assumed.std)
 
 
 def repae_checkpoint(
@@ -317,7 +319,7 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
         if name in _COMPARED and facts.get(name, value) != value:
             raise UserError(
                 f"{given}: args.json says {name} {value}, the checkpoint {facts[name]}: they do not belong together; "
-                "give the file alone with --ckpt, or copy its own args.json"
+                "copy its own args.json beside it"
             )
         facts[name] = value
     return facts

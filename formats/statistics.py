@@ -26,6 +26,9 @@ from models.weight_files import NotWeightsError, read_contents
 LIGHTNINGDIT_FILE = "latents_stats.pt"
 REPAE_SUFFIX = "-latents-stats"
 DISCRIMINATOR_SUFFIX = "-discriminator-ckpt"
+REPA = "repa"  # --vae-latents-stats repa: what REPA normalises with, whose checkpoints hold no statistics
+REPA_SCALE = 0.18215  # Stable Diffusion's factor, and no mean
+REPA_CHANNELS = 4
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
@@ -69,6 +72,12 @@ class Statistics:
             statistics.var.copy_(self.var)
         else:
             statistics.load(self.mean, self.std, self.var)
+
+
+def repa_statistics() -> Statistics:
+    """What REPA normalises Stable Diffusion's latents with: no mean, one factor."""
+    source = f"REPA (mean 0, scale {REPA_SCALE})"
+    return Statistics(torch.zeros(REPA_CHANNELS), torch.full((REPA_CHANNELS,), 1 / REPA_SCALE), None, source)
 
 
 def read_statistics(path: Path) -> Statistics:

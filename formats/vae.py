@@ -25,7 +25,7 @@ from formats.architecture import (
 from formats.checkpoints import FoundVAE, find_vae
 from formats.hub import hub_folder, is_hub_name
 from formats.runs import DIFFUSERS_WEIGHTS, MANIFEST, locate_vae, read_checkpoint
-from formats.statistics import config_statistics, find_beside, read_statistics
+from formats.statistics import REPA, config_statistics, find_beside, read_statistics, repa_statistics
 from models.autoencoder import Autoencoder, architecture_names
 from models.weight_files import NotWeightsError, one_line, read_contents
 
@@ -94,8 +94,8 @@ def load_vae(
         vae: an architecture's name (``architecture_names``); or a VAE in any form, whose architecture is taken, and
             whose weights too where no ``checkpoint`` is given; None: what the checkpoint says.
         checkpoint: a file, folder, run or hub name with weights; ``"none"`` for random ones.
-        statistics: a file with latent statistics; by default those in the checkpoint, beside it, or in its
-            configuration.
+        statistics: a file with latent statistics, or ``"repa"`` for REPA's; by default those in the checkpoint,
+            beside it, or in its configuration.
         step: of the checkpoint, where that is one of our own runs.
         flag: what the user calls ``checkpoint``, for messages.
 
@@ -217,9 +217,12 @@ def _load_statistics(autoencoder: Autoencoder, source: VAESource | None, file: s
     if file is not None:
         given = f"--vae-latents-stats {file}"
         with _reasons(given):
-            if not Path(file).exists():
+            if file == REPA:
+                found = repa_statistics()
+            elif Path(file).exists():
+                found = read_statistics(Path(file))
+            else:
                 raise NotWeightsError("no such file")
-            found = read_statistics(Path(file))
             found.load_into(autoencoder.statistics)
         return found.source
     if source is None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import cache_latents
 import export_ldm
 import generate
 import train_ldm
@@ -22,12 +23,13 @@ from formats.vae import build_autoencoder
 from models.autoencoder import Autoencoder, to_uint8
 from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
 from tests.command_line import argv_of
+from tests.latent_caches import flags as cache_flags
 from tests.latent_caches import save_vae
 from tests.ldm_runs import CLASS_NAMES, STEP, random_weights, write_ldm_run
 from tests.ldm_steps import tiny_trainer
 from tests.ldm_trainings import LATENTS, write_data
 from tests.ldm_trainings import flags as ldm_flags
-from tests.public_sit import PublicSiT, public_args, write_checkpoint, write_experiment
+from tests.public_sit import PublicSiT, public_args, trained, write_checkpoint, write_experiment
 from tests.public_vae import TINY, PublicVAE, random_vae
 from training.cli import run
 from training.ldm_source import open_source
@@ -234,6 +236,35 @@ def test_generate_samples_an_ldm_on_a_finished_vae(tmp_path, monkeypatch, capsys
     assert "not the VAE of this SiT" in capsys.readouterr().err
 
 
+def test_the_weights_as_trained_beside_the_vae_of_their_checkpoint(tmp_path):
+    """The statistics of model are others than those of ema, and the VAE in the file is of both."""
+    folder, _, vae = repae_experiment(tmp_path / "repae")
+    model = PublicSiT(seed=1, batch_norm=True)
+    trained(model)  # as write_experiment left it
+    expected = repae_images(model, vae, torch.arange(4))
+    assert_same_images(sampled(tmp_path / "out", exp_path=folder, weights="model"), expected)
+
+
+def test_statistics_beside_the_vae_of_a_repa_checkpoint_are_said_not_to_be_taken(tmp_path, capsys):
+    ema, vae = PublicSiT(seed=2), random_vae(seed=3, **TINY)
+    torch.save(ema.state_dict(), tmp_path / "last.pt")
+    torch.save(vae.state_dict(), tmp_path / "vae.pt")
+    mean, std = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([2.0, 3.0, 2.5, 4.0])
+    torch.save({"latents_scale": 1 / std.view(1, 4, 1, 1), "latents_bias": mean.view(1, 4, 1, 1)}, tmp_path / "s.pt")
+    shutil.copy(tmp_path / "s.pt", tmp_path / "vae-latents-stats.pt")
+    given = {"ckpt": tmp_path / "last.pt", "vae_ckpt": tmp_path / "vae.pt"}
+    autoencoder, _ = build_autoencoder("f4d4-tiny", str(tmp_path / "vae.pt"))
+    repas = expected_images(ema, autoencoder, (torch.zeros(4), torch.full((4,), 1 / 0.18215)), torch.arange(4))
+    assert_same_images(sampled(tmp_path / "a", **given), repas)
+    said = capsys.readouterr().err
+    assert "scale 0.18215, and not those of" in said
+    assert "vae-latents-stats.pt (--vae-latents-stats takes those)" in said
+    assert_same_images(sampled(tmp_path / "b", **given, vae_latents_stats="repa"), repas)
+    theirs = expected_images(ema, autoencoder, (mean, std), torch.arange(4))
+    assert_same_images(sampled(tmp_path / "c", **given, vae_latents_stats=tmp_path / "s.pt"), theirs)
+    assert "0.18215" not in capsys.readouterr().err
+
+
 def test_generate_continues_and_refuses_other_weights(tmp_path):
     vae = save_vae(tmp_path)
     torch.save(PublicSiT(seed=1).state_dict(), tmp_path / "a.pt")
@@ -358,6 +389,29 @@ def test_train_ldm_begins_with_bare_weights(data, tmp_path, capsys):
     assert "differ from its by 0.029 standard deviations" in log
 
 
+def test_train_ldm_goes_on_from_a_repa_experiment_on_a_cache_with_its_assumed_statistics(data, tmp_path, capsys):
+    """REPA's checkpoints hold no statistics: mean 0, scale 0.18215, which cache_latents.py takes by the name repa."""
+    source = write_experiment(tmp_path / "repa", PublicSiT(seed=1), PublicSiT(seed=2), public_args(vae="f4d4"))
+    vae, features = save_vae(tmp_path), {"cache_features": True, "enc_type": "efficientnet-lite0", "features_grid": 4}
+    cached = tmp_path / "latents"
+    assert cache_latents.main(cache_flags(data, vae, cached, vae_latents_stats="repa", **features)) == 0
+    statistics = load_file(cached / "vae" / "latents_stats.safetensors")
+    assert torch.equal(statistics["mean"], torch.zeros(4))
+    assert (statistics["std"] - 1 / 0.18215).abs().max() < 1e-5
+    flags = {"continue_train_exp_dir": source, "max_train_steps": 8}
+    assert continued(data, tmp_path, "refused", **flags) == 2
+    assert "cache_latents.py --vae-latents-stats repa" in capsys.readouterr().err
+    assert continued(data, tmp_path, "repa", vae_latents_name=cached, **flags) == 0
+    run_folder = tmp_path / "exps" / "repa"
+    assert [json.loads(line)["step"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()] == [8]
+    assert "differ from its" not in (run_folder / "log.txt").read_text()
+    weights = load_file(run_folder / "checkpoints" / "0000008" / "model.safetensors")
+    before = PublicSiT(seed=1)
+    trained(before)  # as write_experiment left it
+    moved = (weights["x_embedder.proj.weight"] - before.x_embedder.proj.weight).abs().max()
+    assert 0 < moved < 2e-4  # one step at a learning rate of 1e-4
+
+
 def export(*argv: object) -> int:
     return run(export_ldm.main, [str(word) for word in argv])
 
@@ -398,6 +452,29 @@ def test_the_exported_folder_and_its_snippet(tmp_path, monkeypatch):
     found = np.asarray(Image.open(tmp_path / "sample.png"))
     assert found.std() > 10
     assert np.abs(found.astype(int) - image).max() <= 1
+
+
+def test_an_experiment_of_repa_is_exported_with_the_vae_that_is_given(tmp_path, capsys):
+    folder = write_experiment(tmp_path / "repa", PublicSiT(seed=1), PublicSiT(seed=2), public_args(vae_ckpt="gone.pt"))
+    torch.save(random_vae(seed=3, **TINY).state_dict(), tmp_path / "vae.pt")
+    assert export(folder, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "--vae-ckpt is needed: RUN" in error
+    assert "--exp-path" not in error
+    flags = ("--vae", "f4d4-tiny", "--vae-ckpt", tmp_path / "vae.pt", "--vae-latents-stats", "repa")
+    assert export(folder, tmp_path / "out", *flags) == 0
+    assert_same_network_without_projectors(SiT.from_pretrained(tmp_path / "out" / "transformer"), PublicSiT(seed=2))
+    wanted, _ = build_autoencoder("f4d4-tiny", str(tmp_path / "vae.pt"))
+    found, _ = build_autoencoder(str(tmp_path / "out" / "vae"))
+    assert found.checksum() == wanted.checksum()
+    assert (found.statistics.std - 1 / 0.18215).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def assert_same_network_without_projectors(model: SiT, public: PublicSiT) -> None:
+    expected, _ = public(*probe())
+    assert expected.std() > 0.1
+    assert (model.eval()(*probe()) - expected).abs().max() < 1e-5
 
 
 def test_the_layout_of_repae_is_read_by_independent_networks(data, tmp_path, capsys):

@@ -116,8 +116,24 @@ def add_vae_source_arguments(group: argparse._ActionsContainer, default: str | N
     group.add_argument(
         "--vae-latents-stats",
         metavar="FILE",
-        help="its latent statistics, REPA-E's, LightningDiT's or ours (default: those in the VAE's file, beside it as "
-        "X-latents-stats.pt, or in its folder)",
+        help="its latent statistics, REPA-E's, LightningDiT's or ours; repa: mean 0 and scale 0.18215, which REPA's "
+        "checkpoints assume (default: those in the VAE's file, beside it as X-latents-stats.pt, or in its folder)",
+    )
+
+
+def add_foreign_vae_arguments(group: argparse._ActionsContainer) -> None:
+    """The VAE of a checkpoint of REPA or REPA-E, where that does not hold it: ``training.foreign_ldm.VAE_FLAGS``."""
+    group.add_argument("--vae", metavar="NAME", help="architecture of --vae-ckpt, e.g. f8d4, where it does not tell")
+    group.add_argument(
+        "--vae-ckpt",
+        metavar="FILE",
+        help="the VAE of its latents (default: in the checkpoint, or the file that its args name)",
+    )
+    group.add_argument(
+        "--vae-latents-stats",
+        metavar="FILE",
+        help="its latent statistics; repa: mean 0 and scale 0.18215 (default: the checkpoint's, else REPA's for 4 "
+        "channels)",
     )
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import UserError
-from formats.sit import REPA_CHANNELS, SiTCheckpoint, SiTWeights, Statistics, read_sit, repa_statistics
+from formats.sit import SiTCheckpoint, SiTWeights, Statistics, assumed_statistics, read_sit
+from formats.statistics import REPA_CHANNELS, REPA_SCALE
 from formats.vae import load_vae
 from models.autoencoder import Autoencoder, architecture_names
 from models.sit import PROJECTORS, SiT, SiTConfig
@@ -98,12 +99,13 @@ def checkpoint_file(folder: Path, train_steps: int | None, flag: str = "--exp-pa
     return path, facts
 
 
-def open_foreign_ldm(args: argparse.Namespace, report: Callable[[str], object]) -> ForeignLDM:
+def open_foreign_ldm(args: argparse.Namespace, report: Callable[[str], object], flag: str = "--exp-path") -> ForeignLDM:
     """Read a SiT checkpoint of REPA or REPA-E with its VAE.
 
     Args:
         args: ``exp_path`` or ``ckpt``, ``train_steps``, ``weights`` and ``FLAGS``, None where they are not given.
         report: is told what was assumed.
+        flag: what the user calls ``exp_path``, for messages.
 
     Raises:
         UserError: no such checkpoint, not readable, contradicted by a flag, or a flag is needed that is not given.
@@ -112,8 +114,8 @@ def open_foreign_ldm(args: argparse.Namespace, report: Callable[[str], object]) 
         path, facts, folder, given = Path(args.ckpt), None, Path(args.ckpt).parent, f"--ckpt {args.ckpt}"
         _refuse_own(path)
     else:
-        path, facts = checkpoint_file(args.exp_path, args.train_steps)
-        folder, given = Path(args.exp_path), f"--exp-path {args.exp_path} ({path.name})"
+        path, facts = checkpoint_file(args.exp_path, args.train_steps, flag)
+        folder, given = Path(args.exp_path), f"{flag} {args.exp_path} ({path.name})"
     checkpoint = read_sit(path, given, facts)
     weights = _chosen(checkpoint, args.weights, given)
     notes: list[str] = []
@@ -123,9 +125,10 @@ def open_foreign_ldm(args: argparse.Namespace, report: Callable[[str], object]) 
     resolution = config.latent_size * autoencoder.downsampling
     for name, value in (("its args say", checkpoint.facts.get("resolution")), ("--resolution is", args.resolution)):
         if value not in (None, resolution):
+            remedy = "give its own VAE" + (" and no --resolution" if args.resolution else "")
             raise UserError(
                 f"{given}: {name} {value} px, but {config.latent_size}×{config.latent_size} latents of this VAE are "
-                f"{resolution} px: give its own VAE and no --resolution"
+                f"{resolution} px: {remedy}"
             )
     state = {key: tensor for key, tensor in weights.state.items() if not key.startswith(PROJECTORS)}
     for note in notes:
@@ -210,8 +213,21 @@ def _load_autoencoder(
             f"{given} makes latents of {checkpoint.config.latent_channels} channels, the VAE decodes "
             f"{autoencoder.latent_channels}: give the VAE that it was trained with (--vae-ckpt)"
         )
-    own = None if loaded.statistics_source is None else statistics_of(autoencoder)
-    statistics = _statistics(weights, own, args, given, report)
+    assumed = assumed_statistics(checkpoint.config) if args.vae_latents_stats is None else None
+    if weights.statistics is not None:
+        # a VAE in the checkpoint is the right one, and its statistics are those of ema
+        if loaded.statistics_source is not None and not checkpoint.holds_vae:
+            _check_vae_of(weights.statistics, statistics_of(autoencoder), args, given)
+        statistics = weights.statistics
+    elif assumed is not None:
+        others = loaded.statistics_source
+        instead = f", and not those of {others} (--vae-latents-stats takes those)" if others else ""
+        report(f"{given} holds no latent statistics; taking REPA's, mean 0 and scale {REPA_SCALE}{instead}")
+        statistics = assumed
+    elif loaded.statistics_source is None:
+        raise UserError(f"--vae-latents-stats is needed: neither {given} nor its VAE says how latents were normalised")
+    else:
+        return autoencoder
     autoencoder.statistics.load(statistics.mean, statistics.std)
     return autoencoder
 
@@ -227,24 +243,10 @@ def _vae_of_training(checkpoint: SiTCheckpoint, given: str) -> str:
     raise UserError(f"--vae-ckpt is needed: {given} does not hold the VAE of its latents{hint}")
 
 
-def _statistics(
-    weights: SiTWeights,
-    own: Statistics | None,
-    args: argparse.Namespace,
-    given: str,
-    report: Callable[[str], object],
-) -> Statistics:
-    """What latents are denormalised with: the SiT's own, or those given, or REPA's factor, or those of the VAE."""
-    if weights.statistics is not None:
-        if own is not None and (difference := statistics_difference(own, weights.statistics)) > TOLERANCE:
-            raise UserError(
-                f"{args.vae_latents_stats or args.vae_ckpt or given}: its latent statistics differ by "
-                f"{difference:.2f} standard deviations from those in {given}: not the VAE of this SiT"
-            )
-        return weights.statistics
-    if args.vae_latents_stats is None and weights.state["x_embedder.proj.weight"].shape[1] == REPA_CHANNELS:
-        report(f"{given} holds no latent statistics; taking REPA's, mean 0 and scale 0.18215")
-        return repa_statistics()
-    if own is None:
-        raise UserError(f"--vae-latents-stats is needed: neither {given} nor its VAE says how latents were normalised")
-    return own
+def _check_vae_of(statistics: Statistics, own: Statistics, args: argparse.Namespace, given: str) -> None:
+    """A VAE with other statistics than those in the checkpoint is not the one of its training."""
+    if (difference := statistics_difference(own, statistics)) > TOLERANCE:
+        raise UserError(
+            f"{args.vae_latents_stats or args.vae_ckpt or given}: its latent statistics differ by {difference:.2f} "
+            f"standard deviations from those in {given}: not the VAE of this SiT"
+        )

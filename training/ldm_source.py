@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from errors import UserError
-from formats.sit import REPA_CHANNELS, SiTCheckpoint, State, Statistics, read_sit, repa_statistics
+from formats.sit import SiTCheckpoint, State, Statistics, assumed_statistics, read_sit
+from formats.statistics import REPA, REPA_SCALE
 from models.autoencoder import STATISTICS_FILE
 from models.latent_statistics import EPSILON
 from models.sit import PROJECTORS, SiT, SiTConfig
@@ -50,6 +51,7 @@ class Source:
         step: it was trained for.
         facts: what it says of its training: ``path_type``, ``encoder_depth``; may be empty.
         statistics: by which its latents were normalised, or None.
+        assumes_repa: whether these are REPA's, because it holds none.
     """
 
     given: str
@@ -61,6 +63,7 @@ class Source:
     step: int
     facts: Mapping
     statistics: Statistics | None
+    assumes_repa: bool = False
 
     def record(self) -> dict:
         """For ``args.json``."""
@@ -189,9 +192,15 @@ def _check_latent_projector(source: Source, config: SiTConfig) -> None:
 def _check_statistics(source: Source, statistics: Statistics) -> None:
     difference = statistics_difference(statistics, source.statistics)
     if difference > REFUSED_DIFFERENCE:
+        remedy = "make the cache with the VAE and statistics of its training"
+        if source.assumes_repa:
+            remedy = (
+                f"it holds no statistics, so that REPA's are taken (mean 0, scale {REPA_SCALE}): make the cache with "
+                f"cache_latents.py --vae-latents-stats {REPA}"
+            )
         raise UserError(
             f"the cache's latent statistics differ from those of {source.given} by {difference:.2f} standard "
-            "deviations: its SiT would see other latents; make the cache with the VAE and statistics of its training"
+            f"deviations: its SiT would see other latents; {remedy}"
         )
 
 
@@ -248,9 +257,7 @@ def _foreign(checkpoint: SiTCheckpoint, given: str) -> Source:
     """Theirs; bare weights count as model and average, and begin at step 0."""
     ema = checkpoint.weights.get("ema")
     model = checkpoint.weights.get("model", ema)
-    statistics = model.statistics
-    if statistics is None and checkpoint.config.latent_channels == REPA_CHANNELS:
-        statistics = repa_statistics()
+    assumed = assumed_statistics(checkpoint.config) if model.statistics is None else None
     return Source(
         given=given,
         path=checkpoint.path,
@@ -260,7 +267,8 @@ def _foreign(checkpoint: SiTCheckpoint, given: str) -> Source:
         moments=checkpoint.moments,
         step=checkpoint.step or 0,
         facts=checkpoint.facts,
-        statistics=statistics,
+        statistics=model.statistics if assumed is None else assumed,
+        assumes_repa=assumed is not None,
     )
 
 

@@ -142,5 +142,10 @@ CASES = [
         given(of_statistics(moments(4, std=torch.zeros(4))), *STATISTICS),
         ("stat", "not positive"),
     ),
+    Case(
+        "REPA's statistics for other channels",
+        given(saved(tiny_ldm_state(latent_channels=8, width=32)), "vae.pt", "--vae-latents-stats", "repa"),
+        ("--vae-latents-stats repa", "4 channels", "8"),
+    ),
     Case("no statistics in the file", given(of_statistics({"a": torch.ones(4)}), *STATISTICS), ("statistics.pt",)),
 ]
