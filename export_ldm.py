@@ -10,8 +10,9 @@ Formats:
   repa        args.json and checkpoints/0400000.pt in the layout of REPA-E (model, ema, vae, args, steps), which
               REPA-E's generate.py reads: --exp-path FOLDER --train-steps 400000
 
-RUN is a run of train_ldm.py or train_repae.py; for the format diffusers also an experiment of REPA-E. Everything is
-written beside and renamed when it is complete.
+RUN is a run of train_ldm.py or train_repae.py; for the format diffusers also an experiment of REPA or REPA-E, with
+--vae-ckpt where its VAE is neither in the checkpoint nor where its args.json says. Everything is written beside and
+renamed when it is complete.
 """
 
 import argparse
@@ -30,9 +31,10 @@ from formats.layers import to_ldm
 from formats.sit import repae_checkpoint, repae_facts, what_repae_lacks
 from models.autoencoder import Autoencoder
 from models.sit import SiT
+from training import arguments
 from training.cli import ArgumentParser, add_debug_argument, positive_int, run
 from training.dry_run import count_parameters
-from training.foreign_ldm import FLAGS, ForeignLDM, is_foreign, open_foreign_ldm
+from training.foreign_ldm import FLAGS, VAE_FLAGS, ForeignLDM, is_foreign, open_foreign_ldm
 from training.ldm_source import open_source
 from training.run import write_json
 from training.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm
@@ -56,6 +58,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default="ema",
         help="for the format diffusers: their moving average, or as trained",
     )
+    arguments.add_foreign_vae_arguments(parser.add_argument_group("VAE of an experiment of REPA or REPA-E"))
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is an earlier export")
     parser.add_argument(
         "--dry-run", action="store_true", help="read everything, print what would be written, write nothing"
@@ -110,6 +113,12 @@ def is_ours(path: Path) -> bool:
 
 def open_run(args: argparse.Namespace) -> TrainedLDM | ForeignLDM:
     if not is_foreign(args.exp_path):
+        given = next((name for name in VAE_FLAGS if getattr(args, name) is not None), None)
+        if given is not None:
+            raise UserError(
+                f"--{given.replace('_', '-')} is for experiments of REPA and REPA-E; RUN {args.exp_path} holds its "
+                "VAE: leave the flag away"
+            )
         try:
             return open_trained_ldm(args.exp_path, args.train_steps, args.weights, warn)
         except UserError as error:
@@ -118,8 +127,8 @@ def open_run(args: argparse.Namespace) -> TrainedLDM | ForeignLDM:
         raise UserError(
             f"{args.exp_path} is an experiment of REPA or REPA-E already; only --format diffusers is of use"
         )
-    unset = argparse.Namespace(**dict.fromkeys((*FLAGS, "ckpt")), **vars(args))
-    return open_foreign_ldm(unset, warn)
+    unset = dict.fromkeys((*FLAGS, "ckpt"))
+    return open_foreign_ldm(argparse.Namespace(**(unset | vars(args))), warn, "RUN")
 
 
 def warn(message: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.generate_cases import shared_run
+from tests.public_sit import PublicSiT, public_args, write_experiment
 
 
 def exporting(prepare_out: Callable[[Path], object] = lambda out: None, *flags: str, run: str | None = None):
@@ -34,7 +35,20 @@ def earlier_export(out: Path) -> None:
     (out / "model_index.json").write_text('{"exported_from": "ldm"}')
 
 
+def repa_experiment(*flags: str):
+    """An experiment of REPA that says its VAE nowhere."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        folder = write_experiment(tmp_path / "repa", PublicSiT(), PublicSiT(seed=1), public_args())
+        return [str(folder), str(tmp_path / "out"), *flags]
+
+    return prepare
+
+
 CASES = [
+    Case("no VAE", repa_experiment(), ("--vae-ckpt is needed", "RUN")),
+    Case("another step", repa_experiment("--train-steps", "3"), ("RUN", "no checkpoint of step 3", "there are: 7")),
+    Case("a VAE beside its own", exporting(lambda out: None, "--vae-ckpt", "vae.pt"), ("--vae-ckpt", "RUN", "leave")),
     Case("no run", lambda tmp_path, monkeypatch: [], ("RUN, OUT",)),
     Case("not a run", exporting(run="docs"), ("RUN docs is not a run",)),
     Case("no such step", exporting(lambda out: None, "--train-steps", "3"), ("--train-steps 3", "there are: 5, 10")),
