@@ -14,6 +14,8 @@ from models.weight_files import one_line, weights_checksum
 
 __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "build_encoder", "build_encoders", "encoder_names", "encoder_spec"]
 
+CHANNELS_LAST_FROM = 128  # pixels: depthwise convolutions are then 1.3 (128) to 1.6 (256) times as fast on a CPU
+
 
 class Encoder(nn.Module):
     """A frozen VFM that gives the token grid it was asked for.
@@ -33,6 +35,8 @@ class Encoder(nn.Module):
         self.spec, self.grid, self.network, self.name = spec, grid, network, name or spec.timm_name
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1) * 255.0, persistent=False)
+        if spec.kind == "cnn" and self.input_size >= CHANNELS_LAST_FROM:
+            network.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
 
