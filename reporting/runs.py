@@ -2,7 +2,7 @@
 
 A subject of a report is the folder of a training (``args.json``), a VAE's diffusers folder, a folder of generated
 images, a single ``.npz``, or a folder of measurements (``metrics/``) of something else, such as raw pixels. The folder
-of an experiment (``preset.json``) stands for its runs.
+of an experiment (``preset.json``) stands for its runs, and for what the experiment measured into that folder itself.
 """
 
 import json
@@ -162,14 +162,15 @@ def _read_untrained(path: Path) -> Run:
     if path.is_file() or (path / INDEX_NAME).is_file():
         return Run(path, _name(path), SAMPLES, samples=[read_samples(path)])
     sort = VAE_FOLDER if (path / "config.json").is_file() else MEASURED
-    return Run(path, _name(path), sort, measurements=read_measurements(path / FOLDER_NAME))
+    return Run(path, _name(path), sort, measurements=read_measurements(path / FOLDER_NAME), preset=_preset_of(path))
 
 
 def _subjects(path: Path) -> list[Path]:
     """The folders that a path stands for."""
     if (path / PRESET_NAME).is_file():
         names = _read_preset(path / PRESET_NAME).runs
-        return [path.parent / name for name in names if (path.parent / name / "args.json").is_file()]
+        runs = [path.parent / name for name in names if (path.parent / name / "args.json").is_file()]
+        return [*([path] if _is_measured(path) else []), *runs]
     if path.name == "vae" and (path.parent / "args.json").is_file():
         return [path.parent]  # measurements of a run's vae/ lie with the run
     if not _is_subject(path):
@@ -186,8 +187,12 @@ def _is_subject(path: Path) -> bool:
         or _is_vae(path)
         or _is_samples(path)
         or (path.is_file() and path.suffix == ".npz")
-        or any((path / FOLDER_NAME).glob("*.json"))
+        or _is_measured(path)
     )
+
+
+def _is_measured(path: Path) -> bool:
+    return any((path / FOLDER_NAME).glob("*.json"))
 
 
 def _is_vae(path: Path) -> bool:
@@ -230,8 +235,10 @@ def _read_preset(path: Path) -> Preset:
 
 
 def _preset_of(folder: Path) -> Preset | None:
-    """The preset among a run's neighbours that made it."""
+    """The preset that a folder is the experiment of, or the one among its neighbours that made it."""
     folder = folder.resolve()
+    if (folder / PRESET_NAME).is_file():
+        return _read_preset(folder / PRESET_NAME)
     for path in sorted(folder.parent.glob(f"*/{PRESET_NAME}")):
         preset = _read_preset(path)
         if folder.name in preset.runs:

@@ -108,6 +108,27 @@ def test_a_preset_s_runs_stand_beside_its_row(tmp_path, capsys):
     assert "five-ldm: measured" not in out
 
 
+def test_what_an_experiment_measured_itself_stands_beside_its_row(tmp_path, capsys):
+    """Tables 7 and 8 train nothing: their figures lie in the experiment's own folder, beside which there are no runs."""
+    seven = write_preset(tmp_path, "table7/vavae", [], "table7/vavae")
+    write_reconstruction(seven, {"rFID": 0.31, "PSNR": 27.5})
+    eight = write_preset(tmp_path, "table8/vavae", [], "table8/vavae")
+    write_probe(eight, 0.5, "data/celeba")
+    write_reconstruction(write_run(tmp_path / "both-vae", "VAE"), {"rFID": 0.2})
+    both = write_preset(tmp_path, "both", ["both-vae"], "table7/sendvae")
+    write_reconstruction(both, {"PSNR": 28.0})
+    for words in ((seven, eight, both), (tmp_path / "table*", both)):
+        found = records(capsys, *words)
+        assert {key: record["published"] for key, record in found.items()} == {
+            ("table7-vavae", "rFID"): 0.28,
+            ("table7-vavae", "PSNR"): 27.96,
+            ("table8-vavae", "attributes/F1-macro"): 0.6347,
+            ("both-vae", "rFID"): 0.31,
+            ("both", "PSNR"): 27.62,
+        }
+        assert found["table7-vavae", "rFID"]["preset"] == "table7/vavae"
+
+
 def test_a_given_row_replaces_the_preset_s(tmp_path, capsys):
     write_samples(write_run(tmp_path / "a-ldm"), {"FID": 8.0})
     folder = write_preset(tmp_path, "a", ["a-ldm"], "table2/depth1")
