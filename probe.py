@@ -9,7 +9,7 @@
   uniformity      how evenly latent vectors are spread: Gini coefficient of a kernel density estimate, 0 is perfect
   discrimination  fit of Gaussian mixtures to whole latents: log-likelihood, BIC, agreement of components with classes
   pictures        latents as colours, a map by class, the way from one image to another
-  all             all of these that the data allow
+  all             all of these that the data allow; a line says why one is left out
 
 The images are encoded once (posterior mean) and stay in memory. Values go into metrics/probe-WHAT.json beside the VAE.
 Baselines: --features pixels (no VAE), or a random VAE: --vae f4d4-tiny --vae-ckpt none; both with --output-dir.
@@ -33,6 +33,10 @@ from metrics.probe_data import ProbeData, open_probe_data
 from metrics.probes import (
     Latents,
     Outcome,
+    check_attributes,
+    check_classes,
+    check_points,
+    plan_mixtures,
     probe_attributes,
     probe_classes,
     probe_discrimination,
@@ -41,8 +45,16 @@ from metrics.probes import (
     write_files,
 )
 from metrics.reconstruction import decoder
-from metrics.record import Measurement, write_measurement
-from metrics.subject import Subject, add_output_arguments, add_vae_arguments, open_vae, output_folder, output_subject
+from metrics.record import Measurement, default_name, metrics_folder, write_measurement
+from metrics.subject import (
+    Subject,
+    add_output_arguments,
+    add_vae_arguments,
+    file_suffix,
+    open_vae,
+    output_folder,
+    output_subject,
+)
 from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance
 from training.arguments import DEFAULT_RESOLUTION
 from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
@@ -70,7 +82,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-images", type=positive_int, metavar="N", help="evenly spread over the data (default: all)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="of random splits, positions, a random VAE")
     add = parser.add_argument_group("details").add_argument
-    add("--num-points", type=positive_int, default=10000, metavar="N", help="images in uniformity and discrimination")
+    add(
+        "--num-points",
+        type=positive_int,
+        default=10000,
+        metavar="N",
+        help="images in uniformity (3 at least) and mixtures",
+    )
     add("--tsne", action=argparse.BooleanOptionalAction, default=True, help="uniformity over a t-SNE, as VA-VAE's")
     add("--components", metavar="K,K,…", help="of mixtures (default: 10, 50, 100 and the classes, as data suffice)")
     add("--num-pictures", type=positive_int, default=16, metavar="N", help="images in pictures, at least 2")
@@ -78,7 +96,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     group = parser.add_argument_group("output and speed")
     add_output_arguments(group)
     add = group.add_argument
-    add("--name", metavar="TEXT", help="in the files' names, probe-WHAT-TEXT (default: the attributes' layout, if any)")
+    add(
+        "--name",
+        metavar="TEXT",
+        help="in the files' names, probe-WHAT-TEXT, replaced (default: the attributes' layout, if any; beside "
+        "a VAE's file its name behind it; where that is there already, of other --data, their name behind it)",
+    )
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
     add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
     add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the VAE")
@@ -125,11 +148,9 @@ def main(argv: Sequence[str]) -> int:
         max_images=args.max_images,
         seed=args.seed,
     )
-    if args.wants_all:
-        args.what = [name for name in args.what if is_possible(name, data)]
+    args.what = possible_probes(args, data)
     subject = open_vae(args, process) if args.features == "latent" else None
-    if not args.dry_run:
-        output_subject(args)
+    names = {} if args.dry_run else names_of(args, data, subject)
     function, shape = encoder_of(subject, data.images.resolution)
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads:
         autocast = autocast_for(process.device, args.mixed_precision)
@@ -152,16 +173,52 @@ def main(argv: Sequence[str]) -> int:
                 )
     if not args.dry_run:
         statistics = normalise(raw, subject)
-        probe_all(args, Latents(raw, data, process.device, args.seed), subject, statistics, worker)
+        probe_all(args, names, Latents(raw, data, process.device, args.seed), subject, statistics, worker)
     worker.close()
     return 0
 
 
-def is_possible(name: str, data: ProbeData) -> bool:
-    """Whether the data have what a probe of ``all`` needs."""
-    if name == "attributes":
-        return data.attributes is not None
-    return name != "classes" or len(np.unique(data.labels)) > 1
+def possible_probes(args: argparse.Namespace, data: ProbeData) -> list[str]:
+    """Those that the data can carry; of ``all``, each of the others is left out with a line, else it is an error."""
+    checks = {
+        "attributes": lambda: check_attributes(data),
+        "classes": lambda: check_classes(data),
+        "uniformity": lambda: check_points(data, args.num_points),
+        "discrimination": lambda: plan_mixtures(data, args.num_points, args.components),
+    }
+    found = []
+    for what in args.what:
+        try:
+            checks.get(what, lambda: None)()
+        except UserError as error:
+            leave_out(args, what, error)
+            continue
+        found.append(what)
+    return found
+
+
+def leave_out(args: argparse.Namespace, what: str, reason: UserError) -> None:
+    """Go on with the others of ``all``; what was asked for by name is not left out."""
+    if not args.wants_all:
+        raise reason
+    print(f"{what} is left out: {reason}", file=sys.stderr)
+
+
+def names_of(args: argparse.Namespace, data: ProbeData, subject: Subject | None) -> dict[str, str]:
+    """The names of the probes' records; an error, before anything is encoded, where these would replace others'."""
+    folder, names = metrics_folder(output_subject(args)), {}
+    for what in args.what:
+        text = args.name or (data.kind if what == "attributes" and data.kind != "csv" else None)
+        names[what] = f"probe-{what}" + (f"-{text}" if text else "")
+        if args.name is None:
+            usual = f"{names[what]}{file_suffix(args)}"
+            names[what] = default_name(folder, usual, Path(args.data), data.images.fingerprint, description_of(subject))
+    return names
+
+
+def description_of(subject: Subject | None) -> dict:
+    """What is probed, for records."""
+    return subject.description if subject is not None else {"path": "raw pixels"}
 
 
 def encoder_of(subject: Subject | None, resolution: int):
@@ -196,9 +253,14 @@ def show_plan(data: ProbeData, shape: tuple[int, ...]) -> None:
 
 
 def probe_all(
-    args: argparse.Namespace, latents: Latents, subject: Subject | None, statistics: LatentStatistics, worker
+    args: argparse.Namespace,
+    names: dict[str, str],
+    latents: Latents,
+    subject: Subject | None,
+    statistics: LatentStatistics,
+    worker: ChunkEncoder,
 ) -> None:
-    """Run the probes one by one; each one's results are written before the next begins."""
+    """Run the probes one by one, as ``names`` has them; each one's results are written before the next begins."""
     probes = {
         "attributes": lambda name: probe_attributes(latents),
         "classes": lambda name: probe_classes(latents),
@@ -206,10 +268,13 @@ def probe_all(
         "discrimination": lambda name: probe_discrimination(latents, args.num_points, args.components),
         "pictures": lambda name: draw_pictures(args, latents, subject, statistics, worker, name),
     }
-    for what in args.what:
-        suffix = args.name or (latents.data.kind if what == "attributes" and latents.data.kind != "csv" else None)
-        name = f"probe-{what}" + (f"-{suffix}" if suffix else "")
-        write_outcome(args, latents, subject, what, name, probes[what](name))
+    for what, name in names.items():
+        try:
+            outcome = probes[what](name)
+        except UserError as error:  # latents that are all alike
+            leave_out(args, what, error)
+            continue
+        write_outcome(args, latents, subject, what, name, outcome)
 
 
 def write_outcome(
@@ -224,7 +289,7 @@ def write_outcome(
         kind="probe",
         values={f"{what}/{key}": value for key, value in outcome.values.items()},
         count=len(data.items),
-        subject=subject.description if subject is not None else {"path": "raw pixels"},
+        subject=description_of(subject),
         settings={
             "data": str(Path(args.data)),
             "val_data": args.val_data,

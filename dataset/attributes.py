@@ -6,6 +6,7 @@ Each reader takes the folder as the data set's authors lay it out; annotation fi
 
 import csv
 import glob
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -177,12 +178,12 @@ def read_csv(root: Path) -> AttributeTable:
     """``attributes.csv``: a header, then a file (relative to the CSV's folder) and categorical values a row.
 
     A column of 0 and 1, −1 and 1, false and true, or no and yes is one attribute. Any other becomes one attribute a
-    value, ``COLUMN=VALUE``; a column that is the same everywhere says nothing and is left out. A column ``split`` of
-    train, val and test is the split. Where all files lie in folders, these are the classes.
+    value, ``COLUMN=VALUE``; a column that is the same everywhere says nothing and is left out. Upper and lower case are
+    the same. A column ``split`` of train, val and test is the split. Where all files lie in folders, these are the
+    classes.
     """
     path = _find(root, CSV_NAME)
-    with open(path, newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
+    header, *rows = _csv_rows(path) or [[]]
     if len(header) < 2 or not rows:
         raise UserError(f"{path} has no rows of a file and its attributes below a header; write some")
     for place, row in enumerate(rows):
@@ -203,6 +204,18 @@ def read_csv(root: Path) -> AttributeTable:
     labels = np.array([classes.index(file.partition("/")[0]) if "/" in file else 0 for file in files], np.int64)
     values = np.stack(list(attributes.values()), 1)
     return AttributeTable("csv", path.parent, files, list(attributes), values, split, labels, classes)
+
+
+def _csv_rows(path: Path) -> list[list[str]]:
+    content = path.read_bytes()
+    try:
+        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        return list(reader)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file in UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; is a quotation mark not closed? mend it") from error
 
 
 READERS: dict[str, Callable[[Path], AttributeTable]] = {
@@ -322,15 +335,16 @@ def _category_names(root: Path, numbers: Sequence[int]) -> list[str]:
 
 
 def _binary_attributes(path: Path, name: str, column: Sequence[str]) -> dict[str, np.ndarray]:
-    values = sorted(set(column), key=str.lower)
+    spellings = {value.lower(): value for value in sorted(set(column), reverse=True)}  # of several, the first one
+    values = sorted(spellings)
     if len(values) > MAX_VALUES:
         raise UserError(
             f"{path}: column {name} has {len(values)} different values; attributes are categories (up to "
             f"{MAX_VALUES}): remove the column or put its values into classes"
         )
-    array = np.array(column)
+    array = np.array([value.lower() for value in column])
     if len(values) < 2:
         return {}
-    if {value.lower() for value in values} in _BINARY:
+    if set(values) in _BINARY:
         return {name: array == values[1]}  # the positive word comes later in the alphabet
-    return {f"{name}={value}": array == value for value in values}
+    return {f"{name}={spellings[value]}": array == value for value in values}

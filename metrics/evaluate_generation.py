@@ -23,7 +23,7 @@ from metrics.generation import (
     table,
 )
 from metrics.inception import FLAG as INCEPTION_FLAG
-from metrics.record import write_measurement
+from metrics.record import default_name, write_record
 from metrics.sources import ImageSet, open_image_set
 from training.cli import add_debug_argument, non_negative_int, positive_int
 from training.dry_run import count_parameters, peak_memory
@@ -36,8 +36,13 @@ DESCRIPTION = """Compare generated images with a reference.
 
 Samples and reference are an .npz (arr_0, uint8 [N, H, W, 3]; of a reference also mu, sigma, mu_s, sigma_s, as ADM's
 have them), a folder of images, a packed dataset, or what generate.py made. Any number of processes share the work. The
-values go into metrics/NAME.json beside the samples."""
+values go into metrics/NAME.json: in a packed folder, beside an .npz. A plain folder of images stays as it is: its
+values go into FOLDER.metrics/NAME.json beside it."""
 FEW_IMAGES = 10_000
+NAME_HELP = (
+    "of the file metrics/NAME.json, which is replaced (default: generation, and --features if given; where that is "
+    "there already, against another reference, the reference's name behind it)"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sets.add_argument("--num-samples", type=positive_int, metavar="N", help="the first N images (default: all)")
     add_metric_arguments(parser.add_argument_group("metrics"))
     output = parser.add_argument_group("output and speed")
-    output.add_argument("--name", help="of the file metrics/NAME.json (default: generation, and --features if given)")
+    output.add_argument("--name", help=NAME_HELP)
     output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images at once on a process")
     output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
     output.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="of KID's subsets")
@@ -110,15 +115,19 @@ class Evaluation:
 
     def measure(self, samples: ImageSet, process: Process, name: str | None = None) -> None:
         """Measure, print the table, write ``metrics/NAME.json``; all processes call it, in a group."""
-        extractor = self.extractor.to(process.device)
-        values = evaluate(samples, self.reference, extractor, self.settings, process)
+        extractor, reference = self.extractor.to(process.device), self.reference
+        if name is None:
+            usual = measurement_name(samples, extractor.name)
+            images = reference.images
+            fingerprint = images.fingerprint if images is not None else lambda: None
+            name = default_name(samples.metrics_folder, usual, reference.path, fingerprint)
+        values = evaluate(samples, reference, extractor, self.settings, process)
         if values is None:
             return
-        name = name or measurement_name(samples, extractor.name)
-        found = measurement(values, samples, self.reference, extractor, self.settings, name)
-        path = write_measurement(found, samples.path)
+        found = measurement(values, samples, reference, extractor, self.settings, name)
+        path = write_record(found, samples.metrics_folder)
         network = extractor.describe()["name"]
-        print(f"{found.count} images of {samples.path} against {self.reference.path}, {network}:\n{table(values)}")
+        print(f"{found.count} images of {samples.path} against {reference.path}, {network}:\n{table(values)}")
         if found.count < FEW_IMAGES and "fid" in self.settings.metrics:
             print(f"note: Fréchet distances grow as images get fewer; compare with others of {found.count} images")
         print(f"written to {path}")

@@ -22,8 +22,16 @@ from metrics.features import CHECKPOINT_FLAG, FLAG, INCEPTION, Extractor
 from metrics.frechet import Moments, frechet_distance
 from metrics.inception import FLAG as INCEPTION_FLAG
 from metrics.reconstruction import PairScores, reconstruct, summary, worst, write_table
-from metrics.record import Measurement, write_measurement
-from metrics.subject import Subject, add_output_arguments, add_vae_arguments, open_vae, output_folder, output_subject
+from metrics.record import Measurement, default_name, metrics_folder, write_measurement
+from metrics.subject import (
+    Subject,
+    add_output_arguments,
+    add_vae_arguments,
+    file_suffix,
+    open_vae,
+    output_folder,
+    output_subject,
+)
 from training.arguments import DEFAULT_RESOLUTION
 from training.cli import add_debug_argument, non_negative_int, positive_int
 from training.dry_run import count_parameters, peak_memory
@@ -39,10 +47,10 @@ DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
 
   python evaluate.py reconstruction --vae exps/sendvae/vae --data data/imagenet256-val
 
-Writes to the VAE's metrics folder: NAME.json, NAME.csv (a row an image) and NAME-worst.png (originals above their
-reconstructions, the worst first). Reconstructions are compared as 8-bit images, clamped and rounded; the reference of
-rFID are the originals of the very images that are reconstructed. Any number of processes share the work; neither their
-number nor the batch changes a value."""
+Writes to the VAE's metrics folder (of DIR/FILE: DIR/metrics): NAME.json, NAME.csv (a row an image) and NAME-worst.png
+(originals above their reconstructions, the worst first). Reconstructions are compared as 8-bit images, clamped and
+rounded; the reference of rFID are the originals of the very images that are reconstructed. Any number of processes
+share the work; neither their number nor the batch changes a value."""
 LPIPS_FLAGS = {"alex": "--lpips-alex-ckpt", "vgg": "--lpips-ckpt"}
 
 
@@ -70,7 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output and speed")
     add_output_arguments(group)
     add = group.add_argument
-    add("--name", default="reconstruction", help="of the files that are written")
+    add(
+        "--name",
+        help="of the files that are written and replaced (default: reconstruction; beside a VAE's file its name behind "
+        "it; where that is there already, of other --data, their name behind it)",
+    )
     add("--worst", type=non_negative_int, default=16, metavar="N", help="images in NAME-worst.png; 0: no such file")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
     add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
@@ -135,7 +147,7 @@ class Evaluation:
 def run(args: argparse.Namespace) -> int:
     if not args.data:
         raise UserError("--data is needed: held-out images, a packed dataset, a tree of class folders or a zip")
-    if not args.name or "/" in args.name or args.name.startswith("."):
+    if args.name is not None and (not args.name or "/" in args.name or args.name.startswith(".")):
         raise UserError(f"--name {args.name} is no name of a file; give one without slashes")
     args.metrics = None if args.metrics is None else _metric_names(args.metrics)
     process = this_process()
@@ -143,7 +155,9 @@ def run(args: argparse.Namespace) -> int:
     images = open_images(args.data, args.resolution, default=DEFAULT_RESOLUTION)
     subject = open_vae(args, process)
     if not args.dry_run:
-        output_subject(args)
+        place = metrics_folder(output_subject(args))
+        usual = f"reconstruction{file_suffix(args)}"
+        args.name = args.name or default_name(place, usual, Path(args.data), images.fingerprint, subject.description)
     subject.autoencoder.latent_shape(images.resolution)
     networks, extractor = build_networks(args, process), build_extractor(args, process, len(images))
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads, process_group(process):
@@ -293,6 +307,7 @@ def write_results(args: argparse.Namespace, evaluation: Evaluation, values: np.n
             "seed": args.seed if args.sample else None,
             "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if args.allow_tf32 else "float32",
             "compared_as": "uint8, clamped and rounded",
+            "lpips_sha256": evaluation.scores.checksums,
         },
     )
     path = write_measurement(measurement, output_subject(args))

@@ -103,7 +103,7 @@ def check_count(what: str, count: int, settings: Settings) -> None:
 
 def evaluate(
     samples: ImageSet, reference: ImageSet, extractor: Extractor, settings: Settings, process: Process
-) -> dict[str, float] | None:
+) -> dict[str, float | None] | None:
     """Measure; all processes call it, in ``training.processes.process_group``. Rank 0 gets the values by name.
 
     Args:
@@ -173,9 +173,9 @@ def summarise_reference(
     return summary
 
 
-def compare(ours: Summary, theirs: Summary, name: str, settings: Settings) -> dict[str, float]:
-    """The values of :attr:`Settings.metrics` by name, in that order."""
-    values: dict[str, float] = {}
+def compare(ours: Summary, theirs: Summary, name: str, settings: Settings) -> dict[str, float | None]:
+    """The values of :attr:`Settings.metrics` by name, in that order; KID's deviation None where it means nothing."""
+    values: dict[str, float | None] = {}
     metrics, suffix = settings.metrics, "" if name == INCEPTION else f"-{name}"
     if "fid" in metrics:
         values[f"FD{suffix}" if suffix else "FID"] = frechet_distance(ours.pooled, theirs.pooled)
@@ -197,7 +197,7 @@ def compare(ours: Summary, theirs: Summary, name: str, settings: Settings) -> di
 
 
 def measurement(
-    values: Mapping[str, float],
+    values: Mapping[str, float | None],
     samples: ImageSet,
     reference: ImageSet,
     extractor: Extractor,
@@ -248,11 +248,11 @@ def measurement_name(samples: ImageSet, features: str) -> str:
     return "-".join(parts)
 
 
-def table(values: Mapping[str, float]) -> str:
+def table(values: Mapping[str, float | None]) -> str:
     """The values in aligned lines, a mean with its standard deviation."""
     rows = {name: f"{value:.5g}" for name, value in values.items() if not name.endswith("-std")}
     for name in rows:
-        if f"{name}-std" in values:
+        if values.get(f"{name}-std") is not None:
             rows[name] += f" ± {values[f'{name}-std']:.2g}"
     width = max(map(len, rows), default=0)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())

@@ -14,8 +14,11 @@ def kernel_distance(
     subset_size: int,
     subsets: int = SUBSETS,
     seed: int = 0,
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Mean and standard deviation (over the subsets) of the unbiased squared MMD of random subsets.
+
+    Where a subset is the whole of one set, or of both, all subsets are of the same vectors and their deviation says
+    nothing of the estimate: it is None then.
 
     Args:
         samples: features ``[N, D]``.
@@ -32,7 +35,8 @@ def kernel_distance(
             for features in (samples, reference)
         )
         values.append(unbiased_mmd2(x, y))
-    return float(np.mean(values)), float(np.std(values))
+    varies = subset_size < min(len(samples), len(reference))
+    return float(np.mean(values)), float(np.std(values)) if varies else None
 
 
 def choose_subset_size(samples: int, reference: int) -> int:

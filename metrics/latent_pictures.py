@@ -38,12 +38,13 @@ def save_map(path: Path, latents: np.ndarray, labels: np.ndarray, class_names: l
     """Flattened latents ``[N, D]`` on their two leading principal components, coloured by class ``[N]``.
 
     Where there are more than 20 classes, the 20 with the most images are shown. Returns the share of the variance that
-    lies in the plane.
+    lies in the plane. A :class:`errors.UserError` where the latents do not fill a plane.
     """
     present, counts = np.unique(labels, return_counts=True)
     shown = present[np.sort(np.argsort(-counts, kind="stable")[:MAP_CLASSES])]
     kept = np.isin(labels, shown)
     components = PrincipalComponents(latents[kept], 2)
+    components.require(2)
     points = components.project(latents[kept])
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")  # without pyplot: no display, no global state
     axes = figure.add_subplot()

@@ -18,6 +18,7 @@ MIXTURE_STARTS = 3  # of which the most likely is taken
 REGULARISATION = 1e-3  # added to a mixture's variances, of data with unit variance
 DENSITY_ROWS = 1024  # points whose density is computed at once
 PERPLEXITY = 30.0
+PLANE_POINTS = 3  # that a density in the plane needs, at least
 
 
 class PrincipalComponents:
@@ -54,6 +55,14 @@ class PrincipalComponents:
     def explained(self) -> float:
         """Share of the whole variance that lies in these directions."""
         return float(self.variances.sum() / self.total) if self.total else 0.0
+
+    def require(self, count: int) -> None:
+        """A :class:`UserError` where the cloud has fewer directions than a measurement needs."""
+        if len(self.variances) < count:
+            raise UserError(
+                f"the latents are constant{' or lie on one line' if count > 1 else ''}: this VAE has collapsed, give "
+                "another one"
+            )
 
     def project(self, points: np.ndarray, whiten: bool = False) -> np.ndarray:
         """Float ``[N, D]`` → coordinates float64 ``[N, K]``, of unit variance each if whitened."""
@@ -94,8 +103,7 @@ def uniformity(vectors: np.ndarray, seed: int, with_tsne: bool = True) -> dict[s
         UserError: the vectors do not fill a plane.
     """
     plane = PrincipalComponents(vectors, 2)
-    if len(plane.variances) < 2:
-        raise UserError("the latents are constant or lie on one line: this VAE has collapsed, give another one")
+    plane.require(2)
     values = {"gini-pca": gini_coefficient(densities(plane.project(vectors)))}
     if not with_tsne:
         return values
@@ -137,8 +145,12 @@ def discrimination(
         components: the numbers K.
         seed: of the k-means that a fit begins with.
         dimensions: principal components, at most.
+
+    Raises:
+        UserError: the latents are all alike.
     """
     axes = PrincipalComponents(train, min(dimensions, len(train) - 1))
+    axes.require(1)
     train, test = axes.project(train, whiten=True), axes.project(test, whiten=True)
     size = train.shape[1]
     single = _mixture(train, 1, seed).score(test) / size

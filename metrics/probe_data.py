@@ -50,7 +50,7 @@ class ProbeData:
         attributes: bool ``[N, A]``; None where there are none.
         attribute_names: A of them.
         kind: of the attributes (``dataset.attributes.READERS``); None without.
-        splits_as_given: whether the split is the data set's own.
+        splits_as_given: whether the test set is the data set's own.
     """
 
     images: ImageDataset
@@ -91,7 +91,7 @@ def open_probe_data(
         kind: of the attributes, ``auto`` to find out.
         needs_attributes: whether it is an error to find none.
         max_images: evenly spread over the set.
-        seed: of a random split.
+        seed: of a random split, and of a validation set where the data's own split has none.
 
     Raises:
         UserError: nothing usable there, or a part of the split is empty.
@@ -102,7 +102,10 @@ def open_probe_data(
     if table is not None and val_path is not None and needs_attributes:
         raise UserError("--val-data has no attributes of its own: leave it out, --data is split")
     images = table.images(resolution or default) if table else open_images(path, resolution, default=default)
-    split = split_at_random(len(images), seed) if table is None or table.split is None else table.split
+    given = None if table is None else table.split
+    split = split_at_random(len(images), seed) if given is None else given
+    if not (split == VALIDATION).any():  # the authors' split knows training and test alone
+        split = _with_validation(split, seed)
     attributes = None if table is None else table.values
     if val_path is not None:
         images, split = _with_test_set(images, val_path, seed)
@@ -117,11 +120,13 @@ def open_probe_data(
         None if attributes is None else attributes[items],
         [] if attributes is None else table.names,
         None if attributes is None else table.kind,
-        val_path is not None or (table is not None and table.split is not None),
+        val_path is not None or given is not None,
     )
     for name, found in data.counts().items():
         if not found:
-            raise UserError(f"{path}: none of {count} images is for {name}; give more images, or raise --max-images")
+            do = "raise --max-images" if max_images else "give more images"
+            do = "complete its split" if given is not None and not (given == PARTS[name]).any() else do
+            raise UserError(f"{path}: none of {count} images is for {name}; {do}")
     return data
 
 
@@ -132,8 +137,14 @@ def _with_test_set(images: ImageDataset, path: str, seed: int) -> tuple[JoinedIm
             f"--val-data {path} has {len(test.class_names)} classes at {test.resolution} px, --data "
             f"{len(images.class_names)} at {images.resolution} px; both must have the same classes and resolution"
         )
-    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, len(images)]))).permutation(len(images))
-    split = np.full(len(images) + len(test), TEST, np.int8)
-    split[: len(images)] = TRAIN
-    split[order[: max(1, int(VALIDATION_SHARE * len(images)))]] = VALIDATION
-    return JoinedImages(images, test), split
+    split = np.repeat(np.array([TRAIN, TEST], np.int8), [len(images), len(test)])
+    return JoinedImages(images, test), _with_validation(split, seed)
+
+
+def _with_validation(split: np.ndarray, seed: int) -> np.ndarray:
+    """A share of the training images, drawn by the seed, becomes the validation set: the test set stays unseen."""
+    train = np.flatnonzero(split == TRAIN)
+    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, len(train)]))).permutation(len(train))
+    split = split.copy()
+    split[train[order[: max(1, int(VALIDATION_SHARE * len(train)))]]] = VALIDATION
+    return split

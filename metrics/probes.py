@@ -14,7 +14,7 @@ from dataset.attributes import TEST, TRAIN, VALIDATION
 from dataset.shards import write_atomically
 from diffusion.counted_noise import counted_integers
 from errors import UserError
-from metrics.latent_space import discrimination, uniformity
+from metrics.latent_space import PLANE_POINTS, discrimination, uniformity
 from metrics.probe_data import ProbeData
 from metrics.probing import (
     PENALTIES,
@@ -60,12 +60,9 @@ class Outcome:
 def probe_attributes(latents: Latents) -> Outcome:
     """A linear probe of all binary attributes on the flattened latent."""
     data = latents.data
-    if data.attributes is None:
-        raise UserError("--data has no attributes; give a folder with attributes.csv, CelebA, DeepFashion or AwA2")
+    check_attributes(data)
     scores, settings = _probe(latents, torch.from_numpy(data.attributes), len(data.attribute_names), "attributes")
     targets = data.attributes[data.part(TEST)]
-    if not targets.any():
-        raise UserError("no image of the test set has any attribute: there is nothing to find; give more images")
     values = attribute_scores(scores, targets)
     values["positives"] = float(targets.mean())
     table = _attribute_table(data.attribute_names, scores, targets)
@@ -78,8 +75,7 @@ def probe_classes(latents: Latents) -> Outcome:
     """A linear probe (softmax) of the class on the flattened latent."""
     data = latents.data
     classes = len(data.images.class_names)
-    if len(np.unique(data.labels)) < 2:
-        raise UserError("the images of --data are all of one class; class probing needs class folders or labels")
+    check_classes(data)
     scores, settings = _probe(latents, torch.from_numpy(data.labels), classes, "classes")
     labels = data.labels[data.part(TEST)]
     values = class_scores(scores, labels)
@@ -89,6 +85,7 @@ def probe_classes(latents: Latents) -> Outcome:
 
 def probe_uniformity(latents: Latents, points: int, with_tsne: bool = True) -> Outcome:
     """Evenness of the latent vectors at one random position of each of ``points`` images, as VA-VAE samples them."""
+    check_points(latents.data, points)
     places = spread(len(latents.values), points)
     channels, height, width = latents.values.shape[1:]
     numbers = torch.from_numpy(latents.data.items[places])
@@ -101,6 +98,42 @@ def probe_uniformity(latents: Latents, points: int, with_tsne: bool = True) -> O
 def probe_discrimination(latents: Latents, points: int, components: Sequence[int] | None) -> Outcome:
     """Fit of Gaussian mixtures to the flattened latents, see :func:`metrics.latent_space.discrimination`."""
     data = latents.data
+    train, test, components = plan_mixtures(data, points, components)
+    flat = latents.values.flatten(1).numpy()
+    values = discrimination(flat[train], flat[test], data.labels[train], data.labels[test], components, latents.seed)
+    return Outcome(values, {"train_images": len(train), "test_images": len(test), "components": list(components)})
+
+
+def check_attributes(data: ProbeData) -> None:
+    """Refuse data whose attributes cannot be probed."""
+    if data.attributes is None:
+        raise UserError("--data has no attributes; give a folder with attributes.csv, CelebA, DeepFashion or AwA2")
+    if not data.attributes[data.part(TEST)].any():
+        raise UserError("no image of the test set has any attribute: there is nothing to find; give more images")
+
+
+def check_classes(data: ProbeData) -> None:
+    """Refuse data whose classes cannot be probed."""
+    if len(np.unique(data.labels)) < 2:
+        raise UserError("the images of --data are all of one class; class probing needs class folders or labels")
+
+
+def check_points(data: ProbeData, points: int) -> None:
+    """Refuse fewer images than uniformity is defined for."""
+    if points < PLANE_POINTS:
+        raise UserError(f"--num-points {points}: uniformity needs at least {PLANE_POINTS}")
+    if len(data.items) < PLANE_POINTS:
+        raise UserError(f"uniformity needs at least {PLANE_POINTS} images, there are {len(data.items)}; give more")
+
+
+def plan_mixtures(
+    data: ProbeData, points: int, components: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Places of the training and test images that mixtures are fitted to, and the numbers of components.
+
+    Raises:
+        UserError: too few images.
+    """
     train, test = (places[spread(len(places), points)] for places in (data.part(TRAIN), data.part(TEST)))
     if components is None:
         classes = len(np.unique(data.labels))
@@ -112,9 +145,7 @@ def probe_discrimination(latents: Latents, points: int, components: Sequence[int
         )
     if not components or len(test) < 2:
         raise UserError(f"a mixture cannot be fitted to {len(train)} training images; give more images")
-    flat = latents.values.flatten(1).numpy()
-    values = discrimination(flat[train], flat[test], data.labels[train], data.labels[test], components, latents.seed)
-    return Outcome(values, {"train_images": len(train), "test_images": len(test), "components": list(components)})
+    return train, test, list(components)
 
 
 def spread(available: int, wanted: int) -> np.ndarray:

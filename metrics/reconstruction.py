@@ -21,6 +21,7 @@ from diffusion.counted_noise import Purpose, counted_normal
 from errors import UserError
 from metrics.encoding import chunked
 from models.autoencoder import Autoencoder, to_signed, to_uint8
+from models.weight_files import weights_checksum
 from training.latent_cache import ChunkEncoder
 from training.validation import psnr
 
@@ -41,10 +42,15 @@ class PairScores:
 
     Args:
         lpips: LPIPS networks by their names, e.g. ``{"alex": …}``.
+
+    Attributes:
+        names: of the scores.
+        checksums: of the LPIPS networks' weights, trunk and heads, by their names.
     """
 
     def __init__(self, lpips: Mapping[str, nn.Module]):
         self._lpips = dict(lpips)
+        self.checksums = {name: weights_checksum(network.state_dict()) for name, network in lpips.items()}
         self.names = ["PSNR", "SSIM", *(f"LPIPS-{name}" for name in self._lpips)]
 
     @torch.no_grad()

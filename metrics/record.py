@@ -1,7 +1,7 @@
 """What a measurement leaves behind: ``metrics/NAME.json`` beside what it measured."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +12,7 @@ from errors import UserError
 
 FORMAT_VERSION = 1
 FOLDER_NAME = "metrics"
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file raises that is no measurement
 PACKAGES = ("torch", "torchvision", "timm", "torch-fidelity", "torchmetrics", "scikit-learn", "lpips", "numpy", "scipy")
 
 
@@ -22,7 +23,7 @@ class Measurement:
     Attributes:
         name: of the file, e.g. ``generation`` or ``probe-celeba``.
         kind: ``generation``, ``reconstruction`` or ``probe``.
-        values: figures by their names (``FID``, ``PSNR``, ``attributes/F1-macro``…).
+        values: figures by their names (``FID``, ``PSNR``, ``attributes/F1-macro``…); None for one that means nothing.
         count: images that were measured.
         subject: what was measured: ``path``, and what is known of it (step, weights' checksum…).
         reference: what it was compared with: ``path``, ``count``…; None where nothing was.
@@ -34,7 +35,7 @@ class Measurement:
 
     name: str
     kind: str
-    values: Mapping[str, float]
+    values: Mapping[str, float | None]
     count: int
     subject: Mapping
     reference: Mapping | None = None
@@ -54,9 +55,73 @@ def metrics_folder(subject: Path) -> Path:
     return subject / FOLDER_NAME
 
 
+def folder_beside(images: Path) -> Path:
+    """Where the measurements of a plain folder of images lie: a folder inside would be one class more of a tree."""
+    images = Path(images).resolve()
+    return images.parent / f"{images.name}.{FOLDER_NAME}"
+
+
+def default_name(
+    folder: Path, name: str, data: Path, fingerprint: Callable[[], str | None], subject: Mapping | None = None
+) -> str:
+    """The name of a measurement that nobody named: one that replaces no measurement of, or against, something else.
+
+    Args:
+        folder: where it will lie.
+        name: the usual one; where a record of it is there, compared with other data, theirs are added: ``NAME-DATA``.
+        data: what is compared with, or measured on.
+        fingerprint: of the data; asked for where a record is there that names another path.
+        subject: of the measurement, where the folder does not tell.
+
+    Raises:
+        UserError: a record of that name is there, of another subject, or with other data called alike.
+    """
+    for candidate in (name, f"{name}-{label_of(data)}"):
+        path = folder / f"{candidate}.json"
+        try:
+            there = _read_measurement(path)
+        except (FileNotFoundError, *DAMAGED):
+            return candidate
+        if subject is not None and not _is_same_subject(there.subject, subject):
+            raise UserError(
+                f"{path} is a measurement of {there.subject.get('path')}, not of {subject['path']}; give --name, or "
+                "another --output-dir"
+            )
+        known = there.reference or {
+            "path": there.settings.get("data"),
+            "fingerprint": there.settings.get("fingerprint"),
+        }
+        if _is_same_path(known.get("path"), data) or (
+            known.get("fingerprint") is not None and known["fingerprint"] == fingerprint()
+        ):
+            return candidate
+    raise UserError(f"{path} is a measurement with {known.get('path')}, not with {data}; give --name")
+
+
+def label_of(data: Path) -> str:
+    """What data are called in the names of measurements."""
+    return data.stem if data.suffix == ".npz" else data.resolve().name
+
+
+def _is_same_subject(known: Mapping, subject: Mapping) -> bool:
+    checksum = subject.get("vae_checksum")
+    return _is_same_path(known.get("path"), subject["path"]) or (
+        checksum is not None and known.get("vae_checksum") == checksum
+    )
+
+
+def _is_same_path(known: str | None, path: Path | str) -> bool:
+    return known is not None and Path(known).resolve() == Path(path).resolve()
+
+
 def write_measurement(measurement: Measurement, subject: Path) -> Path:
-    """Write it beside ``subject``, complete or not at all, replacing an earlier one of the same name."""
-    path = metrics_folder(subject) / f"{measurement.name}.json"
+    """Write it into ``metrics_folder(subject)``, see :func:`write_record`."""
+    return write_record(measurement, metrics_folder(subject))
+
+
+def write_record(measurement: Measurement, folder: Path) -> Path:
+    """Write ``NAME.json``, complete or not at all, replacing an earlier one of the same name."""
+    path = folder / f"{measurement.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"format": FORMAT_VERSION} | asdict(measurement)
     record["versions"] = package_versions()
@@ -74,13 +139,17 @@ def read_measurements(folder: Path) -> list[Measurement]:
     found = []
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            record = json.loads(path.read_text())
-            if record.pop("format") != FORMAT_VERSION:
-                raise ValueError("another format version")
-            found.append(Measurement(**record))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            found.append(_read_measurement(path))
+        except DAMAGED as error:
             raise UserError(f"{path} is not a measurement of this project ({error}); move it away") from error
     return found
+
+
+def _read_measurement(path: Path) -> Measurement:
+    record = json.loads(path.read_text())
+    if record.pop("format") != FORMAT_VERSION:
+        raise ValueError("another format version")
+    return Measurement(**record)
 
 
 def package_versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from dataset.transforms import IMAGE_SUFFIXES, BadImageError, image_size, load_i
 from errors import UserError
 from metrics.frechet import Gaussian
 from metrics.inception import POOLED, SPATIAL
+from metrics.record import folder_beside, metrics_folder
 
 LAYOUTS = "an .npz, a folder of images, a packed dataset, or a sample folder of generate.py"
 POOLED_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")  # ADM's names
@@ -43,6 +44,11 @@ class ImageSet:
 
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
+
+    @property
+    def metrics_folder(self) -> Path:
+        """Where what is measured of it goes: nothing is written into a folder of somebody's images."""
+        return folder_beside(self.path) if isinstance(self.images, FolderImages) else metrics_folder(self.path)
 
 
 class FolderImages:

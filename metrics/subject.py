@@ -75,6 +75,12 @@ def output_subject(args: argparse.Namespace) -> Path:
     return path
 
 
+def file_suffix(args: argparse.Namespace) -> str:
+    """What tells measurements of several VAE files in one folder apart, e.g. ``-v0`` for ``v0.pt``; else empty."""
+    path = _path(args)
+    return f"-{path.stem}" if args.output_dir is None and path is not None and path.is_file() else ""
+
+
 def output_folder(args: argparse.Namespace) -> Path:
     """The folder of the measurements, made."""
     folder = metrics_folder(output_subject(args))

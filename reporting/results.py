@@ -4,6 +4,7 @@ A measured value stands beside a published one of the same name and the same kin
 ones, and a Fréchet distance of another extractor (``FD-NAME``) never beside an FID.
 """
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from errors import UserError
 from metrics.published import Published, PublishedRow
-from metrics.record import Measurement
+from metrics.record import Measurement, label_of
 from reporting.runs import Run, Samples
 
 GENERATION, RECONSTRUCTION = "Generated images", "Reconstruction"
@@ -122,25 +123,38 @@ def result_rows(runs: Sequence[Run], reproduced: Mapping[str, PublishedRow], pub
 
 
 def with_means(rows: Sequence[Row]) -> list[Row]:
-    """Add the mean and standard deviation wherever one preset was run several times (seeds), after its rows."""
+    """Add the mean and standard deviation wherever one preset was run several times (seeds), after its rows.
+
+    A run counts once: what was measured under one name, of as many images, against the same; the newest where a run has
+    several of these.
+    """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        kind = (row.section, row.preset, row.detail, row.guidance, row.reference, tuple(row.cells))
-        key = kind if row.preset else (id(row),)
+        what = (row.section, row.detail, row.guidance, row.reference, row.images, _usual_name(row.measurement))
+        key = (row.preset, *what, tuple(row.cells)) if row.preset else (id(row),)
         groups.setdefault(key, []).append(row)
     found = []
     for group in groups.values():
         found += group
-        if len({row.run for row in group}) > 1:
-            found.append(_mean(group))
+        newest = {row.run: row for row in sorted(group, key=lambda row: row.measurement.created)}
+        if len(newest) > 1:
+            found.append(_mean(list(newest.values())))
     return found
+
+
+def _usual_name(measurement: Measurement) -> str:
+    """Its name without that of the data, which some of several runs alike may have behind it."""
+    data = (measurement.reference or {}).get("path") or measurement.settings.get("data")
+    return measurement.name.removesuffix(f"-{label_of(Path(str(data)))}") if data else measurement.name
 
 
 def _mean(rows: Sequence[Row]) -> Row:
     cells = {}
     for metric, cell in rows[0].cells.items():
         values = [row.cells[metric].value for row in rows]
-        cells[metric] = Cell(statistics.fmean(values), statistics.stdev(values), cell.published)
+        finite = all(map(math.isfinite, values))
+        mean, std = (statistics.fmean(values), statistics.stdev(values)) if finite else (math.nan, math.nan)
+        cells[metric] = Cell(mean, std, cell.published)
     name = f"{rows[0].preset}, mean of {len(rows)}"
     changes = {"run": name, "seeds": len(rows), "measurement": None, "owner": None, "samples": None}
     return replace(rows[0], cells=cells, **changes)
@@ -256,7 +270,8 @@ def _row(
 
 
 def _spread(run: Run, measurement: Measurement, metric: str) -> float | None:
-    return _figure(run, measurement, f"{metric}-std") if f"{metric}-std" in measurement.values else None
+    there = measurement.values.get(f"{metric}-std") is not None
+    return _figure(run, measurement, f"{metric}-std") if there else None
 
 
 def _figure(run: Run, measurement: Measurement, metric: str) -> float:

@@ -1,8 +1,9 @@
 """What lies in a run's folder, as files only: nothing is loaded, no network built.
 
 A subject of a report is the folder of a training (``args.json``), a VAE's diffusers folder, a folder of generated
-images, a single ``.npz``, or a folder of measurements (``metrics/``) of something else, such as raw pixels. The folder
-of an experiment (``preset.json``) stands for its runs, and for what the experiment measured into that folder itself.
+images, a single ``.npz``, or a folder of measurements (``metrics/``, or ``NAME.metrics/`` beside plain images) of
+something else, such as raw pixels. The folder of an experiment (``preset.json``) stands for its runs, and for what the
+experiment measured into that folder itself.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 from dataset.shards import INDEX_NAME
 from errors import UserError
-from metrics.record import FOLDER_NAME, Measurement, metrics_folder, read_measurements
+from metrics.record import FOLDER_NAME, Measurement, folder_beside, metrics_folder, read_measurements
 from training.experiment import PRESET_NAME
 
 PREVIEW_NAME = "preview.png"
@@ -162,7 +163,11 @@ def _read_untrained(path: Path) -> Run:
     if path.is_file() or (path / INDEX_NAME).is_file():
         return Run(path, _name(path), SAMPLES, samples=[read_samples(path)])
     sort = VAE_FOLDER if (path / "config.json").is_file() else MEASURED
-    return Run(path, _name(path), sort, measurements=read_measurements(path / FOLDER_NAME), preset=_preset_of(path))
+    return Run(path, _name(path), sort, measurements=_measured_of(path), preset=_preset_of(path))
+
+
+def _measured_of(folder: Path) -> list[Measurement]:
+    return [found for place in (folder / FOLDER_NAME, folder_beside(folder)) for found in read_measurements(place)]
 
 
 def _subjects(path: Path) -> list[Path]:
@@ -192,7 +197,7 @@ def _is_subject(path: Path) -> bool:
 
 
 def _is_measured(path: Path) -> bool:
-    return any((path / FOLDER_NAME).glob("*.json"))
+    return any(any(place.glob("*.json")) for place in (path / FOLDER_NAME, folder_beside(path)))
 
 
 def _is_vae(path: Path) -> bool:

@@ -65,6 +65,15 @@ def test_columns_of_a_csv(tmp_path: Path):
     assert table.split.tolist() == [TRAIN, VALIDATION, TEST] and table.class_names == [""]
 
 
+def test_values_that_differ_in_case_are_one(tmp_path: Path):
+    rows = [("yes", "Red", "A"), ("Yes", "red", "a"), ("No", "Blue", "A"), ("no", "red", "a"), ("YES", "blue", "a")]
+    lines = [f"{place}.png,{','.join(row)}" for place, row in enumerate(rows)]
+    (tmp_path / "attributes.csv").write_text("\n".join(["file,hat,colour,same", *lines]), encoding="utf-8-sig")
+    table = read_attributes(tmp_path, "csv")
+    assert table.names == ["hat", "colour=Blue", "colour=Red"]
+    assert table.values.T.astype(int).tolist() == [[1, 1, 0, 0, 1], [0, 0, 1, 0, 1], [1, 1, 0, 1, 0]]
+
+
 def test_kinds_are_told_from_their_files(tmp_path: Path):
     assert attributes_kind(tmp_path) is None
     for kind, write in (("celeba", write_celeba), ("deepfashion", write_deepfashion), ("awa2", write_awa2)):

@@ -13,6 +13,8 @@ import evaluate
 import generate
 import metrics.evaluate_generation as command
 import metrics.generation as generation
+import report
+from dataset.images import open_images
 from dataset.npz_images import NpzImages
 from errors import UserError
 from metrics.features import Extractor, build_extractor
@@ -58,8 +60,7 @@ def measured(samples: Path, ref: Path, **flags: object) -> Measurement:
 
 
 def newest(samples: Path) -> Measurement:
-    folder = (samples.parent if samples.is_file() else samples) / "metrics"
-    (found,) = read_measurements(folder)
+    (found,) = read_measurements(open_image_set(samples, "--samples").metrics_folder)
     return found
 
 
@@ -102,7 +103,7 @@ def test_all_metrics_against_definitions(tiny, tmp_path):
     ours, theirs = random_images(30, 0), random_images(30, 1)
     found = measured(write_packed(tmp_path / "a", ours), write_packed(tmp_path / "b", theirs), batch_size=7)
     expected = values_in_words(features_of(tiny, ours), features_of(tiny, theirs))
-    assert found.values.pop("KID-std") < 1e-9
+    assert found.values.pop("KID-std") is None
     assert list(found.values) == list(expected)
     assert found.values == pytest.approx(expected, rel=1e-5)
     assert found.name == "generation" and found.kind == "generation" and found.count == 30
@@ -222,6 +223,29 @@ def test_names_of_the_files(tiny, tmp_path):
         evaluate.main(["generation", *argv_of({"samples": write_npz(tmp_path / f"{name}.npz", images), "ref": ref})])
     found = [measurement.name for measurement in read_measurements(tmp_path / "metrics")]
     assert found == ["generation-cfg2.5", "generation"]
+
+
+def test_a_class_tree_keeps_its_classes(tiny, tmp_path, capsys):
+    """Its measurements lie beside it, where report.py finds them by the tree's name or a pattern."""
+    tree = write_folder(tmp_path / "tree", random_images(8, 0))
+    before = sorted(tmp_path.rglob("tree/**"))
+    values = measured(tree, write_packed(tmp_path / "ref", random_images(9, 1))).values
+    assert sorted(tmp_path.rglob("tree/**")) == before and open_images(tree, SIDE).class_names == ["0", "1"]
+    assert (tmp_path / "tree.metrics" / "generation.json").is_file()
+    for path in (tree, tmp_path / "tr*"):
+        capsys.readouterr()
+        assert report.main([str(path), "--format", "json", "--no-html"]) == 0
+        found = {row["metric"]: row["measured"] for row in json.loads(capsys.readouterr().out)["results"]}
+        assert found == {name: value for name, value in values.items() if name != "KID-std"}
+
+
+def test_another_reference_replaces_nothing(tiny, tmp_path):
+    samples = write_packed(tmp_path / "a", random_images(9, 0))
+    for name, seed in (("one", 1), ("two", 2), ("one", 1)):
+        ref = write_npz(tmp_path / f"{name}.npz", random_images(8, seed))
+        assert evaluate.main(["generation", *argv_of({"samples": samples, "ref": ref})]) == 0
+    found = {m.name: Path(m.reference["path"]).stem for m in read_measurements(samples / "metrics")}
+    assert found == {"generation": "one", "generation-two": "two"}
 
 
 def test_samples_of_a_run(tiny, tmp_path):

@@ -116,6 +116,34 @@ def test_the_data_s_own_split_is_used(tmp_path):
     assert data.kind == "celeba" and data.attributes.shape == (4, 3)
 
 
+def test_a_split_without_validation_images_spares_some_of_the_training_images(tmp_path):
+    write_toy_dataset(tmp_path / "toy", 40, 16, seed=0, num_workers=1)
+    path = tmp_path / "toy" / "attributes.csv"
+    header, *rows = path.read_text().splitlines()
+    lines = [f"{row},{'test' if number % 4 == 0 else 'train'}" for number, row in enumerate(rows)]
+    path.write_text("\n".join([f"{header},split", *lines]))
+    first, again, other = (open_probe_data(tmp_path / "toy", 16, default=256, seed=seed) for seed in (0, 0, 1))
+    assert first.counts() == {"train": 27, "validation": 3, "test": 10}
+    assert np.array_equal(first.split == TEST, np.arange(40) % 4 == 0)
+    assert np.array_equal(first.split, again.split) and not np.array_equal(first.split, other.split)
+
+
+def test_all_goes_on_without_what_cannot_be_done(tmp_path, capsys):
+    """Twelve images of a collapsed VAE: a line for each probe that is left out, a record of each other one."""
+
+    def spoil(autoencoder) -> None:
+        with torch.no_grad():
+            autoencoder.network.quant_conv.weight.zero_()
+
+    write_toy_dataset(tmp_path / "toy", 12, 32, seed=0, num_workers=1)
+    folder = save_vae(tmp_path / "run", change=spoil)
+    assert probe.main(flags("all", tmp_path / "toy", folder, output_dir=tmp_path / "out")) == 0
+    assert set(values_of(tmp_path / "out")) == {"probe-attributes", "probe-classes"}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert [line.partition(" ")[0] for line in lines] == ["discrimination", "uniformity", "pictures"]
+    assert "8 training images" in lines[0] and all("has collapsed" in line for line in lines[1:])
+
+
 def test_a_test_set_of_its_own(data, vae, tmp_path):
     write_toy_dataset(tmp_path / "val", 60, 32, seed=1, num_workers=1)
     for folder in (data, tmp_path / "val"):

@@ -17,12 +17,14 @@ from scipy.ndimage import correlate1d
 import evaluate
 from dataset.images import open_images
 from dataset.toy import write_toy_dataset
+from errors import UserError
 from formats.vae import build_autoencoder
 from loss.perceptual import build_lpips
 from metrics.features import build_extractor
 from metrics.reconstruction import PairScores, ssim, worst
 from metrics.record import read_measurements
 from models.autoencoder import to_uint8
+from models.weight_files import weights_checksum
 from tests.command_line import argv_of
 from tests.latent_caches import save_vae
 from training.validation import psnr
@@ -200,9 +202,46 @@ def read_measurement_named(folder: Path, name: str):
     return next(record for record in read_measurements(folder / "metrics") if record.name == name)
 
 
+def test_files_of_vaes_in_one_folder_keep_their_measurements(data, tmp_path):
+    """Two checkpoints side by side, another set of images, and one place for two VAEs."""
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
+        torch.save(autoencoder.network.state_dict(), tmp_path / f"v{seed}.pt")
+    other = tmp_path / "other"
+    write_toy_dataset(other, 9, 32, seed=1, num_workers=1)
+    for name, images in (("v0", data), ("v1", data), ("v1", other)):
+        given = {"vae_ckpt": tmp_path / f"{name}.pt", "metrics": "psnr", "features": None, "worst": 2}
+        assert evaluate.main(flags(images, "f4d4-tiny", **given)) == 0
+    found = {record.name: record for record in read_measurements(tmp_path / "metrics")}
+    assert set(found) == {"reconstruction-v0", "reconstruction-v1", "reconstruction-v1-other"}
+    assert len({record.values["PSNR"] for record in found.values()}) == 3
+    for name in found:
+        assert {path.name for path in (tmp_path / "metrics").glob(f"{name}[.-][cjw]*")} >= {
+            f"{name}.json",
+            f"{name}.csv",
+            f"{name}-worst.png",
+        }
+    given["output_dir"] = tmp_path / "one place"
+    assert evaluate.main(flags(data, "f4d4-tiny", **given)) == 0
+    given["vae_ckpt"] = tmp_path / "v0.pt"
+    with pytest.raises(UserError, match=r"reconstruction\.json is a measurement of .*v1\.pt, not of .*v0\.pt"):
+        evaluate.main(flags(data, "f4d4-tiny", **given))
+
+
 def test_a_dry_run_writes_nothing(data, vae, tmp_path, capsys):
     assert evaluate.main(flags(data, vae, output_dir=tmp_path / "out", dry_run=True)) == 0
     assert "nothing was written" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_lpips_networks_are_known_by_their_checksums(data, vae, tmp_path):
+    torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "alexnet.pth")
+    given = {"metrics": "lpips-alex", "features": None, "num_images": 2, "worst": 0}
+    argv = flags(data, vae, output_dir=tmp_path, lpips_alex_ckpt=tmp_path / "alexnet.pth", **given)
+    assert evaluate.main(argv) == 0
+    (record,) = read_measurements(tmp_path / "metrics")
+    network = build_lpips(str(tmp_path / "alexnet.pth"), net="alex", flag="--lpips-alex-ckpt")
+    assert record.settings["lpips_sha256"] == {"alex": weights_checksum(network.state_dict())}
 
 
 def test_lpips_without_weights_is_left_out_with_a_line(data, vae, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from errors import UserError
 from metrics.record import Measurement, write_measurement
 from reporting.correlation import pearson
 from reporting.gather import gather
+from reporting.results import with_means
 from reporting.runs import find_runs
 from reporting.tables import as_text
 from tests.report_runs import (
@@ -109,7 +111,7 @@ def test_a_preset_s_runs_stand_beside_its_row(tmp_path, capsys):
 
 
 def test_what_an_experiment_measured_itself_stands_beside_its_row(tmp_path, capsys):
-    """Tables 7 and 8 train nothing: their figures lie in the experiment's own folder, beside which there are no runs."""
+    """Tables 7 and 8 train nothing: their figures lie in the experiment's own folder."""
     seven = write_preset(tmp_path, "table7/vavae", [], "table7/vavae")
     write_reconstruction(seven, {"rFID": 0.31, "PSNR": 27.5})
     eight = write_preset(tmp_path, "table8/vavae", [], "table8/vavae")
@@ -155,6 +157,32 @@ def test_seeds_have_their_mean_and_standard_deviation(tmp_path, capsys):
     assert mean["std"] == pytest.approx(np.std(values, ddof=1))
     assert (mean["seeds"], mean["published"]) == (3, 8.42)
     assert len(found) == 4
+
+
+def test_a_mean_is_of_runs_and_of_the_same_measurement(tmp_path, capsys):
+    """One row a run, the newest; another name or number of images is another measurement; NaN spreads."""
+    kept = {"FID": 7.0, "IS": math.nan, "KID": math.inf}, {"FID": 9.0, "IS": 3.0, "KID": -math.inf}
+    for seed, values in enumerate(kept):
+        run = write_run(tmp_path / f"t-seed{seed}", seed=seed)
+        for created, (fid, count, name) in enumerate([(100.0, 50_000, "old"), (values["FID"], 50_000, "new")]):
+            folder = write_samples(run, values | {"FID": fid}, 1.0, count, name)
+            path = folder / "metrics" / "generation.json"
+            record = json.loads(path.read_text()) | {"created": f"2026-01-0{1 + created}"}
+            record["name"] += seed * "-imagenet256"  # where another reference came first
+            path.write_text(json.dumps(record))
+        write_samples(run, {"FID": 50.0 + seed}, 1.0, 1000 + seed, "few")
+    write_preset(tmp_path, "p", ["t-seed0", "t-seed1"])
+    rows = gather([str(tmp_path / "t-*")]).rows
+    rows = [replace(row, detail="") for row in rows if row.seeds == 1]  # as though the folders were named alike
+    (mean,) = [row for row in with_means(rows) if row.seeds > 1]
+    assert (mean.run, mean.seeds, mean.images) == ("p, mean of 2", 2, 50_000)
+    assert (mean.cells["FID"].value, mean.cells["FID"].std) == (8.0, pytest.approx(2**0.5))
+    figures = [figure for metric in ("IS", "KID") for figure in (mean.cells[metric].value, mean.cells[metric].std)]
+    assert all(map(math.isnan, figures))
+    write_reconstruction(tmp_path / "t-seed0", {"PSNR": 20.0})
+    bf16 = Measurement("bf16", "reconstruction", {"PSNR": 10.0}, 50_000, {}, settings={"data": "data/imagenet256-val"})
+    write_measurement(bf16, tmp_path / "t-seed1")
+    assert not any("PSNR" in row.cells for row in gather([str(tmp_path / "t-*")]).rows if row.seeds > 1)
 
 
 def test_pearson_is_numpy_s():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dataset.toy import write_toy_dataset
+from metrics.record import Measurement, write_measurement
 from tests.annotated_sets import write_awa2, write_celeba, write_deepfashion
 from tests.bad_inputs.cache_latents_cases import packed, vae_that
 from tests.bad_inputs.case import Case
@@ -66,6 +67,27 @@ def numbered(text: str) -> str:
     return "\n".join([f"{header},serial", *many])
 
 
+def latin1(folder: Path) -> Path:
+    data = toy(folder)
+    lines = (data / "attributes.csv").read_bytes().splitlines()
+    lines[3] += "café".encode("latin-1")
+    (data / "attributes.csv").write_bytes(b"\n".join(lines))
+    return data
+
+
+def without_test_images(text: str) -> str:
+    header, *rows = text.splitlines()
+    return "\n".join([f"{header},split", *(f"{row},{('train', 'val')[n % 2]}" for n, row in enumerate(rows))])
+
+
+def collapsed(folder: Path) -> Path:
+    def spoil(autoencoder) -> None:
+        with torch.no_grad():
+            autoencoder.network.quant_conv.weight.zero_()
+
+    return save_vae(folder / "run", change=spoil)
+
+
 def other_classes(folder: Path) -> Path:
     return photographs(folder / "others")
 
@@ -91,6 +113,12 @@ def diverged(folder: Path) -> Path:
 def little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("metrics.encoding.available_memory", lambda: 1000)
     return with_flags("uniformity")(tmp_path, monkeypatch)
+
+
+def another_vae_was_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    measurement = Measurement("probe-uniformity", "probe", {}, 9, {"path": "raw pixels"}, settings={"data": "x"})
+    write_measurement(measurement, tmp_path / "out")
+    return with_flags("uniformity", output_dir=tmp_path / "out")(tmp_path, monkeypatch)
 
 
 def two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -139,6 +167,19 @@ CASES = [
     Case("csv names a file that is not there",
          with_flags(data=edited(toy, "attributes.csv", lambda text: text.replace("00.png", "99999.png"))),
          ("99999.png",)),
+    Case("csv not in UTF-8", with_flags(data=latin1), ("attributes.csv, line 4: not UTF-8", "save")),
+    Case("csv of an open quotation",
+         with_flags(data=edited(toy, "attributes.csv", lambda text: text + '"' + 200_000 * "x")),
+         ("attributes.csv, line 32", "field", "quotation")),
+    Case("csv whose split has no test images", with_flags(data=edited(toy, "attributes.csv", without_test_images)),
+         ("none of 30 images is for test", "complete its split")),
+    Case("uniformity of a collapsed VAE", with_flags("uniformity", vae=collapsed), ("has collapsed",)),
+    Case("mixtures of a collapsed VAE", with_flags("discrimination", vae=collapsed, components="2"),
+         ("latents are constant", "has collapsed")),
+    Case("pictures of a collapsed VAE", with_flags("pictures", vae=collapsed), ("has collapsed",)),
+    Case("uniformity of two images", with_flags("uniformity", num_points=2), ("--num-points 2", "at least 3")),
+    Case("a measurement of another VAE is there", another_vae_was_probed,
+         ("probe-uniformity.json", "raw pixels", "--name")),
     Case("an empty part of the split", with_flags(max_images=1), ("none of 1 images",)),
     Case("one class only", with_flags("classes", data=one_class), ("all of one class",)),
     Case("a test set of other classes", with_flags("classes", val_data=other_classes), ("--val-data", "same classes")),
