@@ -31,9 +31,6 @@ PLACEHOLDER_NAMES = (
             "progress.tqdm_progress.TQDMProgressBar",
         )
     ),
-    *(f"{package}.utilities.parsing.AttributeDict" for package in ("pytorch_lightning", "lightning.pytorch")),
-    "lightning_fabric.utilities.data.AttributeDict",
-    "lightning.fabric.utilities.data.AttributeDict",
     *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
     *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata", "SCMode", "ValueNode")),
     *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Integer", "Float", "String", "Boolean", "Bytes", "Path")),
@@ -43,6 +40,13 @@ PLACEHOLDER_NAMES = (
     *("numpy.dtype", "numpy.ndarray"),
     *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
     *(f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    "torch.torch_version.TorchVersion",
+)
+# Dictionaries that are read as plain ones: torch fills no others.
+DICTIONARY_NAMES = (
+    "collections.defaultdict",
+    *(f"{package}.utilities.parsing.AttributeDict" for package in ("pytorch_lightning", "lightning.pytorch")),
+    *(f"{package}.utilities.data.AttributeDict" for package in ("lightning_fabric", "lightning.fabric")),
 )
 
 # Beginnings of what is no weights, and what to call it.
@@ -74,6 +78,13 @@ class Placeholder:
 
     def __setstate__(self, state: object) -> None:
         pass
+
+
+class PlainDict:
+    """Making one gives an empty dictionary: a defaultdict's factory and an AttributeDict's methods are not wanted."""
+
+    def __new__(cls, *args: object) -> dict:
+        return {}
 
 
 def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED_KEYS) -> dict[str, torch.Tensor]:
@@ -113,8 +124,8 @@ def read_contents(path: str | Path) -> object:
     """Everything in a safetensors file or in one of ``torch.save`` (either layout), on the CPU; nothing is unpickled.
 
     What the file is says its content, not its name. ``argparse.Namespace``, in which training codes keep their flags,
-    comes as itself; objects of :data:`PLACEHOLDER_NAMES` come as :class:`Placeholder`; any other class or function in
-    the file makes it refused, and is never run.
+    comes as itself; objects of :data:`PLACEHOLDER_NAMES` come as :class:`Placeholder`, those of
+    :data:`DICTIONARY_NAMES` as dictionaries; any other class or function makes the file refused, and is never run.
 
     Raises:
         NotWeightsError: no such file, truncated, of another kind, or with code in it.
@@ -187,7 +198,9 @@ def _check_zip(path: Path) -> None:
 
 
 def _read_torch(path: Path) -> object:
-    known = [(Placeholder, name) for name in PLACEHOLDER_NAMES] + [(_plain_dict, "collections.defaultdict")]
+    known = [(_placeholder(name), name) for name in PLACEHOLDER_NAMES] + [
+        (PlainDict, name) for name in DICTIONARY_NAMES
+    ]
     # an open file, because torch would go by the name's suffix; a warning tells of pickle protocols that it cannot read
     with (
         path.open("rb") as file,
@@ -198,9 +211,10 @@ def _read_torch(path: Path) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _plain_dict(*args: object) -> dict:
-    """For a defaultdict, whose factory is not wanted; a plain dictionary, because torch fills no other."""
-    return {}
+def _placeholder(name: str) -> type[Placeholder]:
+    """One for each name, which torch's messages then tell."""
+    module, _, attribute = name.rpartition(".")
+    return type(attribute, (Placeholder,), {"__module__": module})
 
 
 def _is_text(head: bytes) -> bool:
@@ -213,4 +227,7 @@ def _reason(error: Exception) -> str:
         return f"it refers to code, {found[1] or found[2]}, which is never run"
     if "magic number" in text or "Unsupported operand" in text or "Unsupported class" in text:
         return "it is a pickle, but not one that torch.save wrote"
+    if "Weights only load failed" in text:  # torch's advice follows, of which nothing is wanted
+        reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        return f"it holds what cannot be read without running code ({reason[:200]})"
     return f"it is truncated or damaged ({one_line(error)})"

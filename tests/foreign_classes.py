@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def foreign_classes(*names: str) -> Iterator[list[type]]:
-    """Classes of these full names, importable inside the context and gone after it."""
+def foreign_classes(*names: str, base: type = object) -> Iterator[list[type]]:
+    """Classes of these full names derived from ``base``, importable inside the context and gone after it."""
     made, modules = [], {}
     for name in names:
         module, _, attribute = name.rpartition(".")
@@ -17,7 +17,7 @@ def foreign_classes(*names: str) -> Iterator[list[type]]:
             path = ".".join(parts[:end])
             if path not in sys.modules:
                 modules[path] = sys.modules[path] = types.ModuleType(path)
-        made.append(type(attribute, (), {"__module__": module}))
+        made.append(type(attribute, (base,), {"__module__": module}))
         setattr(sys.modules[module], attribute, made[-1])
     try:
         yield made

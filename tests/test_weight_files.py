@@ -58,12 +58,42 @@ def test_lightning_objects_become_placeholders_and_flags_stay(write, tmp_path):
         )
     contents = read_contents(tmp_path / "x.ckpt")
     assert contents["args"] == argparse.Namespace(vae="f8d4", steps=[1])
-    assert contents["callbacks"][Placeholder]["best_model_path"] == "x.ckpt"
-    assert type(contents["callbacks"][Placeholder]["best_model_score"]) is Placeholder
-    assert type(contents["hyper_parameters"]["widths"]) is Placeholder
+    ((callback, values),) = contents["callbacks"].items()
+    assert issubclass(callback, Placeholder)
+    assert values["best_model_path"] == "x.ckpt"
+    assert isinstance(values["best_model_score"], Placeholder)
+    assert isinstance(contents["hyper_parameters"]["widths"], Placeholder)
     assert vars(contents["hyper_parameters"]["widths"]) == {}
     assert contents["hyper_parameters"]["table"] == {"rows": [1, 2]}
     assert torch.equal(read_state_dict(tmp_path / "x.ckpt")["a.weight"], STATE["a.weight"])
+
+
+@pytest.mark.parametrize("write", [torch.save, write_legacy])
+@pytest.mark.parametrize(
+    "name", ["pytorch_lightning.utilities.parsing.AttributeDict", "lightning.fabric.utilities.data.AttributeDict"]
+)
+def test_dictionaries_of_lightning_become_plain_ones(name, write, tmp_path):
+    with foreign_classes(name, base=dict) as (attributes,):
+        flags = attributes(rate=1e-4, nested=attributes(widths=[1, 2]), nothing=attributes())
+        write({"state_dict": STATE, "hyper_parameters": flags}, tmp_path / "x.ckpt")
+    found = read_contents(tmp_path / "x.ckpt")["hyper_parameters"]
+    assert found == {"rate": 1e-4, "nested": {"widths": [1, 2]}, "nothing": {}}
+    assert {type(found), type(found["nested"]), type(found["nothing"])} == {dict}
+
+
+def test_the_version_of_torch_is_no_code(tmp_path):
+    torch.save({"state_dict": STATE, "torch": torch.torch_version.TorchVersion("2.6.0")}, tmp_path / "x.ckpt")
+    assert torch.equal(read_state_dict(tmp_path / "x.ckpt")["b"], STATE["b"])
+
+
+def test_a_whole_file_that_needs_code_is_not_called_damaged(tmp_path):
+    """A list of a class that torch fills nothing into."""
+    with foreign_classes("omegaconf.listconfig.ListConfig", base=list) as (listed,):
+        torch.save({"state_dict": STATE, "x": listed([1, 2])}, tmp_path / "x.ckpt")
+    with pytest.raises(NotWeightsError, match="cannot be read without running code") as error:
+        read_contents(tmp_path / "x.ckpt")
+    assert "damaged" not in str(error.value)
+    assert "omegaconf.listconfig.ListConfig" in str(error.value)
 
 
 def test_only_for_the_time_of_reading(tmp_path):

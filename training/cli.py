@@ -13,6 +13,12 @@ EXIT_OK = 0
 EXIT_FAILED = 1  # the run itself failed, e.g. a diverged training
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_WRONG_PATHS = {
+    errno.ENOTDIR: "a part of this path is a file, not a folder; give another path",
+    errno.EEXIST: "a file is where a folder is to be made; give another path",
+    errno.EISDIR: "it is a folder, not a file; give another path",
+    errno.ENAMETOOLONG: "the name is too long for the file system; give a shorter one",
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -105,6 +111,8 @@ def _one_line(error: Exception) -> str | None:
         return f"no space left on the device{where}; free some and run the same command again: what is complete is kept"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"no permission for {error.filename}"
+    if isinstance(error, OSError) and error.errno in _WRONG_PATHS and error.filename:
+        return f"{str(error.filename)[:300]}: {_WRONG_PATHS[error.errno]}"
     if _is_out_of_memory(error):
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return f"out of memory: take a smaller batch or, in training, --gradient-checkpointing ({first[:200]})"

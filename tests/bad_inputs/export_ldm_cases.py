@@ -35,6 +35,15 @@ def earlier_export(out: Path) -> None:
     (out / "model_index.json").write_text('{"exported_from": "ldm"}')
 
 
+def below_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    (tmp_path / "thesis.txt").write_text("")
+    return [str(shared_run(tmp_path)), str(tmp_path / "thesis.txt" / "out")]
+
+
+def too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return [str(shared_run(tmp_path)), str(tmp_path / ("x" * 300))]
+
+
 def repa_experiment(*flags: str):
     """An experiment of REPA that says its VAE nowhere."""
 
@@ -53,6 +62,8 @@ CASES = [
     Case("not a run", exporting(run="docs"), ("RUN docs is not a run",)),
     Case("no such step", exporting(lambda out: None, "--train-steps", "3"), ("--train-steps 3", "there are: 5, 10")),
     Case("a file", exporting(lambda out: out.write_text("")), ("out is a file",)),
+    Case("below a file", below_a_file, ("thesis.txt", "file", "folder")),
+    Case("too long a name", too_long, ("name is too long",)),
     Case("other files", exporting(thesis, "--overwrite"), ("holds other files", "new folder")),
     Case("another's folder", exporting(another_index, "--overwrite"), ("holds other files", "new folder")),
     Case("an earlier export", exporting(earlier_export), ("holds an export", "--overwrite")),

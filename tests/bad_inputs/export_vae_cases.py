@@ -41,6 +41,17 @@ def given(write: Callable[[Path], object], name: str = "vae.pt", *flags: str):
     return prepare
 
 
+def below_a_file(out: str, layout: str):
+    """OUT below a file of the case's folder."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        torch.save(tiny_ldm_state(), tmp_path / "vae.pt")
+        (tmp_path / "thesis.txt").write_text("")
+        return [str(tmp_path / "vae.pt"), str(tmp_path / out), "--format", layout, "--vae", "f4d4-tiny"]
+
+    return prepare
+
+
 def saved(content: object) -> Callable[[Path], object]:
     return lambda path: torch.save(content, path)
 
@@ -103,6 +114,10 @@ NOT_A_NUMBER = moments(4, mean=torch.full((4,), torch.nan))
 OPTIMIZER = torch.optim.AdamW(nn.Linear(2, 2).parameters()).state_dict()
 
 CASES = [
+    Case("a file below a file", below_a_file("thesis.txt/out.pt", "ldm"), ("thesis.txt", "file", "folder")),
+    Case("a folder below a file", below_a_file("thesis.txt/out", "diffusers"), ("thesis.txt", "file", "folder")),
+    Case("deep below a file", below_a_file("thesis.txt/a/b/out.pt", "ldm"), ("thesis.txt", "file", "folder")),
+    Case("too long a name", below_a_file("x" * 300 + ".pt", "ldm"), ("name is too long",)),
     Case("no such file", given(lambda path: None), ("vae.pt",)),
     Case("empty", given(lambda path: path.write_bytes(b"")), ("vae.pt", "empty")),
     Case("text", given(lambda path: path.write_text("weights, soon")), ("vae.pt", "text")),
