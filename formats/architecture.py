@@ -1,6 +1,8 @@
 """Which AutoencoderKL some tensors belong to: read off their names and shapes."""
 
 import json
+import math
+import re
 from collections.abc import Mapping
 
 import torch
@@ -51,16 +53,16 @@ def infer_shape(state: Mapping[str, torch.Tensor]) -> dict:
         NotWeightsError: as :func:`infer_config`.
     """
     _check_complete(state)
-    widths = [shape[0] for shape in _shapes(state, "encoder.down_blocks.{}.resnets.0.conv1.weight")]
-    levels = range(len(widths))
-    latent_channels = state["decoder.conv_in.weight"].shape[1]
+    levels = range(_count(state, r"(?:encoder\.down|decoder\.up)_blocks\.(\d+)\."))
+    widths = [_width(state, f"encoder.down_blocks.{level}.") for level in levels]
+    latent_channels = _side(state, "decoder.conv_in.weight", 1)
     config = {
-        "in_channels": state["encoder.conv_in.weight"].shape[1],
-        "out_channels": state["decoder.conv_out.weight"].shape[0],
+        "in_channels": _side(state, "encoder.conv_in.weight", 1),
+        "out_channels": _side(state, "decoder.conv_out.weight", 0),
         "down_block_types": [_kind(state, "Down", "Encoder", f"encoder.down_blocks.{i}") for i in levels],
         "up_block_types": [_kind(state, "Up", "Decoder", f"decoder.up_blocks.{i}") for i in levels],
         "block_out_channels": widths,
-        "layers_per_block": len(_shapes(state, "encoder.down_blocks.0.resnets.{}.conv1.weight")),
+        "layers_per_block": _count(state, r"encoder\.down_blocks\.\d+\.resnets\.(\d+)\."),
         "latent_channels": latent_channels,
         "use_quant_conv": "quant_conv.weight" in state,
         "use_post_quant_conv": "post_quant_conv.weight" in state,
@@ -114,6 +116,44 @@ def first_misfit(state: Mapping[str, torch.Tensor], network: AutoencoderKL, as_l
     return None
 
 
+def nearly_fits(state: Mapping[str, torch.Tensor], network: AutoencoderKL) -> bool:
+    """Whether only a few tensors are missing, and nothing else speaks against this architecture."""
+    wanted = network.state_dict()
+    return (
+        len(wanted.keys() - state.keys()) <= LISTED
+        and state.keys() <= wanted.keys()
+        and all(tensor.shape == wanted[name].shape for name, tensor in state.items())
+    )
+
+
+def check_config(config: Mapping) -> None:
+    """Refuse a diffusers configuration whose values are not of the kind that they must be.
+
+    Raises:
+        NotWeightsError: a width that is none, or statistics that are no numbers.
+    """
+    widths, channels = config.get("block_out_channels", [1]), config.get("latent_channels", 1)
+    if not isinstance(widths, list) or not widths or not all(_is_count(width) for width in widths):
+        raise NotWeightsError(f"block_out_channels is {json.dumps(widths)}, not a list of widths")
+    if not _is_count(channels):
+        raise NotWeightsError(f"latent_channels is {json.dumps(channels)}, not a number of channels")
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        if values is not None and not (isinstance(values, list) and values and all(map(_is_number, values))):
+            raise NotWeightsError(f"{name} is {json.dumps(values)[:80]}, not a list of numbers")
+    factor = config.get("scaling_factor", 1.0)
+    if not _is_number(factor) or factor <= 0:
+        raise NotWeightsError(f"scaling_factor is {json.dumps(factor)}, not a positive number")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_complete(state: Mapping[str, torch.Tensor]) -> None:
     """Both halves are there; what else there is says the rest."""
     needed = [f"{half}.{name}.weight" for half in ("encoder", "decoder") for name in ("conv_in", "conv_out")]
@@ -121,22 +161,20 @@ def _check_complete(state: Mapping[str, torch.Tensor]) -> None:
     if not missing:
         return
     for half, other in (("encoder", "decoder"), ("decoder", "encoder")):
-        if all(name.startswith(half) for name in missing):
+        if not any(name.startswith(f"{half}.") for name in state):
             raise NotWeightsError(
                 f"it is half a VAE: beside the {other}, {missing[0]} and the {half}'s rest are missing"
             )
-    raise NotWeightsError(f"{', '.join(missing)} are missing")
+    raise NotWeightsError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
 
 
 def _check_kl(state: Mapping[str, torch.Tensor], latent_channels: int) -> None:
     codebook = next((name for name in state if name.startswith("quantize.") or ".quantize." in name), None)
     if codebook is not None:
         raise NotWeightsError(f"it is a VQ autoencoder ({codebook} is a codebook), not a KL one")
-    moments = state["encoder.conv_out.weight"].shape[0]
-    if "quant_conv.weight" in state:
-        moments = state["quant_conv.weight"].shape[0]
+    moments = _side(state, "quant_conv.weight" if "quant_conv.weight" in state else "encoder.conv_out.weight", 0)
     if "post_quant_conv.weight" in state:
-        embedded = state["post_quant_conv.weight"].shape[1]
+        embedded = _side(state, "post_quant_conv.weight", 1)
         if embedded != latent_channels:
             raise NotWeightsError(
                 f"its latents have {embedded} channels and its decoder {latent_channels}; AutoencoderKL has one number"
@@ -153,12 +191,25 @@ def _kind(state: Mapping[str, torch.Tensor], direction: str, half: str, prefix: 
     return f"{'Attn' if attention else ''}{direction}{half}Block2D"
 
 
-def _shapes(state: Mapping[str, torch.Tensor], pattern: str) -> list[torch.Size]:
-    """Shapes of ``pattern`` with 0, 1, 2, … as long as there are such tensors."""
-    shapes = []
-    while (name := pattern.format(len(shapes))) in state:
-        shapes.append(state[name].shape)
-    return shapes
+def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
+    """How many there are of what a pattern numbers from 0."""
+    return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)
+
+
+def _width(state: Mapping[str, torch.Tensor], level: str) -> int:
+    """Channels of a level of the encoder, by any tensor of its residual blocks that has as many."""
+    tell = re.compile(re.escape(level) + r"resnets\.\d+\.(conv[12]|norm2|conv_shortcut)\.(weight|bias)")
+    name = next((name for name in sorted(state) if tell.fullmatch(name) and state[name].ndim), None)
+    if name is None:
+        raise NotWeightsError(f"{level}resnets.0.conv1.weight is missing, and the rest of its level")
+    return state[name].shape[0]
+
+
+def _side(state: Mapping[str, torch.Tensor], name: str, dimension: int) -> int:
+    """A side of a convolution's weight."""
+    if state[name].ndim != 4:
+        raise NotWeightsError(f"{name} of shape {tuple(state[name].shape)} is no convolution's weight")
+    return state[name].shape[dimension]
 
 
 def _text(value: object) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from formats.layers import State, is_ldm, to_diffusers
-from formats.statistics import Statistics, batch_norm_statistics
+from formats.statistics import Statistics, batch_norm_statistics, own_statistics
 from models.weight_files import NotWeightsError, tensors_by_name
 
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
@@ -74,7 +74,7 @@ def find_vae(contents: object, source: str) -> FoundVAE:
     except NotWeightsError as error:
         instead = None if vae_prefixes(tensors) else what_instead(contents)
         raise NotWeightsError(f"it holds no VAE, but {instead}" if instead else str(error)) from error
-    return FoundVAE(found.state, f"{layout}{found.layout}", found.is_ldm, _own_statistics(nested, source))
+    return FoundVAE(found.state, f"{layout}{found.layout}", found.is_ldm, own_statistics(nested, source))
 
 
 def find_discriminator(contents: object) -> State | None:
@@ -87,7 +87,7 @@ def find_discriminator(contents: object) -> State | None:
     prefixes = [prefix for prefix in prefixes if prefix in ("", *WRAPPERS) or "discriminator." in prefix]
     if not prefixes:
         return None
-    return _below(tensors, prefixes[0])
+    return tensors_by_name(_below(tensors, prefixes[0]))
 
 
 def vae_prefixes(names: Iterable[str]) -> set[str]:
@@ -146,7 +146,7 @@ def _vae_among(tensors: State) -> FoundVAE:
         raise NotWeightsError(f"it holds several VAEs, under {', '.join(sorted(prefixes))}: save one of them alone")
     prefix = prefixes.pop()
     state = {name: tensor for name, tensor in _below(tensors, prefix).items() if not name.startswith(IGNORED)}
-    ldm = is_ldm(state)
+    ldm = is_ldm(tensors_by_name(state))
     layout = f"{'LDM' if ldm else 'diffusers'} layout"
     if prefix == STABLE_DIFFUSION:
         layout = "Stable Diffusion checkpoint"
@@ -160,11 +160,3 @@ def _prefixes(names: Iterable[str], anchor: str) -> set[str]:
 
 def _below(tensors: State, prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _own_statistics(contents: object, source: str) -> Statistics | None:
-    """Those that our own checkpoints keep beside the network."""
-    for prefix in ("autoencoder.statistics.", "statistics."):
-        if f"{prefix}mean" in contents and f"{prefix}var" in contents:
-            return Statistics(contents[f"{prefix}mean"], None, contents[f"{prefix}var"], source)
-    return None

@@ -7,7 +7,7 @@ from formats.checkpoints import find_discriminator, what_instead
 from formats.layers import State
 from formats.runs import locate_discriminator
 from models.discriminator import PatchDiscriminator
-from models.weight_files import NotWeightsError, read_contents
+from models.weight_files import NotWeightsError, check_values, read_contents
 
 
 def load_discriminator(discriminator: PatchDiscriminator, path: str | Path) -> None:
@@ -60,3 +60,4 @@ def _check(state: State, discriminator: PatchDiscriminator) -> None:
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
             raise NotWeightsError(f"{name} is {tuple(state[name].shape)} instead of {tuple(tensor.shape)}")
+    check_values(state, wanted)

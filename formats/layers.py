@@ -34,7 +34,7 @@ def is_ldm(state: Mapping[str, torch.Tensor]) -> bool:
 def to_diffusers(state: Mapping[str, torch.Tensor]) -> State:
     """Tensors by LDM, older diffusers or today's diffusers names → by today's diffusers names."""
     if is_ldm(state):
-        levels = _levels(state, r"decoder\.up\.(\d+)\.")
+        levels = _levels(state, r"(?:encoder\.down|decoder\.up)\.(\d+)\.")
         state = {_from_ldm(name, levels): tensor for name, tensor in state.items()}
     else:
         state = {_from_old_diffusers(name): tensor for name, tensor in state.items()}
@@ -43,7 +43,7 @@ def to_diffusers(state: Mapping[str, torch.Tensor]) -> State:
 
 def to_ldm(state: Mapping[str, torch.Tensor]) -> State:
     """Tensors by today's diffusers names → by LDM names; the inverse of :func:`to_diffusers`."""
-    levels = _levels(state, r"decoder\.up_blocks\.(\d+)\.")
+    levels = _levels(state, r"(?:encoder\.down|decoder\.up)_blocks\.(\d+)\.")
     return {
         _to_ldm(name, levels): tensor[:, :, None, None] if _is_projection(name) and tensor.ndim == 2 else tensor
         for name, tensor in state.items()

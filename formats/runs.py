@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from formats.checkpoints import FoundVAE, find_vae, vae_prefixes
-from formats.statistics import Statistics, vae_files
+from formats.statistics import statistics_in, vae_files
 from models.weight_files import NotWeightsError, one_line, read_contents
 
 MANIFEST = "manifest.json"
@@ -81,8 +81,7 @@ def read_checkpoint(folder: Path) -> tuple[FoundVAE, dict | None]:
         own = folder / f"{OWN_STATISTICS}.safetensors"
         if own.is_file():
             check_file(own, manifest)
-            tensors = read_contents(own)
-            found = replace(found, statistics=Statistics(tensors["mean"], None, tensors["var"], str(own)))
+            found = replace(found, statistics=statistics_in(read_contents(own), str(own)))
         return replace(found, layout=f"{module} of a checkpoint of ours"), manifest.get("args", {}).get("vae_config")
     run = folder.parent.parent
     hint = f"; the VAE of its run is {run / 'vae'}" if (run / "vae").is_dir() else ""

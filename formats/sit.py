@@ -22,9 +22,9 @@ import torch
 
 from diffusion.flow import PATH_TYPES
 from errors import UserError
-from formats.statistics import REPA_CHANNELS, repa_statistics
+from formats.statistics import REPA_CHANNELS, batch_norm_statistics, repa_statistics
 from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
-from models.weight_files import NotWeightsError, read_contents
+from models.weight_files import NotWeightsError, check_values, read_contents, tensors_by_name
 
 State = dict[str, torch.Tensor]
 
@@ -37,7 +37,11 @@ FACTS = (
     *("model", "num_classes", "encoder_depth", "qk_norm", "resolution", "path_type", "prediction", "cfg_prob"),
     *("enc_type", "vae", "vae_ckpt"),
 )
+NUMBERS = ("num_classes", "encoder_depth", "resolution")  # of these; whole ones
 _COMPARED = tuple(name for name in FACTS if name != "vae_ckpt")  # a path may be written in several ways
+
+
+READ_SHAPES = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # dimensions
 
 
 class Statistics(NamedTuple):
@@ -138,7 +142,7 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
         config = infer_config(sit, given, facts, legacy_depth)
         sit = _without_empty_projectors(sit)
         _check_fits(sit, config, given)
-        found[name], configs[name] = SiTWeights(sit, _batch_norm(plain)), config
+        found[name], configs[name] = SiTWeights(sit, _batch_norm(plain, config.latent_channels, given)), config
     if len(set(configs.values())) > 1:
         raise UserError(f"{given}: ema and model are networks of different shapes; the file is damaged")
     config = next(iter(configs.values()))
@@ -167,11 +171,13 @@ def infer_config(
         facts: the flags of its training; only ``encoder_depth`` is taken from them.
         legacy_depth: ``encoder_depth`` where the names told it.
     """
-    try:
-        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        tokens, rows = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{given} holds no SiT in the public layout ({error}, first names {_some(state)})") from error
+    for name, ndim in READ_SHAPES.items():
+        if name not in state:
+            raise UserError(f"{given} holds no SiT in the public layout ({name!r}, first names {_some(state)})")
+        if state[name].ndim != ndim:
+            raise UserError(f"{given}: {name} has {state[name].ndim} dimensions instead of {ndim}; the file is damaged")
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    tokens, rows = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"])
     depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state) if m), default=-1)
     names = [name for name, size in SIT_SIZES.items() if (size.depth, size.width) == (depth, width)]
     if not names or patch not in PATCH_SIZES:
@@ -292,8 +298,15 @@ def _weight_sets(contents: object, given: str) -> dict[str, State]:
     nested = {name: contents[name] for name in ("ema", "model") if isinstance(contents.get(name), dict)}
     sets = nested or {"ema": {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}}
     for state in sets.values():
-        if not any(key.endswith("x_embedder.proj.weight") for key in state):
+        if not any(str(key).endswith("x_embedder.proj.weight") for key in state):
             raise UserError(f"{given} {_what_instead(contents, state)}; give a SiT checkpoint of REPA or REPA-E")
+        try:
+            tensors_by_name(state)
+        except NotWeightsError as error:
+            raise UserError(f"{given}: {error}") from error
+        scalar = next((key for key, tensor in state.items() if key.endswith(".bias") and tensor.ndim != 1), None)
+        if scalar is not None:
+            raise UserError(f"{given}: {scalar} has {state[scalar].ndim} dimensions instead of 1; the file is damaged")
     return sets
 
 
@@ -302,7 +315,7 @@ def _what_instead(contents: Mapping, state: Mapping) -> str:
     if not state:
         parts = ", ".join(map(str, list(contents)[:4])) or "nothing"
         return f"holds no weights, but {parts}"
-    if any(key.startswith(("encoder.", "decoder.", "first_stage_model.")) for key in state):
+    if any(str(key).startswith(("encoder.", "decoder.", "first_stage_model.")) for key in state):
         return "holds a VAE, not a SiT"
     return f"holds no SiT (first names {_some(state)})"
 
@@ -322,6 +335,9 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
                 "copy its own args.json beside it"
             )
         facts[name] = value
+    for name in NUMBERS:
+        if not isinstance(facts.get(name, 0), int):
+            raise UserError(f"{given}: its args say {name} {facts[name]!r}, which is no whole number")
     return facts
 
 
@@ -382,11 +398,16 @@ def _without_empty_projectors(state: State) -> State:
     return {key: tensor for key, tensor in state.items() if not any(key.startswith(prefix) for prefix in empty)}
 
 
-def _batch_norm(state: Mapping[str, torch.Tensor]) -> Statistics | None:
+def _batch_norm(state: Mapping[str, torch.Tensor], channels: int, given: str) -> Statistics | None:
     """The statistics that REPA-E keeps in the SiT; it decodes with ``z·sqrt(var) + mean``, without the epsilon."""
-    if "bn.running_mean" not in state or "bn.running_var" not in state:
-        return None
-    return Statistics(state["bn.running_mean"].float(), state["bn.running_var"].float().sqrt())
+    try:
+        found = batch_norm_statistics(state, given)
+        if found is None:
+            return None
+        found.check(channels)
+    except NotWeightsError as error:
+        raise UserError(f"{given}: its BatchNorm of latents (bn): {error}") from error
+    return Statistics(found.mean, found.var.sqrt())
 
 
 def _check_fits(state: State, config: SiTConfig, given: str) -> None:
@@ -405,7 +426,11 @@ def _check_fits(state: State, config: SiTConfig, given: str) -> None:
     for what, keys in (("lacks", missing), ("has beside it", unexpected), ("has in another shape", misshapen)):
         if keys:
             raise UserError(f"{given} is no complete {config.model}: it {what} {', '.join(keys[:3])}")
+    try:
+        check_values(state, expected)
+    except NotWeightsError as error:
+        raise UserError(f"{given}: {error}") from error
 
 
 def _some(state: Mapping) -> str:
-    return ", ".join(list(state)[:3]) or "none"
+    return ", ".join(map(str, list(state)[:3])) or "none"

@@ -21,7 +21,7 @@ import torch
 
 from models.autoencoder import STATISTICS_FILE
 from models.latent_statistics import LatentStatistics
-from models.weight_files import NotWeightsError, read_contents
+from models.weight_files import NotWeightsError, check_plain, read_contents
 
 LIGHTNINGDIT_FILE = "latents_stats.pt"
 REPAE_SUFFIX = "-latents-stats"
@@ -48,13 +48,12 @@ class Statistics:
     var: torch.Tensor | None
     source: str
 
-    def load_into(self, statistics: LatentStatistics) -> None:
-        """Hand them to their owner.
+    def check(self, channels: int) -> None:
+        """Refuse what no latents of ``channels`` channels can be normalised with.
 
         Raises:
             NotWeightsError: they are of another number of channels, not finite, or some std is zero.
         """
-        channels = statistics.mean.numel()
         for name, tensor in (("mean", self.mean), ("std", self.std), ("var", self.var)):
             if tensor is None:
                 continue
@@ -62,11 +61,21 @@ class Statistics:
                 raise NotWeightsError(f"statistics of {tensor.numel()} channels for a VAE with {channels}")
             if not tensor.isfinite().all():
                 raise NotWeightsError(f"the {name} of channel {_first(~tensor.isfinite())} is not finite")
-        # latents are divided by it; a variance of zero is harmless, because 1e-4 is added
+        # latents are divided by it; a single variance of zero is harmless, because 1e-4 is added
         if self.std is not None and (self.std <= 0).any():
             raise NotWeightsError(f"the std of channel {_first(self.std <= 0)} is not positive")
         if self.var is not None and (self.var < 0).any():
             raise NotWeightsError(f"the variance of channel {_first(self.var < 0)} is negative")
+        if self.var is not None and not self.var.any():
+            raise NotWeightsError("the variance is 0 in every channel: they were never measured")
+
+    def load_into(self, statistics: LatentStatistics) -> None:
+        """Hand them to their owner.
+
+        Raises:
+            NotWeightsError: as :meth:`check`.
+        """
+        self.check(statistics.mean.numel())
         if self.std is None:
             statistics.mean.copy_(self.mean)
             statistics.var.copy_(self.var)
@@ -119,13 +128,22 @@ def statistics_in(contents: object, source: str) -> Statistics | None:
     if "mean" in contents and ("std" in contents or "var" in contents):
         std, var = (_channels(contents, name) if name in contents else None for name in ("std", "var"))
         return Statistics(_channels(contents, "mean"), std, var, source)
+    return own_statistics(contents, source)
+
+
+def own_statistics(contents: Mapping, source: str) -> Statistics | None:
+    """Those that our own checkpoints keep beside the network."""
+    for prefix in ("autoencoder.statistics.", "statistics."):
+        if f"{prefix}mean" in contents and f"{prefix}var" in contents:
+            mean, var = (_channels(contents, f"{prefix}{name}") for name in ("mean", "var"))
+            return Statistics(mean, None, var, source)
     return None
 
 
 def batch_norm_statistics(state: Mapping, source: str) -> Statistics | None:
     """Those of a SiT of REPA-E, which keeps them in a BatchNorm called ``bn``."""
     for prefix in ("bn.", "module.bn.", "_orig_mod.bn."):
-        if f"{prefix}running_var" in state:
+        if f"{prefix}running_var" in state or f"{prefix}running_mean" in state:
             mean, var = (_channels(state, f"{prefix}running_{name}") for name in ("mean", "var"))
             return Statistics(mean, None, var, source)
     return None
@@ -180,6 +198,7 @@ def _channels(contents: Mapping, name: str) -> torch.Tensor:
     tensor = contents.get(name)
     if not isinstance(tensor, torch.Tensor):
         raise NotWeightsError(f"{name} is {'missing' if tensor is None else 'no tensor'}")
+    check_plain(name, tensor)
     if tensor.numel() != max(tensor.shape, default=1):
         raise NotWeightsError(f"{name} of shape {tuple(tensor.shape)} is not one number a channel")
     return tensor.detach().float().flatten()

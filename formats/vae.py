@@ -15,19 +15,21 @@ from diffusers import AutoencoderKL
 
 from errors import UserError
 from formats.architecture import (
+    check_config,
     describe_difference,
     first_misfit,
     fitting_names,
     infer_config,
     infer_shape,
     named_config,
+    nearly_fits,
 )
 from formats.checkpoints import FoundVAE, find_vae
 from formats.hub import hub_folder, is_hub_name
 from formats.runs import DIFFUSERS_WEIGHTS, MANIFEST, locate_vae, read_checkpoint
 from formats.statistics import REPA, config_statistics, find_beside, read_statistics, repa_statistics
 from models.autoencoder import Autoencoder, architecture_names
-from models.weight_files import NotWeightsError, one_line, read_contents
+from models.weight_files import NotWeightsError, check_values, one_line, read_contents
 
 RANDOM = "none"  # --vae-ckpt none: from scratch
 _SUFFIXES = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
@@ -180,8 +182,9 @@ def _infer(found: FoundVAE, given: str, wanted: dict | None, wanted_name: str | 
     if wanted is None:
         with _reasons(given):
             return infer_config(found.state)
-    if first_misfit(found.state, _on_meta(wanted, f"--vae {wanted_name}"), found.is_ldm) is None:
-        return wanted
+    network = _on_meta(wanted, f"--vae {wanted_name}")
+    if nearly_fits(found.state, network):
+        return wanted  # what is missing is named where it is loaded
     with _reasons(given):
         shape = infer_shape(found.state)
     _compare(shape, wanted, given, wanted_name)
@@ -203,10 +206,9 @@ def _load_network(source: VAESource, wanted_name: str | None) -> AutoencoderKL:
     misfit = first_misfit(source.found.state, _on_meta(source.config, name), source.found.is_ldm)
     if misfit:
         raise UserError(f"{source.given} ({source.found.layout}) does not fit its architecture: {misfit}")
-    for key, tensor in source.found.state.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{source.given}: {key} is of type {tensor.dtype}, not of weights; give unquantised ones")
     network = _on_meta(source.config, name)
+    with _reasons(source.given):
+        check_values(source.found.state, network.state_dict())
     state = {key: tensor.detach().float().clone().contiguous() for key, tensor in source.found.state.items()}
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(True)
@@ -255,6 +257,8 @@ def _read_config(folder: Path, given: str) -> dict:
     if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         raise UserError(f"{given}: config.json describes {found}, not an AutoencoderKL")
+    with _reasons(f"{given}: config.json"):
+        check_config(config)
     return config
 
 

@@ -115,9 +115,43 @@ def tensors_by_name(state: object) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise NotWeightsError(f"its entry {str(name)[:40]!r} is a {type(tensor).__name__}, not a tensor by name")
+        check_plain(name, tensor)
     if not state:
         raise NotWeightsError("it is empty")
     return state
+
+
+def check_plain(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor without values, or whose values are not simply stored one after the other.
+
+    Raises:
+        NotWeightsError: it is on the meta device, sparse, nested, quantised or complex.
+    """
+    if tensor.is_meta:
+        raise NotWeightsError(f"{name} has no values (it was saved from the meta device)")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_complex():
+        kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else "sparse"
+        kind = "complex" if tensor.is_complex() else kind
+        raise NotWeightsError(f"{name} is {kind}; save it as a dense tensor of real numbers")
+
+
+def check_values(state: Mapping[str, torch.Tensor], network: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are no numbers to compute with; names and shapes are the caller's.
+
+    Args:
+        state: what is to be loaded.
+        network: the network's own tensors, on any device: where these are floating point, so must the others be.
+
+    Raises:
+        NotWeightsError: integers (quantised weights), NaN or infinite.
+    """
+    for name, tensor in state.items():
+        if name not in network or not network[name].is_floating_point():
+            continue
+        if not tensor.is_floating_point():
+            raise NotWeightsError(f"{name} is of type {tensor.dtype}, not of weights; give unquantised ones")
+        if not tensor.float().isfinite().all():  # float8 knows no isfinite
+            raise NotWeightsError(f"{name} is not finite everywhere: its training diverged, or it is damaged")
 
 
 def read_contents(path: str | Path) -> object:

@@ -193,6 +193,28 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     assert "Unexpected key" in refusal("dinov2-vit-b", longer, tmp_path / "longer.pth")
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("pos_embed", lambda tensor: torch.ones(()), "pos_embed has 0 dimensions instead of 3"),
+        ("patch_embed.proj.weight", lambda tensor: torch.ones(5), "patch_embed.proj.weight has 1 dimensions"),
+        ("norm.weight", lambda tensor: tensor.to(torch.int8), "norm.weight is of type torch.int8"),
+        ("norm.weight", lambda tensor: tensor * torch.nan, "norm.weight is not finite"),
+        ("norm.weight", lambda tensor: tensor.to_sparse(), "norm.weight is sparse"),
+    ],
+)
+def test_tensors_that_are_no_weights(name, change, reason, monkeypatch, tmp_path):
+    shrink(monkeypatch, "dinov2-vit-b", DINOV2)
+    complete = layouts.dinov2(DINOV2.weights(0))
+    assert reason in refusal("dinov2-vit-b", complete | {name: change(complete[name])}, tmp_path / "spoiled.pth")
+
+
+def test_positions_of_clip_without_dimensions(monkeypatch, tmp_path):
+    shrink(monkeypatch, "clip-vit-L", CLIP_VIT)
+    content = layouts.openai_clip(CLIP_VIT.weights(0)) | {"visual.positional_embedding": torch.ones(())}
+    assert "positional_embedding has 0 dimensions" in refusal("clip-vit-L", content, tmp_path / "spoiled.pth")
+
+
 def test_biases_that_timm_lacks_are_not_dropped(monkeypatch, tmp_path):
     shrink(monkeypatch, "dinov3-vit-b", DINOV3)
     content = layouts.dinov3(DINOV3.weights(0))

@@ -398,6 +398,21 @@ def test_a_run_gives_its_discriminator(place, tmp_path):
     assert same_tensors(ours.state_dict(), random_discriminator().state_dict())
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "of type torch.int8"),
+        (lambda tensor: tensor * torch.inf, "is not finite"),
+        (lambda tensor: tensor.to_sparse(), "is sparse"),
+    ],
+)
+def test_a_discriminator_of_no_weights_is_refused(change, reason, tmp_path):
+    state = random_discriminator().state_dict()
+    torch.save(state | {"main.2.weight": change(state["main.2.weight"])}, tmp_path / "d.pt")
+    with pytest.raises(UserError, match=f"main.2.weight.*{reason}"):
+        load_discriminator(PatchDiscriminator(), tmp_path / "d.pt")
+
+
 def test_a_discriminator_with_actnorm_is_refused(tmp_path):
     state = random_discriminator().state_dict()
     state |= {"main.3.loc": torch.zeros(1, 128, 1, 1), "main.3.initialized": torch.tensor(1)}

@@ -66,6 +66,8 @@ def to_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """CLIP's own image tower; the projection to the space shared with the text is left out."""
     state = _renamed({name: tensor for name, tensor in state.items() if name != "proj"}, CLIP_NAMES)
+    if state["pos_embed"].ndim != 2:
+        raise ValueError(f"positional_embedding has {state['pos_embed'].ndim} dimensions instead of 2")
     state["cls_token"] = state["cls_token"].view(1, 1, -1)
     state["pos_embed"] = state["pos_embed"][None]
     return state
@@ -76,6 +78,8 @@ def _dinov2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     has_registers = "register_tokens" in state
     state = _renamed(state, DINOV2_NAMES)
     if has_registers:
+        if state["pos_embed"].ndim != 3:
+            raise ValueError(f"pos_embed has {state['pos_embed'].ndim} dimensions instead of 3")
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
     return state

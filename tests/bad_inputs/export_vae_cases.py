@@ -105,6 +105,23 @@ def moments(channels: int, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"mean": torch.zeros(1, channels, 1, 1), "std": torch.ones(1, channels, 1, 1)} | changes
 
 
+def spoiled(tensor: object, *flags: str, name: str = "encoder.conv_in.weight"):
+    """A VAE with another entry of this name."""
+    return given(saved(tiny_ldm_state() | {name: tensor}), "vae.pt", *flags)
+
+
+def lacking(*names: str, width: int = 16, flags: tuple[str, ...] = ("--vae", "f4d4-tiny")):
+    state = {name: tensor for name, tensor in tiny_ldm_state(width=width).items() if name not in names}
+    return given(saved(state), "vae.pt", *flags)
+
+
+def configured(**values: object):
+    """A diffusers folder's config.json alone, whose values are looked at before the weights."""
+    return given(folder_of(json.dumps({"_class_name": "AutoencoderKL"} | values)), "folder")
+
+
+FIRST_BLOCKS = tuple(f"encoder.down.{level}.block.0.conv1.weight" for level in (0, 1))
+WEIGHT = (16, 3, 3, 3)
 STATISTICS = ("vae.pt", "--vae-latents-stats", "TMP/statistics.pt")
 UNET = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)}
 SIT = {"x_embedder.proj.weight": torch.zeros(8, 4, 2, 2), "pos_embed": torch.zeros(1, 16, 8)}
@@ -162,5 +179,32 @@ CASES = [
         given(saved(tiny_ldm_state(latent_channels=8, width=32)), "vae.pt", "--vae-latents-stats", "repa"),
         ("--vae-latents-stats repa", "4 channels", "8"),
     ),
+    *(Case(f"{name} missing", lacking(name), (f"1 missing: {name}",)) for name in FIRST_BLOCKS),
+    *(
+        Case(f"{name} missing, no --vae", lacking(name, width=32, flags=()), (f"1 missing: {name}",))
+        for name in FIRST_BLOCKS
+    ),
+    Case("the first layer missing", lacking("encoder.conv_in.weight"), ("1 missing: encoder.conv_in.weight",)),
+    Case("1-D convolution", spoiled(torch.ones(5)), ("encoder.conv_in.weight", "(5,)")),
+    Case("0-D convolution", spoiled(torch.ones(()), "--vae", "f4d4-tiny"), ("encoder.conv_in.weight", "()")),
+    Case("sparse", spoiled(torch.ones(WEIGHT).to_sparse()), ("encoder.conv_in.weight is sparse",)),
+    Case("on the meta device", spoiled(torch.ones(WEIGHT, device="meta")), ("encoder.conv_in.weight has no values",)),
+    Case("complex", spoiled(torch.ones(WEIGHT, dtype=torch.complex64)), ("encoder.conv_in.weight is complex",)),
+    Case("int8", spoiled(torch.ones(WEIGHT, dtype=torch.int8), "--vae", "f4d4-tiny"), ("torch.int8", "unquantised")),
+    Case("NaN", spoiled(torch.full(WEIGHT, torch.nan), "--vae", "f4d4-tiny"), ("conv_in.weight is not finite",)),
+    Case(
+        "a mean that is no tensor",
+        given(saved(tiny_ldm_state() | {"statistics.mean": [0], "statistics.var": torch.ones(4)}), "vae.pt"),
+        ("statistics.mean is no tensor",),
+    ),
+    Case(
+        "variances of zero",
+        given(of_statistics({"mean": torch.zeros(4), "var": torch.zeros(4)}), *STATISTICS, "--vae", "f4d4-tiny"),
+        ("statistics.pt", "variance is 0 in every channel"),
+    ),
+    Case("no widths", configured(block_out_channels=[]), ("config.json", "block_out_channels is []")),
+    Case("a mean of text", configured(latents_mean="x", latents_std=[1.0]), ("config.json", 'latents_mean is "x"')),
+    Case("a mean of null", configured(latents_mean=[None]), ("config.json", "latents_mean is [null]")),
+    Case("no factor", configured(scaling_factor=None), ("config.json", "scaling_factor is null")),
     Case("no statistics in the file", given(of_statistics({"a": torch.ones(4)}), *STATISTICS), ("statistics.pt",)),
 ]

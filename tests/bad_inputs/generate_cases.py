@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +218,10 @@ def weights() -> dict:
     return PublicSiT().state_dict()
 
 
+def batch_norm(var: torch.Tensor) -> dict:
+    return {"ema": weights() | {"bn.running_mean": torch.zeros(len(var)), "bn.running_var": var}}
+
+
 def vae_weights() -> dict:
     return build_autoencoder("f4d4-tiny", "none")[0].network.state_dict()
 
@@ -259,6 +264,25 @@ CASES = [
     Case("a VAE as SiT", bare(vae_weights), ("holds a VAE",)),
     Case("optimizer only", bare(lambda: {"opt": {"state": {}}, "steps": 3}), ("holds no weights, but opt, steps",)),
     Case("a list", bare(lambda: [1]), ("holds a list",)),
+    Case("no tensor in ema", bare(lambda: {"ema": weights() | {"step": 3}}), ("'step' is a int, not a tensor",)),
+    Case("a number as name", bare(lambda: {"ema": weights() | {7: torch.ones(1)}}), ("'7'", "not a tensor by name")),
+    Case("a bias of 0 dimensions", bare(lambda: weights() | {"final_layer.linear.bias": torch.ones(())}),
+         ("final_layer.linear.bias has 0 dimensions",)),
+    Case("a projector's bias of 0 dimensions", bare(lambda: weights() | {"projectors.0.4.bias": torch.ones(())}),
+         ("projectors.0.4.bias has 0 dimensions",)),
+    Case("positions of 0 dimensions", bare(lambda: weights() | {"pos_embed": torch.ones(())}),
+         ("pos_embed has 0 dimensions",)),
+    Case("sparse weights", bare(lambda: {"ema": weights() | {"pos_embed": torch.ones(1, 16, 192).to_sparse()}}),
+         ("pos_embed is sparse",)),
+    Case("a depth of text", bare(lambda: {"ema": weights(), "args": Namespace(encoder_depth="8")}),
+         ("encoder_depth '8'", "no whole number")),
+    Case("int8 weights", bare(lambda: {key: value.to(torch.int8) for key, value in weights().items()}),
+         ("torch.int8", "unquantised")),
+    Case("NaN weights", bare(lambda: weights() | {"final_layer.linear.bias": torch.full((16,), torch.nan)}),
+         ("final_layer.linear.bias is not finite",)),
+    Case("BatchNorm of other channels", bare(lambda: batch_norm(torch.ones(32))), ("bn", "32 channels")),
+    Case("BatchNorm of zeros", bare(lambda: batch_norm(torch.zeros(4))), ("bn", "0 in every channel")),
+    Case("BatchNorm of NaN", bare(lambda: batch_norm(torch.full((4,), torch.nan))), ("bn", "not finite")),
     Case("another network", bare(lambda: {"a.weight": torch.ones(2)}), ("holds no SiT", "a.weight")),
     Case("unknown depth", bare(renamed_blocks), ("7 blocks of width 192", "XL 28 × 1152")),
     Case("unknown width", bare(lambda: weights() | {"x_embedder.proj.weight": torch.ones(200, 4, 2, 2)}),
