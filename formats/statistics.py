@@ -90,17 +90,12 @@ def repa_statistics() -> Statistics:
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Latent statistics from a file, or from a folder with our own.
+    """Latent statistics from a file.
 
     Raises:
         NotWeightsError: it holds none.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / STATISTICS_FILE
-        if not path.is_file():
-            raise NotWeightsError(f"the folder has no {STATISTICS_FILE}; give a file")
-    contents = read_contents(path)
+    contents = read_contents(Path(path))
     found = statistics_in(contents, str(path))
     if found is None:
         some = ", ".join(map(str, list(contents)[:3])) if isinstance(contents, dict) else type(contents).__name__

@@ -27,8 +27,15 @@ from formats.architecture import (
 from formats.checkpoints import FoundVAE, find_vae
 from formats.hub import hub_folder, is_hub_name
 from formats.runs import DIFFUSERS_WEIGHTS, MANIFEST, locate_vae, read_checkpoint
-from formats.statistics import REPA, config_statistics, find_beside, read_statistics, repa_statistics
-from models.autoencoder import Autoencoder, architecture_names
+from formats.statistics import (
+    REPA,
+    Statistics,
+    config_statistics,
+    find_beside,
+    read_statistics,
+    repa_statistics,
+)
+from models.autoencoder import STATISTICS_FILE, Autoencoder, architecture_names
 from models.weight_files import NotWeightsError, check_values, one_line, read_contents
 
 RANDOM = "none"  # --vae-ckpt none: from scratch
@@ -222,7 +229,7 @@ def _load_statistics(autoencoder: Autoencoder, source: VAESource | None, file: s
             if file == REPA:
                 found = repa_statistics()
             elif Path(file).exists():
-                found = read_statistics(Path(file))
+                found = _statistics_at(Path(file))
             else:
                 raise NotWeightsError("no such file")
             found.load_into(autoencoder.statistics)
@@ -246,6 +253,40 @@ def _load_statistics(autoencoder: Autoencoder, source: VAESource | None, file: s
         except NotWeightsError as error:
             raise NotWeightsError(f"{Path(found.source).name}: {error}") from error
     return found.source
+
+
+def _statistics_at(path: Path) -> Statistics:
+    """Those in a file; of a folder, a run or its checkpoint, those that its VAE would be loaded with.
+
+    Raises:
+        NotWeightsError: there are none.
+    """
+    if (path / STATISTICS_FILE).is_file():  # also of a latent cache, whose VAE is elsewhere
+        path = path / STATISTICS_FILE
+    elif path.is_dir():
+        path = locate_vae(path)
+    if (path / MANIFEST).is_file():
+        found = read_checkpoint(path)[0].statistics
+    elif (beside := find_beside(path) if path.is_dir() else None) is not None:
+        found = read_statistics(beside)
+    elif path.is_dir():
+        found = config_statistics(_read_config(path, str(path)), f"latents_mean and latents_std of {path}/config.json")
+    else:
+        found = _of_file(path)
+    if found is None:
+        raise NotWeightsError("neither a file of latent statistics nor latents_mean and latents_std are in it")
+    return found
+
+
+def _of_file(path: Path) -> Statistics:
+    """Those in a file, or beside a VAE's file."""
+    try:
+        return read_statistics(path)
+    except NotWeightsError:
+        beside = find_beside(path)
+        if beside is None or beside == path:
+            raise
+        return read_statistics(beside)
 
 
 def _read_config(folder: Path, given: str) -> dict:

@@ -341,6 +341,28 @@ def test_statistics_of_whoever_else_lies_there_are_not_taken(tmp_path):
     assert build_autoencoder("f4d4-tiny", str(tmp_path / "b.pt"))[1] == str(tmp_path / "b-latents-stats.pt")
 
 
+@pytest.mark.parametrize("place", ["", "vae", "checkpoints/0000020", "checkpoints/0000020/model.safetensors"])
+def test_statistics_of_a_run_of_ours_are_taken(place, tmp_path):
+    source = tiny_autoencoder()
+    folder = write_run(tmp_path / "run", source)
+    ours, known = build_autoencoder("f4d4-tiny", "none", str(folder / place))
+    assert str(folder) in known
+    assert torch.equal(ours.statistics.mean, source.statistics.mean)
+    assert torch.equal(ours.statistics.var, source.statistics.var)
+
+
+@pytest.mark.parametrize("inside", ["", "vae"])
+def test_statistics_of_a_diffusers_configuration_are_taken(inside, tmp_path):
+    """``(z − latents_mean) · scaling_factor / latents_std``."""
+    folder = tmp_path / "folder" / inside
+    folder.mkdir(parents=True)
+    values = {"latents_mean": [0.5, 0.0, -1.0, 2.0], "latents_std": [1.0, 2.0, 3.0, 4.0], "scaling_factor": 0.5}
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"} | values))
+    ours, _ = build_autoencoder("f4d4-tiny", "none", str(tmp_path / "folder"))
+    assert torch.equal(ours.statistics.mean, torch.tensor(values["latents_mean"]))
+    assert (ours.statistics.std - torch.tensor([2.0, 4.0, 6.0, 8.0])).abs().max() < 1e-5
+
+
 def test_the_flag_goes_before_what_lies_beside(tmp_path):
     torch.save(tiny_ldm_state(), tmp_path / "vae.pt")
     torch.save(STATISTICS["REPA-E"][0], tmp_path / "vae-latents-stats.pt")
