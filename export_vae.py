@@ -12,8 +12,8 @@ diffusers  OUT is a folder that AutoencoderKL.from_pretrained and diffusers' pip
            statistics go into config.json as scaling_factor and shift_factor, where channels differ also as latents_mean
            and latents_std, and exactly into latents_stats.safetensors.
 ldm        OUT is one .pt or .safetensors file in latent-diffusion's layout. It has no place for statistics.
-repa-e     OUT is a .pt file X.pt in the same layout; beside it X-latents-stats.pt and, where SOURCE or
-           --disc-pretrained-ckpt has a discriminator, X-discriminator-ckpt.pt.
+repa-e     OUT is a .pt file X.pt in the same layout; beside it X-latents-stats.pt and, where there is a discriminator
+           in SOURCE, beside it (NAME-discriminator-ckpt.pt) or in --disc-pretrained-ckpt, X-discriminator-ckpt.pt.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from pathlib import Path
 
 from errors import UserError
 from formats.architecture import fitting_names
-from formats.discriminator import read_discriminator
+from formats.discriminator import named_discriminator, read_discriminator
 from formats.export import SUFFIXES, diffusers_scaling, ldm_state, repae_files, write_files
 from formats.layers import State
 from formats.runs import file_checksum
+from formats.statistics import discriminator_beside
 from formats.vae import LoadedVAE, load_vae
 from models.weight_files import NotWeightsError
 from training.cli import ArgumentParser, add_debug_argument, non_negative_int, run
@@ -62,7 +63,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--disc-pretrained-ckpt",
         metavar="PATH",
-        help="discriminator for --format repa-e (default: SOURCE's, where it has one)",
+        help="discriminator for --format repa-e: file, run or hub name (default: that in SOURCE or beside it, if any)",
     )
     add("--overwrite", action="store_true", help="replace what OUT holds (default: refuse)")
     add(
@@ -174,7 +175,10 @@ def trio(args: argparse.Namespace, out: Path, loaded: LoadedVAE) -> dict[Path, S
     source = args.disc_pretrained_ckpt or args.source
     flag = "--disc-pretrained-ckpt " if args.disc_pretrained_ckpt else ""
     try:
-        discriminator = find_source_discriminator(Path(source), args.train_steps, bool(args.disc_pretrained_ckpt))
+        if args.disc_pretrained_ckpt:
+            discriminator = named_discriminator(source)
+        else:
+            discriminator = source_discriminator(Path(source), loaded, args.train_steps)
         if discriminator is None:
             print("no discriminator: REPA-E then trains one from scratch (leave out its --disc-pretrained-ckpt)")
         return repae_files(loaded.autoencoder, out, discriminator)
@@ -182,25 +186,17 @@ def trio(args: argparse.Namespace, out: Path, loaded: LoadedVAE) -> dict[Path, S
         raise UserError(f"{flag}{source}: {error}") from error
 
 
-def find_source_discriminator(path: Path, step: int | None, required: bool) -> State | None:
-    """The discriminator of SOURCE, or the one that was asked for.
-
-    Raises:
-        NotWeightsError: it was asked for and is not there.
-    """
-    if not path.exists():
-        if required:
-            raise NotWeightsError("no such file")
-        return None  # a name on the hub
-    try:
-        state = read_discriminator(path, None if required else step)
-    except NotWeightsError:
-        if required:
-            raise
-        return None  # the file holds a VAE alone
-    if state is None and required:
-        raise NotWeightsError("there is no discriminator.safetensors in the folder")
-    return state
+def source_discriminator(path: Path, loaded: LoadedVAE, step: int | None) -> State | None:
+    """The discriminator in SOURCE, else the one beside the VAE's file, as statistics lie there; None: there is none."""
+    if path.exists():  # else a name on the hub
+        try:
+            state = read_discriminator(path, step)
+        except NotWeightsError:
+            state = None  # the file holds a VAE alone
+        if state is not None:
+            return state
+    beside = None if loaded.path is None else discriminator_beside(loaded.path)
+    return None if beside is None else read_discriminator(beside)
 
 
 def show_written(paths: Sequence[Path]) -> None:

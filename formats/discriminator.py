@@ -4,8 +4,10 @@ from pathlib import Path
 
 from errors import UserError
 from formats.checkpoints import find_discriminator, what_instead
+from formats.hub import hub_folder, is_hub_name
 from formats.layers import State
 from formats.runs import locate_discriminator
+from formats.statistics import DISCRIMINATOR_SUFFIX, discriminator_beside
 from models.discriminator import PatchDiscriminator
 from models.weight_files import NotWeightsError, check_values, read_contents
 
@@ -17,16 +19,33 @@ def load_discriminator(discriminator: PatchDiscriminator, path: str | Path) -> N
         UserError: no such file, no PatchGAN in it, or another one.
     """
     given = f"--disc-pretrained-ckpt {path}"
-    if not Path(path).exists():
-        raise UserError(f"{given}: no such file")
     try:
-        state = read_discriminator(Path(path))
-        if state is None:
-            raise NotWeightsError("the folder has no discriminator.safetensors; give a run, its checkpoint or a file")
+        state = named_discriminator(path)
+    except NotWeightsError as error:
+        raise UserError(f"{given}: {error}") from error
+    try:
         _check(state, discriminator)
     except NotWeightsError as error:
         raise UserError(f"{given} holds no weights of this PatchGAN: {error}") from error
     discriminator.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+
+
+def named_discriminator(name: str | Path) -> State:
+    """The tensors of the PatchGAN that ``--disc-pretrained-ckpt`` names: a file, folder, run or hub name.
+
+    Raises:
+        NotWeightsError: there is none.
+    """
+    path = hub_folder(str(name), discriminator_beside) if is_hub_name(str(name)) else Path(name)
+    if not path.exists():
+        raise NotWeightsError("no such file")
+    state = read_discriminator(path)
+    if state is None:
+        raise NotWeightsError(
+            f"the folder has no discriminator.safetensors, and not one *{DISCRIMINATOR_SUFFIX} file; give a run, its "
+            "checkpoint or a file"
+        )
+    return state
 
 
 def read_discriminator(path: Path, step: int | None = None) -> State | None:

@@ -4,12 +4,12 @@ The hub's local cache goes first; what it lacks is downloaded, where the hub can
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, snapshot_download
 
-from formats.statistics import DISCRIMINATOR_SUFFIX, LIGHTNINGDIT_FILE, REPAE_SUFFIX, WEIGHT_SUFFIXES
+from formats.statistics import DISCRIMINATOR_SUFFIX, LIGHTNINGDIT_FILE, REPAE_SUFFIX, WEIGHT_SUFFIXES, vae_files
 from models.autoencoder import STATISTICS_FILE
 from models.hub import hub_answers
 from models.weight_files import NotWeightsError, one_line
@@ -24,8 +24,17 @@ def is_hub_name(text: str) -> bool:
     return found is not None and not Path(text).exists() and not Path(text.split("/")[0]).exists()
 
 
-def hub_folder(name: str) -> Path:
+def holds_vae(folder: Path) -> bool:
+    """Whether a VAE's weights are in a folder, or in its ``vae/``; statistics alone are no VAE."""
+    return any(path.is_dir() and vae_files(path) for path in (folder, folder / "vae"))
+
+
+def hub_folder(name: str, holds: Callable[[Path], object] = holds_vae) -> Path:
     """A local folder with the files of a hub name, as the repository has them.
+
+    Args:
+        name: of a repository, perhaps with a folder in it.
+        holds: says of a folder in the cache whether what is wanted is there.
 
     Raises:
         NotWeightsError: neither in the cache nor to be had.
@@ -33,7 +42,7 @@ def hub_folder(name: str) -> Path:
     found = _NAME.fullmatch(name)
     repository, inside = found["repository"], found["folder"] or ""
     cached = _cached(repository, inside)
-    if cached is not None:
+    if cached is not None and holds(cached):
         return cached
     if constants.HF_HUB_OFFLINE or not hub_answers():
         raise NotWeightsError(
@@ -78,11 +87,9 @@ def choose_files(files: Sequence[str], inside: str = "") -> list[str]:
 
 
 def _cached(repository: str, inside: str) -> Path | None:
-    """The repository's folder in the cache, if there is a VAE's file in it."""
+    """The repository's folder in the cache, if there is one."""
     try:
         folder = Path(snapshot_download(repository, local_files_only=True)) / inside
     except (OSError, ValueError):
         return None
-    candidates = (folder, folder / "vae")
-    holds = any(path.is_dir() and any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir()) for path in candidates)
-    return folder if holds else None
+    return folder if folder.is_dir() else None

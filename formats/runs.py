@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from formats.checkpoints import FoundVAE, find_vae, vae_prefixes
-from formats.statistics import statistics_in, vae_files
+from formats.statistics import discriminator_beside, statistics_in, vae_files
 from models.weight_files import NotWeightsError, one_line, read_contents
 
 MANIFEST = "manifest.json"
@@ -62,7 +62,8 @@ def locate_discriminator(path: Path, step: int | None = None) -> Path | None:
         return path
     folders = [path] if step is None else []
     folders += [folder for number, folder in sorted(steps(path).items(), reverse=True) if step in (None, number)]
-    return next((folder / DISCRIMINATOR for folder in folders if (folder / DISCRIMINATOR).is_file()), None)
+    own = next((folder / DISCRIMINATOR for folder in folders if (folder / DISCRIMINATOR).is_file()), None)
+    return own or discriminator_beside(path)
 
 
 def read_checkpoint(folder: Path) -> tuple[FoundVAE, dict | None]:

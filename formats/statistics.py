@@ -169,15 +169,24 @@ def find_beside(path: Path) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
+def discriminator_beside(path: Path) -> Path | None:
+    """``X-discriminator-ckpt.*`` of a VAE's file ``X.*``; in a folder, the only one there."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    named = [file for file in _weight_files(folder) if file.stem.endswith(DISCRIMINATOR_SUFFIX)]
+    if path.is_dir():
+        return named[0] if len(named) == 1 else None
+    return next((file for file in named if file.stem == f"{path.stem}{DISCRIMINATOR_SUFFIX}"), None)
+
+
 def vae_files(folder: Path) -> list[Path]:
     """Files of weights in a folder that are neither statistics nor a discriminator's."""
-    return [
-        path
-        for path in sorted(Path(folder).iterdir())
-        if path.suffix in WEIGHT_SUFFIXES
-        and path.is_file()
-        and not path.stem.endswith((REPAE_SUFFIX, DISCRIMINATOR_SUFFIX, "latents_stats", "discriminator"))
-    ]
+    others = (REPAE_SUFFIX, DISCRIMINATOR_SUFFIX, "latents_stats", "discriminator")
+    return [path for path in _weight_files(folder) if not path.stem.endswith(others)]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(Path(folder).iterdir()) if path.suffix in WEIGHT_SUFFIXES and path.is_file()]
 
 
 def repae_tensors(statistics: LatentStatistics) -> dict[str, torch.Tensor]:

@@ -564,6 +564,35 @@ def test_repae_to_diffusers_and_back_keeps_every_bit_of_the_trio(tmp_path):
         assert same_tensors(contents(tmp_path / "out" / name), contents(tmp_path / "in" / name)), name
 
 
+@pytest.mark.parametrize("source", ["x.pt", ""])
+def test_the_discriminator_beside_the_vae_is_taken_along(source, tmp_path):
+    repae_trio(tmp_path / "in")
+    export(tmp_path / "in" / source, tmp_path / "out" / "y.pt", "--format", "repa-e", "--vae", "f4d4-tiny")
+    written = contents(tmp_path / "out" / "y-discriminator-ckpt.pt")
+    assert same_tensors(written, random_discriminator().state_dict())
+
+
+def test_the_trio_of_the_hub(hub_cache, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    repae_trio(tmp_path / "in")
+    shutil.copytree(tmp_path / "in", cached(hub_cache, "REPA-E/tiny"), dirs_exist_ok=True)
+    export("REPA-E/tiny", tmp_path / "out" / "y.pt", "--format", "repa-e", "--vae", "f4d4-tiny")
+    written = contents(tmp_path / "out" / "y-discriminator-ckpt.pt")
+    assert same_tensors(written, random_discriminator().state_dict())
+    ours = PatchDiscriminator()
+    load_discriminator(ours, "REPA-E/tiny")
+    assert same_tensors(ours.state_dict(), random_discriminator().state_dict())
+
+
+def test_statistics_alone_in_the_cache_are_no_vae(hub_cache, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder = cached(hub_cache, "REPA-E/tiny")
+    torch.save(STATISTICS["REPA-E"][0], folder / "x-latents-stats.pt")
+    for open_it in (build_autoencoder, lambda name: load_discriminator(PatchDiscriminator(), name)):
+        with pytest.raises(UserError, match=r"REPA-E/tiny.*it is not in the cache"):
+            open_it("REPA-E/tiny")
+
+
 def test_latents_scale_survives_as_a_variance_bit_for_bit():
     scale = torch.logspace(-4, 4, 20001, dtype=torch.float64).float()
     found = LatentStatistics(len(scale))

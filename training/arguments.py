@@ -145,7 +145,8 @@ def add_vae_loss_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--disc-pretrained-ckpt",
         metavar="PATH",
-        help="PatchGAN weights: a bare file, a Lightning or REPA-E checkpoint, or a run (default: random)",
+        help="PatchGAN weights: a bare file, a Lightning or REPA-E checkpoint, a run, or a name on the hub such as "
+        "REPA-E/sdvae (default: random)",
     )
     group.add_argument(
         "--loss-cfg-path",
