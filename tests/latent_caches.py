@@ -86,6 +86,19 @@ def save_vae(folder: Path, seed: int = 0, change=lambda autoencoder: None) -> Pa
     return folder / "vae"
 
 
+@torch.no_grad()
+def overflow(autoencoder) -> None:
+    """Weights that are all finite, and latents that are not: infinities of both signs meet in the last layer."""
+    autoencoder.network.encoder.conv_norm_out.weight *= 1e20
+    autoencoder.network.encoder.conv_out.weight *= 1e20
+
+
+@torch.no_grad()
+def too_large(autoencoder) -> None:
+    """Latents that are finite, but not in float16."""
+    autoencoder.network.quant_conv.weight[:4] *= 1e6
+
+
 def flags(data, vae, name: str | Path, **changes) -> list[str]:
     """Flags of cache_latents.py; ``changes`` replace or add (True: a bare flag, None: leave out)."""
     values = {"data_dir": data, "vae": vae, "vae_latents_name": name, "num_workers": 1} | changes
