@@ -3,6 +3,7 @@
   python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
   python generate.py --exp-path pretrained/sit-repae-vavae --train-steps 400000
   python generate.py --ckpt last.pt --vae-ckpt stabilityai/sd-vae-ft-ema
+  python generate.py --dry-run --model SiT-XL/1 --vae f16d32    # what it would take, before anything is trained
 
 Takes runs of this project, and experiments and bare checkpoints of REPA and REPA-E. What the model is, its path, its
 classes, its VAE and its resolution come from the run or the checkpoint, as far as it says so. Image i, its label and
@@ -67,16 +68,20 @@ from training.sampling import (
     default_shard_size,
 )
 from training.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm, statistics_checksum
+from training.untrained_ldm import UntrainedLDM, open_untrained_ldm
 
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
 FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; these of the model:
+AnyLDM = TrainedLDM | ForeignLDM | UntrainedLDM
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
-        prog="generate.py", usage="%(prog)s (--exp-path DIR | --ckpt FILE) [flags]", description=__doc__
+        prog="generate.py",
+        usage="%(prog)s (--exp-path DIR | --ckpt FILE | --model NAME --dry-run) [flags]",
+        description=__doc__,
     )
     add_run_arguments(parser.add_argument_group("what is sampled"))
     add_foreign_arguments(parser.add_argument_group("what a checkpoint of REPA or REPA-E does not say itself"))
@@ -100,6 +105,9 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--ckpt", type=Path, metavar="FILE", help="instead: a SiT checkpoint of REPA or REPA-E, .pt or .safetensors"
+    )
+    group.add_argument(
+        "--model", metavar="NAME", help="instead, for --dry-run: SiT-SIZE/PATCH of random weights, with a random --vae"
     )
     group.add_argument(
         "--train-steps",
@@ -206,7 +214,9 @@ def add_evaluation_arguments(group: argparse._ArgumentGroup) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
-    if (args.exp_path is None) == (args.ckpt is None):
+    if args.model is not None:
+        check_untrained(args)
+    elif (args.exp_path is None) == (args.ckpt is None):
         raise UserError("give --exp-path with a run's folder, or --ckpt with a checkpoint's file")
     if args.ckpt is not None and args.train_steps is not None:
         raise UserError("--train-steps chooses a checkpoint of --exp-path; --ckpt is one itself")
@@ -220,6 +230,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--metrics, --features and --ref-cache belong to --evaluate REF; add it, or leave them out")
     if args.sample_dir is not None and args.sample_dir.exists() and not args.sample_dir.is_dir():
         raise UserError(f"{OUTPUT_FLAG} {args.sample_dir} is a file; give a folder")
+
+
+def check_untrained(args: argparse.Namespace) -> None:
+    """Random networks have no checkpoint, and their images are worth nothing."""
+    if not args.dry_run:
+        raise UserError("--model builds networks of random weights, for --dry-run only; give --exp-path or --ckpt")
+    for name in ("exp_path", "ckpt", "train_steps", "vae_ckpt", "vae_latents_stats"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} and --model exclude each other: --model has random weights")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -265,8 +284,10 @@ def evaluate_complete(folder: Path, evaluation: Evaluation, process: Process) ->
             evaluation.measure(open_image_set(folder, OUTPUT_FLAG), Process(0, 1, process.device))
 
 
-def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> TrainedLDM | ForeignLDM:
-    """A run of this project, or somebody else's checkpoint."""
+def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> AnyLDM:
+    """A run of this project, somebody else's checkpoint, or random networks."""
+    if args.model is not None:
+        return open_untrained_ldm(args.model, args.vae, args.resolution, args.path_type)
     if args.ckpt is not None or is_foreign(args.exp_path):
         return open_foreign_ldm(args, report)
     given = next((name for name in FOREIGN_FLAGS if getattr(args, name) is not None), None)
@@ -307,7 +328,7 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> list[int]:
     return classes
 
 
-def default_folder(args: argparse.Namespace, trained: TrainedLDM | ForeignLDM) -> Path:
+def default_folder(args: argparse.Namespace, trained: AnyLDM) -> Path:
     """A folder in the run, or beside the checkpoint, named by what is most often varied."""
     parts = ["samples", trained.label, f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
     if args.cfg_scale != 1:
@@ -319,7 +340,7 @@ def default_folder(args: argparse.Namespace, trained: TrainedLDM | ForeignLDM) -
     return trained.folder / "-".join([*parts, f"{args.num_fid_samples}", f"seed{args.seed}"])
 
 
-def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | ForeignLDM) -> SamplerSettings:
+def sampler_settings(args: argparse.Namespace, trained: AnyLDM) -> SamplerSettings:
     return SamplerSettings(
         mode=args.mode,
         num_steps=args.num_steps,
@@ -358,7 +379,10 @@ def describe(
 
 
 def build_sampler(
-    args: argparse.Namespace, trained: TrainedLDM | ForeignLDM, autoencoder: Autoencoder, process: Process
+    args: argparse.Namespace,
+    trained: AnyLDM,
+    autoencoder: Autoencoder,
+    process: Process,
 ) -> tuple[ImageSampler, SiT]:
     """The networks on the device."""
     device = process.device
@@ -454,7 +478,10 @@ def make_shards(
 
 
 def dry_run(
-    args: argparse.Namespace, trained: TrainedLDM | ForeignLDM, autoencoder: Autoencoder, process: Process
+    args: argparse.Namespace,
+    trained: AnyLDM,
+    autoencoder: Autoencoder,
+    process: Process,
 ) -> None:
     """Two images in two steps, and what all of them would take at that rate."""
     forwards, steps = sampler_settings(args, trained).forwards(), args.num_steps

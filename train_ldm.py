@@ -43,10 +43,9 @@ from training.loop import Schedule
 from training.networks import build_optimizer, build_token_encoders, feature_dims
 from training.processes import this_process
 from training.run import arguments_of, build_accelerator, set_numerics
-from training.session import Job, micro_batch_size, train
+from training.session import Job, dry_run_batch_size, micro_batch_size, train
 from training.trained_ldm import statistics_checksum
 
-DRY_RUN_CLASSES = 1000
 ALIGNMENTS = ("repa", "vae", "repa+vae", "none")
 REPA_COEFF, VAE_REPA_COEFF = 0.5, 1.0
 # Published for B, L and XL; the small ones follow B. The width is not published: this one costs XL/2 the published 4 %.
@@ -314,7 +313,7 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, auto
         model=args.model,
         latent_channels=channels,
         latent_size=side,
-        num_classes=DRY_RUN_CLASSES if latents is None else len(latents.class_names),
+        num_classes=dry_run.NUM_CLASSES if latents is None else len(latents.class_names),
         qk_norm=args.qk_norm,
         encoder_depth=args.encoder_depth,
         feature_dims=feature_dims(args),
@@ -480,11 +479,12 @@ def dry_run_step(
     autoencoder: Autoencoder,
     accelerator: Accelerator,
 ) -> None:
-    """Two steps at the real shapes: batch 2 on each process, of random latents."""
+    """Two steps at the real shapes: a small batch on each process, of random latents."""
     trainer = build_trainer(args, config, autoencoder, accelerator)
     if source is not None:
         source.take_over(trainer)
-    batch = random_batch(args, config, count=2)
+    count = dry_run_batch_size(args, accelerator)
+    batch = random_batch(args, config, count)
     for line in cost_lines(args, config, trainer):
         print(line)
     networks = {
@@ -495,7 +495,7 @@ def dry_run_step(
     dry_run.report(
         networks,
         lambda number: trainer.step(number, [batch], args.learning_rate),
-        2 * accelerator.num_processes,
+        count * accelerator.num_processes,
         accelerator.device,
         shown=accelerator.is_main_process,
     )

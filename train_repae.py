@@ -46,9 +46,7 @@ from training.repae_task import RepaeTask
 from training.run import build_accelerator, set_numerics
 from training.sendvae import SendVAE, SendVAETrainer
 from training.sendvae_task import SendVAETask, initialise_statistics
-from training.session import Job, micro_batch_size, train
-
-DRY_RUN_CLASSES = 1000
+from training.session import Job, dry_run_batch_size, micro_batch_size, train
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -153,7 +151,7 @@ def resolve(
         model=args.model,
         latent_channels=channels,
         latent_size=side,
-        num_classes=DRY_RUN_CLASSES if images is None else len(images.class_names),
+        num_classes=dry_run.NUM_CLASSES if images is None else len(images.class_names),
         qk_norm=args.qk_norm,
         encoder_depth=args.encoder_depth,
         feature_dims=tuple(encoder_spec(name).embed_dim for name in aligned_with),
@@ -285,12 +283,13 @@ def describe(args: argparse.Namespace, config: SiTConfig, trainer: RepaeTrainer,
 
 
 def dry_run_step(args: argparse.Namespace, trainer: RepaeTrainer, images: ImageDataset | None) -> None:
-    """Two steps at the real shapes: batch 2 on each process, of real images where there are some."""
+    """Two steps at the real shapes: a small batch on each process, of real images where there are some."""
     accelerator = trainer.accelerator
-    pixels = torch.randint(0, 256, (2, 3, args.resolution, args.resolution), dtype=torch.uint8)
-    labels = torch.tensor([0, args.sit["num_classes"] - 1])
+    count = dry_run_batch_size(args, accelerator)
+    pixels = torch.randint(0, 256, (count, 3, args.resolution, args.resolution), dtype=torch.uint8)
+    labels = torch.tensor([0, args.sit["num_classes"] - 1][:count])
     if images is not None:
-        items = [0, len(images) - 1]
+        items = [0, len(images) - 1][:count]
         images.read_into(items, pixels.numpy())
         labels = torch.from_numpy(images.labels[items])
     networks = {
@@ -305,7 +304,7 @@ def dry_run_step(args: argparse.Namespace, trainer: RepaeTrainer, images: ImageD
     dry_run.report(
         networks,
         lambda number: trainer.step(start_step + number, [ImageBatch(pixels, labels)], rates),
-        len(pixels) * accelerator.num_processes,
+        count * accelerator.num_processes,
         accelerator.device,
         shown=accelerator.is_main_process,
     )

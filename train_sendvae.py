@@ -40,7 +40,7 @@ from training.networks import build_discriminator, build_objective, build_optimi
 from training.run import build_accelerator, set_numerics
 from training.sendvae import SendVAE, SendVAETrainer
 from training.sendvae_task import SendVAETask, initialise_statistics
-from training.session import Job, micro_batch_size, train
+from training.session import Job, dry_run_batch_size, micro_batch_size, train
 
 ALIGN_LOSSES = ("cosine", "vf")
 
@@ -275,10 +275,11 @@ def build_alignment(
 def dry_run_step(
     trainer: SendVAETrainer, args: argparse.Namespace, images: ImageDataset | None, accelerator: Accelerator
 ) -> None:
-    """Two steps at the real shapes: batch 2 on each process, of real images where there are some."""
-    batch = torch.randint(0, 256, (2, 3, args.resolution, args.resolution), dtype=torch.uint8)
+    """Two steps at the real shapes: a small batch on each process, of real images where there are some."""
+    count = dry_run_batch_size(args, accelerator)
+    batch = torch.randint(0, 256, (count, 3, args.resolution, args.resolution), dtype=torch.uint8)
     if images is not None:
-        images.read_into([0, len(images) - 1], batch.numpy())
+        images.read_into([0, len(images) - 1][:count], batch.numpy())
     several = len(trainer.encoders) > 1
     aligned = list(zip(trainer.encoders, trainer.model.mappers, strict=True))
     networks = {
@@ -292,7 +293,7 @@ def dry_run_step(
     dry_run.report(
         networks,
         lambda number: trainer.step(start_step + number, [batch], args.vae_learning_rate, args.disc_learning_rate),
-        len(batch) * accelerator.num_processes,
+        count * accelerator.num_processes,
         accelerator.device,
         shown=accelerator.is_main_process,
     )

@@ -9,6 +9,7 @@ import io
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -149,15 +150,47 @@ def write_toy_dataset(output: Path, num_images: int, resolution: int, seed: int,
     (output / ATTRIBUTES_NAME).write_text(text.getvalue())
 
 
+def estimate(output: Path, num_images: int, resolution: int, seed: int, num_workers: int) -> str:
+    """What a set would take, from its first images; writes nothing.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    _refuse_strangers(output)
+    count, size, begin = min(num_images, 64), 0, time.perf_counter()
+    for index in range(count):
+        png = io.BytesIO()
+        _encode(draw_image(seed, index, resolution)[0], png)
+        size += png.tell()
+    seconds = (time.perf_counter() - begin) / count * num_images / num_workers
+    return (
+        f"{output}: {num_images} images of {len(SHAPES)} shapes, {resolution} px, about "
+        f"{size / count * num_images / 1e6:.1f} MB and {seconds:.0f} s with {num_workers} processes; "
+        "nothing was written"
+    )
+
+
 def _write_image(output: Path, seed: int, resolution: int, index: int) -> tuple[str, ...]:
     image, attributes = draw_image(seed, index, resolution)
     name = f"{attributes.shape}/{index:06d}.png"
-    image.save(output / name, compress_level=1)
+    _encode(image, output / name)
     return name, *attributes
+
+
+def _encode(image: Image.Image, target: Path | io.BytesIO) -> None:
+    image.save(target, format="PNG", compress_level=1)
 
 
 def _clear(output: Path) -> None:
     """Remove an earlier set, and nothing else."""
+    _refuse_strangers(output)
+    (output / ATTRIBUTES_NAME).unlink(missing_ok=True)
+    for shape in SHAPES:
+        shutil.rmtree(output / shape, ignore_errors=True)
+
+
+def _refuse_strangers(output: Path) -> None:
+    """A folder that holds something else than a set is not replaced."""
     if not output.exists():
         return
     if not output.is_dir():
@@ -165,9 +198,6 @@ def _clear(output: Path) -> None:
     strangers = [entry.name for entry in output.iterdir() if entry.name not in (*SHAPES, ATTRIBUTES_NAME)]
     if strangers:
         raise UserError(f"--output {output} holds other files ({sorted(strangers)[0]}); give an empty or new folder")
-    (output / ATTRIBUTES_NAME).unlink(missing_ok=True)
-    for shape in SHAPES:
-        shutil.rmtree(output / shape, ignore_errors=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -178,10 +208,14 @@ def main(argv: Sequence[str]) -> int:
     add("--resolution", type=positive_int, default=64, help=f"side in pixels, at least {_MIN_RESOLUTION}")
     add("--seed", type=non_negative_int, default=0, help="another seed gives other images")
     add("--num-workers", type=positive_int, default=2, help="processes; the result does not depend on it")
+    add("--dry-run", action="store_true", help="draw a few images; print seconds and bytes; write nothing")
     add_debug_argument(parser)
     args = parser.parse_args(argv)
     if args.resolution < _MIN_RESOLUTION:
         parser.error(f"argument --resolution: must be at least {_MIN_RESOLUTION}, got {args.resolution}")
+    if args.dry_run:
+        print(estimate(args.output, args.num_images, args.resolution, args.seed, args.num_workers))
+        return 0
     write_toy_dataset(args.output, args.num_images, args.resolution, args.seed, args.num_workers)
     print(f"{args.output}: {args.num_images} images of {len(SHAPES)} shapes, {ATTRIBUTES_NAME}")
     return 0

@@ -22,6 +22,7 @@ from errors import UserError
 from formats.vae import build_autoencoder
 from models.sit import SiT, SiTConfig
 from tests.ldm_runs import CLASS_NAMES, RESOLUTION, STEP, flags, write_ldm_run
+from training import cli
 from training.sampling import choose_labels, default_shard_size, preview_rows
 from training.trained_ldm import open_trained_ldm
 
@@ -322,6 +323,34 @@ def test_dry_run_writes_nothing(run, tmp_path, capsys):
     inside = sum(1 - 0.96 * k / 249 <= 0.5 for k in range(250))
     assert f"{250 + inside} forward passes" in output
     assert f"{10 * 3 * RESOLUTION**2} bytes" in output
+
+
+def test_dry_run_of_random_networks_needs_no_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    untrained = ["--dry-run", "--model", "SiT-Ti/2", "--vae", "f4d4-tiny", "--resolution", "32"]
+    assert generate.main([*untrained, "--mode", "ode", "--num-steps", "7", "--num-fid-samples", "10"]) == 0
+    output = capsys.readouterr().out
+    config = SiTConfig(model="SiT-Ti/2", latent_channels=4, latent_size=8, num_classes=1000)
+    assert f"checkpoint none (random): {sum(p.numel() for p in SiT(config).parameters()):,} parameters" in output
+    assert "7 forward passes" in output
+    assert f"{10 * 3 * 32**2} bytes" in output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "SiT-Ti/2"], "for --dry-run only"),
+        (["--model", "SiT-Ti/2", "--dry-run", "--ckpt", "x"], "--ckpt and --model exclude each other"),
+        (["--model", "SiT-Ti/2", "--dry-run", "--train-steps", "3"], "--train-steps and --model exclude"),
+        (["--model", "SiT-Ti/2", "--dry-run", "--resolution", "33"], "not a multiple of the VAE's downsampling"),
+        (["--model", "SiT-Q/2", "--dry-run"], "SiT-Q/2 is not known"),
+        (["--dry-run"], "give --exp-path"),
+    ],
+)
+def test_what_cannot_be_sampled_untrained(words, said, capsys):
+    assert cli.run(generate.main, words) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_default_folder(run, tmp_path):

@@ -82,3 +82,12 @@ def test_replaces_its_own_and_nothing_else(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("")
     assert run(main, ["--output", str(tmp_path), "--num-images", "3"]) == 2
     assert "thesis.tex" in capsys.readouterr().err
+
+
+def test_dry_run_foretells_size_and_writes_nothing(toy, tmp_path, capsys):
+    assert main(["--output", str(tmp_path / "set"), "--num-images", "600", "--resolution", "32", "--dry-run"]) == 0
+    said = float(capsys.readouterr().out.split("about ")[1].split(" MB")[0])
+    assert said == pytest.approx(sum(path.stat().st_size for path in toy.rglob("*.png")) / 1e6, rel=0.2, abs=0.05)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine.txt").touch()
+    assert run(main, ["--output", str(tmp_path), "--dry-run"]) == 2

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+NUM_CLASSES = 1000  # of a SiT that is built without data: ImageNet's
+
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """(all parameters, those that are trained) of a module."""

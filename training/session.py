@@ -121,6 +121,11 @@ def micro_batch_size(args: argparse.Namespace, accelerator: Accelerator) -> int:
     return args.batch_size // accelerator.num_processes // args.gradient_accumulation_steps
 
 
+def dry_run_batch_size(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Images at once on a process in a dry run: 2, or 1 where a training has no more."""
+    return max(1, min(2, micro_batch_size(args, accelerator)))
+
+
 def _check_same_run(run: Run) -> None:
     """A folder that was begun holds the same run, or its first differing flag is named."""
     old = arguments_of(run.folder)
