@@ -180,13 +180,29 @@ def published_points(view: View, published: Published) -> list[tuple[str, float,
 
 
 def labelled_points(view: View) -> list[tuple[str, float, float]]:
-    """``(label, F1, distance)`` of each SiT; only the first of a VAE has a label."""
-    named: set[str] = set()
-    points = []
-    for point in view.points:
-        points.append(("" if point.checksum in named else point.vae, point.probes[MAIN_METRIC], point.distance))
-        named.add(point.checksum)
-    return points
+    """``(label, F1, distance)`` of each SiT; only the first of a VAE has a label, its name without what all share."""
+    first = {point.checksum: point for point in reversed(view.points)}
+    labels = dict(zip(first, distinguishing_parts([point.vae for point in first.values()]), strict=True))
+    return [
+        (labels[point.checksum] if first[point.checksum] is point else "", point.probes[MAIN_METRIC], point.distance)
+        for point in view.points
+    ]
+
+
+def distinguishing_parts(names: Sequence[str]) -> list[str]:
+    """``["study-none-vae", "study-depth1-vae"]`` → ``["none", "depth1"]``: without what all begin or end with."""
+    parts = [name.split("-") for name in names]
+    shortest = min(map(len, parts), default=0)
+    if len(set(names)) < 2:
+        return list(names)
+    ahead = _shared(parts, shortest - 1)
+    behind = _shared([each[::-1] for each in parts], shortest - 1 - ahead)
+    return ["-".join(each[ahead : len(each) - behind]) for each in parts]
+
+
+def _shared(parts: Sequence[Sequence[str]], most: int) -> int:
+    """How many first parts are the same in all, ``most`` at most."""
+    return next((i for i in range(most) if len({each[i] for each in parts}) > 1), max(most, 0))
 
 
 def write_scatter(view: View, published: Published, path: Path) -> None:

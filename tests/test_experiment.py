@@ -236,6 +236,14 @@ def test_a_dry_run_of_many_builds_equal_stages_once(presets, tmp_path, capfd):
             experiment.main(wrong)
 
 
+def test_a_stopped_dry_run_of_many_goes_no_further(presets, tmp_path, capfd):
+    stop = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    presets("table/one", stages={"a": writing_stage(tmp_path / "a", stop)})
+    presets("table/two", stages={"b": writing_stage(tmp_path / "b")})
+    assert experiment.main(["table*", "--dry-run"]) == 143
+    assert not (tmp_path / "b").exists()
+
+
 def test_an_experiment_notes_its_runs_and_what_it_reproduces(presets, tmp_path):
     stage = writing_stage(tmp_path / "made")
     names = ("mine-vae", "shared", "mine-ldm")

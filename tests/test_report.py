@@ -12,7 +12,7 @@ import pytest
 import report
 from errors import UserError
 from metrics.record import Measurement, write_measurement
-from reporting.correlation import pearson
+from reporting.correlation import distinguishing_parts, pearson
 from reporting.gather import gather
 from reporting.results import with_means
 from reporting.runs import find_runs
@@ -337,3 +337,18 @@ def test_damage_in_one_run_of_a_pattern_is_named(tmp_path):
     (write_run(tmp_path / "worse") / "args.json").write_text("[]")
     with pytest.raises(UserError, match=r"worse/args\.json is damaged"):
         gather([str(tmp_path / "*")])
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["study-none-vae", "study-no-noise-vae"], ["none", "no-noise"]),
+        (["study-vae", "study-long-vae"], ["vae", "long-vae"]),  # something is always left
+        (["one", "two"], ["one", "two"]),
+        (["a-b", "a-b"], ["a-b", "a-b"]),
+        (["alone-vae"], ["alone-vae"]),
+        ([], []),
+    ],
+)
+def test_labels_leave_out_what_all_share(names, short):
+    assert distinguishing_parts(names) == short

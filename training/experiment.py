@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "experiments"
 STAMPS_NAME = "experiment.json"
 PRESET_NAME = "preset.json"  # which runs it made and what they reproduce
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a stage that somebody stopped
 REQUIRED = "?"  # a variable that the command line must give
 PRESET_KEYS = {"base", "description", "published", "variables", "stages", "closing"}
 STUDY_KEYS = {"description", "variables", "experiments", "closing"}
@@ -347,7 +348,10 @@ def _dry_run_of_many(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         given = [word for key in _required(name) for word in (f"--{key}", key.upper())]
         for experiment in resolve_all(name, args.output_dir, [*given, *overrides])[0]:
             print(f"== {experiment.name}", flush=True)
-            if dry_run(experiment, built):
+            code = dry_run(experiment, built)
+            if code in STOPPED:
+                return code
+            if code:
                 failed.append(experiment.name)
     print(
         f"{len(names)} presets, {len(built)} different stages built, {len(failed)} failed: {', '.join(failed) or '-'}"
