@@ -39,8 +39,7 @@ FACTS = (
 )
 NUMBERS = ("num_classes", "encoder_depth", "resolution")  # of these; whole ones
 _COMPARED = tuple(name for name in FACTS if name != "vae_ckpt")  # a path may be written in several ways
-
-
+AVERAGES = ("exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 READ_SHAPES = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # dimensions
 
 
@@ -97,22 +96,37 @@ class SiTCheckpoint:
         """
         if self.optimizer is None:
             return None
-        numbers = [number for group in self.optimizer["param_groups"] for number in group["params"]]
+        try:
+            numbers = [number for group in self.optimizer["param_groups"] for number in group["params"]]
+            state = {number: self.optimizer["state"].get(number) for number in numbers}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(f"its optimizer is no state dict of AdamW ({error!r})") from error
         if len(numbers) != len(self.optimizer_names):
-            raise UserError(
-                f"{self.path}: its optimizer has {len(numbers)} parameters, its model {len(self.optimizer_names)}; it "
-                "is damaged or of another code"
-            )
-        state, weights = self.optimizer["state"], self.weights["model"].state
+            raise self._damaged(f"its optimizer has {len(numbers)} parameters, its model {len(self.optimizer_names)}")
+        weights = self.weights["model"].state
         found = {name: state[number] for name, number in zip(self.optimizer_names, numbers, strict=True)
-                 if number in state and name in weights and name != "pos_embed"}  # fmt: skip
+                 if state[number] is not None and name in weights and name != "pos_embed"}  # fmt: skip
         for name, moments in found.items():
-            if moments["exp_avg"].shape != weights[name].shape:
-                raise UserError(
-                    f"{self.path}: its optimizer's state of {name} has shape {tuple(moments['exp_avg'].shape)}, the "
-                    f"weight {tuple(weights[name].shape)}; it is damaged or of another code"
-                )
+            self._check_moments(name, moments, weights[name])
         return found
+
+    def _check_moments(self, name: str, moments: object, weight: torch.Tensor) -> None:
+        """A parameter's state is AdamW's: a number of steps and two averages of the weight's shape."""
+        for key in AVERAGES:
+            average = moments.get(key) if isinstance(moments, dict) else None
+            if not isinstance(average, torch.Tensor):
+                raise self._damaged(f"its optimizer's state of {name} has no {key}")
+            if average.shape != weight.shape:
+                raise self._damaged(
+                    f"its optimizer's state of {name} has shape {tuple(average.shape)}, the weight "
+                    f"{tuple(weight.shape)}"
+                )
+        step = moments.get("step")
+        if not isinstance(step, int | float | torch.Tensor) or (isinstance(step, torch.Tensor) and step.numel() != 1):
+            raise self._damaged(f"its optimizer's state of {name} has no step")
+
+    def _damaged(self, fault: str) -> UserError:
+        return UserError(f"{self.path}: {fault}; it is damaged or of another code")
 
 
 def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) -> SiTCheckpoint:

@@ -340,6 +340,29 @@ def test_the_first_update_is_the_one_of_their_optimizer(public_experiment):
         assert (parameter - expected).abs().max() < 1e-7, name
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda opt: opt.pop("param_groups"), "no state dict of AdamW"),
+        (lambda opt: opt.update(param_groups=[{}]), "no state dict of AdamW"),
+        (lambda opt: opt.update(state=[]), "no state dict of AdamW"),
+        (lambda opt: opt["param_groups"][0]["params"].pop(), "parameters, its model"),
+        (lambda opt: opt["state"][2].pop("exp_avg_sq"), "has no exp_avg_sq"),
+        (lambda opt: opt["state"].update({2: 3}), "has no exp_avg"),
+        (lambda opt: opt["state"][2].update(exp_avg=torch.zeros(3)), r"has shape \(3,\), the weight"),
+        (lambda opt: opt["state"][2].update(step="7"), "has no step"),
+    ],
+)
+def test_a_malformed_optimizer_is_one_line(public_experiment, tmp_path, change, said):
+    shutil.copytree(public_experiment, tmp_path / "theirs")
+    path = next(tmp_path.glob("theirs/checkpoints/*.pt"))
+    contents = contents_of(path)
+    change(contents["opt"])
+    torch.save(contents, path)
+    with pytest.raises(UserError, match=rf"{path.name}.*{said}.*damaged or of another code"):
+        open_source(tmp_path / "theirs", 0)
+
+
 def test_train_ldm_goes_on_from_their_experiment_and_then_without_it(data, public_experiment, tmp_path, capsys):
     source = tmp_path / "source"
     shutil.copytree(public_experiment, source)
