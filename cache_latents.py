@@ -262,8 +262,8 @@ def build_targets(
     dtype, vae, shards = getattr(torch, args.dtype), networks.autoencoder, len(images.shard_counts)
     specs, checksum = build_specs(args, networks), vae.checksum()
     statistics = args.statistics
-    if args.vae_latents_stats:
-        statistics += f", --vae-latents-stats {statistics_checksum(vae)[:12]}"
+    if networks.keeps_statistics:
+        statistics += f", {statistics_checksum(vae)[:12]}"
     measured: MeasuredStatistics | None = None
 
     def before_index() -> None:

@@ -5,7 +5,7 @@
 #   several GPUs, one or more nodes   accelerate launch --multi_gpu
 #   several processes on a CPU        torchrun (accelerate launch --cpu would start one)
 #
-# From the environment: NUM_PROCESSES (over all nodes; default: all GPUs, or 1), NUM_MACHINES (1), MACHINE_RANK (0),
+# From the environment: NUM_PROCESSES (over all nodes; default: all visible GPUs, or 1), NUM_MACHINES (1), MACHINE_RANK (0),
 # MAIN_PROCESS_IP (of the node with rank 0), MAIN_PROCESS_PORT (29500), PYTHON.
 set -euo pipefail
 script=$1
@@ -19,7 +19,11 @@ fi
 export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
 machines=${NUM_MACHINES:-1}
-gpus=$( (nvidia-smi -L 2>/dev/null || true) | wc -l)
+if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # fewer than there are, or none
+    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *-/,$d' | grep -c '[^ ]' || true)
+else
+    gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
+fi
 processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus * machines : machines))}
 
 if ((processes == 1)); then

@@ -27,7 +27,7 @@ from dataset.loader import stage_dataset
 from dataset.shards import read_index
 from errors import UserError
 from formats.vae import build_autoencoder
-from models.autoencoder import Autoencoder, architecture_names
+from models.autoencoder import STATISTICS_FILE, Autoencoder, architecture_names
 from models.encoders import Encoder, encoder_names
 from models.sit import SiT, SiTConfig
 from training import arguments, dry_run, ldm_source
@@ -285,10 +285,19 @@ def open_repa_images(args: argparse.Namespace, accelerator: Accelerator) -> Imag
 
 
 def load_autoencoder(args: argparse.Namespace, latents: LatentDataset | None) -> Autoencoder:
-    """The cache's VAE with its statistics; for a dry run without a cache a random one of ``--vae``."""
+    """The cache's VAE with its statistics; for a dry run without a cache a random one of ``--vae``.
+
+    Raises:
+        UserError: the cache has lost its statistics, or holds another VAE than it was made with.
+    """
     if latents is None:
         return build_autoencoder(args.vae or "f16d32", "none")[0]
-    autoencoder, _ = build_autoencoder(str(latents.vae_folder))
+    autoencoder, statistics = build_autoencoder(str(latents.vae_folder))
+    remedy = "copy the cache again, or make it anew with cache_latents.py"
+    if statistics is None:
+        raise UserError(f"{latents.vae_folder} has no latent statistics ({STATISTICS_FILE}): {remedy}")
+    if autoencoder.checksum() != latents.source.get("vae"):
+        raise UserError(f"{latents.vae_folder} is not the VAE that {latents.folder} was made with: {remedy}")
     if args.vae:
         named, _ = build_autoencoder(args.vae, "none")
         if (named.latent_channels, named.downsampling) != (autoencoder.latent_channels, autoencoder.downsampling):

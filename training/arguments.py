@@ -233,7 +233,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
         type=non_negative_float,
         default=1.0,
         metavar="X",
-        help="2-norm to which gradients are clipped, for each optimizer",
+        help="2-norm to which gradients are clipped, for each optimizer; 0: they are not clipped",
     )
 
 

@@ -41,7 +41,7 @@ def optimizer_step(
     Args:
         optimizer: a fused AdamW with gradients.
         rate: learning rate of this step.
-        max_grad_norm: gradients are scaled down to this 2-norm.
+        max_grad_norm: gradients are scaled down to this 2-norm; 0: they are left as they are.
         scaler: fp16's gradient scaler.
 
     Returns:
@@ -50,7 +50,7 @@ def optimizer_step(
     if scaler is not None:
         scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     skipped = (~norm.isfinite()).float()
     optimizer.grad_scale, optimizer.found_inf = None, skipped
     for group in optimizer.param_groups:

@@ -75,7 +75,8 @@ def process_group(process: Process) -> Iterator[None]:
 
 def set_inference_numerics(process: Process, mixed_precision: str, allow_tf32: bool) -> None:
     """TF32, and kernels that are chosen by shape alone: the same in every process and every time."""
-    if mixed_precision == "bf16" and process.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    has_cuda = process.device.type == "cuda"
+    if mixed_precision == "bf16" and has_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("--mixed-precision bf16: this GPU has no bf16; use no")
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     torch.backends.cudnn.allow_tf32 = allow_tf32

@@ -51,7 +51,7 @@ def build_accelerator(mixed_precision: str, report_to: str = "none", logging_dir
     """
     has_cuda = torch.cuda.is_available()
     if mixed_precision == "auto":
-        mixed_precision = "bf16" if has_cuda and torch.cuda.is_bf16_supported() else "no"
+        mixed_precision = "bf16" if has_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if mixed_precision == "fp16" and not has_cuda:
         raise UserError("--mixed-precision fp16 needs a CUDA device; use bf16 or no on a CPU")
     return Accelerator(
