@@ -224,6 +224,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--heun is for --mode ode; the SDE is solved by Euler–Maruyama")
     if args.guidance_low > args.guidance_high:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
+    if args.cfg_scale == 1:  # nothing is guided, at any time
+        args.guidance_low, args.guidance_high = 0.0, 1.0
     if args.seed > MAX_SEED:
         raise UserError(f"--seed {args.seed} has more than 64 bits")
     if args.evaluate is None and (args.metrics or args.ref_cache or args.features != INCEPTION):
@@ -296,7 +298,13 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Any
             f"--{given.replace('_', '-')} is for checkpoints of REPA and REPA-E; {args.exp_path} says it itself: leave "
             "the flag away"
         )
-    return open_trained_ldm(args.exp_path, args.train_steps, args.weights, report)
+    trained = open_trained_ldm(args.exp_path, args.train_steps, args.weights, report)
+    if trained.cfg_prob == 0 and args.cfg_scale != 1:
+        raise UserError(
+            f"--cfg-scale {args.cfg_scale:g}: {args.exp_path} was trained with --cfg-prob 0, without the null class "
+            "that guidance needs; leave the flag away"
+        )
+    return trained
 
 
 def warn(message: str) -> None:

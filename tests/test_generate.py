@@ -359,6 +359,18 @@ def test_default_folder(run, tmp_path):
     assert folder == run / "samples-0000010-sde3-cfg2.5-0-0.75-10-seed0"
 
 
+def test_times_of_guidance_mean_nothing_without_it(run):
+    args = generate.parse_arguments(flags(run, guidance_high=0.75))
+    assert (args.guidance_low, args.guidance_high) == (0.0, 1.0)
+
+
+def test_no_guidance_without_a_null_class(tmp_path):
+    untrained_null = write_ldm_run(tmp_path / "run", cfg_prob=0.0)
+    with pytest.raises(UserError, match=r"--cfg-scale 2: .*--cfg-prob 0"):
+        generate.main(flags(untrained_null, cfg_scale=2))
+    assert generate.main(flags(untrained_null, sample_dir=tmp_path / "made")) == 0
+
+
 def test_shard_sizes_and_previews():
     assert [default_shard_size(n) for n in (1, 4096, 4097, 50_000, 10**6)] == [64, 64, 128, 832, 1024]
     assert preview_rows(np.arange(8) % 2, 8) == [[0, 2, 4, 6], [1, 3, 5, 7]]

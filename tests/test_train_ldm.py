@@ -1,6 +1,8 @@
 """train_ldm.py as a user calls it, in this process: results, sources of features, dry run, a second call."""
 
 import json
+import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tests.latent_caches import save_vae
 from tests.ldm_trainings import LATENTS, flags, write_data
 from training.cli import run
 from training.dry_run import count_parameters
+from training.ldm_task import LDMTask
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,30 @@ def test_switches_train(data, tmp_path, changes):
     last = metrics(tmp_path / "run")[-1]
     assert np.isfinite(last["loss"])
     assert last["skipped"] == 0
+
+
+def test_a_cache_without_its_statistics_or_with_another_vae_is_refused(data, tmp_path, capsys):
+    shutil.copytree(data / LATENTS, tmp_path / "cache")
+    argv = flags(data, tmp_path, vae_latents_name=tmp_path / "cache")
+    stats = tmp_path / "cache" / "vae" / "latents_stats.safetensors"
+    content = stats.read_bytes()
+    stats.unlink()
+    assert train(*argv) == 2
+    assert "has no latent statistics (latents_stats.safetensors): copy the cache" in capsys.readouterr().err
+    other, _ = build_autoencoder(str(stats.parent))
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    other.save(stats.parent)
+    stats.write_bytes(content)
+    assert train(*argv) == 2
+    assert "is not the VAE that" in capsys.readouterr().err
+
+
+def test_a_held_out_value_that_is_not_finite_is_left_out_of_the_log(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LDMTask, "validate", lambda task, step: {"val/denoise": math.nan, "val/other": 1.5})
+    assert train(*flags(data, tmp_path, "run", val_steps=1)) == 0
+    assert metrics(tmp_path / "run")[-1] == {"step": 2, "val/other": 1.5}
+    assert "non-finite held-out values at step 2, left out of the log: val/denoise" in capsys.readouterr().err
 
 
 def test_longer_training_continues_a_finished_run(data, tmp_path):

@@ -73,6 +73,17 @@ def test_going_on_from_an_earlier_step_sets_later_checkpoints_aside(tmp_path):
     assert sorted(path.name for path in aside.iterdir()) == ["0000020", "0000030"]
 
 
+def test_milestones_of_an_abandoned_branch_are_set_aside(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for step in (10, 20):
+        folder.keep_milestone(folder.save(step, {"model": network(step)}, {}, {}), ("model",), {})
+    folder.prune(1)
+    aside = folder.set_aside_newer(10)
+    assert aside == tmp_path / "checkpoints" / "abandoned-at-0000010"
+    assert [path.name for path in (tmp_path / "milestones").iterdir() if path.name.isdigit()] == ["0000010"]
+    assert (tmp_path / "milestones" / aside.name / "0000020" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip a bit", "remove", "manifest"])
 def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage):
     folder = saved(tmp_path, 10, 20)
@@ -204,6 +215,20 @@ def test_fp16_scaler_s_overflow_is_a_skipped_step_and_halves_the_scale():
     assert skipped.item() == 1
     assert torch.equal(parameter, moved)
     assert scaler.get_scale() == 2.0
+
+
+def test_no_clipping():
+    """0 is no clipping, not a gradient of 0; a gradient that is not finite changes nothing all the same."""
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = build_adamw([parameter], (0.0, 0.0), 0.0, 1e3)  # this epsilon: the update is about gradient / 1000
+    parameter.grad = torch.tensor([3.0, 4.0])
+    norm, skipped = optimizer_step(optimizer, 1.0, 0.0)
+    assert (norm.item(), skipped.item()) == (5.0, 0.0)
+    torch.testing.assert_close(parameter.detach(), torch.tensor([-3.0 / 1003, -4.0 / 1004]))
+    before = parameter.detach().clone()
+    parameter.grad = torch.tensor([3.0, float("inf")])
+    assert optimizer_step(optimizer, 1.0, 0.0)[1].item() == 1.0
+    assert torch.equal(parameter, before)
 
 
 def test_learning_rates():

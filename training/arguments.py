@@ -195,7 +195,7 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
         type=non_negative_float,
         default=4.0,
         metavar="X",
-        help="guidance of a grid's lower half; 1: none",
+        help="guidance of a grid's lower half; 1: none (as always with --cfg-prob 0)",
     )
 
 
@@ -325,6 +325,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--milestone-steps {args.milestone_steps} is not a multiple of --checkpointing-steps "
             f"{args.checkpointing_steps}"
         )
+    if getattr(args, "cfg_prob", None) == 0:  # without a null class there is nothing to guide with
+        args.grid_cfg_scale = 1.0
 
 
 def resolve_max_steps(args: argparse.Namespace, images: int) -> int:

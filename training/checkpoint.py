@@ -100,10 +100,7 @@ class CheckpointFolder:
 
     def list(self) -> list[Checkpoint]:
         """Whole checkpoints, newest first."""
-        if not self.whole.is_dir():
-            return []
-        steps = sorted((p for p in self.whole.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
-        return [Checkpoint(path) for path in steps]
+        return _checkpoints_in(self.whole)
 
     def newest_good(self, report: Callable[[str], object] = lambda message: None) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None where there is none; ``report`` is told of damaged newer ones.
@@ -134,20 +131,26 @@ class CheckpointFolder:
         return checkpoint
 
     def set_aside_newer(self, step: int) -> Path | None:
-        """Move checkpoints of later steps out of the way of a run that goes on from ``step``; returns where to.
+        """Move checkpoints and milestones of later steps out of the way of a run that goes on from ``step``.
 
         Left in place they would count as the newest, and what is saved from now on as old.
+
+        Returns:
+            the folder inside ``checkpoints/`` (of milestones alone: inside ``milestones/``) that they lie in, or None.
         """
-        newer = [checkpoint for checkpoint in self.list() if checkpoint.step > step]
-        if not newer:
-            return None
-        aside = self.whole / f"abandoned-at-{step:07d}"
+        moved = [self._set_aside_newer(place, step) for place in (self.whole, self.milestones)]
+        return next(filter(None, moved), None)
+
+    @staticmethod
+    def _set_aside_newer(place: Path, step: int) -> Path | None:
+        newer = [checkpoint for checkpoint in _checkpoints_in(place) if checkpoint.step > step]
+        aside = place / f"abandoned-at-{step:07d}"
         for checkpoint in newer:
             target = aside / checkpoint.folder.name
             shutil.rmtree(target, ignore_errors=True)
             aside.mkdir(exist_ok=True)
             checkpoint.folder.rename(target)
-        return aside
+        return aside if newer else None
 
     def save(
         self, step: int, modules: Mapping[str, nn.Module], states: Mapping[str, dict], arguments: Mapping
@@ -193,6 +196,14 @@ class CheckpointFolder:
         if self.whole.is_dir():
             for path in self.whole.glob(".*"):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints_in(place: Path) -> list[Checkpoint]:
+    """Newest first."""
+    if not place.is_dir():
+        return []
+    steps = sorted((p for p in place.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
+    return [Checkpoint(path) for path in steps]
 
 
 def _write_manifest(folder: Path, step: int, arguments: Mapping) -> None:

@@ -1,6 +1,7 @@
 """The loop that every training script runs: resume, step, log, validate, sample, checkpoint, stop."""
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -202,7 +203,10 @@ class Loop:
                 raise TrainingFailed(f"training has collapsed: {name} fell to {means[name]:.1e}")
 
     def _validate(self, step: int) -> None:
-        values = self.task.validate(step)
+        measured = self.task.validate(step)
+        values = {name: value for name, value in measured.items() if math.isfinite(value)}
+        if lost := [name for name in measured if name not in values]:
+            logger.warning("non-finite held-out values at step %d, left out of the log: %s", step, ", ".join(lost))
         if values:
             self.run.log_metrics(step, values)
             logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))

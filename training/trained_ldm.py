@@ -36,6 +36,7 @@ class TrainedLDM:
         statistics_checksum: which statistics they were normalised with; None where the run does not say.
         checksum: SHA-256 of the weights' file.
         vae_config: architecture of the VAE where it lies in the checkpoint, because it was trained along; or None.
+        cfg_prob: share of labels that were dropped; with 0 the null class was never trained, and nothing can guide.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class TrainedLDM:
     statistics_checksum: str | None
     checksum: str
     vae_config: dict | None = None
+    cfg_prob: float = 0.1
 
     @property
     def step(self) -> int:
@@ -223,6 +225,7 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             statistics_checksum=arguments.get("statistics_checksum"),
             checksum=manifest["files"][f"{weights}.safetensors"]["sha256"],
             vae_config=arguments.get("vae_config"),
+            cfg_prob=arguments.get("cfg_prob", 0.1),
         )
     except (KeyError, TypeError) as error:
         raise UserError(
