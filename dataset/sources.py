@@ -12,7 +12,7 @@ import threading
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -50,11 +50,16 @@ class Source(ABC):
     def read(self, index: int) -> bytes:
         """The encoded bytes of an image. Raises OSError, with the reason, where they cannot be had."""
 
+    @abstractmethod
+    def marks(self) -> np.ndarray:
+        """int64: what tells, without reading images, that some were replaced under their names."""
+
     def fingerprint(self) -> str:
-        """SHA-256 over classes, names and labels: the same files under another root have the same one."""
+        """SHA-256 over classes, names, labels and marks: the same files under another root have the same one."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         digest.update("\n".join(self.names).encode(errors="surrogateescape"))
         digest.update(self.labels.astype("<i8").tobytes())
+        digest.update(self.marks().astype("<i8").tobytes())
         return digest.hexdigest()
 
 
@@ -67,6 +72,9 @@ class FolderSource(Source):
 
     def read(self, index: int) -> bytes:
         return (self.path / self.names[index]).read_bytes()
+
+    def marks(self) -> np.ndarray:
+        return _file_sizes(self.path, self.names)
 
 
 class ZipSource(Source):
@@ -107,6 +115,9 @@ class ZipSource(Source):
             raise OSError("damaged in its zip file (wrong CRC)")
         return data
 
+    def marks(self) -> np.ndarray:
+        return self._table[:, 2]  # CRCs
+
     def _pread(self, size: int, offset: int) -> bytes:
         with self._lock:
             if self._descriptor is None:
@@ -143,6 +154,9 @@ class ParquetSource(Source):
             raise OSError("the row holds no image bytes")
         return data
 
+    def marks(self) -> np.ndarray:
+        return _file_sizes(self.path, dict.fromkeys(file for file, _, _ in self._groups))
+
     def _read_group(self, group: int):
         parquet = _import_pyarrow_parquet(self.path)
         file, number, _ = self._groups[group]
@@ -177,7 +191,13 @@ def open_source(path: str | os.PathLike) -> Source:
 
 def _open_class_folders(path: Path) -> Source:
     classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-    files = [f"{folder}/{name}" for folder in classes for name in _images_in(os.listdir(path / folder))]
+    images = {folder: _images_in(os.listdir(path / folder)) for folder in classes}
+    files = [f"{folder}/{name}" for folder in classes for name in images[folder]]
+    if files and (empty := [folder for folder in classes if not images[folder]]):
+        raise UserError(
+            f"{path} has folders without images in them, which would be classes ({_few(empty)}): remove them, or say "
+            "with a dataset.json what belongs to which class"
+        )
     if not files:
         raise UserError(
             _explain_no_images(path, classes, lambda name: any(e.is_dir() for e in os.scandir(path / name)))
@@ -242,6 +262,22 @@ def _open_parquet(path: Path, files: list[str]) -> Source:
     return ParquetSource(path, classes, names, labels, groups)
 
 
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _file_sizes(root: Path, names: Iterable[str]) -> np.ndarray:
+    """Bytes of each file, -1 where it is gone."""
+
+    def size(name: str) -> int:
+        try:
+            return os.stat(root / name).st_size
+        except OSError:
+            return -1
+
+    return np.array([size(name) for name in names], np.int64)
+
+
 def _images_in(names: Iterable[str]) -> list[str]:
     return sorted(
         name
@@ -300,8 +336,10 @@ def _common_base(members: Iterable[str]) -> str:
 
 
 def _explain_no_images(path: Path, folders: list[str], is_nested: Callable[[str], bool]) -> str:
+    if not folders and path.is_dir() and _images_in(os.listdir(path)):
+        return f"{path} holds images, but no class folders: move them into a folder inside it, one for each class"
     if not folders:
-        return f"{path} holds no class folders and no images in them; give a folder with {_LAYOUTS}"
+        return f"{path} holds no class folders with images in them; give a folder with {_LAYOUTS}"
     split = next((name for name in folders if name.lower() in _SPLITS), None)
     if split is not None:
         return f"{path} holds splits ({', '.join(folders)}), not classes; give {path / split}"

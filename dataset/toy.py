@@ -143,6 +143,8 @@ def write_toy_dataset(output: Path, num_images: int, resolution: int, seed: int,
     with ProcessPoolExecutor(num_workers, context) as pool:
         made = pool.map(partial(_write_image, output, seed, resolution), range(num_images), chunksize=64)
         rows = list(tqdm(made, total=num_images, unit="img", desc="drawing"))
+    for shape in set(SHAPES) - {shape for _, shape, *_ in rows}:
+        (output / shape).rmdir()  # a class without images is none
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("file", *Attributes._fields))

@@ -1,5 +1,6 @@
 import csv
 import filecmp
+import importlib.util
 import io
 import json
 import os
@@ -151,6 +152,26 @@ def test_a_complete_dataset_is_left_alone(tree, packed, capsys):
     pack(tree, packed, "--shard-size", "10")
     assert "complete already: 36 images" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in packed.iterdir()} == before
+
+
+def test_other_images_under_the_same_names_are_another_source(tree, tmp_path):
+    """For folders, zips and parquet files; the same ones elsewhere are the same."""
+    copies = {name: tmp_path / name / "tree" for name in ("same", "other")}
+    for copy in copies.values():
+        shutil.copytree(tree, copy)
+    first = next(iter(sorted(copies["other"].glob("*/*.jpg"))))
+    Image.new("RGB", (50, 60), (1, 2, 3)).save(first)
+    makers = [
+        lambda folder: folder,
+        lambda folder: as_zip(folder, folder.with_suffix(".zip"), zipfile.ZIP_STORED),
+        lambda folder: as_dataset_json(folder, folder.parent / "json"),
+    ]
+    if importlib.util.find_spec("pyarrow"):
+        makers.append(lambda folder: as_parquet(folder, folder.parent / "parquet"))
+    shutil.copytree(tree, tmp_path / "original" / "tree")
+    for make in makers:
+        prints = [open_source(make(path)).fingerprint() for path in (tmp_path / "original" / "tree", *copies.values())]
+        assert prints[0] == prints[1] != prints[2]
 
 
 def test_max_images_are_spread_over_the_classes(tree, packed, tmp_path):

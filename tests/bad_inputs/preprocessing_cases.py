@@ -53,6 +53,11 @@ def with_dataset_json(content: str):
     return with_source(make)
 
 
+def flat_folder(path: Path) -> None:
+    path.mkdir()
+    Image.new("RGB", (40, 40)).save(path / "0.png")
+
+
 def parquet(path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     path.mkdir()
@@ -137,6 +142,8 @@ CASES = [
     Case("no such path", lambda path, _: command(path / "none", path / "out"), ("none does not exist",)),
     Case("empty folder", with_source(Path.mkdir), ("no class folders",)),
     Case("class folder without images", with_source(lambda path: (path / "a").mkdir(parents=True)), ("no images",)),
+    Case("an empty class", with_source(lambda path: (class_folders(path) / "lost+found").mkdir()), ("(lost+found)",)),
+    Case("images without classes", with_source(flat_folder), ("one for each class",)),
     Case("splits instead of classes", with_source(split_folders), ("splits (train, val)", "in/train")),
     Case("folders too deep", with_source(lambda path: class_folders(path / "x" / "y")), ("sub-folders are the",)),
     Case("a file that is no zip", with_source(lambda path: path.write_text("x"), "in.tar"), ("no .zip",)),
