@@ -47,7 +47,7 @@ from training.latent_cache import (
     save_beside,
 )
 from training.processes import Process, set_inference_numerics, this_process
-from training.run import progress_bar, status_of
+from training.run import progress_bar, refuse_unfinished
 from training.trained_ldm import statistics_checksum
 
 IMAGENET_IMAGES = 1_281_167  # what a dry run without data counts
@@ -113,7 +113,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=None,
         help="convolution weights in NHWC order (default: on a CPU, where it is faster)",
     )
-    add("--allow-unfinished", action="store_true", help="take the VAE of a training that has not finished")
+    arguments.add_unfinished_argument(parser)
     add("--dry-run", action="store_true", help="encode two batches; print sizes, bytes, seconds; write nothing")
     add("--random-weights", action="store_true", help="only with --dry-run: build networks without weights")
     add_debug_argument(parser)
@@ -137,24 +137,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not args.cache_features and (args.enc_type or args.enc_ckpt or args.features_grid):
         raise UserError("--enc-type, --enc-ckpt and --features-grid belong to --cache-features; add it")
     if not args.allow_unfinished:
-        for path in (args.vae, args.vae_ckpt):
-            refuse_unfinished(path)
-
-
-def refuse_unfinished(path: str | None) -> None:
-    """Refuse a VAE that lies beside the status of a training that has not finished."""
-    if path is None or path in ("none", *architecture_names()):
-        return
-    try:
-        status = status_of(Path(path).parent)
-        state = None if status is None else status["state"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{Path(path).parent / 'status.json'} is damaged ({error}); add --allow-unfinished") from error
-    if state not in (None, "finished"):
-        raise UserError(
-            f"{path} is of a training that is {state} at step {status.get('step')}; run the same training command "
-            "again to finish it, or add --allow-unfinished"
-        )
+        refuse_unfinished(args.vae, args.vae_ckpt)
 
 
 @dataclass

@@ -10,9 +10,9 @@ from errors import UserError
 from formats.vae import build_autoencoder
 from metrics.record import metrics_folder
 from models.autoencoder import Autoencoder
-from training.arguments import add_vae_source_arguments
+from training.arguments import add_unfinished_argument, add_vae_source_arguments
 from training.processes import Process
-from training.run import status_of
+from training.run import refuse_unfinished, status_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Subject:
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     """The VAE's flags; random weights (``--vae-ckpt none``) are a baseline, drawn from ``--seed``."""
     add_vae_source_arguments(parser, default=None)
+    add_unfinished_argument(parser)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,8 @@ def open_vae(args: argparse.Namespace, process: Process) -> Subject:
     """Build the VAE of ``--vae`` and ``--vae-ckpt`` on the device."""
     if not args.vae and not args.vae_ckpt:
         raise UserError("--vae is needed: a run, a VAE's file or folder, or an architecture with --vae-ckpt")
+    if not args.allow_unfinished:
+        refuse_unfinished(args.vae, args.vae_ckpt)
     torch.manual_seed(args.seed)  # of random weights
     autoencoder, statistics = build_autoencoder(args.vae, args.vae_ckpt, args.vae_latents_stats)
     autoencoder.requires_grad_(False).to(process.device)
@@ -52,9 +55,10 @@ def open_vae(args: argparse.Namespace, process: Process) -> Subject:
         autoencoder.to(memory_format=torch.channels_last)
     path = _path(args)
     description = {"path": "random weights" if path is None else str(path), "vae_checksum": autoencoder.checksum()}
-    status = None if path is None else status_of(path.parent)
-    if status is not None:
-        description["step"] = status.get("step")
+    if path is not None and not args.allow_unfinished:  # an unfinished run's status is not of its VAE
+        status = status_of(path.parent)
+        if status is not None:
+            description["step"] = status.get("step")
     return Subject(autoencoder, statistics is not None, description)
 
 

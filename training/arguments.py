@@ -121,6 +121,13 @@ def add_vae_source_arguments(group: argparse._ActionsContainer, default: str | N
     )
 
 
+def add_unfinished_argument(group: argparse._ActionsContainer) -> None:
+    """The flag that :func:`training.run.refuse_unfinished` names."""
+    group.add_argument(
+        "--allow-unfinished", action="store_true", help="take the VAE of a training that has not finished"
+    )
+
+
 def add_foreign_vae_arguments(group: argparse._ActionsContainer) -> None:
     """The VAE of a checkpoint of REPA or REPA-E, where that does not hold it: ``training.foreign_ldm.VAE_FLAGS``."""
     group.add_argument("--vae", metavar="NAME", help="architecture of --vae-ckpt, e.g. f8d4, where it does not tell")

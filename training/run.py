@@ -170,6 +170,24 @@ def status_of(folder: Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def refuse_unfinished(*paths: str | None) -> None:
+    """Refuse VAEs that lie beside the status of a training that has not finished; other names are passed over."""
+    for path in paths:
+        if path is None or not Path(path).exists():
+            continue
+        file = Path(path).parent / "status.json"
+        try:
+            status = status_of(file.parent)
+            state = None if status is None else status["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error}); add --allow-unfinished") from error
+        if state not in (None, "finished"):
+            raise UserError(
+                f"{path} is of a training that is {state} at step {status.get('step')}; run the same training command "
+                "again to finish it, or add --allow-unfinished"
+            )
+
+
 def arguments_of(folder: Path) -> dict | None:
     """The resolved flags of a run, or None where it never started."""
     path = Path(folder) / "args.json"

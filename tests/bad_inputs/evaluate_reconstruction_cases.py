@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tests.bad_inputs.cache_latents_cases import (
+    RUNNING,
     other_statistics,
     packed,
+    status,
     unfinished_dataset,
     unreadable_image,
     vae_that,
@@ -49,6 +51,7 @@ def diverged(folder: Path) -> Path:
 
 CASES = [
     Case("no data", with_flags(data=None), ("--data", "packed dataset")),
+    Case("training not finished", with_flags(vae=status(RUNNING)), ("running at step 7", "--allow-unfinished")),
     Case("data missing", with_flags(data="/no/such/folder"), ("/no/such/folder",)),
     Case("data unfinished", with_flags(data=unfinished_dataset), ("not finished", "preprocessing.py")),
     Case("another resolution", with_flags(resolution=64), ("32 px", "64 px")),

@@ -10,7 +10,7 @@ import torch
 from dataset.toy import write_toy_dataset
 from metrics.record import Measurement, write_measurement
 from tests.annotated_sets import write_awa2, write_celeba, write_deepfashion
-from tests.bad_inputs.cache_latents_cases import packed, vae_that
+from tests.bad_inputs.cache_latents_cases import RUNNING, packed, status, vae_that
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.train_sendvae_cases import photographs, truncated, written
 from tests.command_line import argv_of
@@ -130,6 +130,7 @@ CASES = [
     Case("no probe", lambda folder, monkeypatch: ["--vae", "x"], ("WHAT",)),
     Case("unknown probe", with_flags("attribute"), ("attribute", "uniformity")),
     Case("no data", with_flags(data=None), ("--data is needed",)),
+    Case("training not finished", with_flags(vae=status(RUNNING)), ("running at step 7", "--allow-unfinished")),
     Case("data missing", with_flags("classes", data="/no/such/folder"), ("/no/such/folder",)),
     Case("no attributes there", with_flags(data=lambda f: photographs(f / "images")),
          ("holds no attributes", "attributes.csv")),
