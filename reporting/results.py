@@ -62,6 +62,7 @@ class Row:
         cells: by the metric's name.
         published: the row whose numbers stand beside, or None.
         preset: that made the run, or None.
+        changes: flags that were given beside the preset and change what is done.
         seeds: how many measurements it is the mean of.
         measurement: it is from; None for a mean.
         owner: the run; None for a mean.
@@ -77,6 +78,7 @@ class Row:
     cells: Mapping[str, Cell]
     published: PublishedRow | None = None
     preset: str | None = None
+    changes: tuple[str, ...] = ()
     seeds: int = 1
     measurement: Measurement | None = None
     owner: Run | None = None
@@ -125,13 +127,15 @@ def result_rows(runs: Sequence[Run], reproduced: Mapping[str, PublishedRow], pub
 def with_means(rows: Sequence[Row]) -> list[Row]:
     """Add the mean and standard deviation wherever one preset was run several times (seeds), after its rows.
 
+    Runs with other flags than the preset's are runs of one kind only with each other.
+
     A run counts once: what was measured under one name, of as many images, against the same; the newest where a run has
     several of these.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         what = (row.section, row.detail, row.guidance, row.reference, row.images, _usual_name(row.measurement))
-        key = (row.preset, *what, tuple(row.cells)) if row.preset else (id(row),)
+        key = (row.preset, row.changes, *what, tuple(row.cells)) if row.preset else (id(row),)
         groups.setdefault(key, []).append(row)
     found = []
     for group in groups.values():
@@ -155,7 +159,7 @@ def _mean(rows: Sequence[Row]) -> Row:
         finite = all(map(math.isfinite, values))
         mean, std = (statistics.fmean(values), statistics.stdev(values)) if finite else (math.nan, math.nan)
         cells[metric] = Cell(mean, std, cell.published)
-    name = f"{rows[0].preset}, mean of {len(rows)}"
+    name = " ".join([rows[0].preset, *rows[0].changes]) + f", mean of {len(rows)}"
     changes = {"run": name, "seeds": len(rows), "measurement": None, "owner": None, "samples": None}
     return replace(rows[0], cells=cells, **changes)
 
@@ -168,6 +172,11 @@ def notes(rows: Iterable[Row]) -> list[str]:
         if all(cell.published is None for cell in row.cells.values()):
             continue
         used[row.published.id] = row.published
+        if row.changes:
+            warnings.append(
+                f"{row.run}: run with {' '.join(row.changes)}, not as its preset {row.preset}: another setting than "
+                "the published one"
+            )
         usual = row.published.images
         if usual is not None and row.images != usual and not row.section.startswith("Probe"):
             warnings.append(
@@ -263,6 +272,7 @@ def _row(
         cells=cells,
         published=row,
         preset=run.preset.name if run.preset else None,
+        changes=run.preset.changes if run.preset else (),
         measurement=measurement,
         owner=run,
         samples=samples,

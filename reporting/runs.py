@@ -30,11 +30,13 @@ class Preset:
         name: e.g. ``table2/depth1``.
         published: the row it reproduces, or None.
         runs: names of the folders that it made.
+        changes: flags that were given beside it and change what is done.
     """
 
     name: str
     published: str | None
     runs: tuple[str, ...]
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,8 @@ def _with_unique_names(runs: list[Run]) -> list[Run]:
 def _read_preset(path: Path) -> Preset:
     content = read_json(path)
     try:
-        return Preset(content["preset"], content.get("published"), tuple(content["runs"]))
+        runs, changes = tuple(content["runs"]), tuple(content.get("changes", ()))
+        return Preset(content["preset"], content.get("published"), runs, changes)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); run the experiment's command again") from error
 

@@ -88,9 +88,16 @@ def write_probe(folder: Path, f1: float, data: str = "data/toy", vae: str = "", 
     write_measurement(measurement, folder)
 
 
-def write_preset(exps: Path, preset: str, runs: list[str], published: str | None = None) -> Path:
+def write_preset(
+    exps: Path,
+    preset: str,
+    runs: list[str],
+    published: str | None = None,
+    changes: tuple[str, ...] = (),
+    name: str = "",
+) -> Path:
     """What an experiment notes."""
-    folder = exps / preset.replace("/", "-")
+    folder = exps / (name or preset.replace("/", "-"))
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "preset.json", {"preset": preset, "published": published, "runs": runs})
+    write_json(folder / "preset.json", {"preset": preset, "published": published, "runs": runs, "changes": changes})
     return folder

@@ -253,7 +253,25 @@ def test_an_experiment_notes_its_runs_and_what_it_reproduces(presets, tmp_path):
     for few in ([], ["--stages", "s0"]):
         assert experiment.main([*argv, *few]) == 0
         noted = json.loads((tmp_path / "exps" / "mine" / "preset.json").read_text())
-        assert noted == {"preset": "mine", "published": "table2/depth1", "runs": ["mine-vae", "mine-ldm"]}
+        runs = ["mine-vae", "mine-ldm"]
+        assert noted == {"preset": "mine", "published": "table2/depth1", "runs": runs, "changes": []}
+
+
+def test_an_experiment_notes_what_makes_it_another_one(presets):
+    """Places, names and seeds do not, nor a flag that is given as it is."""
+    stage = {
+        "script": "x.py",
+        "product": "x",
+        "flags": {"epochs": 80, "seed": 0, "loss": ["a=1", "b=2"], "hflip": None},
+    }
+    variables = {"images": "?", "data": "d", "seed": 0, "sit": "XL", "vae": "?"}
+    presets("mine", stages={"ldm": stage}, variables=variables)
+    same = ["--images", "i", "--data", "e", "--seed", "3", "--name", "n", "--vae", "v", "--sit", "XL"]
+    same += ["--ldm.epochs", "80", "--ldm.seed", "5", "--ldm.loss", "a=1", "b=2"]
+    assert resolve("mine", load_preset("mine"), "exps", same).changes == ()
+    other = [*same, "--sit=B", "--ldm.epochs", "10", "--ldm.hflip", "--ldm.loss", "a=1"]
+    changes = ("--ldm.epochs 10", "--ldm.hflip", "--ldm.loss a=1", "--sit B")
+    assert resolve("mine", load_preset("mine"), "exps", other).changes == changes
 
 
 def test_words_after_a_script_s_name_take_variables(presets):

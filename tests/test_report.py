@@ -159,6 +159,21 @@ def test_seeds_have_their_mean_and_standard_deviation(tmp_path, capsys):
     assert len(found) == 4
 
 
+def test_runs_with_other_flags_are_no_seeds_of_the_preset_s(tmp_path, capsys):
+    for name, fid in (("a", 7.0), ("b", 9.0), ("c", 20.0), ("d", 24.0)):
+        write_samples(write_run(tmp_path / f"{name}-ldm"), {"FID": fid})
+    changes = ("--ldm.epochs 10",)
+    for name in "abcd":
+        write_preset(
+            tmp_path, "table2/depth1", [f"{name}-ldm"], "table2/depth1", changes if name in "cd" else (), name=name
+        )
+    found = records(capsys, *(tmp_path / f"{name}-ldm" for name in "abcd"))
+    means = {run: record["measured"] for (run, _), record in found.items() if "mean" in run}
+    assert means == {"table2/depth1, mean of 2": 8.0, "table2/depth1 --ldm.epochs 10, mean of 2": 22.0}
+    assert report.main([str(tmp_path / "c-ldm"), "--no-html"]) == 0
+    assert "c-ldm: run with --ldm.epochs 10, not as its preset table2/depth1" in capsys.readouterr().out
+
+
 def test_a_mean_is_of_runs_and_of_the_same_measurement(tmp_path, capsys):
     """One row a run, the newest; another name or number of images is another measurement; NaN spreads."""
     kept = {"FID": 7.0, "IS": math.nan, "KID": math.inf}, {"FID": 9.0, "IS": 3.0, "KID": -math.inf}

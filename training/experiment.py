@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "experiments"
 STAMPS_NAME = "experiment.json"
 PRESET_NAME = "preset.json"  # which runs it made and what they reproduce
+# Variables that say where things lie and which of several equal runs it is, not what is done.
+PLACES = {"name", "exps", "seed", "images", "val_images", "data", "reference", "celeba", "deepfashion", "awa"}
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a stage that somebody stopped
 REQUIRED = "?"  # a variable that the command line must give
 PRESET_KEYS = {"base", "description", "published", "variables", "stages", "closing"}
@@ -73,6 +75,7 @@ class Experiment:
         closing: what to tell the user at the end.
         published: id of the published row that it reproduces, if any.
         runs: names of the runs that are its own: not of those that several experiments share.
+        changes: flags that make it another experiment than its preset, e.g. ``--ldm.epochs 10``.
     """
 
     preset: str
@@ -82,6 +85,7 @@ class Experiment:
     closing: str
     published: str | None = None
     runs: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 def preset_names() -> list[str]:
@@ -205,6 +209,7 @@ def _resolve(
     for key, value in variables.items():
         if value == REQUIRED:
             raise UserError(f"--{key.replace('_', '-')} is needed by {name}")
+    changes = _changes(preset, flags, variables)
     variables = {key: _expand(value, variables) for key, value in variables.items()}
     stages = [
         _stage(stage, spec, flags[stage], variables)
@@ -214,7 +219,27 @@ def _resolve(
     closing = _expand(preset.get("closing", ""), variables)
     name, runs = variables["name"], _run_names(stages, variables["name"])
     folder = Path(variables["exps"]) / name
-    return Experiment(preset_name, name, folder, stages, closing, preset.get("published"), runs)
+    published = preset.get("published")
+    return Experiment(preset_name, name, folder, stages, closing, published, runs, changes)
+
+
+def _changes(preset: Mapping[str, Any], flags: Mapping[str, Mapping], variables: Mapping[str, Any]) -> tuple[str, ...]:
+    """What differs from the preset as it stands, places and seeds apart, as it was given."""
+    found = []
+    for stage, now in flags.items():
+        before = preset["stages"][stage].get("flags") or {}
+        found += [(f"{stage}.{flag}", before.get(flag), value) for flag, value in now.items() if flag != "seed"]
+    defaults = {key: value for key, value in preset.get("variables", {}).items() if key not in PLACES}
+    found += [(key, value, variables[key]) for key, value in defaults.items() if value != REQUIRED]
+    given = ((_as_flag(key, before), _as_flag(key, now)) for key, before, now in found)
+    return tuple(sorted(now for before, now in given if before != now))
+
+
+def _as_flag(key: str, value: Any) -> str:
+    if value is None or value is False:
+        return f"no --{key}"
+    words = [] if value is True else value if isinstance(value, list) else [value]
+    return " ".join([f"--{key.replace('_', '-')}", *map(str, words)])
 
 
 def _run_names(stages: Sequence[Stage], experiment: str) -> tuple[str, ...]:
@@ -478,7 +503,8 @@ def _write_stamps(folder: Path, stamps: Mapping[str, list[str]]) -> None:
 def _write_preset(experiment: Experiment) -> None:
     """Note which runs come from which preset, for report.py."""
     experiment.folder.mkdir(parents=True, exist_ok=True)
-    content = {"preset": experiment.preset, "published": experiment.published, "runs": experiment.runs}
+    names = ("preset", "published", "runs", "changes")
+    content = {name: getattr(experiment, name) for name in names}
     write_atomically(experiment.folder / PRESET_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
