@@ -134,6 +134,17 @@ def test_a_held_out_value_that_is_not_finite_is_left_out_of_the_log(data, tmp_pa
     assert "non-finite held-out values at step 2, left out of the log: val/denoise" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "code"), [("grad_norm", 1), ("disc_grad_norm", 0)])
+def test_a_vanished_gradient_is_named(data, tmp_path, monkeypatch, capsys, name, code):
+    """Of the network: the training has failed. Of a discriminator: a warning."""
+    step = LDMTask.step
+    monkeypatch.setattr(LDMTask, "step", lambda *args: step(*args) | {name: torch.zeros(())})
+    assert train(*flags(data, tmp_path, "run")) == code
+    said = "training has collapsed: grad_norm fell to" if code else "the discriminator learns nothing any more"
+    assert said in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == ("failed" if code else "finished")
+
+
 def test_longer_training_continues_a_finished_run(data, tmp_path):
     argv = flags(data, tmp_path, "run", max_train_steps=None)
     assert train(*argv, "--max-train-steps", "2") == 0

@@ -202,6 +202,9 @@ class Loop:
             if means.get(name, 1.0) < VANISHED_GRADIENT:
                 raise TrainingFailed(f"training has collapsed: {name} fell to {means[name]:.1e}")
 
+        if means.get("disc_grad_norm", 1.0) < VANISHED_GRADIENT:  # may be won back, and the other losses go on
+            logger.warning("step %d: the discriminator learns nothing any more, its gradient has vanished", step)
+
     def _validate(self, step: int) -> None:
         measured = self.task.validate(step)
         values = {name: value for name, value in measured.items() if math.isfinite(value)}
