@@ -33,7 +33,6 @@ from training.cli import ArgumentParser, fraction, non_negative_float, positive_
 from training.data import open_image_data
 from training.ema import EMA
 from training.ldm import LDMTrainer
-from training.loop import Schedule
 from training.networks import (
     build_discriminator,
     build_objective,
@@ -45,8 +44,8 @@ from training.repae import RepaeTrainer
 from training.repae_task import RepaeTask
 from training.run import build_accelerator, set_numerics
 from training.sendvae import SendVAE, SendVAETrainer
-from training.sendvae_task import SendVAETask, initialise_statistics
-from training.session import Job, dry_run_batch_size, micro_batch_size, train
+from training.sendvae_task import build_sendvae_task, initialise_statistics
+from training.session import Job, dry_run_batch_size, train
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -246,17 +245,7 @@ def build_sit_trainer(
 def build_task(
     args: argparse.Namespace, trainer: RepaeTrainer, images: ImageDataset, held_out: ImageDataset | None
 ) -> RepaeTask:
-    vae_task = SendVAETask(
-        trainer.vae,
-        Schedule(args.lr_schedule, args.warmup_steps, args.max_train_steps),
-        vae_rate=args.vae_learning_rate,
-        disc_rate=args.disc_learning_rate,
-        images=images,
-        held_out=held_out,
-        val_batch_size=micro_batch_size(args, trainer.accelerator),
-        max_val_images=args.max_val_images,
-        num_workers=args.num_workers,
-    )
+    vae_task = build_sendvae_task(args, trainer.vae, images, held_out)
     return RepaeTask(
         trainer,
         vae_task,

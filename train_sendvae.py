@@ -35,12 +35,11 @@ from training.cli import (
 )
 from training.data import open_image_data
 from training.ema import EMA
-from training.loop import Schedule
 from training.networks import build_discriminator, build_objective, build_optimizer, compile_networks
 from training.run import build_accelerator, set_numerics
 from training.sendvae import SendVAE, SendVAETrainer
-from training.sendvae_task import SendVAETask, initialise_statistics
-from training.session import Job, dry_run_batch_size, micro_batch_size, train
+from training.sendvae_task import SendVAETask, build_sendvae_task, initialise_statistics
+from training.session import Job, dry_run_batch_size, train
 
 ALIGN_LOSSES = ("cosine", "vf")
 
@@ -311,7 +310,7 @@ def build_job(
     def build() -> SendVAETask:
         nonlocal statistics
         trainer, statistics = build_trainer(args, loss_config, accelerator)
-        return build_task(args, trainer, images, held_out)
+        return build_sendvae_task(args, trainer, images, held_out)
 
     def begin(task: SendVAETask) -> None:
         if statistics is None:
@@ -324,22 +323,6 @@ def build_job(
         begin=begin,
         describe=lambda task: describe(args, task.trainer, images),
         products=("vae",),
-    )
-
-
-def build_task(
-    args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDataset, held_out: ImageDataset | None
-) -> SendVAETask:
-    return SendVAETask(
-        trainer,
-        Schedule(args.lr_schedule, args.warmup_steps, args.max_train_steps),
-        vae_rate=args.vae_learning_rate,
-        disc_rate=args.disc_learning_rate,
-        images=images,
-        held_out=held_out,
-        val_batch_size=micro_batch_size(args, trainer.accelerator),
-        max_val_images=args.max_val_images,
-        num_workers=args.num_workers,
     )
 
 

@@ -16,7 +16,7 @@ from training.pictures import save_grid
 from training.randomness import Purpose, seeded_generator
 from training.run import logger
 from training.sendvae import SendVAETrainer
-from training.session import build_loader
+from training.session import build_loader, micro_batch_size
 from training.validation import SpreadImages, validate
 
 GRID_IMAGES = 8
@@ -162,6 +162,23 @@ def measure_latent_statistics(trainer: SendVAETrainer, loader: BatchLoader, batc
         count += batch_size
     autoencoder.statistics.update(sum_over_processes(moments), momentum=1.0)
     return count
+
+
+def build_sendvae_task(
+    args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDataset, held_out: ImageDataset | None
+) -> SendVAETask:
+    """A task by the flags that train_sendvae.py and train_repae.py share."""
+    return SendVAETask(
+        trainer,
+        Schedule(args.lr_schedule, args.warmup_steps, args.max_train_steps),
+        vae_rate=args.vae_learning_rate,
+        disc_rate=args.disc_learning_rate,
+        images=images,
+        held_out=held_out,
+        val_batch_size=micro_batch_size(args, trainer.accelerator),
+        max_val_images=args.max_val_images,
+        num_workers=args.num_workers,
+    )
 
 
 def initialise_statistics(args: argparse.Namespace, trainer: SendVAETrainer, images: ImageDataset) -> None:
