@@ -73,8 +73,8 @@ from training.untrained_ldm import UntrainedLDM, open_untrained_ldm
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
 FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; these of the model:
-AnyLDM = TrainedLDM | ForeignLDM | UntrainedLDM
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
+AnyLDM = TrainedLDM | ForeignLDM | UntrainedLDM
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -387,10 +387,7 @@ def describe(
 
 
 def build_sampler(
-    args: argparse.Namespace,
-    trained: AnyLDM,
-    autoencoder: Autoencoder,
-    process: Process,
+    args: argparse.Namespace, trained: AnyLDM, autoencoder: Autoencoder, process: Process
 ) -> tuple[ImageSampler, SiT]:
     """The networks on the device."""
     device = process.device
@@ -485,12 +482,7 @@ def make_shards(
     print(f"process {process.rank} of {process.world_size}: {rate}")
 
 
-def dry_run(
-    args: argparse.Namespace,
-    trained: AnyLDM,
-    autoencoder: Autoencoder,
-    process: Process,
-) -> None:
+def dry_run(args: argparse.Namespace, trained: AnyLDM, autoencoder: Autoencoder, process: Process) -> None:
     """Two images in two steps, and what all of them would take at that rate."""
     forwards, steps = sampler_settings(args, trained).forwards(), args.num_steps
     args.num_steps = min(2, steps)

@@ -201,7 +201,6 @@ class Loop:
         for name in ("grad_norm", "vae_grad_norm"):
             if means.get(name, 1.0) < VANISHED_GRADIENT:
                 raise TrainingFailed(f"training has collapsed: {name} fell to {means[name]:.1e}")
-
         if means.get("disc_grad_norm", 1.0) < VANISHED_GRADIENT:  # may be won back, and the other losses go on
             logger.warning("step %d: the discriminator learns nothing any more, its gradient has vanished", step)
 
