@@ -142,7 +142,8 @@ def with_means(rows: Sequence[Row]) -> list[Row]:
         found += group
         newest = {row.run: row for row in sorted(group, key=lambda row: row.measurement.created)}
         if len(newest) > 1:
-            found.append(_mean(list(newest.values())))
+            kinds = {row.changes for row in rows if row.preset == group[0].preset}
+            found.append(_mean(list(newest.values()), group[0].changes if len(kinds) > 1 else ()))
     return found
 
 
@@ -152,16 +153,17 @@ def _usual_name(measurement: Measurement) -> str:
     return measurement.name.removesuffix(f"-{label_of(Path(str(data)))}") if data else measurement.name
 
 
-def _mean(rows: Sequence[Row]) -> Row:
+def _mean(rows: Sequence[Row], changes: Sequence[str]) -> Row:
+    """The mean of runs of one kind; ``changes`` tell it from other kinds of the same preset."""
     cells = {}
     for metric, cell in rows[0].cells.items():
         values = [row.cells[metric].value for row in rows]
         finite = all(map(math.isfinite, values))
         mean, std = (statistics.fmean(values), statistics.stdev(values)) if finite else (math.nan, math.nan)
         cells[metric] = Cell(mean, std, cell.published)
-    name = " ".join([rows[0].preset, *rows[0].changes]) + f", mean of {len(rows)}"
-    changes = {"run": name, "seeds": len(rows), "measurement": None, "owner": None, "samples": None}
-    return replace(rows[0], cells=cells, **changes)
+    name = " ".join([rows[0].preset, *changes]) + f", mean of {len(rows)}"
+    nobody = {"measurement": None, "owner": None, "samples": None}
+    return replace(rows[0], run=name, seeds=len(rows), cells=cells, **nobody)
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
