@@ -91,3 +91,9 @@ def test_dry_run_foretells_size_and_writes_nothing(toy, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine.txt").touch()
     assert run(main, ["--output", str(tmp_path), "--dry-run"]) == 2
+
+
+def test_few_images_leave_no_class_without_any(tmp_path):
+    assert main(["--output", str(tmp_path / "set"), "--num-images", "3", "--resolution", "32"]) == 0
+    images = open_images(tmp_path / "set", 32)
+    assert images.class_names == sorted({row["shape"] for row in rows(tmp_path / "set")})

@@ -20,7 +20,7 @@ _made: dict[str, Path] = {}
 def shared_data(tmp_path_factory_root: Path) -> Path:
     """One good set of data for all cases, which copy what they spoil."""
     if "data" not in _made or not _made["data"].exists():
-        _made["data"] = write_data(tmp_path_factory_root / "good", images=8)
+        _made["data"] = write_data(tmp_path_factory_root / "good", images=12)  # of every class
     return _made["data"]
 
 
