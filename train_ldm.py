@@ -339,7 +339,7 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, auto
         check_features(args, config, latents)
         args.class_names = latents.class_names
         args.data_fingerprint = latents.fingerprint()
-        args.vae_checksum = autoencoder.checksum()
+        args.vae_checksum = latents.source["vae"]  # load_autoencoder compared it
         args.statistics_checksum = statistics_checksum(autoencoder)
         if not args.dry_run:
             args.max_train_steps = arguments.resolve_max_steps(args, len(latents))
