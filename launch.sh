@@ -5,8 +5,8 @@
 #   several GPUs, one or more nodes   accelerate launch --multi_gpu
 #   several processes on a CPU        torchrun (accelerate launch --cpu would start one)
 #
-# From the environment: NUM_PROCESSES (over all nodes; default: all visible GPUs, or 1), NUM_MACHINES (1), MACHINE_RANK (0),
-# MAIN_PROCESS_IP (of the node with rank 0), MAIN_PROCESS_PORT (29500), PYTHON.
+# From the environment: NUM_PROCESSES (over all nodes; default: all visible GPUs, or 1), NUM_MACHINES (1),
+# MACHINE_RANK (0), MAIN_PROCESS_IP (of the node with rank 0), MAIN_PROCESS_PORT (29500), PYTHON.
 set -euo pipefail
 script=$1
 shift
@@ -19,10 +19,10 @@ fi
 export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
 machines=${NUM_MACHINES:-1}
-if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # fewer than there are, or none
-    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *-/,$d' | grep -c '[^ ]' || true)
-else
-    gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
+gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
+if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    visible=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^ *-/,$d' | grep -c '[^ ]' || true)
+    gpus=$((visible < gpus ? visible : gpus))
 fi
 processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus * machines : machines))}
 

@@ -5,7 +5,7 @@
 # quickstart of run_experiment.sh. About 11 minutes on 2 CPU cores after the installation. No network but PyPI. The same
 # command goes on where it stopped.
 #
-#   --long        the preset quickstart_long: about an hour on 2 CPU cores
+#   --long        the preset quickstart_long: an hour on 2 CPU cores by estimate
 #   --data DIR    the same on your photographs (a folder of class folders) instead of the toy shapes
 #   --dry-run     build every stage, train nothing
 set -euo pipefail

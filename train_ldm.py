@@ -291,7 +291,7 @@ def load_autoencoder(args: argparse.Namespace, latents: LatentDataset | None) ->
         UserError: the cache has lost its statistics, or holds another VAE than it was made with.
     """
     if latents is None:
-        return build_autoencoder(args.vae or "f16d32", "none")[0]
+        return build_autoencoder(args.vae or dry_run.DEFAULT_VAE, "none")[0]
     autoencoder, statistics = build_autoencoder(str(latents.vae_folder))
     remedy = "copy the cache again, or make it anew with cache_latents.py"
     if statistics is None:

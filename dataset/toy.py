@@ -137,14 +137,10 @@ def write_toy_dataset(output: Path, num_images: int, resolution: int, seed: int,
         UserError: the folder holds something else.
     """
     _clear(output)
-    for shape in SHAPES:
-        (output / shape).mkdir(parents=True)
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(num_workers, context) as pool:
         made = pool.map(partial(_write_image, output, seed, resolution), range(num_images), chunksize=64)
         rows = list(tqdm(made, total=num_images, unit="img", desc="drawing"))
-    for shape in set(SHAPES) - {shape for _, shape, *_ in rows}:
-        (output / shape).rmdir()  # a class without images is none
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("file", *Attributes._fields))
@@ -175,6 +171,7 @@ def estimate(output: Path, num_images: int, resolution: int, seed: int, num_work
 def _write_image(output: Path, seed: int, resolution: int, index: int) -> tuple[str, ...]:
     image, attributes = draw_image(seed, index, resolution)
     name = f"{attributes.shape}/{index:06d}.png"
+    (output / name).parent.mkdir(parents=True, exist_ok=True)  # of a shape that occurs: an empty class would be none
     _encode(image, output / name)
     return name, *attributes
 

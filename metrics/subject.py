@@ -1,6 +1,7 @@
 """The VAE that is measured: its flags, how it is built, and where what is measured of it goes."""
 
 import argparse
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +56,9 @@ def open_vae(args: argparse.Namespace, process: Process) -> Subject:
         autoencoder.to(memory_format=torch.channels_last)
     path = _path(args)
     description = {"path": "random weights" if path is None else str(path), "vae_checksum": autoencoder.checksum()}
-    if path is not None and not args.allow_unfinished:  # an unfinished run's status is not of its VAE
-        status = status_of(path.parent)
-        if status is not None:
+    with suppress(ValueError, AttributeError):  # a damaged status.json, with --allow-unfinished
+        status = None if path is None else status_of(path.parent)
+        if status is not None and status.get("state") == "finished":  # else the step is not that of the VAE
             description["step"] = status.get("step")
     return Subject(autoencoder, statistics is not None, description)
 

@@ -83,7 +83,16 @@ def through_wrapper(name: str, argv: list[str], tmp_path: Path) -> tuple[str, li
 
 @pytest.mark.parametrize(
     ("visible", "processes"),
-    [(None, 8), ("0,1,5", 3), ("3", 1), ("GPU-1f,GPU-2e", 2), ("0,-1,2", 1), ("", 1), ("-1", 1)],
+    [
+        (None, 8),
+        (",".join(map(str, range(16))), 8),
+        ("0,1,5", 3),
+        ("3", 1),
+        ("GPU-1f,GPU-2e", 2),
+        ("0,-1,2", 1),
+        ("", 1),
+        ("-1", 1),
+    ],
 )
 def test_as_many_processes_as_visible_gpus(visible, processes, tmp_path):
     """MIG slices are listed below their GPU and are no GPUs of their own."""

@@ -1,7 +1,9 @@
 """evaluate.py reconstruction: scores against formulas, the same values for any batch and number of processes."""
 
 import csv
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +257,16 @@ def test_lpips_without_weights_is_left_out_with_a_line(data, vae, tmp_path, caps
     assert len(lines) == 3 and "--lpips-alex-ckpt" in lines[0] and "vgg16-397923af.pth" in lines[1]
     assert "weights-inception-2015-12-05-6726825d.pth" in lines[2]
     assert set(read_measurements(tmp_path / "metrics")[0].values) == {"PSNR", "SSIM"}
+
+
+@pytest.mark.parametrize(
+    ("status", "step"),
+    [('{"state": "finished", "step": 7}', 7), ('{"state": "running", "step": 7}', None), ("{", None)],
+)
+def test_only_a_finished_run_s_step_is_the_vae_s(data, vae, tmp_path, status, step):
+    shutil.copytree(vae, tmp_path / "run" / "vae")
+    (tmp_path / "run" / "status.json").write_text(status)
+    argv = flags(data, tmp_path / "run" / "vae", metrics="psnr", features=None, num_images=2, allow_unfinished=True)
+    assert evaluate.main(argv) == 0
+    record = json.loads((tmp_path / "run" / "metrics" / "reconstruction.json").read_text())
+    assert record["subject"].get("step") == step

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 NUM_CLASSES = 1000  # of a SiT that is built without data: ImageNet's
+DEFAULT_VAE = "f16d32"  # of latents that are made up
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:

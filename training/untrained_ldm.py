@@ -7,10 +7,8 @@ from formats.vae import build_autoencoder
 from models.autoencoder import Autoencoder
 from models.sit import SiT, SiTConfig
 from training.arguments import DEFAULT_RESOLUTION
-from training.dry_run import NUM_CLASSES
+from training.dry_run import DEFAULT_VAE, NUM_CLASSES
 from training.foreign_ldm import DEFAULT_PATH_TYPE
-
-DEFAULT_VAE = "f16d32"
 
 
 @dataclass(frozen=True)
