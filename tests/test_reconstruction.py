@@ -268,5 +268,5 @@ def test_only_a_finished_run_s_step_is_the_vae_s(data, vae, tmp_path, status, st
     (tmp_path / "run" / "status.json").write_text(status)
     argv = flags(data, tmp_path / "run" / "vae", metrics="psnr", features=None, num_images=2, allow_unfinished=True)
     assert evaluate.main(argv) == 0
-    record = json.loads((tmp_path / "run" / "metrics" / "reconstruction.json").read_text())
-    assert record["subject"].get("step") == step
+    (record,) = tmp_path.rglob("metrics/reconstruction.json")
+    assert json.loads(record.read_text())["subject"].get("step") == step
