@@ -21,19 +21,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from dataset.images import ImageDataset, open_images
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_name, latents_folder
 from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from errors import UserError
+from formats.arguments import add_encoder_arguments, add_unfinished_argument, add_vae_source_arguments
 from formats.runs import PLACES as CHECKPOINT_FOLDERS
+from formats.runs import refuse_unfinished
 from formats.vae import build_autoencoder
-from models.autoencoder import Autoencoder, architecture_names
-from models.encoders import ENCODERS, Encoder, build_encoders, encoder_names
-from training import arguments
-from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
-from training.dry_run import count_parameters, peak_memory
-from training.latent_cache import (
+from inference.latent_cache import (
     Cacher,
     ChunkEncoder,
     MeasuredStatistics,
@@ -46,9 +43,13 @@ from training.latent_cache import (
     one_thread_each,
     save_beside,
 )
-from training.processes import Process, set_inference_numerics, this_process
-from training.run import progress_bar, refuse_unfinished
-from training.trained_ldm import statistics_checksum
+from inference.trained_ldm import statistics_checksum
+from models.encoders import ENCODERS, Encoder, build_encoders, encoder_names
+from models.tokenizers.kl import Autoencoder, architecture_names
+from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
+from runtime.log import progress_bar
+from runtime.measure import count_parameters, peak_memory
+from runtime.processes import Process, set_inference_numerics, this_process
 
 IMAGENET_IMAGES = 1_281_167  # what a dry run without data counts
 MAX_DIFFERENCE = 0.02  # of measured latent statistics from the VAE's, above which there is a warning
@@ -75,7 +76,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PX",
         help="side of the images, pixels (default: the packed dataset's, or 256)",
     )
-    arguments.add_vae_source_arguments(parser, default="f16d32")
+    add_vae_source_arguments(parser, default="f16d32")
     add(
         OUTPUT_FLAG,
         metavar="NAME",
@@ -92,7 +93,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--hflip", action="store_true", help="also encode the mirrored images (twice the size and time)")
     add("--cache-features", action="store_true", help="also store VFM features, for small sets (--dry-run: how many)")
-    arguments.add_encoder_arguments(parser, default=None)
+    add_encoder_arguments(parser, default=None)
     add("--features-grid", type=positive_int, metavar="N", help="its tokens along a side (default: resolution / 16)")
     add(
         "--pproc-batch-size",
@@ -113,7 +114,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=None,
         help="convolution weights in NHWC order (default: on a CPU, where it is faster)",
     )
-    arguments.add_unfinished_argument(parser)
+    add_unfinished_argument(parser)
     add("--dry-run", action="store_true", help="encode two batches; print sizes, bytes, seconds; write nothing")
     add("--random-weights", action="store_true", help="only with --dry-run: build networks without weights")
     add_debug_argument(parser)
@@ -163,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     torch.manual_seed(0)  # of the random weights of a dry run
     set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
     images = open_dataset(args)
-    args.resolution = images.resolution if images is not None else args.resolution or arguments.DEFAULT_RESOLUTION
+    args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
     folder = None if args.dry_run else cache_folder(args)
     networks = build_networks(args, process)
     try:
@@ -185,7 +186,7 @@ def open_dataset(args: argparse.Namespace) -> ImageDataset | None:
     """The images; None in a dry run without them."""
     if not args.data_dir:
         return None
-    return open_images(args.data_dir, args.resolution, default=arguments.DEFAULT_RESOLUTION)
+    return open_images(args.data_dir, args.resolution, default=DEFAULT_RESOLUTION)
 
 
 def cache_folder(args: argparse.Namespace) -> Path:

@@ -4,5 +4,5 @@
 class UserError(Exception):
     """Wrong path, wrong shape, missing weights, full disk: the message says what, where and what to do, in one line.
 
-    Scripts print the message and exit with code 2 (``training.cli.run``); ``--debug`` shows the traceback.
+    Scripts print the message and exit with code 2 (``runtime.cli.run``); ``--debug`` shows the traceback.
     """

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from metrics import evaluate_generation, evaluate_reconstruction
-from training.cli import ArgumentParser, run
+from runtime.cli import ArgumentParser, run
 
 # modules with HELP, DESCRIPTION, add_arguments(parser), run(args)
 COMMANDS = {"generation": evaluate_generation, "reconstruction": evaluate_reconstruction}

@@ -5,7 +5,7 @@
 
 Formats:
 
-  diffusers   transformer/ (config.json and safetensors, models.sit.SiT.from_pretrained), vae/ (a diffusers folder with
+  diffusers   transformer/ (config.json, safetensors; models.denoisers.sit.SiT.from_pretrained), vae/ (a diffusers folder with
               latent statistics), model_index.json, and a README.md with 15 lines that sample an image from a clone
   repa        args.json and checkpoints/0400000.pt in the layout of REPA-E (model, ema, vae, args, steps), which
               REPA-E's generate.py reads: --exp-path FOLDER --train-steps 400000
@@ -26,18 +26,18 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from formats.arguments import add_foreign_vae_arguments
 from formats.exported_ldm import INDEX_FILE, write_exported
 from formats.layers import to_ldm
 from formats.sit import repae_checkpoint, repae_facts, what_repae_lacks
-from models.autoencoder import Autoencoder
-from models.sit import SiT
-from training import arguments
-from training.cli import ArgumentParser, add_debug_argument, positive_int, run
-from training.dry_run import count_parameters
-from training.foreign_ldm import FLAGS, VAE_FLAGS, ForeignLDM, is_foreign, open_foreign_ldm
+from inference.foreign_ldm import FLAGS, VAE_FLAGS, ForeignLDM, is_foreign, open_foreign_ldm
+from inference.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm
+from models.denoisers.sit import SiT
+from models.tokenizers.kl import Autoencoder
+from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
+from runtime.files import write_json
+from runtime.measure import count_parameters
 from training.ldm_source import open_source
-from training.run import write_json
-from training.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm
 
 FORMATS = ("diffusers", "repa")
 ARGUMENTS_FILE = "args.json"
@@ -58,7 +58,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default="ema",
         help="for the format diffusers: their moving average, or as trained",
     )
-    arguments.add_foreign_vae_arguments(parser.add_argument_group("VAE of an experiment of REPA or REPA-E"))
+    add_foreign_vae_arguments(parser.add_argument_group("VAE of an experiment of REPA or REPA-E"))
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is an earlier export")
     parser.add_argument(
         "--dry-run", action="store_true", help="read everything, print what would be written, write nothing"

@@ -30,8 +30,8 @@ from formats.runs import file_checksum
 from formats.statistics import discriminator_beside
 from formats.vae import LoadedVAE, load_vae
 from models.weight_files import NotWeightsError
-from training.cli import ArgumentParser, add_debug_argument, non_negative_int, run
-from training.dry_run import count_parameters
+from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, run
+from runtime.measure import count_parameters
 
 FORMATS = ("diffusers", "ldm", "repa-e")
 REPAE_ARCHITECTURES = ("f8d4", "f16d32")  # which its code can build

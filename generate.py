@@ -33,29 +33,11 @@ from dataset.shards import ShardSpec
 from diffusion.counted_noise import MAX_SEED
 from diffusion.flow import PATH_TYPES
 from errors import UserError
-from metrics.evaluate_generation import Evaluation, add_metric_arguments, plan, settings_of
-from metrics.features import INCEPTION
-from metrics.generation import check_count
-from metrics.sources import open_image_set
-from models.autoencoder import Autoencoder
-from models.sit import SiT
-from training import arguments
-from training.cli import (
-    ArgumentParser,
-    add_debug_argument,
-    fraction,
-    non_negative_float,
-    non_negative_int,
-    positive_int,
-    run,
-)
-from training.dry_run import count_parameters, peak_memory
-from training.foreign_ldm import FLAGS as FOREIGN_FLAGS
-from training.foreign_ldm import ForeignLDM, is_foreign, open_foreign_ldm
-from training.latent_cache import autocast_for, chunk_size
-from training.processes import Process, set_inference_numerics, this_process
-from training.run import progress_bar
-from training.sampling import (
+from formats.arguments import add_foreign_vae_arguments
+from inference.foreign_ldm import FLAGS as FOREIGN_FLAGS
+from inference.foreign_ldm import ForeignLDM, is_foreign, open_foreign_ldm
+from inference.latent_cache import autocast_for, chunk_size
+from inference.sampling import (
     LABEL_SAMPLINGS,
     MODES,
     NPZ_NAME,
@@ -67,8 +49,26 @@ from training.sampling import (
     complete,
     default_shard_size,
 )
-from training.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm, statistics_checksum
-from training.untrained_ldm import UntrainedLDM, open_untrained_ldm
+from inference.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm, statistics_checksum
+from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
+from metrics.evaluate_generation import Evaluation, add_metric_arguments, plan, settings_of
+from metrics.features import INCEPTION
+from metrics.generation import check_count
+from metrics.sources import open_image_set
+from models.denoisers.sit import SiT
+from models.tokenizers.kl import Autoencoder
+from runtime.cli import (
+    ArgumentParser,
+    add_debug_argument,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    run,
+)
+from runtime.log import progress_bar
+from runtime.measure import count_parameters, peak_memory
+from runtime.processes import Process, set_inference_numerics, this_process
 
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
@@ -119,7 +119,7 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_foreign_arguments(group: argparse._ArgumentGroup) -> None:
-    arguments.add_foreign_vae_arguments(group)
+    add_foreign_vae_arguments(group)
     group.add_argument(
         "--path-type", choices=PATH_TYPES, help="interpolant it was trained on (default: as its args say, else linear)"
     )

@@ -35,7 +35,7 @@ from dataset.shards import (
 from dataset.sources import Source, open_source
 from dataset.transforms import DEFAULT_MAX_PIXELS, BadImageError, encode_png, load_image
 from errors import UserError
-from training.cli import ArgumentParser, add_debug_argument, positive_int, run
+from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 
 MAX_REJECTED = 0.01  # share of the files above which --allow-rejected is needed
 PNG_RATIO = 0.65  # of the raw size: photographs at 256 px give 0.62

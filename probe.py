@@ -26,7 +26,9 @@ import numpy as np
 import torch
 
 from dataset.attributes import READERS
+from dataset.images import DEFAULT_RESOLUTION
 from errors import UserError
+from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
 from metrics.encoding import chunked, encode_dataset, posterior_means, scaled_pixels
 from metrics.latent_pictures import pick, save_colours, save_map, save_ways, ways
 from metrics.probe_data import ProbeData, open_probe_data
@@ -56,12 +58,10 @@ from metrics.subject import (
     output_subject,
 )
 from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance
-from training.arguments import DEFAULT_RESOLUTION
-from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
-from training.dry_run import count_parameters, peak_memory
-from training.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
-from training.processes import Process, set_inference_numerics, this_process
-from training.run import progress_bar
+from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
+from runtime.log import progress_bar
+from runtime.measure import count_parameters, peak_memory
+from runtime.processes import Process, set_inference_numerics, this_process
 
 PROBES = ("attributes", "classes", "uniformity", "discrimination", "pictures")
 MAP_IMAGES = 2000

@@ -22,7 +22,7 @@ from reporting import correlation
 from reporting.gather import Report, gather
 from reporting.page import write_page
 from reporting.tables import as_csv, as_json, as_markdown, as_text
-from training.cli import ArgumentParser, add_debug_argument, run
+from runtime.cli import ArgumentParser, add_debug_argument, run
 
 FORMATS = ("text", "markdown", "csv", "json")
 

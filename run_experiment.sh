@@ -8,4 +8,4 @@ if [[ -z "${PYTHON:-}" ]]; then
     PYTHON=python
     [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
-exec "$PYTHON" -m training.experiment "$@"
+exec "$PYTHON" -m runtime.experiment "$@"

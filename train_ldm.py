@@ -21,30 +21,32 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from dataset.images import ImageDataset, open_images
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.latents import FLIPPED_NAME, LatentBatch, LatentDataset, features_name, latents_folder
 from dataset.loader import stage_dataset
 from dataset.shards import read_index
 from errors import UserError
+from formats.arguments import add_encoder_arguments
+from formats.runs import arguments_of
 from formats.vae import build_autoencoder
-from models.autoencoder import STATISTICS_FILE, Autoencoder, architecture_names
+from inference.foreign_ldm import statistics_of
+from inference.trained_ldm import statistics_checksum
+from models.denoisers.sit import SiT, SiTConfig
 from models.encoders import Encoder, encoder_names
-from models.sit import SiT, SiTConfig
+from models.tokenizers.kl import STATISTICS_FILE, Autoencoder, architecture_names
+from runtime.checkpoint import CheckpointFolder
+from runtime.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
+from runtime.processes import this_process
 from training import arguments, dry_run, ldm_source
 from training.alignment_cost import alignment_cost_lines
-from training.checkpoint import CheckpointFolder
-from training.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
 from training.ema import EMA
-from training.foreign_ldm import statistics_of
 from training.ldm import LDMTrainer
 from training.ldm_source import Source
 from training.ldm_task import LDMTask
 from training.loop import Schedule
 from training.networks import build_optimizer, build_token_encoders, feature_dims
-from training.processes import this_process
-from training.run import arguments_of, build_accelerator, set_numerics
+from training.run import build_accelerator, set_numerics
 from training.session import Job, dry_run_batch_size, micro_batch_size, train
-from training.trained_ldm import statistics_checksum
 
 ALIGNMENTS = ("repa", "vae", "repa+vae", "none")
 REPA_COEFF, VAE_REPA_COEFF = 0.5, 1.0
@@ -116,7 +118,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
     )
-    arguments.add_encoder_arguments(group, default="dinov2-vit-b")
+    add_encoder_arguments(group, default="dinov2-vit-b")
     group.add_argument(
         "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
     )
@@ -281,7 +283,7 @@ def open_repa_images(args: argparse.Namespace, accelerator: Accelerator) -> Imag
     path = Path(args.data_dir)
     if args.stage_dir and not args.dry_run and read_index(path) is not None:
         path = stage_once(path, "images", None, args, accelerator)
-    return open_images(path, args.resolution, default=arguments.DEFAULT_RESOLUTION)
+    return open_images(path, args.resolution, default=DEFAULT_RESOLUTION)
 
 
 def load_autoencoder(args: argparse.Namespace, latents: LatentDataset | None) -> Autoencoder:
@@ -314,7 +316,7 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, auto
     latents = data.latents
     if args.channels_last is None:
         args.channels_last = accelerator.device.type == "cpu"
-    args.resolution = args.resolution or (arguments.DEFAULT_RESOLUTION if latents is None else latents.resolution)
+    args.resolution = args.resolution or (DEFAULT_RESOLUTION if latents is None else latents.resolution)
     if latents is not None and args.resolution != latents.resolution:
         raise UserError(f"--resolution {args.resolution}: {latents.folder} was made at {latents.resolution} px")
     channels, side, _ = autoencoder.latent_shape(args.resolution)

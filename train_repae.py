@@ -20,16 +20,17 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator
 
-from dataset.images import ImageDataset
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset
 from dataset.loader import ImageBatch, LabelledImages
 from errors import UserError
+from formats.arguments import add_encoder_arguments, add_vae_source_arguments
 from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, load_loss_config
-from models.autoencoder import Autoencoder
+from models.denoisers.sit import SiT, SiTConfig
 from models.encoders import encoder_names, encoder_spec
-from models.sit import SiT, SiTConfig
+from models.tokenizers.kl import Autoencoder
+from runtime.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
 from training import arguments, dry_run
-from training.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
 from training.data import open_image_data
 from training.ema import EMA
 from training.ldm import LDMTrainer
@@ -70,7 +71,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("VAE and its losses")
-    arguments.add_vae_source_arguments(group, default="f8d4")
+    add_vae_source_arguments(group, default="f8d4")
     group.add_argument("--vae-learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of the VAE")
     arguments.add_vae_loss_arguments(group)
 
@@ -90,7 +91,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
     )
-    arguments.add_encoder_arguments(group, default="dinov2-vit-b")
+    add_encoder_arguments(group, default="dinov2-vit-b")
     group.add_argument(
         "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
     )
@@ -143,7 +144,7 @@ def resolve(
     args.mixed_precision = accelerator.mixed_precision
     if args.channels_last is None:
         args.channels_last = accelerator.device.type == "cpu"
-    args.resolution = images.resolution if images is not None else args.resolution or arguments.DEFAULT_RESOLUTION
+    args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
     channels, side, _ = autoencoder.latent_shape(args.resolution)
     aligned_with = encoder_names(args.enc_type) if args.proj_coeff or args.vae_align_proj_coeff else ()
     config = SiTConfig(

@@ -16,16 +16,16 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator
 
-from dataset.images import ImageDataset
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset
 from diffusion.flow import PATH_TYPES
 from errors import UserError
+from formats.arguments import add_encoder_arguments, add_vae_source_arguments
 from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, load_loss_config
 from loss.vf_alignment import VFLoss
 from models.encoders import Encoder, build_encoders, encoder_names
 from models.mapper import LinearMapper, Mapper
-from training import arguments, dry_run
-from training.cli import (
+from runtime.cli import (
     ArgumentParser,
     fraction,
     non_negative_float,
@@ -33,6 +33,7 @@ from training.cli import (
     positive_int,
     run,
 )
+from training import arguments, dry_run
 from training.data import open_image_data
 from training.ema import EMA
 from training.networks import build_discriminator, build_objective, build_optimizer, compile_networks
@@ -84,7 +85,7 @@ def resolve_mapper(args: argparse.Namespace) -> None:
 
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("VAE and its losses")
-    arguments.add_vae_source_arguments(group, default="f16d32")
+    add_vae_source_arguments(group, default="f16d32")
     group.add_argument(
         "--freeze-vae",
         action="store_true",
@@ -105,7 +106,7 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("alignment")
-    arguments.add_encoder_arguments(group, default="dinov2-vit-b")
+    add_encoder_arguments(group, default="dinov2-vit-b")
     group.add_argument(
         "--align-coeff",
         type=non_negative_float,
@@ -180,7 +181,7 @@ def resolve(args: argparse.Namespace, accelerator: Accelerator, images: ImageDat
     args.mixed_precision = accelerator.mixed_precision
     if args.channels_last is None:
         args.channels_last = accelerator.device.type == "cpu"
-    args.resolution = images.resolution if images is not None else args.resolution or arguments.DEFAULT_RESOLUTION
+    args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
     if args.align_loss == "cosine":
         args.mapper_grid = args.mapper_grid or max(1, args.resolution // 16)
     if images is not None:

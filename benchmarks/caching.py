@@ -3,7 +3,7 @@
     python benchmarks/caching.py --vae f16d32 --resolution 256 --num-images 256
 
 Bare: the same VAE encodes one batch again and again, which lies on the device already; nothing is read or written.
-Ours: the whole of training.latent_cache: images read from a packed dataset, encoded in its fixed chunks, written in
+Ours: the whole of inference.latent_cache: images read from a packed dataset, encoded in its fixed chunks, written in
 float16, with checksums and statistics. On a CPU the bare encoder runs in its faster way: a batch in one call with all
 threads, or chunks with one thread each. The two take turns, ``--repeats`` times; medians are shown. Random weights.
 """
@@ -25,9 +25,7 @@ from dataset.images import ImageDataset, open_images
 from dataset.packing import PackingJob
 from dataset.shards import ShardSpec
 from formats.vae import build_autoencoder
-from models.autoencoder import Autoencoder
-from training.cli import ArgumentParser, add_debug_argument, positive_int, run
-from training.latent_cache import (
+from inference.latent_cache import (
     Cacher,
     ChunkEncoder,
     MeasuredStatistics,
@@ -37,7 +35,9 @@ from training.latent_cache import (
     latents_encoder,
     one_thread_each,
 )
-from training.processes import this_process
+from models.tokenizers.kl import Autoencoder
+from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
+from runtime.processes import this_process
 
 
 def write_images(folder: Path, count: int, resolution: int, shard_size: int) -> ImageDataset:

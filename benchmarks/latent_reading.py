@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.latents import LatentDataset
 from dataset.loader import BatchLoader
 from dataset.order import SampleOrder
+from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 from tests.latent_caches import write_cache
-from training.cli import ArgumentParser, add_debug_argument, positive_int, run
 
 
 class FilePerLatent(Dataset):

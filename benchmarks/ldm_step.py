@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.latents import LatentDataset
 from dataset.loader import BatchLoader
 from dataset.order import SampleOrder
+from models.denoisers.sit import SiT, SiTConfig
 from models.latent_statistics import LatentStatistics
-from models.sit import SiT, SiTConfig
+from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 from tests.latent_caches import write_cache
-from training.cli import ArgumentParser, add_debug_argument, positive_int, run
 from training.ema import EMA
 from training.ldm import LDMTrainer
 from training.metrics import MeanMetrics

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from metrics.frechet import Gaussian, Moments, frechet_distance
 from metrics.kid import choose_subset_size, kernel_distance
 from metrics.precision_recall import precision_recall
-from training.cli import ArgumentParser, add_debug_argument, positive_int, run
+from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 
 RANK = 300
 CHUNK = 1000

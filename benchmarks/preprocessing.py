@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import preprocessing
 from dataset.sources import open_source
-from training.cli import ArgumentParser, add_debug_argument, positive_int, run
+from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 
 
 def crop(path: Path, resolution: int) -> np.ndarray:

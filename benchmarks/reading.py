@@ -32,7 +32,7 @@ from benchmarks.preprocessing import pack_baseline, repeat_files
 from dataset.images import open_images
 from dataset.loader import BatchLoader
 from dataset.order import SampleOrder
-from training.cli import ArgumentParser, add_debug_argument, positive_int, run
+from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 
 
 class PngsInHdf5(Dataset):

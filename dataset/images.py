@@ -13,6 +13,8 @@ from dataset.sources import Source, open_source
 from dataset.transforms import BadImageError, decode_png, load_image
 from errors import UserError
 
+DEFAULT_RESOLUTION = 256  # pixels, of photographs that are cropped on the fly
+
 
 class ImageDataset(Protocol):
     """Square images with class labels.

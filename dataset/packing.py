@@ -19,17 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.shards import (
-    ShardSpec,
-    ShardWriter,
-    read_index,
-    read_record,
-    read_records,
-    remove_leftovers,
-    write_atomically,
-    write_index,
-)
+from dataset.shards import ShardSpec, ShardWriter, read_index, read_record, read_records, remove_leftovers, write_index
 from errors import UserError
+from runtime.files import write_atomically
 
 SETTINGS_NAME = "settings.json"
 LOCK_NAME = ".lock"

@@ -24,7 +24,6 @@ import math
 import os
 import resource
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -33,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from runtime.files import checksum, write_atomically
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -443,22 +443,6 @@ def _rerun(kind: str | None) -> str:
     return f"run {command} into an empty folder again, or copy the dataset again"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that, whenever the machine stops, it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # of this process alone, on any machine
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot flush a directory
-            os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def _explain_no_index(folder: Path) -> str:
     if not folder.exists():
         return f"{folder} does not exist; make it with preprocessing.py, or correct the path"
@@ -490,16 +474,6 @@ def _read_npy_header(file: io.BufferedReader) -> tuple[tuple[int, ...], np.dtype
 
 def _json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode()
-
-
-def checksum(path: Path) -> dict:
-    """{"bytes": size, "sha256": hexadecimal digest} of a file."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _allow_open_files(count: int) -> None:

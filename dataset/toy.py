@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from errors import UserError
-from training.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
+from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
 
 COLOURS = {
     "red": (214, 39, 40),

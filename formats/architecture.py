@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from formats.layers import to_ldm
-from models.autoencoder import CONFIG_DIR, architecture_names, list_or_value
+from models.tokenizers.kl import CONFIG_DIR, architecture_names, list_or_value
 from models.weight_files import NotWeightsError
 
 # What names and shapes tell; with how many groups GroupNorm works they do not.

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from formats.layers import State, to_ldm
 from formats.statistics import DISCRIMINATOR_SUFFIX, REPAE_SUFFIX, repae_tensors
-from models.autoencoder import Autoencoder
 from models.latent_statistics import LatentStatistics
+from models.tokenizers.kl import Autoencoder
 
 NEARLY = 1e-3  # of a std: statistics that differ less between channels are one number
 SUFFIXES = (".pt", ".safetensors")

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from models.autoencoder import STATISTICS_FILE, Autoencoder
-from models.sit import SiT
+from models.denoisers.sit import SiT
+from models.tokenizers.kl import STATISTICS_FILE, Autoencoder
 
 INDEX_FILE, TRANSFORMER, VAE, SNIPPET_FILE = "model_index.json", "transformer", "vae", "README.md"
 
@@ -12,8 +12,8 @@ README = """# {model}, {resolution} px
 
 | part | class |
 |---|---|
-| `{transformer}/` | `models.sit.SiT`: {model} on latents {latent}, {classes} classes and the null class {classes} |
-| `{vae}/` | `diffusers.AutoencoderKL`, with the latent statistics in `{statistics}` |
+| `{transformer}/` | `models.denoisers.sit.SiT`: {model} on latents {latent}, {classes} classes and the null class {classes} |
+| `{transformer}/` | `models.denoisers.sit.SiT`: {model}, latents {latent}, {classes} classes and the null class {classes} |
 
 Trained for {steps} steps on the {path_type} path; these are its {weights} weights. One image, from a clone of the
 repository:
@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from diffusion.guidance import guided
 from diffusion.samplers import model_velocity, sample_ode
-from models.sit import SiT
+from models.denoisers.sit import SiT
 
 folder, label = {folder!r}, 0
 sit, vae = SiT.from_pretrained(f"{{folder}}/{transformer}"), AutoencoderKL.from_pretrained(f"{{folder}}/{vae}")

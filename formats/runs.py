@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from errors import UserError
 from formats.checkpoints import FoundVAE, find_vae, vae_prefixes
 from formats.statistics import discriminator_beside, statistics_in, vae_files
 from models.weight_files import NotWeightsError, one_line, read_contents
@@ -157,3 +158,38 @@ def _json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise NotWeightsError(f"{path.name} is not a JSON object")
     return content
+
+
+def status_of(folder: Path) -> dict | None:
+    """The content of a run's ``status.json``, or None where there is none."""
+    path = Path(folder) / "status.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def refuse_unfinished(*paths: str | None) -> None:
+    """Refuse VAEs that lie beside the status of a training that has not finished; other names are passed over."""
+    for path in paths:
+        if path is None or not Path(path).exists():
+            continue
+        file = Path(path).parent / "status.json"
+        try:
+            status = status_of(file.parent)
+            state = None if status is None else status["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error}); add --allow-unfinished") from error
+        if state not in (None, "finished"):
+            raise UserError(
+                f"{path} is of a training that is {state} at step {status.get('step')}; run the same training command "
+                "again to finish it, or add --allow-unfinished"
+            )
+
+
+def arguments_of(folder: Path) -> dict | None:
+    """The resolved flags of a run, or None where it never started."""
+    path = Path(folder) / "args.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())["args"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or start under another --exp-name") from error

@@ -23,7 +23,7 @@ import torch
 from diffusion.flow import PATH_TYPES
 from errors import UserError
 from formats.statistics import REPA_CHANNELS, batch_norm_statistics, repa_statistics
-from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
+from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
 from models.weight_files import NotWeightsError, check_values, read_contents, tensors_by_name
 
 State = dict[str, torch.Tensor]
@@ -55,7 +55,7 @@ class SiTWeights:
     """One set of weights of a checkpoint.
 
     Attributes:
-        state: of ``models.sit.SiT``, with projectors.
+        state: of ``models.denoisers.sit.SiT``, with projectors.
         statistics: of the latents it was trained on, or None where the checkpoint does not hold them.
     """
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from models.autoencoder import STATISTICS_FILE
 from models.latent_statistics import LatentStatistics
+from models.tokenizers.kl import STATISTICS_FILE
 from models.weight_files import NotWeightsError, check_plain, read_contents
 
 LIGHTNINGDIT_FILE = "latents_stats.pt"

@@ -35,7 +35,7 @@ from formats.statistics import (
     read_statistics,
     repa_statistics,
 )
-from models.autoencoder import STATISTICS_FILE, Autoencoder, architecture_names
+from models.tokenizers.kl import STATISTICS_FILE, Autoencoder, architecture_names
 from models.weight_files import NotWeightsError, check_values, one_line, read_contents
 
 RANDOM = "none"  # --vae-ckpt none: from scratch

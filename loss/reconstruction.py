@@ -24,3 +24,9 @@ def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+
+
+def psnr(images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each image in dB: two uint8 ``[B, 3, H, W]`` → float64 ``[B]``; 100 where equal."""
+    error = (images.double() - reconstruction.double()).square().mean((1, 2, 3))
+    return (10 * torch.log10(255.0**2 / error)).clamp_max(100.0)

@@ -1,6 +1,6 @@
 """A dataset as vectors: a VAE's posterior means, or raw pixels, held in memory.
 
-Images are encoded in fixed chunks whose composition follows from the items alone (training/latent_cache.py says why):
+Images are encoded in fixed chunks whose composition follows from the items alone (inference/latent_cache.py says why):
 neither the batch nor the number of reading threads changes a bit.
 """
 
@@ -15,8 +15,8 @@ from dataset.images import ImageDataset
 from dataset.latents import available_memory
 from dataset.loader import read_batches
 from errors import UserError
-from models.autoencoder import Autoencoder
-from training.latent_cache import ChunkEncoder, Target
+from inference.latent_cache import ChunkEncoder, Target
+from models.tokenizers.kl import Autoencoder
 
 
 def chunked(worker: ChunkEncoder, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from metrics.generation import (
 from metrics.inception import FLAG as INCEPTION_FLAG
 from metrics.record import default_name, write_record
 from metrics.sources import ImageSet, open_image_set
-from training.cli import add_debug_argument, non_negative_int, positive_int
-from training.dry_run import count_parameters, peak_memory
-from training.processes import Process, process_group, set_inference_numerics, this_process
+from runtime.cli import add_debug_argument, non_negative_int, positive_int
+from runtime.measure import count_parameters, peak_memory
+from runtime.processes import Process, process_group, set_inference_numerics, this_process
 
 HELP = "generated images against a reference: FID, sFID, Inception Score, Precision, Recall, KID"
 DESCRIPTION = """Compare generated images with a reference.

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dataset.images import ImageDataset, open_images
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.loader import read_batches
 from errors import UserError
+from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
 from loss.perceptual import TRUNKS, build_lpips
 from metrics.encoding import chunked, whole_chunks
 from metrics.evaluate_generation import FEW_IMAGES, extractor_of
@@ -32,13 +33,11 @@ from metrics.subject import (
     output_folder,
     output_subject,
 )
-from training.arguments import DEFAULT_RESOLUTION
-from training.cli import add_debug_argument, non_negative_int, positive_int
-from training.dry_run import count_parameters, peak_memory
-from training.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
-from training.pictures import save_grid
-from training.processes import Process, process_group, set_inference_numerics, this_process
-from training.run import progress_bar
+from runtime.cli import add_debug_argument, non_negative_int, positive_int
+from runtime.log import progress_bar
+from runtime.measure import count_parameters, peak_memory
+from runtime.pictures import save_grid
+from runtime.processes import Process, process_group, set_inference_numerics, this_process
 
 METRICS = ("rfid", "psnr", "ssim", "lpips-alex", "lpips-vgg")
 GRID_COLUMNS = 8

@@ -21,8 +21,8 @@ from metrics.precision_recall import NEIGHBOUR, count_pairs, precision_recall
 from metrics.record import Measurement
 from metrics.sources import ImageSet
 from metrics.summary import Needs, Summary, SummaryCache, summarise
-from training.processes import Process
-from training.run import progress_bar
+from runtime.log import progress_bar
+from runtime.processes import Process
 
 METRICS = ("fid", "sfid", "is", "pr", "kid")
 OF_INCEPTION = ("sfid", "is")
@@ -104,7 +104,7 @@ def check_count(what: str, count: int, settings: Settings) -> None:
 def evaluate(
     samples: ImageSet, reference: ImageSet, extractor: Extractor, settings: Settings, process: Process
 ) -> dict[str, float | None] | None:
-    """Measure; all processes call it, in ``training.processes.process_group``. Rank 0 gets the values by name.
+    """Measure; all processes call it, in ``runtime.processes.process_group``. Rank 0 gets the values by name.
 
     Args:
         samples: the generated images, checked by :func:`check_samples`.

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
-from dataset.shards import checksum
 from errors import UserError
 from models.weight_files import NotWeightsError, read_state_dict, weights_checksum
+from runtime.files import checksum
 
 URL = fidelity.URL_INCEPTION_V3
 FILE_NAME = URL.rsplit("/", 1)[1]

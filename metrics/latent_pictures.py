@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metrics.latent_space import PrincipalComponents, interpolate, principal_colours
 from metrics.probes import spread
-from training.pictures import save_grid
+from runtime.pictures import save_grid
 
 MAP_CLASSES = 20  # at most so many get a colour
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dataset.attributes import TEST, TRAIN, VALIDATION
-from dataset.shards import write_atomically
 from diffusion.counted_noise import counted_integers
 from errors import UserError
 from metrics.latent_space import PLANE_POINTS, discrimination, uniformity
@@ -25,7 +24,8 @@ from metrics.probing import (
     each_attribute,
     standardisation,
 )
-from training.run import progress_bar
+from runtime.files import write_atomically
+from runtime.log import progress_bar
 
 IMAGES_PER_COMPONENT = 10  # of a mixture, at least
 CHANCE_CLASSES = 100  # up to so many classes, a mixture with as many components is fitted too

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dataset.images import ImageDataset
-from dataset.shards import write_atomically
 from diffusion.counted_noise import Purpose, counted_normal
 from errors import UserError
+from inference.latent_cache import ChunkEncoder
+from loss.reconstruction import psnr
 from metrics.encoding import chunked
-from models.autoencoder import Autoencoder, to_signed, to_uint8
+from models.pixels import to_signed, to_uint8
+from models.tokenizers.kl import Autoencoder
 from models.weight_files import weights_checksum
-from training.latent_cache import ChunkEncoder
-from training.validation import psnr
+from runtime.files import write_atomically
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:

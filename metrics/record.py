@@ -7,8 +7,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dataset.shards import write_atomically
 from errors import UserError
+from runtime.files import write_atomically
 
 FORMAT_VERSION = 1
 FOLDER_NAME = "metrics"

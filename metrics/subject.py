@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from formats.arguments import add_unfinished_argument, add_vae_source_arguments
+from formats.runs import refuse_unfinished, status_of
 from formats.vae import build_autoencoder
 from metrics.record import metrics_folder
-from models.autoencoder import Autoencoder
-from training.arguments import add_unfinished_argument, add_vae_source_arguments
-from training.processes import Process
-from training.run import refuse_unfinished, status_of
+from models.tokenizers.kl import Autoencoder
+from runtime.processes import Process
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from errors import UserError
 from metrics.features import Extractor, Features
 from metrics.frechet import Gaussian, Moments
 from metrics.inception_score import InceptionScore
-from training.processes import Process
-from training.run import progress_bar
+from runtime.log import progress_bar
+from runtime.processes import Process
 
 CACHE_VERSION = 1
 
@@ -128,7 +128,7 @@ def summarise(
         count: images taken, at least 2.
         extractor: on the process's device.
         needs: what is kept.
-        process: who this is; all of them call it, in ``training.processes.process_group``.
+        process: who this is; all of them call it, in ``runtime.processes.process_group``.
         batch_size: images at once on a process.
         num_workers: reading threads.
         description: of the progress bar.

@@ -1,7 +1,6 @@
 """Per-channel mean and variance of a VAE's latents: the one owner of how latents are normalised."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 EPSILON = 1e-4  # added to the variance, both ways (REPA-E's BatchNorm)
@@ -79,13 +78,6 @@ def latent_moments(z: torch.Tensor) -> torch.Tensor:
     z = z.detach().double()
     count = torch.full((1,), z.numel() / z.shape[1], dtype=torch.float64, device=z.device)
     return torch.cat([z.sum((0, 2, 3)), z.square().sum((0, 2, 3)), count])
-
-
-def sum_over_processes(moments: torch.Tensor) -> torch.Tensor:
-    """All-reduce additive moments in place, on whatever backend there is (``SyncBatchNorm`` refuses CPUs)."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(moments)
-    return moments
 
 
 def mean_and_variance(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

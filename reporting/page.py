@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from dataset.shards import write_atomically
 from metrics.record import metrics_folder
 from reporting import curves
 from reporting.correlation import ENOUGH, correlation_lines, points_table, published_points
@@ -19,6 +18,7 @@ from reporting.results import Row
 from reporting.runs import MEASURED, SAMPLES, VAE_FOLDER, Run
 from reporting.scatter import scatter
 from reporting.tables import NOTHING, Table, arrow
+from runtime.files import write_atomically
 
 STYLE = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs, nothing is loaded

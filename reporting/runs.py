@@ -15,7 +15,7 @@ from typing import Any
 from dataset.shards import INDEX_NAME
 from errors import UserError
 from metrics.record import FOLDER_NAME, Measurement, folder_beside, metrics_folder, read_measurements
-from training.experiment import PRESET_NAME
+from runtime.experiment import PRESET_NAME
 
 PREVIEW_NAME = "preview.png"
 SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": "VAE and SiT"}

@@ -8,7 +8,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 
 from loss.vf_alignment import VFLoss
-from models.latent_statistics import latent_moments, sum_over_processes
+from models.latent_statistics import latent_moments
+from runtime.processes import sum_over_processes
 from tests.sendvae_runs import gradients, random_images, tiny_trainer
 from training.sendvae import draw_noise
 

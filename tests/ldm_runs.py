@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from formats.vae import build_autoencoder
-from models.sit import SiT, SiTConfig
+from models.denoisers.sit import SiT, SiTConfig
+from runtime.checkpoint import CheckpointFolder
+from runtime.files import write_json
 from tests.command_line import argv_of
-from training.checkpoint import CheckpointFolder
-from training.run import write_json
 
 RESOLUTION = 32
 CLASS_NAMES = ["cat", "dog", "fish"]

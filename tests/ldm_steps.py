@@ -4,8 +4,8 @@ import torch
 from accelerate import Accelerator
 
 from dataset.latents import LatentBatch
+from models.denoisers.sit import SiT, SiTConfig
 from models.latent_statistics import LatentStatistics
-from models.sit import SiT, SiTConfig
 from training.ema import EMA
 from training.ldm import LDMTrainer
 from training.optimizer import build_adamw

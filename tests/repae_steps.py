@@ -9,9 +9,9 @@ from torch import nn
 from dataset.loader import ImageBatch
 from formats.vae import build_autoencoder
 from loss.vae_objective import VAELossConfig, VAEObjective
+from models.denoisers.sit import SiT, SiTConfig
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
-from models.sit import SiT, SiTConfig
 from tests.sendvae_runs import random_images
 from training.ema import EMA
 from training.ldm import Draws, LDMTrainer, draw

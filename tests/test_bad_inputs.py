@@ -18,6 +18,7 @@ import report
 import train_ldm
 import train_repae
 import train_sendvae
+from runtime.cli import run
 from tests.bad_inputs import (
     cache_latents_cases,
     evaluate_cases,
@@ -33,7 +34,6 @@ from tests.bad_inputs import (
     train_sendvae_cases,
 )
 from tests.bad_inputs.case import Case
-from training.cli import run
 
 SCRIPTS = {
     cache_latents: cache_latents_cases,

@@ -18,10 +18,10 @@ from dataset.latents import LatentDataset, features_name
 from dataset.toy import write_toy_dataset
 from errors import UserError
 from formats.vae import build_autoencoder
+from inference.latent_cache import chunk_size, differences, one_thread_each, sum_moments
 from models.encoders import build_encoder
 from tests.latent_caches import flags, overflow, save_vae, too_large
 from tests.photographs import random_image
-from training.latent_cache import chunk_size, differences, one_thread_each, sum_moments
 
 ROOT = Path(cache_latents.__file__).parent
 VFM = "efficientnet-lite0"

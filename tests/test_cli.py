@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from errors import UserError
-from training.cli import EXIT_USER_ERROR, run
+from runtime.cli import EXIT_USER_ERROR, run
 
 
 def cpu_allocation_that_fails(argv):

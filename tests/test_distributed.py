@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.autoencoder import to_signed
 from models.latent_statistics import latent_moments
+from models.pixels import to_signed
 from tests.distributed_step import BATCH, batch_noise
 from tests.photographs import write_class_folders
 from tests.sendvae_runs import flags, gradients, random_images, tiny_trainer

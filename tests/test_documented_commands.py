@@ -21,7 +21,7 @@ import report
 import train_ldm
 import train_repae
 import train_sendvae
-from training import experiment
+from runtime import experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {

@@ -22,9 +22,9 @@ import train_repae
 import train_sendvae
 from dataset import toy
 from errors import UserError
-from training import experiment
-from training.cli import run
-from training.experiment import load_preset, preset_names, resolve, resolve_all
+from runtime import experiment
+from runtime.cli import run
+from runtime.experiment import load_preset, preset_names, resolve, resolve_all
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
@@ -300,7 +300,7 @@ def test_a_signal_reaches_the_stage_and_ends_the_experiment(tmp_path):
         "signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))\n"
         f"pathlib.Path({str(mark)!r}).touch()\ntime.sleep(60)\n"
     )
-    code = f"import sys; from training.experiment import call; sys.exit(call([sys.executable, {str(script)!r}]))"
+    code = f"import sys; from runtime.experiment import call; sys.exit(call([sys.executable, {str(script)!r}]))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     while not mark.exists():
         time.sleep(0.02)

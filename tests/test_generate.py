@@ -20,11 +20,11 @@ from dataset.shards import PackedReader
 from diffusion.counted_noise import counted_normal
 from errors import UserError
 from formats.vae import build_autoencoder
-from models.sit import SiT, SiTConfig
+from inference.sampling import choose_labels, default_shard_size, preview_rows
+from inference.trained_ldm import open_trained_ldm
+from models.denoisers.sit import SiT, SiTConfig
+from runtime import cli
 from tests.ldm_runs import CLASS_NAMES, RESOLUTION, STEP, flags, write_ldm_run
-from training import cli
-from training.sampling import choose_labels, default_shard_size, preview_rows
-from training.trained_ldm import open_trained_ldm
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the number of threads may move a sum's last bit, and so a pixel by a level

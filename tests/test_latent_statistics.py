@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from models.latent_statistics import (
-    LatentStatistics,
-    latent_moments,
-    mean_and_variance,
-    normalize_by_batch,
-    sum_over_processes,
-)
+from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance, normalize_by_batch
+from runtime.processes import sum_over_processes
 
 
 def latents(seed: int, batch: int = 6, offset: float = 2.0, scale: float = 3.0) -> torch.Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.denoisers.sit import SiTConfig
 from models.encoders import build_encoder
-from models.sit import SiTConfig
 from tests.distributed_ldm_step import BATCH, batch_draws
 from tests.ldm_steps import CONFIG, part_of, random_batch, tiny_trainer
 from tests.sendvae_runs import gradients

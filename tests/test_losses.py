@@ -17,9 +17,9 @@ from loss.perceptual import build_lpips
 from loss.reconstruction import kl_divergence, reconstruction_loss
 from loss.total import total
 from loss.vae_objective import VAELossConfig, VAEObjective, load_loss_config
-from models.autoencoder import to_signed
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.mapper import Mapper
+from models.pixels import to_signed
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -13,18 +13,11 @@ from safetensors.torch import load_file, save_file
 from errors import UserError
 from formats.discriminator import load_discriminator
 from formats.vae import build_autoencoder
-from models.autoencoder import (
-    CONFIG_DIR,
-    STATISTICS_FILE,
-    Autoencoder,
-    Posterior,
-    architecture_names,
-    to_signed,
-    to_uint8,
-)
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.layers import sincos_positions
 from models.mapper import Mapper, num_heads
+from models.pixels import to_signed, to_uint8
+from models.tokenizers.kl import CONFIG_DIR, STATISTICS_FILE, Autoencoder, Posterior, architecture_names
 
 F16_CHANNELS = {"f16d16": 16, "f16d32": 32, "f16d64": 64}
 

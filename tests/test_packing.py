@@ -11,7 +11,7 @@ from dataset import packing
 from dataset.packing import PackingJob
 from dataset.shards import PackedReader, ShardSpec
 from errors import UserError
-from training.processes import this_process
+from runtime.processes import this_process
 
 SPEC = ShardSpec("latents", (2, 3), "float32")
 SHARDS, SIZE = 7, 4

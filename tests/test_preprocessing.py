@@ -23,9 +23,9 @@ from dataset.images import open_images
 from dataset.shards import PackedReader, ShardSpec
 from dataset.sources import open_source
 from errors import UserError
+from runtime.cli import run
 from tests.photographs import PHOTOGRAPHS, needs_photographs, write_class_folders
 from tests.test_transforms import plain_center_crop
-from training.cli import run
 
 ROOT = Path(preprocessing.__file__).parent
 

@@ -5,7 +5,7 @@ import yaml
 
 from errors import UserError
 from metrics.published import load_published
-from training.experiment import load_preset, preset_names
+from runtime.experiment import load_preset, preset_names
 
 
 @pytest.mark.parametrize(

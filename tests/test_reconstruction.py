@@ -22,14 +22,14 @@ from dataset.toy import write_toy_dataset
 from errors import UserError
 from formats.vae import build_autoencoder
 from loss.perceptual import build_lpips
+from loss.reconstruction import psnr
 from metrics.features import build_extractor
 from metrics.reconstruction import PairScores, ssim, worst
 from metrics.record import read_measurements
-from models.autoencoder import to_uint8
+from models.pixels import to_uint8
 from models.weight_files import weights_checksum
 from tests.command_line import argv_of
 from tests.latent_caches import save_vae
-from training.validation import psnr
 
 ROOT = Path(evaluate.__file__).parent
 COUNT = 21

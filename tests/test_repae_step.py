@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.sit import SiTConfig
+from models.denoisers.sit import SiTConfig
 from tests.ldm_steps import part_of
 from tests.repae_steps import CONFIG, RATES, PlainRepae, batch_draws, random_batch, state_of, tiny_trainer
 from tests.sendvae_runs import gradients

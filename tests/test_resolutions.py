@@ -18,14 +18,14 @@ import train_ldm
 import train_sendvae
 from dataset.latents import LatentDataset
 from dataset.toy import main as make_toy
-from models.autoencoder import Autoencoder
+from models.denoisers.sit import SiT, SiTConfig
 from models.encoders import build_encoder
 from models.mapper import Mapper
-from models.sit import SiT, SiTConfig
+from models.tokenizers.kl import Autoencoder
 from preprocessing import main as preprocess
+from runtime.cli import run
 from tests import ldm_trainings, sendvae_runs
 from tests.latent_caches import flags as cache_flags
-from training.cli import run
 from training.sendvae import Noise, SendVAE
 
 VAES = {"f8d4": (8, 4), "f16d16": (16, 16), "f16d32": (16, 32), "f16d64": (16, 64)}  # downsampling, channels

@@ -18,7 +18,7 @@ from diffusion.samplers import (
     sample_sde,
     sde_times,
 )
-from models.sit import SiT, SiTConfig
+from models.denoisers.sit import SiT, SiTConfig
 from tests.gaussian_flow import GaussianFlow, gaussian_flow
 
 STEPS = (32, 64, 128, 256)

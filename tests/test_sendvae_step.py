@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from models.autoencoder import to_signed
 from models.latent_statistics import latent_moments
+from models.pixels import to_signed
 from tests.sendvae_runs import gradients, random_images, tiny_trainer
 from training.sendvae import draw_noise
 

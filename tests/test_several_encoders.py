@@ -11,16 +11,16 @@ import train_ldm
 import train_sendvae
 from dataset.latents import LatentDataset, features_name
 from errors import UserError
+from models.denoisers.sit import SiTConfig
 from models.encoders import build_encoder, build_encoders, encoder_names
 from models.mapper import Mapper
-from models.sit import SiTConfig
+from runtime.cli import run
 from tests import ldm_trainings, sendvae_runs
 from tests.latent_caches import flags as cache_flags
 from tests.latent_caches import write_cache
 from tests.ldm_steps import CONFIG, random_batch
 from tests.ldm_steps import tiny_trainer as tiny_ldm_trainer
 from tests.sendvae_runs import gradients, random_images, tiny_trainer
-from training.cli import run
 from training.sendvae import SendVAE, draw_noise
 
 NAMES = ["efficientnet-lite0", "efficientnet-lite0-s32"]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
-from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig, model_names
+from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig, model_names
 
 TINY = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6, encoder_depth=4, feature_dims=(112,), projector_width=64)
 

@@ -21,8 +21,11 @@ from diffusion.samplers import model_velocity, sample_ode
 from errors import UserError
 from formats.sit import infer_config, read_sit
 from formats.vae import build_autoencoder
-from models.autoencoder import Autoencoder, to_uint8
-from models.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
+from inference.trained_ldm import open_trained_ldm
+from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
+from models.pixels import to_uint8
+from models.tokenizers.kl import Autoencoder
+from runtime.cli import run
 from tests.command_line import argv_of
 from tests.latent_caches import flags as cache_flags
 from tests.latent_caches import save_vae
@@ -32,9 +35,7 @@ from tests.ldm_trainings import LATENTS, write_data
 from tests.ldm_trainings import flags as ldm_flags
 from tests.public_sit import PublicSiT, public_args, trained, write_checkpoint, write_experiment
 from tests.public_vae import TINY, PublicVAE, random_vae
-from training.cli import run
 from training.ldm_source import open_source
-from training.trained_ldm import open_trained_ldm
 
 
 def probe(count: int = 3, channels: int = 4, side: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

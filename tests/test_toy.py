@@ -8,7 +8,7 @@ from PIL import Image
 
 from dataset.images import open_images
 from dataset.toy import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, TEXTURES, draw_image, main
-from training.cli import run
+from runtime.cli import run
 
 
 def rows(folder):

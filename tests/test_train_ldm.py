@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 import generate
 import train_ldm
 from formats.vae import build_autoencoder
+from runtime.cli import run
+from runtime.measure import count_parameters
 from tests.latent_caches import save_vae
 from tests.ldm_trainings import LATENTS, flags, write_data
-from training.cli import run
-from training.dry_run import count_parameters
 from training.ldm_task import LDMTask
 
 

@@ -20,15 +20,15 @@ import train_ldm
 import train_repae
 from dataset.toy import main as make_toy
 from formats.vae import build_autoencoder
-from models.autoencoder import Autoencoder
+from inference.trained_ldm import open_trained_ldm, statistics_checksum
+from models.tokenizers.kl import Autoencoder
 from preprocessing import main as preprocess
+from runtime.cli import run
 from tests import ldm_trainings
 from tests.photographs import write_class_folders
 from tests.repae_runs import flags
 from tests.test_distributed import torchrun
 from tests.test_resume import ENVIRONMENT, ROOT, kill_when
-from training.cli import run
-from training.trained_ldm import open_trained_ldm, statistics_checksum
 
 # REPA-E's README, section 3
 PUBLISHED = """

@@ -13,10 +13,10 @@ import train_sendvae
 from dataset.toy import main as make_toy
 from models.discriminator import PatchDiscriminator
 from preprocessing import main as preprocess
+from runtime.cli import EXIT_FAILED, run
+from runtime.measure import count_parameters
 from tests.photographs import PHOTOGRAPHS, needs_photographs
 from tests.sendvae_runs import flags
-from training.cli import EXIT_FAILED, run
-from training.dry_run import count_parameters
 
 
 @pytest.fixture(scope="module")

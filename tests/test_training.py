@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from errors import UserError
+from formats.runs import status_of
+from runtime.checkpoint import CheckpointFolder
 from training.arguments import CHANGEABLE
-from training.checkpoint import CheckpointFolder
 from training.ema import EMA
 from training.metrics import MeanMetrics
 from training.optimizer import build_adamw, learning_rate, optimizer_step
 from training.randomness import Purpose, seeded_generator
-from training.run import Run, build_accelerator, refuse_changed_arguments, status_of
+from training.run import Run, build_accelerator, refuse_changed_arguments
 from training.stop import StopFlag
 
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export_vae
-from dataset.shards import checksum
 from errors import UserError
 from formats.architecture import fitting_names, infer_config, named_config
 from formats.discriminator import load_discriminator
@@ -21,10 +20,13 @@ from formats.hub import choose_files, is_hub_name
 from formats.layers import to_diffusers, to_ldm
 from formats.statistics import read_statistics, repae_tensors, statistics_in
 from formats.vae import build_autoencoder, load_vae
-from models.autoencoder import Autoencoder, to_signed
 from models.discriminator import PatchDiscriminator
 from models.latent_statistics import LatentStatistics
+from models.pixels import to_signed
+from models.tokenizers.kl import Autoencoder
 from models.weight_files import NotWeightsError
+from runtime.cli import run
+from runtime.files import checksum
 from tests.public_vae import NARROW, TINY, PublicVAE, random_vae
 from tests.vae_files import (
     old_attention,
@@ -38,7 +40,6 @@ from tests.vae_files import (
     write_run,
     write_stable_diffusion,
 )
-from training.cli import run
 
 IMAGES = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(11))
 WIDE = {"multipliers": (1, 1, 2, 2, 4), "attention": (4,)}  # f16

@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 import generate
 import train_ldm
+from inference.trained_ldm import open_trained_ldm
 from loss.latent_alignment import latent_alignment_error, latent_alignment_loss
-from models.sit import PROJECTORS, SiT, SiTConfig
+from models.denoisers.sit import PROJECTORS, SiT, SiTConfig
+from runtime.cli import run
 from tests.distributed_ldm_step import BATCH, batch_draws
 from tests.ldm_runs import write_ldm_run
 from tests.ldm_steps import CONFIG, part_of, random_batch, tiny_trainer
@@ -17,8 +19,6 @@ from tests.ldm_trainings import LATENTS, flags, write_data
 from tests.sendvae_runs import gradients
 from tests.test_train_ldm import metrics, train, weights
 from training.alignment_cost import alignment_cost_lines, sit_cost
-from training.cli import run
-from training.trained_ldm import open_trained_ldm
 
 BOTH = SiTConfig(**(CONFIG.to_dict() | {"feature_dims": (12,), "latent_depth": 2, "latent_width": 24}))
 ALONE = SiTConfig(**(BOTH.to_dict() | {"feature_dims": ()}))

@@ -12,12 +12,12 @@ from torch import nn
 import train_sendvae
 from loss.vae_objective import VAELossConfig, VAEObjective
 from loss.vf_alignment import VFLoss, distance_matrix_loss, marginal_cosine_loss, vf_weight
+from runtime.cli import run
 from tests.distributed_step import BATCH, batch_noise
 from tests.photographs import write_class_folders
 from tests.sendvae_runs import RESOLUTION, flags, gradients, random_images, tiny_trainer
 from tests.test_distributed import step_on_two_processes
 from tests.test_sendvae_step import largest_difference, noise_for
-from training.cli import run
 
 VALUES = 3 * RESOLUTION**2
 

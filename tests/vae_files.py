@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.autoencoder import Autoencoder
+from models.tokenizers.kl import Autoencoder
+from runtime.checkpoint import CheckpointFolder
+from runtime.files import write_json
 from tests.foreign_classes import foreign_classes
 from tests.public_vae import PublicPatchGAN, random_vae, randomised
-from training.checkpoint import CheckpointFolder
-from training.run import write_json
 from training.sendvae import SendVAE
 
 State = dict[str, torch.Tensor]

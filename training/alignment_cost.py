@@ -8,9 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.denoisers.sit import SiT, SiTConfig
 from models.encoders import Encoder
-from models.sit import SiT, SiTConfig
-from training.dry_run import count_parameters
+from runtime.measure import count_parameters
 
 PUBLISHED_VAE_REPA = "the paper says 4 %"  # of FLOPs, without naming the model
 

@@ -5,13 +5,9 @@ from pathlib import Path
 
 from diffusion.flow import PATH_TYPES, WEIGHTINGS
 from errors import UserError
-from models.autoencoder import architecture_names
-from models.encoders import ENCODERS
-from models.sit import SIT_SIZES
-from training.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
+from models.denoisers.sit import SIT_SIZES
+from runtime.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
 from training.optimizer import SCHEDULES
-
-DEFAULT_RESOLUTION = 256  # pixels, of photographs that are cropped on the fly
 
 # What may differ when a run is resumed. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
@@ -54,22 +50,6 @@ def add_run_arguments(
     add_debug_argument(group)
 
 
-def add_encoder_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:
-    """Which VFMs, and where their weights are."""
-    group.add_argument(
-        "--enc-type",
-        default=default,
-        metavar="NAME",
-        help=f"frozen VFM, or several separated by commas: {', '.join(ENCODERS)}",
-    )
-    group.add_argument(
-        "--enc-ckpt",
-        metavar="FILE",
-        help="its weights; of several VFMs one file each, in the same order, separated by commas, nothing for one that "
-        "is to be looked for (default: looked for in $VFM_DIR, timm's cache, the hub)",
-    )
-
-
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", metavar="DIR", help="packed dataset of preprocessing.py, or a class-folder tree")
@@ -94,54 +74,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--hflip", action="store_true", help="flip images at random (neither Send-VAE nor REPA-E does)")
     group.add_argument("--stage-dir", metavar="DIR", help="copy the packed dataset to this local folder first")
-
-
-def add_vae_source_arguments(group: argparse._ActionsContainer, default: str | None) -> None:
-    """Flags that name a VAE, its weights and its latent statistics: what ``formats.vae.build_autoencoder`` takes."""
-    group.add_argument(
-        "--vae",
-        "--vae-arch",
-        default=default,
-        metavar="NAME",
-        help=f"architecture ({', '.join(architecture_names())}), or a VAE in any form that --vae-ckpt takes",
-    )
-    group.add_argument(
-        "--vae-ckpt",
-        "--vae-ckpt-path",
-        metavar="PATH",
-        help="its weights: an LDM, Lightning, Stable Diffusion or REPA-E file (.pt, .ckpt, .safetensors), a diffusers "
-        "folder or file, a run or its checkpoint, a name on the hub such as stabilityai/sd-vae-ft-mse; none: random "
-        "ones (default: those of --vae)",
-    )
-    group.add_argument(
-        "--vae-latents-stats",
-        metavar="FILE",
-        help="its latent statistics, REPA-E's, LightningDiT's or ours; repa: mean 0 and scale 0.18215, which REPA's "
-        "checkpoints assume (default: those in the VAE's file, beside it as X-latents-stats.pt, or in its folder)",
-    )
-
-
-def add_unfinished_argument(group: argparse._ActionsContainer) -> None:
-    """The flag that :func:`training.run.refuse_unfinished` names."""
-    group.add_argument(
-        "--allow-unfinished", action="store_true", help="take the VAE of a training that has not finished"
-    )
-
-
-def add_foreign_vae_arguments(group: argparse._ActionsContainer) -> None:
-    """The VAE of a checkpoint of REPA or REPA-E, where that does not hold it: ``training.foreign_ldm.VAE_FLAGS``."""
-    group.add_argument("--vae", metavar="NAME", help="architecture of --vae-ckpt, e.g. f8d4, where it does not tell")
-    group.add_argument(
-        "--vae-ckpt",
-        metavar="FILE",
-        help="the VAE of its latents (default: in the checkpoint, or the file that its args name)",
-    )
-    group.add_argument(
-        "--vae-latents-stats",
-        metavar="FILE",
-        help="its latent statistics; repa: mean 0 and scale 0.18215 (default: the checkpoint's, else REPA's for 4 "
-        "channels)",
-    )
 
 
 def add_vae_loss_arguments(group: argparse._ArgumentGroup) -> None:

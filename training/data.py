@@ -4,9 +4,8 @@ import argparse
 
 from accelerate import Accelerator
 
-from dataset.images import ImageDataset, open_images
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.loader import stage_dataset
-from training import arguments
 
 
 def open_image_data(
@@ -19,9 +18,7 @@ def open_image_data(
             stage_dataset(path, args.stage_dir)
         accelerator.wait_for_everyone()
         path = stage_dataset(path, args.stage_dir)
-    images = open_images(path, args.resolution, default=arguments.DEFAULT_RESOLUTION) if path else None
+    images = open_images(path, args.resolution, default=DEFAULT_RESOLUTION) if path else None
     resolution = images.resolution if images is not None else args.resolution
-    held_out = (
-        open_images(args.val_data_dir, resolution, default=arguments.DEFAULT_RESOLUTION) if args.val_data_dir else None
-    )
+    held_out = open_images(args.val_data_dir, resolution, default=DEFAULT_RESOLUTION) if args.val_data_dir else None
     return images, held_out

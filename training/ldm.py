@@ -13,9 +13,9 @@ from loss.alignment import averaged, patch_cosine_loss
 from loss.denoising import denoising_error
 from loss.latent_alignment import latent_alignment_loss
 from loss.total import total
+from models.denoisers.sit import SiT
 from models.encoders import Encoder
 from models.latent_statistics import LatentStatistics
-from models.sit import SiT
 from training.ema import EMA
 from training.optimizer import optimizer_step
 from training.randomness import Purpose, seeded_generator

@@ -13,17 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from errors import UserError
+from formats.runs import arguments_of
 from formats.sit import SiTCheckpoint, State, Statistics, assumed_statistics, read_sit
 from formats.statistics import REPA, REPA_SCALE
-from models.autoencoder import STATISTICS_FILE
+from inference.foreign_ldm import TOLERANCE, checkpoint_file, is_foreign, statistics_difference
+from inference.trained_ldm import OWN_STATISTICS
+from models.denoisers.sit import PROJECTORS, SiT, SiTConfig
 from models.latent_statistics import EPSILON
-from models.sit import PROJECTORS, SiT, SiTConfig
+from models.tokenizers.kl import STATISTICS_FILE
+from runtime.checkpoint import Checkpoint, CheckpointFolder
+from runtime.log import logger
 from training import arguments
-from training.checkpoint import Checkpoint, CheckpointFolder
-from training.foreign_ldm import TOLERANCE, checkpoint_file, is_foreign, statistics_difference
 from training.ldm import LDMTrainer
-from training.run import arguments_of, logger
-from training.trained_ldm import OWN_STATISTICS
 
 FLAG = "--continue-train-exp-dir"
 REFUSED_DIFFERENCE = 0.1  # of latent statistics, in standard deviations, from which on a SiT sees other latents

@@ -16,12 +16,13 @@ from diffusion.flow import velocity as target_velocity
 from diffusion.guidance import guided
 from diffusion.samplers import model_velocity, sample_ode
 from loss.denoising import denoising_error
-from models.autoencoder import Autoencoder, to_uint8
-from models.latent_statistics import sum_over_processes
-from models.sit import SiT
+from models.denoisers.sit import SiT
+from models.pixels import to_uint8
+from models.tokenizers.kl import Autoencoder
+from runtime.pictures import save_grid
+from runtime.processes import sum_over_processes
 from training.ldm import LDMTrainer, draw, latent_shape, to_device
 from training.loop import Schedule
-from training.pictures import save_grid
 from training.randomness import Purpose, seeded_generator
 
 GRID_COLUMNS, GRID_ROWS = 8, 2

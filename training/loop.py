@@ -12,10 +12,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from training.checkpoint import Checkpoint, CheckpointFolder
+from formats.runs import arguments_of
+from runtime.checkpoint import Checkpoint, CheckpointFolder
+from runtime.log import logger, progress_bar
+from runtime.processes import agree_on
 from training.metrics import MeanMetrics
 from training.optimizer import learning_rate
-from training.run import Run, agree_on, arguments_of, logger, progress_bar
+from training.run import Run
 from training.stop import StopFlag
 
 MAX_CONSECUTIVE_SKIPS = 100  # fp16's scaler needs a handful of skipped steps to find its scale
@@ -84,7 +87,7 @@ def find_checkpoint(run: Run, resume_step: int) -> Checkpoint | None:
         else:
             found = folder.newest_good(logger.warning)
         step = -1 if found is None else found.step
-    step = agree_on(step, run.accelerator)
+    step = agree_on(step, run.accelerator.device)
     return None if step < 0 else Checkpoint(folder.whole / f"{step:07d}")
 
 

@@ -11,9 +11,9 @@ from errors import UserError
 from formats.discriminator import load_discriminator
 from loss.perceptual import build_lpips
 from loss.vae_objective import VAELossConfig, VAEObjective
-from models.autoencoder import Autoencoder
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, build_encoders, encoder_names, encoder_spec
+from models.tokenizers.kl import Autoencoder
 from training.optimizer import build_adamw
 
 

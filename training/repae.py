@@ -9,8 +9,9 @@ from dataset.latents import LatentBatch
 from dataset.loader import ImageBatch
 from diffusion.flow import add_noise, training_times
 from loss.alignment import averaged, patch_cosine_loss
-from models.autoencoder import Autoencoder
-from models.latent_statistics import LatentStatistics, latent_moments, normalize_by_batch, sum_over_processes
+from models.latent_statistics import LatentStatistics, latent_moments, normalize_by_batch
+from models.tokenizers.kl import Autoencoder
+from runtime.processes import sum_over_processes
 from training.ema import EMA
 from training.ldm import Draws, LDMTrainer, draw
 from training.randomness import Purpose, seeded_generator

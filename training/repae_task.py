@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from dataset.loader import LabelledImages, sequential_batches
-from models.autoencoder import Autoencoder
-from models.sit import SiT
+from inference.trained_ldm import OWN_STATISTICS, OWN_VAE, statistics_checksum
+from models.denoisers.sit import SiT
+from models.tokenizers.kl import Autoencoder
 from training.ldm import draw
 from training.ldm_task import HeldOutLatents, mean_denoising_error, save_sample_grid
 from training.randomness import Purpose, seeded_generator
 from training.repae import RepaeTrainer
 from training.sendvae_task import SendVAETask
-from training.trained_ldm import OWN_STATISTICS, OWN_VAE, statistics_checksum
 
 
 class RepaeTask:

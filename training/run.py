@@ -6,7 +6,6 @@ is reproducible), ``timing.jsonl`` (what is not), ``samples/``, ``checkpoints/``
 
 import fcntl
 import json
-import logging
 import os
 import platform
 import shutil
@@ -19,15 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from tqdm import tqdm
 
-from dataset.shards import write_atomically
 from errors import UserError
-
-logger = logging.getLogger("sendvae")
+from runtime.files import write_atomically, write_json
+from runtime.log import logger, setup_logging
 
 # What follows from flags and data, in words for the user.
 DERIVED = {
@@ -164,41 +160,6 @@ class Run:
         return path.read_text() if self.is_main else ""
 
 
-def status_of(folder: Path) -> dict | None:
-    """The content of a run's ``status.json``, or None where there is none."""
-    path = Path(folder) / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def refuse_unfinished(*paths: str | None) -> None:
-    """Refuse VAEs that lie beside the status of a training that has not finished; other names are passed over."""
-    for path in paths:
-        if path is None or not Path(path).exists():
-            continue
-        file = Path(path).parent / "status.json"
-        try:
-            status = status_of(file.parent)
-            state = None if status is None else status["state"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is damaged ({error}); add --allow-unfinished") from error
-        if state not in (None, "finished"):
-            raise UserError(
-                f"{path} is of a training that is {state} at step {status.get('step')}; run the same training command "
-                "again to finish it, or add --allow-unfinished"
-            )
-
-
-def arguments_of(folder: Path) -> dict | None:
-    """The resolved flags of a run, or None where it never started."""
-    path = Path(folder) / "args.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())["args"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or start under another --exp-name") from error
-
-
 def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:
     """A resumed run must be the same run: raise :class:`UserError` naming the first flag that differs."""
     for name, value in new.items():
@@ -214,53 +175,6 @@ def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], f
                 f"{folder} was started with {flag} {before}, not {value}: "
                 "give the old value to resume, or another --exp-name to start anew"
             )
-
-
-def agree_on(value: int, accelerator: Accelerator) -> int:
-    """The main process's integer, on every process."""
-    if accelerator.num_processes == 1:
-        return value
-    tensor = torch.tensor([value], dtype=torch.int64, device=accelerator.device)
-    dist.broadcast(tensor, src=0)
-    return int(tensor.item())
-
-
-def setup_logging(file: Path | None, level: int = logging.INFO) -> None:
-    """Send the project's logger to the terminal, past progress bars, and to ``file``; silent where file is None."""
-    logger.handlers.clear()
-    logger.propagate = False
-    if file is None:
-        logger.addHandler(logging.NullHandler())
-        return
-    logger.setLevel(level)
-    for handler in (_TqdmHandler(), logging.FileHandler(file)):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(handler)
-
-
-def progress_bar(total: int, initial: int, description: str, unit: str, shown: bool) -> tqdm:
-    """A progress bar with rate and ETA; one line every 30 seconds where the output is a file."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=description,
-        unit=unit,
-        disable=not shown,
-        mininterval=interval,
-        maxinterval=interval,
-        dynamic_ncols=True,
-    )
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Replace a JSON file in one move."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-class _TqdmHandler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _lock(path: Path):

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
@@ -14,11 +13,13 @@ from loss.alignment import averaged, patch_cosine_loss
 from loss.total import total
 from loss.vae_objective import VAEObjective
 from loss.vf_alignment import VFLoss
-from models.autoencoder import Autoencoder, to_signed
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.encoders import Encoder
-from models.latent_statistics import latent_moments, sum_over_processes
+from models.latent_statistics import latent_moments
 from models.mapper import LinearMapper, Mapper
+from models.pixels import to_signed
+from models.tokenizers.kl import Autoencoder
+from runtime.processes import mean_over_processes, sum_over_processes
 from training.ema import EMA
 from training.optimizer import optimizer_step
 from training.randomness import Purpose, seeded_generator
@@ -337,12 +338,3 @@ class frozen:
     def __exit__(self, *exception) -> None:
         if self.module is not None:
             self.module.requires_grad_(True)
-
-
-def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """The average of a tensor over all processes; the tensor itself where there is one."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor

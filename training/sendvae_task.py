@@ -9,12 +9,14 @@ from torch import nn
 
 from dataset.images import ImageDataset
 from dataset.loader import BatchLoader
-from models.autoencoder import Autoencoder, to_uint8
-from models.latent_statistics import latent_moments, sum_over_processes
+from models.latent_statistics import latent_moments
+from models.pixels import to_uint8
+from models.tokenizers.kl import Autoencoder
+from runtime.log import logger
+from runtime.pictures import save_grid
+from runtime.processes import sum_over_processes
 from training.loop import Schedule
-from training.pictures import save_grid
 from training.randomness import Purpose, seeded_generator
-from training.run import logger
 from training.sendvae import SendVAETrainer
 from training.session import build_loader, micro_batch_size
 from training.validation import SpreadImages, validate

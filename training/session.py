@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from dataset.loader import BatchLoader
 from dataset.order import SampleOrder
 from errors import UserError
+from formats.runs import arguments_of, status_of
+from runtime.checkpoint import Checkpoint, CheckpointFolder
+from runtime.cli import EXIT_FAILED, EXIT_OK
+from runtime.log import logger
 from training.arguments import CHANGEABLE
-from training.checkpoint import Checkpoint, CheckpointFolder
-from training.cli import EXIT_FAILED, EXIT_OK
 from training.loop import Loop, Task, TrainingFailed, find_checkpoint, restore
-from training.run import Run, arguments_of, logger, refuse_changed_arguments, status_of
+from training.run import Run, refuse_changed_arguments
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,13 @@ from accelerate import Accelerator
 from dataset.images import ImageDataset
 from dataset.loader import sequential_batches
 from loss.alignment import constant_predictor_cosine, patch_cosine
-from models.autoencoder import Autoencoder, to_signed, to_uint8
+from loss.reconstruction import psnr
 from models.encoders import Encoder
-from models.latent_statistics import sum_over_processes
+from models.pixels import to_signed, to_uint8
+from models.tokenizers.kl import Autoencoder
+from runtime.processes import sum_over_processes
 from training.randomness import Purpose, seeded_generator
 from training.sendvae import SendVAE, draw_noise
-
-
-def psnr(images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image in dB: two uint8 ``[B, 3, H, W]`` → float64 ``[B]``; 100 where equal."""
-    error = (images.double() - reconstruction.double()).square().mean((1, 2, 3))
-    return (10 * torch.log10(255.0**2 / error)).clamp_max(100.0)
 
 
 class SpreadImages:

@@ -13,14 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
-from dataset.shards import checksum
 from formats.vae import build_autoencoder
+from runtime.files import checksum, write_json
 from tests.bad_inputs.case import Case
 from tests.image_sets import random_images, write_npz
 from tests.latent_caches import save_vae
 from tests.ldm_runs import STEP, flags, write_ldm_run
 from tests.public_sit import PublicSiT, public_args, write_experiment
-from training.run import write_json
 
 CHECKPOINT = Path("checkpoints") / f"{STEP:07d}"
 

@@ -8,11 +8,11 @@ import pytest
 from torch import nn
 
 from dataset.latents import VAE_NAME
+from runtime.checkpoint import CheckpointFolder
 from tests.bad_inputs.case import Case
 from tests.latent_caches import save_vae, write_cache
 from tests.ldm_trainings import LATENTS, flags, write_data
 from tests.public_sit import PublicSiT, public_args, write_experiment
-from training.checkpoint import CheckpointFolder
 
 _made: dict[str, Path] = {}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.checkpoint import CheckpointFolder
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.train_sendvae_cases import (
     other_discriminator,
@@ -16,7 +17,6 @@ from tests.bad_inputs.train_sendvae_cases import (
     written,
 )
 from tests.repae_runs import flags
-from training.checkpoint import CheckpointFolder
 
 
 def with_flags(**changes):
@@ -65,7 +65,7 @@ def disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "vae.safetensors")
 
-    monkeypatch.setattr("training.checkpoint.save_file", full)
+    monkeypatch.setattr("runtime.checkpoint.save_file", full)
     return flags(photographs(tmp_path / "images"), tmp_path / "exps", max_train_steps=1)
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from formats.vae import build_autoencoder
 from models.discriminator import PatchDiscriminator
+from runtime.checkpoint import CheckpointFolder
 from tests.bad_inputs.case import Case
 from tests.sendvae_runs import flags
-from training.checkpoint import CheckpointFolder
 
 
 def photographs(folder: Path) -> Path:
@@ -121,7 +121,7 @@ def disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("training.checkpoint.save_file", full)
+    monkeypatch.setattr("runtime.checkpoint.save_file", full)
     return flags(photographs(tmp_path / "images"), tmp_path / "exps", align_coeff=0)
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
+from formats.runs import arguments_of, status_of
 from formats.vae import build_autoencoder
-from models.autoencoder import STATISTICS_FILE, Autoencoder
-from models.sit import PROJECTORS, SiT, SiTConfig
-from training.checkpoint import Checkpoint, CheckpointFolder
-from training.run import arguments_of, status_of
+from models.denoisers.sit import PROJECTORS, SiT, SiTConfig
+from models.tokenizers.kl import STATISTICS_FILE, Autoencoder
+from runtime.checkpoint import Checkpoint, CheckpointFolder
 
 WEIGHTS = ("ema", "model")
 # A run that trains its VAE along keeps it in every checkpoint, with the statistics that belong to "ema".

@@ -26,9 +26,9 @@ from typing import Any
 
 import yaml
 
-from dataset.shards import write_atomically
 from errors import UserError
-from training.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argument, run
+from runtime.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argument, run
+from runtime.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "experiments"

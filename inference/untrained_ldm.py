@@ -3,17 +3,17 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dataset.images import DEFAULT_RESOLUTION
 from formats.vae import build_autoencoder
-from models.autoencoder import Autoencoder
-from models.sit import SiT, SiTConfig
-from training.arguments import DEFAULT_RESOLUTION
+from inference.foreign_ldm import DEFAULT_PATH_TYPE
+from models.denoisers.sit import SiT, SiTConfig
+from models.tokenizers.kl import Autoencoder
 from training.dry_run import DEFAULT_VAE, NUM_CLASSES
-from training.foreign_ldm import DEFAULT_PATH_TYPE
 
 
 @dataclass(frozen=True)
 class UntrainedLDM:
-    """What ``generate.py --dry-run`` asks of ``training.trained_ldm.TrainedLDM``, of networks that nobody trained.
+    """What ``generate.py --dry-run`` asks of ``inference.trained_ldm.TrainedLDM``, of networks that nobody trained.
 
     Attributes:
         config: of the SiT.

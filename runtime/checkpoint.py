@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dataset.shards import checksum
 from errors import UserError
+from runtime.files import checksum
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

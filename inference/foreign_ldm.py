@@ -14,8 +14,8 @@ from errors import UserError
 from formats.sit import SiTCheckpoint, SiTWeights, Statistics, assumed_statistics, read_sit
 from formats.statistics import REPA_CHANNELS, REPA_SCALE
 from formats.vae import load_vae
-from models.autoencoder import Autoencoder, architecture_names
-from models.sit import PROJECTORS, SiT, SiTConfig
+from models.denoisers.sit import PROJECTORS, SiT, SiTConfig
+from models.tokenizers.kl import Autoencoder, architecture_names
 from models.weight_files import weights_checksum
 
 VAE_FLAGS = ("vae", "vae_ckpt", "vae_latents_stats")
@@ -26,7 +26,7 @@ TOLERANCE = 0.01  # of two latent statistics that count as the same, in standard
 
 @dataclass(frozen=True)
 class ForeignLDM:
-    """A SiT of REPA or REPA-E with its VAE; what ``generate.py`` asks of ``training.trained_ldm.TrainedLDM`` too.
+    """A SiT of REPA or REPA-E with its VAE; what ``generate.py`` asks of ``inference.trained_ldm.TrainedLDM`` too.
 
     Attributes:
         folder: the experiment's, or the one that the file lies in.

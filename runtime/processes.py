@@ -1,4 +1,4 @@
-"""Who this process is among independent ones: no collective, nobody waits for anybody, unless a job forms a group."""
+"""The processes of a job: who this one is, and the few numbers that they exchange."""
 
 import os
 from collections.abc import Iterator
@@ -90,3 +90,32 @@ def _variable(name: str, default: int) -> int:
         return int(text) if text else default
     except ValueError:
         raise UserError(f"{name}={text} is not a number; torchrun and accelerate launch set it") from None
+
+
+def sum_over_processes(moments: torch.Tensor) -> torch.Tensor:
+    """All-reduce additive moments in place, on whatever backend there is (``SyncBatchNorm`` refuses CPUs)."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(moments)
+    return moments
+
+
+def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The average of a tensor over all processes; the tensor itself where there is one."""
+    if _several():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def agree_on(value: int, device: torch.device) -> int:
+    """The main process's integer, on every process."""
+    if not _several():
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor.item())
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -26,9 +26,9 @@ from dataset.loader import read_batches
 from dataset.packing import PackingJob
 from dataset.shards import ShardWriter
 from errors import UserError
-from models.autoencoder import Autoencoder
 from models.encoders import Encoder
 from models.latent_statistics import LatentStatistics, mean_and_variance
+from models.tokenizers.kl import Autoencoder
 
 MOMENTS_ITEMS = 64  # summed at once: part of what the last bits of the statistics depend on
 WRITES_BEHIND = 3  # batches that are encoded or encoding, but not yet written

@@ -14,9 +14,10 @@ from torch import nn
 
 from errors import UserError
 from models.latent_statistics import LatentStatistics
+from models.pixels import to_signed
 from models.weight_files import weights_checksum
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs" / "vae"
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "vae"
 STATISTICS_FILE = "latents_stats.safetensors"
 # What the layers do, beside what the weights' names and shapes say; a fixed list, because diffusers adds keys.
 _ARCHITECTURE_KEYS = (
@@ -127,16 +128,6 @@ class Autoencoder(nn.Module):
             folder.rename(replaced)  # so that no half-deleted folder ever has the name
         beside.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def to_signed(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0…255 → float32 in [-1, 1]: x/127.5 − 1."""
-    return images.float() / 127.5 - 1.0
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`to_signed`: clamped and rounded."""
-    return ((images.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def architecture_names() -> list[str]:

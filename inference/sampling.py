@@ -18,9 +18,10 @@ from diffusion.counted_noise import counted_integers, counted_normal
 from diffusion.guidance import guided
 from diffusion.samplers import evaluation_times, model_velocity, sample_ode, sample_sde
 from errors import UserError
-from models.autoencoder import Autoencoder, to_uint8
-from models.sit import SiT
-from training.pictures import save_grid
+from models.denoisers.sit import SiT
+from models.pixels import to_uint8
+from models.tokenizers.kl import Autoencoder
+from runtime.pictures import save_grid
 
 MODES = ("sde", "ode")
 LABEL_SAMPLINGS = ("random", "equal")
