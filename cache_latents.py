@@ -1,4 +1,4 @@
-"""Stage 2: a VAE encodes a dataset once; what train_ldm.py reads is the posterior's mean and standard deviation.
+"""Stage 2: a VAE encodes a dataset once; train_ldm.py reads posterior means and deviations.
 
   python cache_latents.py --data-dir data/imagenet256 --vae exps/sendvae/vae --vae-latents-name latents-sendvae
 
@@ -29,7 +29,7 @@ from errors import UserError
 from formats.arguments import add_encoder_arguments, add_unfinished_argument, add_vae_source_arguments
 from formats.runs import PLACES as CHECKPOINT_FOLDERS
 from formats.runs import refuse_unfinished
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from inference.latent_cache import (
     Cacher,
     ChunkEncoder,
@@ -43,9 +43,9 @@ from inference.latent_cache import (
     one_thread_each,
     save_beside,
 )
-from inference.trained_ldm import statistics_checksum
 from models.encoders import ENCODERS, Encoder, build_encoders, encoder_names
-from models.tokenizers.kl import Autoencoder, architecture_names
+from models.tokenizers import Tokenizer
+from models.tokenizers.kl import architecture_names
 from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
 from runtime.log import progress_bar
 from runtime.measure import count_parameters, peak_memory
@@ -146,13 +146,13 @@ class Networks:
     """What encodes.
 
     Attributes:
-        autoencoder: the VAE.
+        tokenizer: the VAE.
         statistics: where its latent statistics come from; None where it has none.
         keeps_statistics: whether training is to normalise with those, and not with the measured ones.
         encoders: the VFMs of --cache-features.
     """
 
-    autoencoder: Autoencoder
+    tokenizer: Tokenizer
     statistics: str | None
     keeps_statistics: bool
     encoders: list[Encoder]
@@ -215,21 +215,21 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
     if args.cache_features:
         args.features_grid = args.features_grid or max(1, args.resolution // 16)
         names = encoder_names(args.enc_type)  # its error comes before a large VAE is read
-    autoencoder, statistics = build_autoencoder(args.vae, args.vae_ckpt, args.vae_latents_stats)
-    autoencoder.latent_shape(args.resolution)
+    tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
+    tokenizer.latent_shape(args.resolution)
     encoders = []
     if args.cache_features:
         encoders = build_encoders(names, args.features_grid, args.enc_ckpt, args.random_weights)
     channels_last = process.device.type == "cpu" if args.channels_last is None else args.channels_last
-    for network in (autoencoder, *encoders):
+    for network in (tokenizer, *encoders):
         network.requires_grad_(False).to(process.device)
         if channels_last:
             network.to(memory_format=torch.channels_last)
     if args.compile:
-        autoencoder.network.encoder.compile()
+        tokenizer.compile_encoder()
         for encoder in encoders:
             encoder.network.compile()
-    return Networks(autoencoder, statistics, statistics is not None and args.statistics == "vae", encoders)
+    return Networks(tokenizer, statistics, statistics is not None and args.statistics == "vae", encoders)
 
 
 def build_targets(
@@ -243,11 +243,11 @@ def build_targets(
         "dtype": args.dtype,
         "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if tf32 else "float32",
     }
-    dtype, vae, shards = getattr(torch, args.dtype), networks.autoencoder, len(images.shard_counts)
+    dtype, vae, shards = getattr(torch, args.dtype), networks.tokenizer, len(images.shard_counts)
     specs, checksum = build_specs(args, networks), vae.checksum()
     statistics = args.statistics
     if networks.keeps_statistics:
-        statistics += f", {statistics_checksum(vae)[:12]}"
+        statistics += f", {vae.statistics.checksum()[:12]}"
     measured: MeasuredStatistics | None = None
 
     def before_index() -> None:
@@ -264,7 +264,7 @@ def build_targets(
         if flipped:
             targets.append(Target(name, job, encode, flipped, images.class_names))
         else:
-            measured = MeasuredStatistics(job, vae.latent_channels)
+            measured = MeasuredStatistics(job, vae)
             targets.append(Target(name, job, encode, flipped, images.class_names, before_index, measured.shard))
     for encoder, what in zip(networks.encoders, features_kinds(networks), strict=True):
         settings = {"enc_type": encoder.name, "grid": encoder.grid, "encoder": encoder.checksum()}
@@ -283,8 +283,7 @@ def features_kinds(networks: Networks) -> list[str]:
 
 def build_specs(args: argparse.Namespace, networks: Networks) -> dict[str, ShardSpec]:
     """What an item is, of the latents and of the features of each VFM."""
-    channels, *sides = networks.autoencoder.latent_shape(args.resolution)
-    specs = {"latents": ShardSpec("latents", (2 * channels, *sides), args.dtype)}
+    specs = {"latents": ShardSpec("latents", networks.tokenizer.stored_shape(args.resolution), args.dtype)}
     for encoder, what in zip(networks.encoders, features_kinds(networks), strict=True):
         specs[what] = ShardSpec("features", (encoder.grid**2, encoder.embed_dim), args.dtype)
     return specs
@@ -325,7 +324,7 @@ def make_cache(
     seconds = time.perf_counter() - begin
     completed = [target.finish(shards) for target in targets]
     if completed[0]:
-        MeasuredStatistics(targets[0].packing, 0).tidy_up()
+        MeasuredStatistics(targets[0].packing, networks.tokenizer).tidy_up()
     if count:
         print(
             f"process {process.rank} of {process.world_size}: {count} images in {seconds:.1f} s, "
@@ -364,7 +363,7 @@ def report(folder: Path, targets: Sequence[Target], count: int, networks: Networ
     if networks.statistics is None:
         print("the VAE came without latent statistics; the measured ones are stored with the cache's copy of it")
         return
-    expected = networks.autoencoder.statistics.tensors()
+    expected = networks.tokenizer.statistics.tensors()
     mean, std = differences(load_file(folder / STATISTICS_NAME), expected)
     text = f"the VAE's by at most {100 * mean:.2f} % of a std in the mean and {100 * std:.2f} % in the std"
     if not networks.keeps_statistics:
@@ -384,7 +383,7 @@ def dry_run(
 ) -> None:
     """Encode two batches and say what the whole would take."""
     count = IMAGENET_IMAGES if images is None else len(images)
-    dtype, vae = getattr(torch, args.dtype), networks.autoencoder
+    dtype, vae = getattr(torch, args.dtype), networks.tokenizer
     specs, encoders = build_specs(args, networks), {"latents": latents_encoder(vae, dtype)}
     for encoder, what in zip(networks.encoders, features_kinds(networks), strict=True):
         encoders[what] = features_encoder(encoder, dtype)

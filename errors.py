@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Scripts print the message and exit with code 2 (``runtime.cli.run``); ``--debug`` shows the traceback.
     """
+
+
+class TrainingFailed(Exception):
+    """The training itself went wrong; the last good checkpoint is intact."""

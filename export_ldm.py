@@ -5,8 +5,8 @@
 
 Formats:
 
-  diffusers   transformer/ (config.json, safetensors; models.denoisers.sit.SiT.from_pretrained), vae/ (a diffusers folder with
-              latent statistics), model_index.json, and a README.md with 15 lines that sample an image from a clone
+  diffusers   transformer/ (config.json and safetensors, models.denoisers.sit.SiT.from_pretrained), vae/ (a diffusers
+              folder with latent statistics), model_index.json, and a README.md with 15 lines that sample an image from a clone
   repa        args.json and checkpoints/0400000.pt in the layout of REPA-E (model, ema, vae, args, steps), which
               REPA-E's generate.py reads: --exp-path FOLDER --train-steps 400000
 
@@ -33,7 +33,7 @@ from formats.sit import repae_checkpoint, repae_facts, what_repae_lacks
 from inference.foreign_ldm import FLAGS, VAE_FLAGS, ForeignLDM, is_foreign, open_foreign_ldm
 from inference.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm
 from models.denoisers.sit import SiT
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 from runtime.files import write_json
 from runtime.measure import count_parameters
@@ -71,14 +71,14 @@ def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     check_place(args)
     trained = open_run(args)
-    autoencoder = trained.load_autoencoder()
+    tokenizer = trained.load_autoencoder()
     beside = args.out.with_name(f".{args.out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         if args.format == "diffusers":
-            export_folder(args, trained, autoencoder, beside)
+            export_folder(args, trained, tokenizer, beside)
         else:
-            export_repae(args, trained, autoencoder, beside)
+            export_repae(args, trained, tokenizer, beside)
         if args.dry_run:
             print("nothing was written")
             return 0
@@ -136,13 +136,13 @@ def warn(message: str) -> None:
 
 
 def export_folder(
-    args: argparse.Namespace, trained: TrainedLDM | ForeignLDM, autoencoder: Autoencoder, folder: Path
+    args: argparse.Namespace, trained: TrainedLDM | ForeignLDM, tokenizer: Tokenizer, folder: Path
 ) -> None:
     model = trained.load_model()
     print(
         f"{trained.config.model} of step {trained.step} ({trained.weights}): {count_parameters(model)[0]:,} parameters"
     )
-    print(f"VAE: {count_parameters(autoencoder)[0]:,} parameters, checksum {trained.vae_checksum}")
+    print(f"VAE: {count_parameters(tokenizer)[0]:,} parameters, checksum {trained.vae_checksum}")
     if args.dry_run:
         return
     facts = {
@@ -153,10 +153,10 @@ def export_folder(
         "class_names": trained.class_names,
         EXPORTED_FROM: args.exp_path.name,
     }
-    write_exported(folder, str(args.out), model, autoencoder, facts)
+    write_exported(folder, str(args.out), model, tokenizer, facts)
 
 
-def export_repae(args: argparse.Namespace, trained: TrainedLDM, autoencoder: Autoencoder, folder: Path) -> None:
+def export_repae(args: argparse.Namespace, trained: TrainedLDM, tokenizer: Tokenizer, folder: Path) -> None:
     """Both sets of weights with REPA's projectors, from the same checkpoint."""
     source = open_source(args.exp_path, trained.step)
     config = replace(source.config, latent_depth=0, latent_width=0)
@@ -167,12 +167,12 @@ def export_repae(args: argparse.Namespace, trained: TrainedLDM, autoencoder: Aut
     with torch.device("meta"):
         wanted = SiT(config).state_dict()
     sets = {name: {key: state[key] for key in wanted} for name, state in sets.items()}
-    statistics = autoencoder.statistics.tensors()
-    vae = to_ldm(autoencoder.network.state_dict())
+    statistics = tokenizer.statistics.tensors()
+    vae = to_ldm(tokenizer.network.state_dict())
     checkpoint = repae_checkpoint(sets, statistics["mean"], statistics["var"], vae, facts, trained.step)
     count = sum(tensor.numel() for tensor in sets["ema"].values())
     print(f"{config.model} of step {trained.step}, model and ema: {count:,} numbers each")
-    print(f"VAE: {count_parameters(autoencoder)[0]:,} parameters, checksum {trained.vae_checksum}")
+    print(f"VAE: {count_parameters(tokenizer)[0]:,} parameters, checksum {trained.vae_checksum}")
     if args.dry_run:
         return
     (folder / "checkpoints").mkdir(parents=True)

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError
-from formats.architecture import fitting_names
+from formats.architecture import known_names
 from formats.discriminator import named_discriminator, read_discriminator
-from formats.export import SUFFIXES, diffusers_scaling, ldm_state, repae_files, write_files
+from formats.export import SUFFIXES, ldm_state, repae_files, scaling_config, set_scaling, write_files
 from formats.layers import State
 from formats.runs import file_checksum
 from formats.statistics import discriminator_beside
@@ -119,23 +119,23 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(source: str, loaded: LoadedVAE) -> None:
     """What was read."""
-    vae = loaded.autoencoder
-    names = fitting_names(vae.network.config)
+    vae = loaded.tokenizer
+    names = known_names(vae)
     name = names[0] if names else f"f{vae.downsampling}d{vae.latent_channels} of its own kind"
-    print(f"{source}: {loaded.layout}, {name}, {count_parameters(vae.network)[0]:,} parameters")
+    print(f"{source}: {loaded.layout}, {name}, {count_parameters(vae)[0]:,} parameters")
     print(f"latent statistics: {loaded.statistics_source or 'none'}")
 
 
 def export_folder(args: argparse.Namespace, loaded: LoadedVAE) -> None:
     """A diffusers folder with the statistics in its configuration."""
-    out, vae = Path(args.out), loaded.autoencoder
+    out, vae = Path(args.out), loaded.tokenizer
     if loaded.statistics_source is None:
-        factor = vae.network.config.scaling_factor
+        factor = scaling_config(vae)["scaling_factor"]
         print(f"scaling_factor stays {factor}, and no latents_stats.safetensors is written: give --vae-latents-stats")
     else:
-        vae.network.register_to_config(**diffusers_scaling(vae.statistics))
-        for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-            print(f"config.json: {key} {vae.network.config[key]}")
+        set_scaling(vae)
+        for key, value in scaling_config(vae).items():
+            print(f"config.json: {key} {value}")
     if args.dry_run:
         print(f"would write {out}; nothing was written")
         return
@@ -147,7 +147,7 @@ def export_folder(args: argparse.Namespace, loaded: LoadedVAE) -> None:
 def export_files(args: argparse.Namespace, loaded: LoadedVAE) -> None:
     """One LDM file, or REPA-E's three."""
     out = Path(args.out)
-    files = {out: ldm_state(loaded.autoencoder)} if args.format == "ldm" else trio(args, out, loaded)
+    files = {out: ldm_state(loaded.tokenizer)} if args.format == "ldm" else trio(args, out, loaded)
     existing = [path for path in files if path.exists()]
     if existing and not args.overwrite:
         raise UserError(f"{existing[0]} exists; give another OUT, or --overwrite to replace it")
@@ -170,7 +170,7 @@ def trio(args: argparse.Namespace, out: Path, loaded: LoadedVAE) -> dict[Path, S
             f"{args.source} has no latent statistics, which REPA-E needs: give --vae-latents-stats (cache_latents.py "
             "measures them: latents_stats.safetensors of a latent cache)"
         )
-    if not set(fitting_names(loaded.autoencoder.network.config)) & set(REPAE_ARCHITECTURES):
+    if not set(known_names(loaded.tokenizer)) & set(REPAE_ARCHITECTURES):
         print(f"note: REPA-E's code builds {' and '.join(REPAE_ARCHITECTURES)} only, and this is another architecture")
     source = args.disc_pretrained_ckpt or args.source
     flag = "--disc-pretrained-ckpt " if args.disc_pretrained_ckpt else ""
@@ -181,7 +181,7 @@ def trio(args: argparse.Namespace, out: Path, loaded: LoadedVAE) -> dict[Path, S
             discriminator = source_discriminator(Path(source), loaded, args.train_steps)
         if discriminator is None:
             print("no discriminator: REPA-E then trains one from scratch (leave out its --disc-pretrained-ckpt)")
-        return repae_files(loaded.autoencoder, out, discriminator)
+        return repae_files(loaded.tokenizer, out, discriminator)
     except NotWeightsError as error:
         raise UserError(f"{flag}{source}: {error}") from error
 

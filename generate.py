@@ -49,14 +49,14 @@ from inference.sampling import (
     complete,
     default_shard_size,
 )
-from inference.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm, statistics_checksum
+from inference.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm
 from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
 from metrics.evaluate_generation import Evaluation, add_metric_arguments, plan, settings_of
 from metrics.features import INCEPTION
 from metrics.generation import check_count
 from metrics.sources import open_image_set
-from models.denoisers.sit import SiT
-from models.tokenizers.kl import Autoencoder
+from models.denoisers import Denoiser
+from models.tokenizers import Tokenizer
 from runtime.cli import (
     ArgumentParser,
     add_debug_argument,
@@ -253,13 +253,13 @@ def main(argv: Sequence[str]) -> int:
     args.shard_size = args.shard_size or default_shard_size(args.num_fid_samples)
     args.sample_dir = args.sample_dir or default_folder(args, trained)
     evaluation = plan_evaluation(args, trained.resolution, process)
-    autoencoder = trained.load_autoencoder()
+    tokenizer = trained.load_autoencoder()
     try:
         if args.dry_run:
-            dry_run(args, trained, autoencoder, process)
+            dry_run(args, trained, tokenizer, process)
         else:
             with sigterm_as_interrupt():
-                is_complete = generate(args, trained, autoencoder, classes, process)
+                is_complete = generate(args, trained, tokenizer, classes, process)
                 if evaluation is not None and is_complete:
                     evaluate_complete(args.sample_dir, evaluation, process)
     except torch.OutOfMemoryError as error:
@@ -364,7 +364,7 @@ def sampler_settings(args: argparse.Namespace, trained: AnyLDM) -> SamplerSettin
 def describe(
     args: argparse.Namespace,
     trained: TrainedLDM | ForeignLDM,
-    autoencoder: Autoencoder,
+    tokenizer: Tokenizer,
     classes: Sequence[int],
     process: Process,
 ) -> dict:
@@ -375,7 +375,7 @@ def describe(
         "weights": trained.weights,
         "weights_sha256": trained.checksum,
         "vae": trained.vae_checksum,
-        "latent_statistics": statistics_checksum(autoencoder),
+        "latent_statistics": tokenizer.statistics.checksum(),
         **vars(sampler_settings(args, trained)),
         "num_fid_samples": args.num_fid_samples,
         "label_sampling": args.label_sampling,
@@ -387,20 +387,20 @@ def describe(
 
 
 def build_sampler(
-    args: argparse.Namespace, trained: AnyLDM, autoencoder: Autoencoder, process: Process
-) -> tuple[ImageSampler, SiT]:
+    args: argparse.Namespace, trained: AnyLDM, tokenizer: Tokenizer, process: Process
+) -> tuple[ImageSampler, Denoiser]:
     """The networks on the device."""
     device = process.device
     model = trained.load_model().to(device)
-    autoencoder.to(device)
+    tokenizer.to(device)
     if device.type == "cpu":
-        autoencoder.to(memory_format=torch.channels_last)
+        tokenizer.to(memory_format=torch.channels_last)
     if args.compile:
         model.compile(dynamic=False)  # two sizes: with and without guidance
-        autoencoder.network.decoder.compile(dynamic=False)
+        tokenizer.compile_decoder(dynamic=False)
     sampler = ImageSampler(
         model,
-        autoencoder,
+        tokenizer,
         sampler_settings(args, trained),
         truncate=args.rounding == "truncate",
         decode_batch=chunk_size(trained.resolution, device),
@@ -412,7 +412,7 @@ def build_sampler(
 def generate(
     args: argparse.Namespace,
     trained: TrainedLDM | ForeignLDM,
-    autoencoder: Autoencoder,
+    tokenizer: Tokenizer,
     classes: Sequence[int],
     process: Process,
 ) -> bool:
@@ -422,7 +422,7 @@ def generate(
         whether all images are there.
     """
     spec = ShardSpec("images", (3, trained.resolution, trained.resolution), "uint8")
-    settings = describe(args, trained, autoencoder, classes, process)
+    settings = describe(args, trained, tokenizer, classes, process)
     flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path" if args.ckpt is None else "--ckpt")
     packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags)
     show = print if process.is_main else lambda text: None
@@ -433,7 +433,7 @@ def generate(
     if process.is_main:
         show_plan(args, packing, labels, len(classes), shards)
     if todo:
-        sampler, _ = build_sampler(args, trained, autoencoder, process)
+        sampler, _ = build_sampler(args, trained, tokenizer, process)
         make_shards(args, packing, sampler, labels, todo, process)
     if not packing.finish(shards, trained.class_names):
         show(f"{args.sample_dir}: this process's shards are complete; whoever comes last completes the folder")
@@ -482,11 +482,11 @@ def make_shards(
     print(f"process {process.rank} of {process.world_size}: {rate}")
 
 
-def dry_run(args: argparse.Namespace, trained: AnyLDM, autoencoder: Autoencoder, process: Process) -> None:
+def dry_run(args: argparse.Namespace, trained: AnyLDM, tokenizer: Tokenizer, process: Process) -> None:
     """Two images in two steps, and what all of them would take at that rate."""
     forwards, steps = sampler_settings(args, trained).forwards(), args.num_steps
     args.num_steps = min(2, steps)
-    sampler, model = build_sampler(args, trained, autoencoder, process)
+    sampler, model = build_sampler(args, trained, tokenizer, process)
     items = torch.arange(2, device=process.device)
     labels = items % len(trained.class_names)
     sampler(items, labels)[0].cpu()  # warms up, or compiles
@@ -505,7 +505,7 @@ def dry_run(args: argparse.Namespace, trained: AnyLDM, autoencoder: Autoencoder,
         f"{trained.config.model}, checkpoint {trained.label} ({trained.weights}): "
         f"{count_parameters(model)[0]:,} parameters"
     )
-    print(f"VAE: {count_parameters(autoencoder)[0]:,} parameters")
+    print(f"VAE: {count_parameters(tokenizer)[0]:,} parameters")
     print(f"batch of 2: {step_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
     print(
         f"{forwards} forward passes an image ({args.mode}, {steps} steps): about {seconds / 3600:.2f} hours for "

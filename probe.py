@@ -29,7 +29,7 @@ from dataset.attributes import READERS
 from dataset.images import DEFAULT_RESOLUTION
 from errors import UserError
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
-from metrics.encoding import chunked, encode_dataset, posterior_means, scaled_pixels
+from metrics.encoding import chunked, encode_dataset, latent_modes, scaled_pixels
 from metrics.latent_pictures import pick, save_colours, save_map, save_ways, ways
 from metrics.probe_data import ProbeData, open_probe_data
 from metrics.probes import (
@@ -225,14 +225,14 @@ def encoder_of(subject: Subject | None, resolution: int):
     """What turns images into latents, and the latents' shape (C, h, w); raw pixels without a VAE."""
     if subject is None:
         return scaled_pixels, (3, resolution, resolution)
-    return posterior_means(subject.autoencoder), subject.autoencoder.latent_shape(resolution)
+    return latent_modes(subject.tokenizer), subject.tokenizer.latent_shape(resolution)
 
 
 def normalise(values: torch.Tensor, subject: Subject | None) -> LatentStatistics:
     """Normalise latents ``[N, C, h, w]`` in place, with the VAE's statistics or, without any, with their own."""
     if subject is not None and subject.has_statistics:
         statistics = LatentStatistics(values.shape[1])
-        statistics.load_state_dict({k: v.cpu() for k, v in subject.autoencoder.statistics.state_dict().items()})
+        statistics.load_state_dict({k: v.cpu() for k, v in subject.tokenizer.statistics.state_dict().items()})
     else:
         moments = sum(latent_moments(part) for part in values.split(MOMENTS_ITEMS))
         mean, var = mean_and_variance(moments)
@@ -327,7 +327,7 @@ def draw_pictures(
     if subject is not None:
         between = ways(latents.values[chosen].numpy(), args.steps)
         z = statistics.denormalize(torch.from_numpy(between).flatten(0, 1))
-        decoded = chunked(worker, decoder(subject.autoencoder), z)
+        decoded = chunked(worker, decoder(subject.tokenizer), z)
         save_ways(folder / f"{name}-ways.png", originals, decoded.unflatten(0, between.shape[:2]))
     values = {"variance-in-colours": colours, "variance-in-map": plane}
     return Outcome(values, {"pictures": len(chosen), "map_images": len(places)})
@@ -348,7 +348,7 @@ def dry_run(
         chunked(worker, function, images)
         seconds.append(time.perf_counter() - begin)
     if subject is not None:
-        print(f"VAE: {count_parameters(subject.autoencoder)[0]:,} parameters")
+        print(f"VAE: {count_parameters(subject.tokenizer)[0]:,} parameters")
     show_plan(data, shape)
     if data.attributes is not None:
         print(f"{len(data.attribute_names)} attributes ({data.kind}), {data.attributes.mean():.1%} positive")

@@ -15,7 +15,6 @@ stop. Runs under python, torchrun and accelerate launch. Exit codes: 0 finished,
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,35 +26,26 @@ from dataset.loader import stage_dataset
 from dataset.shards import read_index
 from errors import UserError
 from formats.arguments import add_encoder_arguments
-from formats.runs import arguments_of
-from formats.vae import build_autoencoder
-from inference.foreign_ldm import statistics_of
-from inference.trained_ldm import statistics_checksum
-from models.denoisers.sit import SiT, SiTConfig
-from models.encoders import Encoder, encoder_names
-from models.tokenizers.kl import STATISTICS_FILE, Autoencoder, architecture_names
-from runtime.checkpoint import CheckpointFolder
-from runtime.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
+from formats.vae import load_tokenizer
+from loss.alignment import DENOISER_ALIGNMENTS, NONE, parse_sum, settle_arguments
+from models.denoisers import Denoiser, DenoiserConfig, build_denoiser, denoiser_kind
+from models.encoders import encoder_names
+from models.tokenizers import STATISTICS_FILE, Tokenizer
+from models.tokenizers.kl import architecture_names
+from runtime.cli import ArgumentParser, run
+from runtime.measure import DEFAULT_VAE, NUM_CLASSES
 from runtime.processes import this_process
 from training import arguments, dry_run, ldm_source
 from training.alignment_cost import alignment_cost_lines
-from training.ema import EMA
-from training.ldm import LDMTrainer
-from training.ldm_source import Source
-from training.ldm_task import LDMTask
-from training.loop import Schedule
-from training.networks import build_optimizer, build_token_encoders, feature_dims
-from training.run import build_accelerator, set_numerics
-from training.session import Job, dry_run_batch_size, micro_batch_size, train
+from training.ldm import LDM
+from training.loop import Loop
+from training.networks import aligned, build_aligned_denoiser, build_vfms, compile_networks, vfm_features
+from training.run import Run, begin, open_run
 
-ALIGNMENTS = ("repa", "vae", "repa+vae", "none")
-REPA_COEFF, VAE_REPA_COEFF = 0.5, 1.0
-# Published for B, L and XL; the small ones follow B. The width is not published: this one costs XL/2 the published 4 %.
-VAE_REPA_DEPTHS = {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}
-VAE_REPA_WIDTH = 2  # in widths of the SiT
 CONTINUE_HELP = (
-    "with --exp-name: begin that run with weights, average, optimizer state and step of another run, of an experiment "
-    "of REPA or REPA-E, or of a checkpoint file of theirs (--resume-step chooses which); alone: resume the run in DIR"
+    "with --exp-name: begin that run with weights, average, optimizer state and step of another run (--resume-step "
+    "chooses which); alone: resume the run in DIR. Checkpoints of REPA and REPA-E become a run with export_ldm.py "
+    "--format run"
 )
 
 
@@ -68,7 +58,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_run_arguments(parser, CONTINUE_HELP)
     arguments.add_data_arguments(parser)
     add_latent_arguments(parser)
-    arguments.add_sit_arguments(parser, model="SiT-XL/1")
+    arguments.add_denoiser_arguments(parser, model="SiT-XL/1")
     add_alignment_arguments(parser)
     arguments.add_schedule_arguments(parser, batch_size=256, epochs=80)
     arguments.add_speed_arguments(parser)
@@ -76,7 +66,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_grid_arguments(parser)
     args = parser.parse_args(argv)
     arguments.check_arguments(args)
-    resolve_alignment(args)
+    settle_alignment(args)
     if not args.dry_run and not args.vae_latents_name:
         raise UserError("--vae-latents-name is needed: the latent cache that cache_latents.py made")
     return args
@@ -104,111 +94,70 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("alignment")
     group.add_argument(
         "--align",
-        choices=ALIGNMENTS,
         default="repa",
-        help="of hidden states: repa with VFM features, vae with the clean latents (VAE-REPA; no VFM, no images), with "
-        "both, with neither",
-    )
-    group.add_argument(
-        "--proj-coeff",
-        type=non_negative_float,
-        metavar="X",
-        help=f"weight of REPA; 0: no VFM is used (default: {REPA_COEFF})",
-    )
-    group.add_argument(
-        "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
+        metavar="NAME",
+        help=f"of hidden states, one of {', '.join(DENOISER_ALIGNMENTS)}, a sum such as repa+vae, or {NONE}: repa with "
+        "VFM features, vae with the clean latents (VAE-REPA; no VFM, no images)",
     )
     add_encoder_arguments(group, default="dinov2-vit-b")
-    group.add_argument(
-        "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
-    )
     group.add_argument(
         "--repa-source",
         choices=("auto", "images", "features"),
         default="auto",
         help="run the VFM on the images, or read cached features; auto: features where the cache has them",
     )
-    group.add_argument(
-        "--vae-repa-coeff",
-        type=non_negative_float,
-        metavar="X",
-        help=f"weight of VAE-REPA (default: {VAE_REPA_COEFF}; REPA-E's --vae-align-proj-coeff is another thing)",
-    )
-    group.add_argument(
-        "--vae-repa-depth",
-        type=positive_int,
-        metavar="N",
-        help="block whose output predicts the clean latent, from 1 (default: "
-        + ", ".join(f"{size} {depth}" for size, depth in VAE_REPA_DEPTHS.items())
-        + ")",
-    )
-    group.add_argument(
-        "--vae-repa-times",
-        type=fraction,
-        nargs=2,
-        default=[0.0, 1.0],
-        metavar=("LOW", "HIGH"),
-        help="times at which it does, 0 is data, 1 noise (default: 0 1)",
-    )
-    group.add_argument(
-        "--vae-repa-width",
-        type=positive_int,
-        metavar="N",
-        help="hidden width of its projector, five linear layers (default: twice the SiT's)",
-    )
+    for alignment in DENOISER_ALIGNMENTS.values():
+        alignment.add_arguments(group)
 
 
-def resolve_alignment(args: argparse.Namespace) -> None:
-    """Settle what is aligned and how strongly; what is not has weight 0, and its flags are refused."""
-    chosen = set(args.align.split("+")) - {"none"}
-    if "repa" not in chosen and (args.proj_coeff or args.enc_ckpt or args.repa_source != "auto"):
-        flag = "--proj-coeff" if args.proj_coeff else "--enc-ckpt" if args.enc_ckpt else "--repa-source"
-        raise UserError(
-            f"{flag} is REPA's, and --align {args.align} uses no VFM: leave it away, or add repa to --align"
-        )
-    if "vae" not in chosen and (args.vae_repa_coeff or args.vae_repa_depth or args.vae_repa_width):
-        flag = "coeff" if args.vae_repa_coeff else "depth" if args.vae_repa_depth else "width"
-        raise UserError(f"--vae-repa-{flag} is VAE-REPA's: leave it away, or add vae to --align {args.align}")
-    low, high = args.vae_repa_times
-    if low >= high:
-        raise UserError(f"--vae-repa-times {low:g} {high:g}: the lower time comes first, and they differ")
-    if "vae" not in chosen and (low, high) != (0.0, 1.0):
-        raise UserError(f"--vae-repa-times is VAE-REPA's: leave it away, or add vae to --align {args.align}")
-    args.proj_coeff = 0.0 if "repa" not in chosen else REPA_COEFF if args.proj_coeff is None else args.proj_coeff
-    coeff = VAE_REPA_COEFF if args.vae_repa_coeff is None else args.vae_repa_coeff
-    args.vae_repa_coeff = coeff if "vae" in chosen else 0.0
-    parts = [name for name, weight in (("repa", args.proj_coeff), ("vae", args.vae_repa_coeff)) if weight]
-    args.align = "+".join(parts) or "none"
-
-
-@dataclass
-class Data:
-    """What is trained on; a dry run may lack all of it."""
-
-    latents: LatentDataset | None = None
-    held_out: LatentDataset | None = None
+def settle_alignment(args: argparse.Namespace) -> None:
+    """Settle what is aligned; what has weight 0 is not, and flags of what is not are refused."""
+    names = parse_sum(args.align)
+    settle_arguments(args, names, DENOISER_ALIGNMENTS, "--align")
+    if not any(DENOISER_ALIGNMENTS[name].needs_features for name in names):
+        for flag, given in (("--enc-ckpt", args.enc_ckpt), ("--repa-source", args.repa_source != "auto")):
+            if given:
+                raise UserError(
+                    f"{flag} is for VFM features, and --align {args.align} uses no VFM: leave it out, or add repa to "
+                    "--align"
+                )
+    args.align = "+".join(name for name in names if DENOISER_ALIGNMENTS[name].weight_of(args)) or NONE
 
 
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     folder, origin = (None, args.continue_train_exp_dir) if args.dry_run else ldm_source.resolve_folder(args)
-    accelerator = build_accelerator(args.mixed_precision, args.report_to, folder)
-    set_numerics(args.seed, args.allow_tf32, args.deterministic)
-    data = open_data(args, accelerator)
-    autoencoder = load_autoencoder(args, data.latents)
-    config = resolve(args, accelerator, data, autoencoder)
-    source = open_source(args, config, origin, folder, None if data.latents is None else autoencoder)
+    accelerator = begin(args, folder)
+    latents, held_out = open_data(args, accelerator)
+    tokenizer = open_tokenizer(args, latents)
+    config = resolve(args, latents, tokenizer)
+    source = ldm_source.open_source(args, config, origin, folder, None if latents is None else tokenizer)
     if args.dry_run:
-        dry_run_step(args, config, source, autoencoder, accelerator)
+        dry_run_step(args, config, source, tokenizer, accelerator)
         return 0
-    job = build_job(args, config, data, autoencoder, source, accelerator)
-    return train(args, vars(args), folder, job, accelerator)
+    with open_run(folder, accelerator, vars(args)) as this_run:
+        # of a run that begins elsewhere, --resume-step chose a checkpoint there
+        checkpoint = this_run.checkpoint(args.resume_step if source is None else 0)
+        start_step = checkpoint.step if checkpoint is not None else 0 if source is None else source.step
+        if this_run.is_finished(start_step):
+            return 0
+        method = build(args, config, tokenizer, accelerator)
+        method.watch(held_out)
+        prepare(this_run, tokenizer, is_new=checkpoint is None)
+        this_run.start(start_step)
+        loop = Loop(method, this_run, latents, args, checkpoint, start_step)
+        if checkpoint is None and source is not None:
+            source.take_over(method)
+        this_run.start_trackers("sendvae-ldm")
+        lines = describe(args, method, latents) + cost_lines(args, method)
+        this_run.describe(args, lines, start_step)
+        return loop.fit()
 
 
-def open_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
-    """The latent caches; a dry run does without where none is named."""
+def open_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[LatentDataset | None, LatentDataset | None]:
+    """The latent caches to train on and held out; a dry run does without where none is named."""
     if not args.vae_latents_name:
-        return Data()
+        return None, None
     folder = latents_folder(args.data_dir, args.vae_latents_name)
     args.repa_source = choose_repa_source(args, folder)
     images = None
@@ -223,7 +172,7 @@ def open_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
     if args.val_data_dir or args.val_vae_latents_name:
         held_out = LatentDataset(held_out_folder(args), **share)
         check_held_out(held_out, latents)
-    return Data(latents, held_out)
+    return latents, held_out
 
 
 def used_parts(args: argparse.Namespace) -> list[str]:
@@ -267,9 +216,14 @@ def check_held_out(held_out: LatentDataset, latents: LatentDataset) -> None:
             raise UserError(f"{held_out.folder} has another {what} than {latents.folder}; make a cache that matches it")
 
 
+def needs_features(args: argparse.Namespace) -> bool:
+    """Whether something is aligned with a VFM."""
+    return any(DENOISER_ALIGNMENTS[name].needs_features for name in parse_sum(args.align))
+
+
 def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
     """Where the features come from: ``none``, ``features`` (cached) or ``images``."""
-    if not args.proj_coeff:
+    if not needs_features(args):
         return "none"
     if args.repa_source == "auto":
         indices = [read_index(folder / features_name(name)) for name in encoder_names(args.enc_type)]
@@ -286,243 +240,136 @@ def open_repa_images(args: argparse.Namespace, accelerator: Accelerator) -> Imag
     return open_images(path, args.resolution, default=DEFAULT_RESOLUTION)
 
 
-def load_autoencoder(args: argparse.Namespace, latents: LatentDataset | None) -> Autoencoder:
+def open_tokenizer(args: argparse.Namespace, latents: LatentDataset | None) -> Tokenizer:
     """The cache's VAE with its statistics; for a dry run without a cache a random one of ``--vae``.
 
     Raises:
         UserError: the cache has lost its statistics, or holds another VAE than it was made with.
     """
     if latents is None:
-        return build_autoencoder(args.vae or dry_run.DEFAULT_VAE, "none")[0]
-    autoencoder, statistics = build_autoencoder(str(latents.vae_folder))
+        return load_tokenizer(args.vae or DEFAULT_VAE, "none")[0]
+    tokenizer, statistics = load_tokenizer(str(latents.vae_folder))
     remedy = "copy the cache again, or make it anew with cache_latents.py"
     if statistics is None:
         raise UserError(f"{latents.vae_folder} has no latent statistics ({STATISTICS_FILE}): {remedy}")
-    if autoencoder.checksum() != latents.source.get("vae"):
+    if tokenizer.checksum() != latents.source.get("vae"):
         raise UserError(f"{latents.vae_folder} is not the VAE that {latents.folder} was made with: {remedy}")
     if args.vae:
-        named, _ = build_autoencoder(args.vae, "none")
-        if (named.latent_channels, named.downsampling) != (autoencoder.latent_channels, autoencoder.downsampling):
+        named, _ = load_tokenizer(args.vae, "none")
+        if (named.latent_channels, named.downsampling) != (tokenizer.latent_channels, tokenizer.downsampling):
             raise UserError(
                 f"--vae {args.vae} is not the VAE that {latents.folder} was made with: leave the flag away, or give "
                 "the cache of that VAE"
             )
-    return autoencoder
+    return tokenizer
 
 
-def resolve(args: argparse.Namespace, accelerator: Accelerator, data: Data, autoencoder: Autoencoder) -> SiTConfig:
+def resolve(args: argparse.Namespace, latents: LatentDataset | None, tokenizer: Tokenizer) -> DenoiserConfig:
     """Replace every default that depends on the data, so that ``args.json`` and checkpoints say what was done."""
-    args.mixed_precision = accelerator.mixed_precision
-    latents = data.latents
-    if args.channels_last is None:
-        args.channels_last = accelerator.device.type == "cpu"
     args.resolution = args.resolution or (DEFAULT_RESOLUTION if latents is None else latents.resolution)
     if latents is not None and args.resolution != latents.resolution:
         raise UserError(f"--resolution {args.resolution}: {latents.folder} was made at {latents.resolution} px")
-    channels, side, _ = autoencoder.latent_shape(args.resolution)
-    config = SiTConfig(
+    channels, side, _ = tokenizer.latent_shape(args.resolution)
+    config = denoiser_kind(args.model).Config.from_arguments(
+        args,
         model=args.model,
         latent_channels=channels,
         latent_size=side,
-        num_classes=dry_run.NUM_CLASSES if latents is None else len(latents.class_names),
-        qk_norm=args.qk_norm,
-        encoder_depth=args.encoder_depth,
-        feature_dims=feature_dims(args),
-        projector_width=args.projector_width,
+        num_classes=NUM_CLASSES if latents is None else len(latents.class_names),
     )
-    config.check()
-    if args.vae_repa_coeff:
-        args.vae_repa_depth = args.vae_repa_depth or VAE_REPA_DEPTHS[config.size_name]
-        args.vae_repa_width = args.vae_repa_width or VAE_REPA_WIDTH * config.size.width
-        config = replace(config, latent_depth=args.vae_repa_depth, latent_width=args.vae_repa_width)
-        config.check()
-    args.sit = config.to_dict()
+    args.denoiser = config.to_dict()
+    with torch.device("meta"):  # what does not fit the denoiser is refused, and what follows from it settled
+        denoiser = build_denoiser(config)
+        vfms = aligned(args, parse_sum(args.align), denoiser).features
+    args.feature_widths = [vfm.width for vfm in vfms]
     if latents is not None:
-        check_features(args, config, latents)
+        check_features(args, denoiser, latents)
         args.class_names = latents.class_names
         args.data_fingerprint = latents.fingerprint()
-        args.vae_checksum = latents.source["vae"]  # load_autoencoder compared it
-        args.statistics_checksum = statistics_checksum(autoencoder)
+        args.vae_checksum = latents.source["vae"]  # open_tokenizer compared it
+        args.statistics_checksum = tokenizer.statistics.checksum()
         if not args.dry_run:
             args.max_train_steps = arguments.resolve_max_steps(args, len(latents))
     return config
 
 
-def open_source(
-    args: argparse.Namespace,
-    config: SiTConfig,
-    origin: str | Path | None,
-    folder: Path | None,
-    autoencoder: Autoencoder | None,
-) -> Source | None:
-    """What a run goes on from that has no checkpoint of its own yet; noted in ``args``."""
-    if folder is not None and CheckpointFolder(folder).list():
-        before = arguments_of(folder) or {}
-        if "continued_from" in before:
-            args.continued_from = before["continued_from"]
-        return None
-    if origin is None:
-        return None
-    source = ldm_source.open_source(Path(origin), args.resume_step)
-    ldm_source.check_source(source, config, args, None if autoencoder is None else statistics_of(autoencoder))
-    args.continued_from = source.record()
-    return source
-
-
-def check_features(args: argparse.Namespace, config: SiTConfig, latents: LatentDataset) -> None:
-    """Cached features must lie on the SiT's token grid."""
+def check_features(args: argparse.Namespace, denoiser: Denoiser, latents: LatentDataset) -> None:
+    """Cached features must lie on the denoiser's token grid."""
     if args.repa_source != "features":
         return
-    names = encoder_names(args.enc_type)
-    for name, (tokens, width), dim in zip(names, latents.feature_shapes, config.feature_dims, strict=True):
-        if (tokens, width) != (config.grid**2, dim):
+    needed = vfm_features(args.enc_type, denoiser.grid)
+    for (name, grid, width), shape in zip(needed, latents.feature_shapes, strict=True):
+        if shape != (grid**2, width):
             raise UserError(
-                f"{latents.folder}: cached features of {name} are {tokens} tokens of {width}, {args.model} needs "
-                f"{config.grid**2} of {dim}: cache them with --features-grid {config.grid}"
+                f"{latents.folder}: cached features of {name} are {shape[0]} tokens of {shape[1]}, {args.model} needs "
+                f"{grid**2} of {width}: cache them with --features-grid {grid}"
             )
 
 
-def build_trainer(
-    args: argparse.Namespace, config: SiTConfig, autoencoder: Autoencoder, accelerator: Accelerator
-) -> LDMTrainer:
-    """Build every network and the optimizer."""
-    device = accelerator.device
-    torch.manual_seed(args.seed)
-    model = SiT(config).to(device).train()
-    model.gradient_checkpointing = args.gradient_checkpointing
-    encoders = build_alignment(args, config, accelerator)
-    ema = EMA(model, args.ema_decay) if args.ema_decay else None
+def build(args: argparse.Namespace, config: DenoiserConfig, tokenizer: Tokenizer, accelerator: Accelerator) -> LDM:
+    """Everything that is trained, and the VFMs that images are run through."""
+    denoiser, alignment = build_aligned_denoiser(args, config, parse_sum(args.align), accelerator)
+    encoders = None
+    if alignment.needs_features and args.repa_source != "features":
+        encoders = build_vfms(args, denoiser.grid, accelerator)
+    method = LDM(args, accelerator, denoiser, alignment, tokenizer.to(accelerator.device), encoders)
     if args.compile:
-        for network in (model, *(encoders or ())):
-            network.compile()
-    return LDMTrainer(
-        model,
-        autoencoder.to(device).statistics,
-        encoders,
-        encoder_names=encoder_names(args.enc_type) if args.proj_coeff else (),
-        proj_coeff=args.proj_coeff,
-        cfg_prob=args.cfg_prob,
-        path_type=args.path_type,
-        weighting=args.weighting,
-        max_grad_norm=args.max_grad_norm,
-        seed=args.seed,
-        optimizer=build_optimizer(args, model),
-        ema=ema,
-        accelerator=accelerator,
-        latent_coeff=args.vae_repa_coeff,
-        latent_times=tuple(args.vae_repa_times),
-    )
+        compile_networks(None, denoiser, *(encoders or ()))
+    return method
 
 
-def build_alignment(args: argparse.Namespace, config: SiTConfig, accelerator: Accelerator) -> list[Encoder] | None:
-    """The VFMs that images are run through; None where features are cached or nothing is aligned."""
-    if not args.proj_coeff or args.repa_source == "features":
-        return None
-    return build_token_encoders(args, config.grid, accelerator)
+def prepare(this_run: Run, tokenizer: Tokenizer, is_new: bool) -> None:
+    """Put the VAE into the folder of a run that starts, or that lost it."""
+    if this_run.is_main and (is_new or not this_run.has_vae):
+        tokenizer.save(this_run.folder / "vae")
 
 
-def build_job(
-    args: argparse.Namespace,
-    config: SiTConfig,
-    data: Data,
-    autoencoder: Autoencoder,
-    source: Source | None,
-    accelerator: Accelerator,
-) -> Job:
-    def build() -> LDMTask:
-        trainer = build_trainer(args, config, autoencoder, accelerator)
-        return LDMTask(
-            trainer,
-            Schedule(args.lr_schedule, args.warmup_steps, args.max_train_steps),
-            rate=args.learning_rate,
-            autoencoder=autoencoder,
-            held_out=data.held_out,
-            val_batch_size=micro_batch_size(args, accelerator),
-            max_val_images=args.max_val_images,
-            num_workers=args.num_workers,
-            grid_steps=args.grid_steps,
-            grid_cfg_scale=args.grid_cfg_scale,
-        )
-
-    return Job(
-        "sendvae-ldm",
-        data.latents,
-        build,
-        begin=lambda task: None if source is None else source.take_over(task.trainer),
-        first_step=None if source is None else source.step,
-        describe=lambda task: describe(args, config, data) + cost_lines(args, config, task.trainer),
-        products=("vae",),
-        prepare=lambda folder: autoencoder.save(folder / "vae"),
-    )
-
-
-def describe(args: argparse.Namespace, config: SiTConfig, data: Data) -> list[str]:
+def describe(args: argparse.Namespace, method: LDM, latents: LatentDataset) -> list[str]:
     """The resolved sizes, for the log."""
-    shape, held = (config.latent_channels, config.latent_size, config.latent_size), data.latents.held_bytes
-    lines = [
-        f"{len(data.latents)} latents {shape}, {config.num_classes} classes, {held / 1e9:.2f} GB held in memory",
-        f"{config.model}: {config.size.depth} blocks of {config.size.width}, {config.grid}×{config.grid} tokens",
+    denoiser, held = method.denoiser, latents.held_bytes / 1e9
+    source = [f"VFM features come from {args.repa_source}"] if method.alignment.needs_features else []
+    return [
+        f"{len(latents)} latents {denoiser.latent_shape}, {denoiser.null_class} classes, {held:.2f} GB held in memory",
+        denoiser.describe(),
+        *method.alignment.describe(),
+        *source,
     ]
-    if args.proj_coeff:
-        lines.append(
-            f"REPA after block {config.encoder_depth} with {args.enc_type}, from {args.repa_source}, weight "
-            f"{args.proj_coeff:g}"
-        )
-    if args.vae_repa_coeff:
-        low, high = args.vae_repa_times
-        lines.append(
-            f"VAE-REPA after block {config.latent_depth}, times {low:g} to {high:g}, weight {args.vae_repa_coeff:g}"
-        )
-    return lines
 
 
-def cost_lines(args: argparse.Namespace, config: SiTConfig, trainer: LDMTrainer) -> list[str]:
+def cost_lines(args: argparse.Namespace, method: LDM) -> list[str]:
     """What the alignment costs, measured; on the main process, which alone has a use for it."""
-    if args.align == "none" or not trainer.accelerator.is_main_process:
+    if not len(method.alignment) or not method.accelerator.is_main_process:
         return []
-    return alignment_cost_lines(config, trainer.encoders or (), args.resolution)
+    return alignment_cost_lines(args, method.denoiser.config, [*method.alignment], method.encoders or ())
 
 
 def dry_run_step(
     args: argparse.Namespace,
-    config: SiTConfig,
-    source: Source | None,
-    autoencoder: Autoencoder,
+    config: DenoiserConfig,
+    source: ldm_source.Source | None,
+    tokenizer: Tokenizer,
     accelerator: Accelerator,
 ) -> None:
     """Two steps at the real shapes: a small batch on each process, of random latents."""
-    trainer = build_trainer(args, config, autoencoder, accelerator)
+    method = build(args, config, tokenizer, accelerator)
     if source is not None:
-        source.take_over(trainer)
-    count = dry_run_batch_size(args, accelerator)
-    batch = random_batch(args, config, count)
-    for line in cost_lines(args, config, trainer):
+        source.take_over(method)
+    for line in cost_lines(args, method):
         print(line)
-    networks = {
-        args.model: trainer.model,
-        **{f"VFM {encoder.name}": encoder for encoder in trainer.encoders or ()},
-        "VAE": autoencoder,
-    }
-    dry_run.report(
-        networks,
-        lambda number: trainer.step(number, [batch], args.learning_rate),
-        count * accelerator.num_processes,
-        accelerator.device,
-        shown=accelerator.is_main_process,
-    )
+    count = dry_run.batch_size(args, method)
+    dry_run.dry_run(method, random_batch(args, method, count), count)
 
 
-def random_batch(args: argparse.Namespace, config: SiTConfig, count: int) -> LatentBatch:
+def random_batch(args: argparse.Namespace, method: LDM, count: int) -> LatentBatch:
     """What a batch of the cache would hold, made up."""
-    side = config.latent_size
     images = features = None
     if args.repa_source == "features":
-        features = tuple(torch.randn(count, config.grid**2, dim) for dim in config.feature_dims)
-    elif args.proj_coeff:
+        features = tuple(torch.randn(count, grid**2, width) for _, grid, width in method.alignment.features)
+    elif method.alignment.needs_features:
         images = torch.randint(0, 256, (count, 3, args.resolution, args.resolution), dtype=torch.uint8)
     return LatentBatch(
-        moments=torch.rand(count, 2 * config.latent_channels, side, side),
-        labels=torch.randint(0, config.num_classes, (count,)),
+        stored=torch.rand(count, *method.tokenizer.stored_shape(args.resolution)),
+        labels=torch.randint(0, method.denoiser.null_class, (count,)),
         images=images,
         features=features,
     )

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.images import ImageDataset, open_images
 from dataset.packing import PackingJob
 from dataset.shards import ShardSpec
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from inference.latent_cache import (
     Cacher,
     ChunkEncoder,
@@ -35,7 +35,7 @@ from inference.latent_cache import (
     latents_encoder,
     one_thread_each,
 )
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 from runtime.processes import this_process
 
@@ -57,9 +57,9 @@ def write_images(folder: Path, count: int, resolution: int, shard_size: int) -> 
 
 
 @torch.inference_mode()
-def bare(autoencoder: Autoencoder, batch: torch.Tensor, count: int, args) -> float:
+def bare(tokenizer: Tokenizer, batch: torch.Tensor, count: int, args) -> float:
     """Images a second of the encoder alone, in one call a batch."""
-    device, encode = batch.device, latents_encoder(autoencoder, torch.float16)
+    device, encode = batch.device, latents_encoder(tokenizer, torch.float16)
     autocast = autocast_for(device, args.mixed_precision)
     begin = time.perf_counter()
     for _ in range(count // len(batch)):
@@ -79,13 +79,13 @@ def bare_chunks(encoder: ChunkEncoder, target: Target, batch: torch.Tensor, coun
 
 
 def cached(
-    folder: Path, images: ImageDataset, autoencoder: Autoencoder, encoder: ChunkEncoder, args, pinned: bool
+    folder: Path, images: ImageDataset, tokenizer: Tokenizer, encoder: ChunkEncoder, args, pinned: bool
 ) -> float:
     """Images a second of the whole job."""
-    channels, *sides = autoencoder.latent_shape(images.resolution)
+    channels, *sides = tokenizer.latent_shape(images.resolution)
     job = PackingJob(folder, ShardSpec("latents", (2 * channels, *sides), "float16"), {})
     measured, shards = MeasuredStatistics(job, channels), len(images.shard_counts)
-    encode = latents_encoder(autoencoder, torch.float16)
+    encode = latents_encoder(tokenizer, torch.float16)
     target = Target("latents", job, encode, False, ["noise"], lambda: measured.total(shards), measured.shard)
     begin = time.perf_counter()
     job.begin()
@@ -119,10 +119,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     device = this_process().device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    autoencoder, _ = build_autoencoder(args.vae, "none")
-    autoencoder.requires_grad_(False).to(device)
+    tokenizer, _ = load_tokenizer(args.vae, "none")
+    tokenizer.requires_grad_(False).to(device)
     if device.type == "cpu":
-        autoencoder.network.to(memory_format=torch.channels_last)
+        tokenizer.network.to(memory_format=torch.channels_last)
     chunk, count = chunk_size(args.resolution, device), args.num_images
     size = min(count, max(chunk, args.pproc_batch_size if device.type == "cuda" else 4 * chunk))
     batch = torch.randint(0, 256, (size, 3, args.resolution, args.resolution), dtype=torch.uint8).to(device)
@@ -132,17 +132,17 @@ def main(argv: Sequence[str]) -> int:
     def new_encoder() -> ChunkEncoder:
         return ChunkEncoder(device, chunk, threads, autocast_for(device, args.mixed_precision))
 
-    target = Target("latents", None, latents_encoder(autoencoder, torch.float16), False, ())
+    target = Target("latents", None, latents_encoder(tokenizer, torch.float16), False, ())
     with tempfile.TemporaryDirectory() as scratch:
         images = write_images(Path(scratch) / "images", count, args.resolution, args.shard_size)
-        bare(autoencoder, batch, size, args)  # kernels are chosen and compiled at the first call
+        bare(tokenizer, batch, size, args)  # kernels are chosen and compiled at the first call
         for number in range(args.repeats):
-            fastest = bare(autoencoder, batch, count, args)
+            fastest = bare(tokenizer, batch, count, args)
             with one_thread_each():
                 if device.type == "cpu":
                     fastest = max(fastest, bare_chunks(new_encoder(), target, batch, count))
                 rate = cached(
-                    Path(scratch) / str(number), images, autoencoder, new_encoder(), args, device.type == "cuda"
+                    Path(scratch) / str(number), images, tokenizer, new_encoder(), args, device.type == "cuda"
                 )
             rates["bare encoder"].append(fastest)
             rates["cache_latents"].append(rate)

@@ -2,9 +2,9 @@
 
 ::
 
-    index.json labels.npy     a packed dataset of kind "latents": [2C, h, w], posterior mean, then standard deviation
+    index.json labels.npy     a packed dataset of kind "latents": what the VAE stores, e.g. [2C, h, w]
     latents-00000.npy …
-    latents_stats.safetensors mean, std, var of posterior samples over the whole set
+    latents_stats.safetensors mean, std, var of samples over the whole set
     vae/                      the VAE that made it, a diffusers folder
     flipped/                  a packed dataset: latents of the mirrored images
     features/ENC/             a packed dataset of kind "features": [N, D], what the VFM ENC sees
@@ -30,6 +30,7 @@ from dataset.images import ImageDataset
 from dataset.shards import PackedReader, read_index
 from errors import UserError
 from models.latent_statistics import LatentStatistics
+from models.tokenizers import stored_latent_shape
 
 STATISTICS_NAME = "latents_stats.safetensors"
 VAE_NAME = "vae"
@@ -42,13 +43,13 @@ class LatentBatch(NamedTuple):
     """What a training step is given.
 
     Attributes:
-        moments: ``[b, 2C, h, w]``, posterior mean, then standard deviation, of the cache's type.
+        stored: ``[b, S, h, w]``, of the cache's type; ``Tokenizer.sample`` makes latents of it.
         labels: int64 ``[b]``.
         images: uint8 ``[b, 3, H, W]``, 0…255, or None.
         features: ``[b, N, D]`` of each VFM, of the cache's type, in the order asked for; or None.
     """
 
-    moments: Tensor
+    stored: Tensor
     labels: Tensor
     images: Tensor | None = None
     features: tuple[Tensor, ...] | None = None
@@ -101,7 +102,7 @@ class LatentDataset:
         labels: int64 ``[N]``.
         class_names: label ``c`` means ``class_names[c]``.
         vae_folder: diffusers folder of the VAE that made the cache.
-        statistics: of posterior samples over the whole set.
+        statistics: of samples over the whole set.
         feature_shapes: (N, D) of each VFM.
         has_flipped: whether items can be mirrored.
         source: what the cache was made from and how, from its index.
@@ -139,7 +140,7 @@ class LatentDataset:
             self._check_images(images)
         limit = available_memory() // (4 * local_processes) if memory_limit is None else memory_limit
         readers = [latents, self._open(FLIPPED_NAME, "latents", "--hflip")] if hflip else [latents]
-        self._moments = _Array(readers, limit, show_progress)
+        self._stored = _Array(readers, limit, show_progress)
         self._features: dict[str, _Array] = {}
         for enc_type in features:
             names = [features_name(enc_type, flipped) for flipped in ((False, True) if hflip else (False,))]
@@ -158,19 +159,19 @@ class LatentDataset:
     @property
     def held_bytes(self) -> int:
         """Bytes that this process holds in memory."""
-        return self._moments.held_bytes + sum(array.held_bytes for array in self._features.values())
+        return self._stored.held_bytes + sum(array.held_bytes for array in self._features.values())
 
     @property
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each array of an item."""
-        layout = {"moments": _torch_layout(self._moments), "labels": ((), torch.int64)}
+        layout = {"stored": _torch_layout(self._stored), "labels": ((), torch.int64)}
         if self._images is not None:
             layout["images"] = ((3, self._images.resolution, self._images.resolution), torch.uint8)
         return layout | {name: _torch_layout(array) for name, array in self._features.items()}
 
     def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
         """Read n items into arrays ``[n, …]`` of :attr:`layout`; those in ``flips``, bool ``[n]``, mirrored."""
-        self._moments.read(items, flips, out["moments"])
+        self._stored.read(items, flips, out["stored"])
         out["labels"][...] = self.labels[items]
         if self._images is not None:
             pixels = out["images"]
@@ -183,21 +184,22 @@ class LatentDataset:
     def batch(self, tensors: Mapping[str, Tensor]) -> LatentBatch:
         """What the loader hands out."""
         features = tuple(tensors[name] for name in self._features) or None
-        return LatentBatch(tensors["moments"], tensors["labels"], tensors.get("images"), features)
+        return LatentBatch(tensors["stored"], tensors["labels"], tensors.get("images"), features)
 
     def _latent_shape(self, latents: PackedReader) -> tuple[int, int, int]:
-        path = self.vae_folder / "config.json"
-        try:
-            channels = int(json.loads(path.read_bytes())["latent_channels"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} does not say latent_channels ({error}); copy the whole cache again") from error
         shape = latents.spec.shape
-        if len(shape) != 3 or shape[0] != 2 * channels:
+        try:
+            return stored_latent_shape(self.vae_folder, shape)
+        except json.JSONDecodeError as error:
             raise UserError(
-                f"{self.folder} holds items of shape {shape}; posterior means and standard deviations of a VAE with "
-                f"{channels} latent channels have {2 * channels}; {_MAKE}"
-            )
-        return channels, *shape[1:]
+                f"{self.vae_folder / 'config.json'} is damaged ({error}); copy the whole cache again"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"{self.folder} holds items of shape {shape}; {error}; {_MAKE}") from error
+        except (OSError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.vae_folder / 'config.json'} does not say which VAE it is of ({error}); copy the cache again"
+            ) from error
 
     def _load_statistics(self) -> LatentStatistics:
         path = self.folder / STATISTICS_NAME

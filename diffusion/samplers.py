@@ -102,10 +102,11 @@ def sample_sde(
 
 
 def model_velocity(model: nn.Module, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Velocity:
-    """The velocity of a network ``model(x, t, y)`` with one time a sample, computed under ``autocast()``."""
+    """The velocity of a network ``model(x, t, y) → (velocity, …)`` with one time a sample, under ``autocast()``."""
 
     def velocity(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
         with autocast():
-            return model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y).to(x.dtype)
+            prediction, _ = model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)
+            return prediction.to(x.dtype)
 
     return velocity

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from formats.layers import to_ldm
-from models.tokenizers.kl import CONFIG_DIR, architecture_names, list_or_value
+from models.tokenizers.kl import CONFIG_DIR, KLTokenizer, architecture_names, list_or_value
 from models.weight_files import NotWeightsError
 
 # What names and shapes tell; with how many groups GroupNorm works they do not.
@@ -75,6 +75,11 @@ def infer_shape(state: Mapping[str, torch.Tensor]) -> dict:
 def fitting_names(config: Mapping) -> list[str]:
     """The names that ``--vae`` knows of this architecture."""
     return [name for name in architecture_names() if differing_key(config, named_config(name)) is None]
+
+
+def known_names(tokenizer: KLTokenizer) -> list[str]:
+    """The names that ``--vae`` knows of a VAE's architecture."""
+    return fitting_names(tokenizer.network.config)
 
 
 def differing_key(config: Mapping, other: Mapping) -> str | None:

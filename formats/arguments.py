@@ -23,7 +23,7 @@ def add_encoder_arguments(group: argparse._ArgumentGroup, default: str | None) -
 
 
 def add_vae_source_arguments(group: argparse._ActionsContainer, default: str | None) -> None:
-    """Flags that name a VAE, its weights and its latent statistics: what ``formats.vae.build_autoencoder`` takes."""
+    """Flags that name a VAE, its weights and its latent statistics: what ``formats.vae.load_tokenizer`` takes."""
     group.add_argument(
         "--vae",
         "--vae-arch",

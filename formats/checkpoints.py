@@ -6,7 +6,7 @@ Lightning checkpoint (VA-VAE, LDM)     the same under ``state_dict``, beside ``l
 Stable Diffusion checkpoint            the same with the prefix ``first_stage_model.``, beside a U-Net
 diffusers file                         ``encoder.down_blocks.…``, attention in today's or in older names
 REPA-E training checkpoint             ``vae``, ``discriminator``, statistics in ``ema``
-our own checkpoint                     ``autoencoder.network.…`` or ``network.…``, beside ``statistics.…``
+our own checkpoint                     ``tokenizer.network.…`` or ``network.…``, beside ``statistics.…``
 =====================================  ===============================================================================
 
 A VAE is found by its first convolution, whatever prefix a training code gave it.

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from formats.layers import State, to_ldm
 from formats.statistics import DISCRIMINATOR_SUFFIX, REPAE_SUFFIX, repae_tensors
 from models.latent_statistics import LatentStatistics
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers.kl import KLTokenizer
 
 NEARLY = 1e-3  # of a std: statistics that differ less between channels are one number
 SUFFIXES = (".pt", ".safetensors")
@@ -37,20 +37,31 @@ def diffusers_scaling(statistics: LatentStatistics) -> dict[str, object]:
     return config | dict(zip(("latents_mean", "latents_std"), per_channel or (None, None), strict=True))
 
 
-def ldm_state(autoencoder: Autoencoder) -> State:
+def set_scaling(tokenizer: KLTokenizer) -> None:
+    """Say in a VAE's configuration what its latent statistics say."""
+    tokenizer.network.register_to_config(**diffusers_scaling(tokenizer.statistics))
+
+
+def scaling_config(tokenizer: KLTokenizer) -> dict[str, object]:
+    """What a VAE's configuration says of the scale of its latents."""
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    return {name: tokenizer.network.config[name] for name in names}
+
+
+def ldm_state(tokenizer: KLTokenizer) -> State:
     """The network's tensors by LDM names, float32 on the CPU."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in autoencoder.network.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.network.state_dict().items()}
     return to_ldm(state)
 
 
-def repae_files(autoencoder: Autoencoder, path: Path, discriminator: Mapping | None) -> dict[Path, State]:
+def repae_files(tokenizer: KLTokenizer, path: Path, discriminator: Mapping | None) -> dict[Path, State]:
     """REPA-E's trio: ``X.pt``, ``X-latents-stats.pt`` and, where there is a discriminator, ``X-discriminator-ckpt.pt``.
 
     Raises:
         NotWeightsError: REPA-E cannot store these statistics.
     """
-    files = {path: ldm_state(autoencoder)}
-    files[path.with_name(f"{path.stem}{REPAE_SUFFIX}{path.suffix}")] = repae_tensors(autoencoder.statistics)
+    files = {path: ldm_state(tokenizer)}
+    files[path.with_name(f"{path.stem}{REPAE_SUFFIX}{path.suffix}")] = repae_tensors(tokenizer.statistics)
     if discriminator is not None:
         files[path.with_name(f"{path.stem}{DISCRIMINATOR_SUFFIX}{path.suffix}")] = dict(discriminator)
     return files

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from models.denoisers.sit import SiT
-from models.tokenizers.kl import STATISTICS_FILE, Autoencoder
+from models.tokenizers import STATISTICS_FILE, Tokenizer
 
 INDEX_FILE, TRANSFORMER, VAE, SNIPPET_FILE = "model_index.json", "transformer", "vae", "README.md"
 
@@ -12,9 +12,9 @@ README = """# {model}, {resolution} px
 
 | part | class |
 |---|---|
-| `{transformer}/` | `models.denoisers.sit.SiT`: {model} on latents {latent}, {classes} classes and the null class {classes} |
-| `{transformer}/` | `models.denoisers.sit.SiT`: {model}, latents {latent}, {classes} classes and the null class {classes} |
-
+| `{transformer}/` | `models.denoisers.sit.SiT`: {model}, latents {latent}, {classes} classes and a null class |
+| `{transformer}/` | `{module}.{cls}`: {model}, latents {latent}, {classes} classes, null class {classes} |
+| `{vae}/` | `diffusers.AutoencoderKL`, with the latent statistics in `{statistics}` |
 Trained for {steps} steps on the {path_type} path; these are its {weights} weights. One image, from a clone of the
 repository:
 
@@ -40,19 +40,19 @@ image = vae.decode(z * std + mean).sample[0].detach().clamp(-1, 1)
 Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save("sample.png")"""
 
 
-def write_exported(folder: Path, name: str, model: SiT, autoencoder: Autoencoder, facts: dict) -> None:
+def write_exported(folder: Path, name: str, model: SiT, tokenizer: Tokenizer, facts: dict) -> None:
     """Write SiT, VAE, ``model_index.json`` and a README with a snippet that samples an image.
 
     Args:
         folder: is made; what it is given is overwritten.
         name: of the folder as the snippet is to call it.
         model: without projectors.
-        autoencoder: with the statistics of the SiT's training.
+        tokenizer: with the statistics of the SiT's training.
         facts: ``path_type``, ``resolution``, ``steps``, ``weights``, ``class_names``; plain JSON values.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / TRANSFORMER)
-    autoencoder.save(folder / VAE)
+    tokenizer.save(folder / VAE)
     index = {
         "_class_name": "LatentDiffusion",
         TRANSFORMER: [f"{SiT.__module__}", SiT.__name__],

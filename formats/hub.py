@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 
 from formats.statistics import DISCRIMINATOR_SUFFIX, LIGHTNINGDIT_FILE, REPAE_SUFFIX, WEIGHT_SUFFIXES, vae_files
 from models.hub import hub_answers
-from models.tokenizers.kl import STATISTICS_FILE
+from models.tokenizers import STATISTICS_FILE
 from models.weight_files import NotWeightsError, one_line
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<folder>[\w./-]+))?")

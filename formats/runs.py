@@ -21,7 +21,8 @@ MANIFEST = "manifest.json"
 ARGUMENTS = "args.json"
 PLACES = ("checkpoints", "milestones")
 VAE_MODULES = ("vae", "ema", "model")  # of a checkpoint, in the order in which vae/ would hold them
-OWN_STATISTICS = "statistics_ema"  # of a run that trains VAE and SiT together: those of the averaged SiT
+# A run that trains its VAE along keeps it in every checkpoint, with the statistics that belong to the averaged SiT.
+OWN_VAE, OWN_STATISTICS = "vae", "statistics_ema"
 DISCRIMINATOR = "discriminator.safetensors"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 _READ_BYTES = 1 << 22
@@ -92,6 +93,11 @@ def read_checkpoint(folder: Path) -> tuple[FoundVAE, dict | None]:
 
 def is_run(path: Path) -> bool:
     return (Path(path) / ARGUMENTS).is_file()
+
+
+def is_foreign_experiment(path: Path) -> bool:
+    """Whether a folder is an experiment of REPA or REPA-E: ``checkpoints/`` holds .pt files, not folders."""
+    return any((Path(path) / "checkpoints").glob("*.pt"))
 
 
 def steps(run: Path) -> dict[int, Path]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from models.latent_statistics import LatentStatistics
-from models.tokenizers.kl import STATISTICS_FILE
+from models.tokenizers import STATISTICS_FILE
 from models.weight_files import NotWeightsError, check_plain, read_contents
 
 LIGHTNINGDIT_FILE = "latents_stats.pt"
@@ -128,7 +128,7 @@ def statistics_in(contents: object, source: str) -> Statistics | None:
 
 def own_statistics(contents: Mapping, source: str) -> Statistics | None:
     """Those that our own checkpoints keep beside the network."""
-    for prefix in ("autoencoder.statistics.", "statistics."):
+    for prefix in ("tokenizer.statistics.", "statistics."):
         if f"{prefix}mean" in contents and f"{prefix}var" in contents:
             mean, var = (_channels(contents, f"{prefix}{name}") for name in ("mean", "var"))
             return Statistics(mean, None, var, source)

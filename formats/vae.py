@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 
 from errors import UserError
 from formats.architecture import (
@@ -35,10 +36,13 @@ from formats.statistics import (
     read_statistics,
     repa_statistics,
 )
-from models.tokenizers.kl import STATISTICS_FILE, Autoencoder, architecture_names
+from models.tokenizers import STATISTICS_FILE, TOKENIZERS, Tokenizer
+from models.tokenizers.base import CONFIG_FILE
+from models.tokenizers.kl import KLTokenizer, architecture_names
 from models.weight_files import NotWeightsError, check_values, one_line, read_contents
 
 RANDOM = "none"  # --vae-ckpt none: from scratch
+KL = "AutoencoderKL"
 _SUFFIXES = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
 _WEIGHTS = tuple(f"{DIFFUSERS_WEIGHTS}{suffix}" for suffix in _SUFFIXES)
 
@@ -65,28 +69,28 @@ class LoadedVAE:
     """A VAE with its weights.
 
     Attributes:
-        autoencoder: in eval mode, float32.
+        tokenizer: in eval mode, float32.
         layout: what it came from, in words.
         statistics_source: where its latent statistics come from; None where it has none.
         path: its file or folder; None for random weights.
     """
 
-    autoencoder: Autoencoder
+    tokenizer: Tokenizer
     layout: str
     statistics_source: str | None
     path: Path | None
 
 
-def build_autoencoder(
+def load_tokenizer(
     vae: str | None, checkpoint: str | None = None, statistics: str | None = None
-) -> tuple[Autoencoder, str | None]:
+) -> tuple[Tokenizer, str | None]:
     """Build a VAE and load its weights and latent statistics; see :func:`load_vae`.
 
     Returns:
-        the autoencoder in eval mode, and where its latent statistics come from: None where it has none.
+        the tokenizer in eval mode, and where its latent statistics come from: None where it has none.
     """
     loaded = load_vae(vae, checkpoint, statistics)
-    return loaded.autoencoder, loaded.statistics_source
+    return loaded.tokenizer, loaded.statistics_source
 
 
 def load_vae(
@@ -113,19 +117,57 @@ def load_vae(
     """
     if vae is None and checkpoint == RANDOM:
         raise UserError(f"{flag} {RANDOM}: random weights need an architecture; give --vae".strip())
+    if (other := _other_kind(vae, checkpoint, flag)) is not None:
+        return _load_other(other, vae if checkpoint in (None, RANDOM) else checkpoint, checkpoint == RANDOM, statistics)
     wanted = None if vae is None else architecture(vae)
     if checkpoint == RANDOM:
-        autoencoder = Autoencoder(_from_config(wanted, f"--vae {vae}"))
-        return LoadedVAE(autoencoder.eval(), "random", _load_statistics(autoencoder, None, statistics), None)
+        tokenizer = KLTokenizer(_from_config(wanted, f"--vae {vae}"))
+        return LoadedVAE(tokenizer.eval(), "random", _load_statistics(tokenizer, None, statistics), None)
     if checkpoint is None and vae in architecture_names():
         raise UserError(
             f"--vae {vae} names an architecture without weights: add --vae-ckpt with a VAE's file or folder, "
             "or --vae-ckpt none to train from scratch"
         )
     source = open_vae(vae, "--vae") if checkpoint is None else open_vae(checkpoint, flag, step, wanted, vae)
-    autoencoder = Autoencoder(_load_network(source, None if checkpoint is None else vae))
-    known = _load_statistics(autoencoder, source, statistics)
-    return LoadedVAE(autoencoder.eval(), source.found.layout, known, source.path)
+    tokenizer = KLTokenizer(_load_network(source, None if checkpoint is None else vae))
+    known = _load_statistics(tokenizer, source, statistics)
+    return LoadedVAE(tokenizer.eval(), source.found.layout, known, source.path)
+
+
+def _other_kind(vae: str | None, checkpoint: str | None, flag: str) -> type[Tokenizer] | None:
+    """The class of a tokenizer that is no ``AutoencoderKL``: named itself, or by a folder's config.json."""
+    name = vae if checkpoint in (None, RANDOM) else checkpoint
+    if name is None or name == RANDOM or name in architecture_names():
+        return None
+    kind = name
+    path = Path(name)
+    if path.is_dir():
+        path = path if (path / CONFIG_FILE).is_file() else path / "vae"  # of a run
+        try:
+            kind = json.loads((path / CONFIG_FILE).read_text())["_class_name"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # whatever it is, it is named below
+    return None if kind == KL else TOKENIZERS.get(kind)
+
+
+def _load_other(kind: type[Tokenizer], name: str, is_random: bool, statistics: str | None) -> LoadedVAE:
+    """A tokenizer of its own kind, from its folder or with random weights."""
+    path = Path(name)
+    if is_random or not path.is_dir():
+        config = json.loads((path / CONFIG_FILE).read_text()) if path.is_dir() else {}
+        if not is_random:
+            raise UserError(f"--vae {name} names a kind of tokenizer: give a folder of one, or --vae-ckpt {RANDOM}")
+        tokenizer = kind.from_architecture(config)
+        return LoadedVAE(tokenizer, "random", _load_statistics(tokenizer, None, statistics), None)
+    path = path if (path / CONFIG_FILE).is_file() else path / "vae"
+    try:
+        tokenizer, has_statistics = kind.load(path)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{name}: weights of a {kind.__name__} do not load ({one_line(error)})") from error
+    source = str(path / STATISTICS_FILE) if has_statistics else None
+    if statistics is not None:
+        source = _load_statistics(tokenizer, None, statistics)
+    return LoadedVAE(tokenizer, f"folder of a {kind.__name__}", source, path)
 
 
 def architecture(vae: str) -> dict:
@@ -221,7 +263,7 @@ def _load_network(source: VAESource, wanted_name: str | None) -> AutoencoderKL:
     return network.requires_grad_(True)
 
 
-def _load_statistics(autoencoder: Autoencoder, source: VAESource | None, file: str | None) -> str | None:
+def _load_statistics(tokenizer: Tokenizer, source: VAESource | None, file: str | None) -> str | None:
     """Load what there is, the nearest first; answers where it comes from."""
     if file is not None:
         given = f"--vae-latents-stats {file}"
@@ -232,7 +274,7 @@ def _load_statistics(autoencoder: Autoencoder, source: VAESource | None, file: s
                 found = _statistics_at(Path(file))
             else:
                 raise NotWeightsError("no such file")
-            found.load_into(autoencoder.statistics)
+            found.load_into(tokenizer.statistics)
         return found.source
     if source is None:
         return None
@@ -245,11 +287,11 @@ def _load_statistics(autoencoder: Autoencoder, source: VAESource | None, file: s
             except NotWeightsError as error:
                 raise NotWeightsError(f"latent statistics do not load from {beside.name} ({error})") from error
         if found is None:
-            found = config_statistics(autoencoder.network.config, "latents_mean and latents_std of config.json")
+            found = config_statistics(tokenizer.network.config, "latents_mean and latents_std of config.json")
         if found is None:
             return None
         try:
-            found.load_into(autoencoder.statistics)
+            found.load_into(tokenizer.statistics)
         except NotWeightsError as error:
             raise NotWeightsError(f"{Path(found.source).name}: {error}") from error
     return found.source

@@ -15,7 +15,8 @@ from formats.sit import SiTCheckpoint, SiTWeights, Statistics, assumed_statistic
 from formats.statistics import REPA_CHANNELS, REPA_SCALE
 from formats.vae import load_vae
 from models.denoisers.sit import PROJECTORS, SiT, SiTConfig
-from models.tokenizers.kl import Autoencoder, architecture_names
+from models.tokenizers import Tokenizer
+from models.tokenizers.kl import architecture_names
 from models.weight_files import weights_checksum
 
 VAE_FLAGS = ("vae", "vae_ckpt", "vae_latents_stats")
@@ -52,7 +53,7 @@ class ForeignLDM:
     vae_checksum: str
     checksum: str
     _state: dict = field(repr=False)
-    _autoencoder: Autoencoder = field(repr=False)
+    _autoencoder: Tokenizer = field(repr=False)
 
     def load_model(self) -> SiT:
         """The SiT in eval mode, on the CPU, without REPA's projectors."""
@@ -60,7 +61,7 @@ class ForeignLDM:
         model.load_state_dict(self._state)
         return model.eval().requires_grad_(False)
 
-    def load_autoencoder(self) -> Autoencoder:
+    def load_autoencoder(self) -> Tokenizer:
         """Its VAE with the latent statistics of its training."""
         return self._autoencoder.requires_grad_(False)
 
@@ -120,9 +121,9 @@ def open_foreign_ldm(args: argparse.Namespace, report: Callable[[str], object], 
     weights = _chosen(checkpoint, args.weights, given)
     notes: list[str] = []
     path_type = _path_type(checkpoint.facts, args.path_type, given, notes.append)
-    autoencoder = _load_autoencoder(checkpoint, weights, args, given, notes.append)
+    tokenizer = _load_autoencoder(checkpoint, weights, args, given, notes.append)
     config = checkpoint.config.without_projectors()
-    resolution = config.latent_size * autoencoder.downsampling
+    resolution = config.latent_size * tokenizer.downsampling
     for name, value in (("its args say", checkpoint.facts.get("resolution")), ("--resolution is", args.resolution)):
         if value not in (None, resolution):
             remedy = "give its own VAE" + (" and no --resolution" if args.resolution else "")
@@ -142,10 +143,10 @@ def open_foreign_ldm(args: argparse.Namespace, report: Callable[[str], object], 
         path_type=path_type,
         class_names=[str(number) for number in range(config.num_classes)],
         resolution=resolution,
-        vae_checksum=autoencoder.checksum(),
+        vae_checksum=tokenizer.checksum(),
         checksum=weights_checksum(state),
         _state=state,
-        _autoencoder=autoencoder,
+        _autoencoder=tokenizer,
     )
 
 
@@ -154,9 +155,9 @@ def statistics_difference(a: Statistics, b: Statistics) -> float:
     return max(((a.mean - b.mean).abs() / b.std).max().item(), (a.std / b.std - 1).abs().max().item())
 
 
-def statistics_of(autoencoder: Autoencoder) -> Statistics:
+def statistics_of(tokenizer: Tokenizer) -> Statistics:
     """The latent statistics that a VAE has."""
-    tensors = autoencoder.statistics.tensors()
+    tensors = tokenizer.statistics.tensors()
     return Statistics(tensors["mean"], tensors["std"])
 
 
@@ -192,7 +193,7 @@ def _load_autoencoder(
     args: argparse.Namespace,
     given: str,
     report: Callable[[str], object],
-) -> Autoencoder:
+) -> Tokenizer:
     """The VAE in the checkpoint or of the flags, with the statistics that its SiT was trained with."""
     named = checkpoint.facts.get("vae")
     if named is not None and args.vae not in (None, named):
@@ -207,17 +208,17 @@ def _load_autoencoder(
         source = args.vae_ckpt or _vae_of_training(checkpoint, given)
     architecture = args.vae or (named if named in architecture_names() else None)  # else as its tensors tell
     loaded = load_vae(architecture, source, args.vae_latents_stats)
-    autoencoder = loaded.autoencoder
-    if autoencoder.latent_channels != checkpoint.config.latent_channels:
+    tokenizer = loaded.tokenizer
+    if tokenizer.latent_channels != checkpoint.config.latent_channels:
         raise UserError(
             f"{given} makes latents of {checkpoint.config.latent_channels} channels, the VAE decodes "
-            f"{autoencoder.latent_channels}: give the VAE that it was trained with (--vae-ckpt)"
+            f"{tokenizer.latent_channels}: give the VAE that it was trained with (--vae-ckpt)"
         )
     assumed = assumed_statistics(checkpoint.config) if args.vae_latents_stats is None else None
     if weights.statistics is not None:
         # a VAE in the checkpoint is the right one, and its statistics are those of ema
         if loaded.statistics_source is not None and not checkpoint.holds_vae:
-            _check_vae_of(weights.statistics, statistics_of(autoencoder), args, given)
+            _check_vae_of(weights.statistics, statistics_of(tokenizer), args, given)
         statistics = weights.statistics
     elif assumed is not None:
         others = loaded.statistics_source
@@ -227,9 +228,9 @@ def _load_autoencoder(
     elif loaded.statistics_source is None:
         raise UserError(f"--vae-latents-stats is needed: neither {given} nor its VAE says how latents were normalised")
     else:
-        return autoencoder
-    autoencoder.statistics.load(statistics.mean, statistics.std)
-    return autoencoder
+        return tokenizer
+    tokenizer.statistics.load(statistics.mean, statistics.std)
+    return tokenizer
 
 
 def _vae_of_training(checkpoint: SiTCheckpoint, given: str) -> str:

@@ -28,9 +28,8 @@ from dataset.shards import ShardWriter
 from errors import UserError
 from models.encoders import Encoder
 from models.latent_statistics import LatentStatistics, mean_and_variance
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 
-MOMENTS_ITEMS = 64  # summed at once: part of what the last bits of the statistics depend on
 WRITES_BEHIND = 3  # batches that are encoded or encoding, but not yet written
 FINISHES_BEHIND = 2  # shards whose checksum is being made
 FLOAT16_MAX = 65504.0
@@ -69,18 +68,9 @@ class Target:
         return self.packing.finish(shards, self.class_names, self.before_index)
 
 
-def latents_encoder(autoencoder: Autoencoder, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """uint8 images → posterior mean and standard deviation ``[n, 2C, h, w]``.
-
-    A standard deviation under float16's smallest number, 6e-8, becomes 0: a sample is then the mean, to its own
-    precision.
-    """
-
-    def encode(images: Tensor) -> Tensor:
-        posterior = autoencoder.encode(images)
-        return torch.cat([posterior.mean, posterior.std], dim=1).to(dtype)
-
-    return encode
+def latents_encoder(tokenizer: Tokenizer, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """uint8 images → what the tokenizer stores of them, ``[n, S, h, w]``."""
+    return lambda images: tokenizer.encode(images).stored().to(dtype)
 
 
 def features_encoder(encoder: Encoder, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -309,26 +299,26 @@ def check_finite(array: np.ndarray, items: np.ndarray, images: ImageDataset, wha
 
 
 class MeasuredStatistics:
-    """Statistics of posterior samples over a whole cache, from what its shards hold.
+    """Statistics of latents over a whole cache, from what its shards hold.
 
-    With samples ``mean + std·noise`` their variance is ``var(mean) + E[std²]``: no sample needs to be drawn. Sums are
-    made in float64, shard by shard in fixed chunks, so that nothing depends on batches or processes.
+    Sums are made in float64, shard by shard in fixed chunks, so that nothing depends on batches or processes.
 
     Args:
         packing: the cache's latents.
-        channels: C of the latent.
+        tokenizer: that made them.
     """
 
-    def __init__(self, packing: PackingJob, channels: int) -> None:
-        self._packing = packing
-        self._channels = channels
+    def __init__(self, packing: PackingJob, tokenizer: Tokenizer) -> None:
+        self._packing, self._tokenizer = packing, tokenizer
 
     def shard(self, number: int) -> np.ndarray:
         """Additive moments of a complete shard, float64 ``[2C + 1]``; kept beside it until the cache is complete."""
         kept = self._kept(number)
         if kept.exists():
             return np.load(kept, allow_pickle=False)
-        moments = sum_moments(np.load(self._packing.folder / self._packing.spec.file_name(number), allow_pickle=False))
+        moments = self._tokenizer.stored_moments(
+            np.load(self._packing.folder / self._packing.spec.file_name(number), allow_pickle=False)
+        )
         temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
             np.save(file, moments, allow_pickle=False)
@@ -338,11 +328,11 @@ class MeasuredStatistics:
 
     def total(self, shards: int) -> LatentStatistics:
         """Over all shards."""
-        moments = np.zeros(2 * self._channels + 1)
+        moments = np.zeros(2 * self._tokenizer.latent_channels + 1)
         for number in range(shards):
             moments += self.shard(number)
         mean, var = mean_and_variance(torch.from_numpy(moments))
-        statistics = LatentStatistics(self._channels)
+        statistics = LatentStatistics(self._tokenizer.latent_channels)
         statistics.mean.copy_(mean)
         statistics.var.copy_(var)
         return statistics
@@ -356,33 +346,20 @@ class MeasuredStatistics:
         return self._packing.folder / f".moments-{number:05d}.npy"
 
 
-def sum_moments(latents: np.ndarray) -> np.ndarray:
-    """Sums, sums of squares and count of posterior samples: ``[n, 2C, h, w]`` → float64 ``[2C + 1]``."""
-    channels = latents.shape[1] // 2
-    moments = np.zeros(2 * channels + 1)
-    for first in range(0, len(latents), MOMENTS_ITEMS):
-        part = latents[first : first + MOMENTS_ITEMS].astype(np.float64)
-        mean, std = part[:, :channels], part[:, channels:]
-        moments[:channels] += mean.sum((0, 2, 3))
-        moments[channels:-1] += (mean**2 + std**2).sum((0, 2, 3))
-        moments[-1] += len(part) * part[0, 0].size
-    return moments
-
-
-def save_beside(folder: Path, autoencoder: Autoencoder, measured: LatentStatistics, keep: bool) -> None:
+def save_beside(folder: Path, tokenizer: Tokenizer, measured: LatentStatistics, keep: bool) -> None:
     """Write what makes a cache self-contained: the VAE, with its own statistics or the measured ones, and the latter.
 
     Args:
         folder: of the cache.
-        autoencoder: the VAE; stays as it is.
+        tokenizer: the VAE; stays as it is.
         measured: over the whole set.
         keep: store the VAE's own statistics beside it.
     """
-    own = {name: tensor.clone() for name, tensor in autoencoder.statistics.state_dict().items()}
+    own = {name: tensor.clone() for name, tensor in tokenizer.statistics.state_dict().items()}
     if not keep:
-        autoencoder.statistics.load_state_dict(measured.state_dict())
-    autoencoder.save(folder / VAE_NAME)
-    autoencoder.statistics.load_state_dict(own)
+        tokenizer.statistics.load_state_dict(measured.state_dict())
+    tokenizer.save(folder / VAE_NAME)
+    tokenizer.statistics.load_state_dict(own)
     temporary = folder / f"{STATISTICS_NAME}.tmp"
     save_file(measured.tensors(), temporary)
     os.replace(temporary, folder / STATISTICS_NAME)

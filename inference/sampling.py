@@ -18,9 +18,9 @@ from diffusion.counted_noise import counted_integers, counted_normal
 from diffusion.guidance import guided
 from diffusion.samplers import evaluation_times, model_velocity, sample_ode, sample_sde
 from errors import UserError
-from models.denoisers.sit import SiT
+from models.denoisers import Denoiser
 from models.pixels import to_uint8
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
 
 MODES = ("sde", "ode")
@@ -68,8 +68,8 @@ class ImageSampler:
     """Images by number: image ``i`` depends on the settings, ``i`` and its label, not on the batch or the process.
 
     Args:
-        model: the SiT, on the device.
-        autoencoder: on the same.
+        model: the denoiser, on the device.
+        tokenizer: on the same.
         settings: of the sampler.
         truncate: cut off the fraction of pixel values, as REPA-E does, instead of rounding.
         decode_batch: latents decoded at once.
@@ -78,17 +78,17 @@ class ImageSampler:
 
     def __init__(
         self,
-        model: SiT,
-        autoencoder: Autoencoder,
+        model: Denoiser,
+        tokenizer: Tokenizer,
         settings: SamplerSettings,
         *,
         truncate: bool,
         decode_batch: int,
         autocast: Callable[[], AbstractContextManager],
     ):
-        self.autoencoder, self.settings, self.truncate = autoencoder, settings, truncate
+        self.tokenizer, self.settings, self.truncate = tokenizer, settings, truncate
         self.decode_batch, self.autocast = decode_batch, autocast
-        self.latent_shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
+        self.latent_shape = model.latent_shape
         self.velocity = guided(
             model_velocity(model, autocast),
             settings.cfg_scale,
@@ -128,7 +128,7 @@ class ImageSampler:
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Normalised latents → images ``[B, 3, H, W]``, nominally in [-1, 1]."""
         with self.autocast():
-            return self.autoencoder.decode(self.autoencoder.statistics.denormalize(z))
+            return self.tokenizer.decode(self.tokenizer.statistics.denormalize(z))
 
     def quantise(self, images: torch.Tensor) -> torch.Tensor:
         """float32 in [-1, 1] → uint8, clamped."""

@@ -1,23 +1,20 @@
-"""What sampling and evaluation read of a train_ldm.py or train_repae.py run: SiT, VAE, and how they were trained.
+"""What sampling and evaluation read of a train_ldm.py or train_repae.py run: networks, and how they were trained.
 
 Nothing of it can be given by a flag that might contradict the training.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from formats.runs import arguments_of, status_of
-from formats.vae import build_autoencoder
-from models.denoisers.sit import PROJECTORS, SiT, SiTConfig
-from models.tokenizers.kl import STATISTICS_FILE, Autoencoder
+from formats.runs import OWN_STATISTICS, OWN_VAE, arguments_of, status_of
+from formats.vae import load_tokenizer
+from models.denoisers import Denoiser, DenoiserConfig, build_denoiser, denoiser_config
+from models.tokenizers import STATISTICS_FILE, Tokenizer, build_tokenizer
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 
 WEIGHTS = ("ema", "model")
-# A run that trains its VAE along keeps it in every checkpoint, with the statistics that belong to "ema".
-OWN_VAE, OWN_STATISTICS = "vae", "statistics_ema"
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class TrainedLDM:
         folder: of the run.
         checkpoint: a whole one or a milestone; its weights are verified.
         weights: ``"ema"`` or ``"model"``.
-        config: of the SiT without projectors.
+        config: of the denoiser.
         path_type: of the interpolant it was trained on.
         class_names: label ``c`` means ``class_names[c]``.
         resolution: side of the images in pixels.
@@ -42,7 +39,7 @@ class TrainedLDM:
     folder: Path
     checkpoint: Checkpoint
     weights: str
-    config: SiTConfig
+    config: DenoiserConfig
     path_type: str
     class_names: list[str]
     resolution: int
@@ -61,13 +58,13 @@ class TrainedLDM:
         """For the names of what is made from it."""
         return f"{self.step:07d}"
 
-    def load_model(self) -> SiT:
-        """The SiT in eval mode, on the CPU, without the projectors that aligned it."""
-        model = SiT(self.config)
-        self.checkpoint.load_module(self.weights, model, without=PROJECTORS)
+    def load_model(self) -> Denoiser:
+        """The denoiser in eval mode, on the CPU."""
+        model = build_denoiser(self.config)
+        self.checkpoint.load_module(self.weights, model)
         return model.eval().requires_grad_(False)
 
-    def load_autoencoder(self) -> Autoencoder:
+    def load_autoencoder(self) -> Tokenizer:
         """The run's VAE with its latent statistics; refused if it is not the one of the training."""
         if self.vae_config is not None:
             return self._own_autoencoder()
@@ -75,7 +72,7 @@ class TrainedLDM:
         if not folder.is_dir():
             raise UserError(f"{folder} is missing: the VAE that the run was trained with; copy it back")
         try:
-            autoencoder, has_statistics = build_autoencoder(str(folder))
+            tokenizer, has_statistics = load_tokenizer(str(folder))
         except UserError as error:
             raise UserError(str(error).removeprefix("--vae ")) from error
         if not has_statistics:
@@ -83,32 +80,32 @@ class TrainedLDM:
                 f"{folder} has no latent statistics ({STATISTICS_FILE}): without those of the training, latents "
                 "cannot be decoded; copy the file back"
             )
-        shape, side = autoencoder.latent_shape(self.resolution), self.config.latent_size
+        shape, side = tokenizer.latent_shape(self.resolution), self.config.latent_size
         if shape != (self.config.latent_channels, side, side):
             expected = (self.config.latent_channels, side, side)
             raise UserError(f"{folder} decodes latents {shape}, the SiT makes {expected}: not the VAE of this run")
-        if autoencoder.checksum() != self.vae_checksum:
+        if tokenizer.checksum() != self.vae_checksum:
             raise UserError(
                 f"{folder} holds other weights than the VAE that the run was trained with; copy the right one back"
             )
-        if self.statistics_checksum not in (None, statistics_checksum(autoencoder)):
+        if self.statistics_checksum not in (None, tokenizer.statistics.checksum()):
             raise UserError(
                 f"{folder} holds other latent statistics ({STATISTICS_FILE}) than the run was trained with; copy the "
                 "right file back"
             )
-        return autoencoder.requires_grad_(False)
+        return tokenizer.requires_grad_(False)
 
-    def _own_autoencoder(self) -> Autoencoder:
+    def _own_autoencoder(self) -> Tokenizer:
         """The VAE in the checkpoint, with the statistics that belong to the weights."""
         names = (OWN_VAE, OWN_STATISTICS) if self.weights == "ema" else (OWN_VAE,)
         for name in names:
             if fault := self.checkpoint.fault(name):
                 raise UserError(f"{self.checkpoint.folder} is damaged ({fault}); choose another with --train-steps")
-        autoencoder = Autoencoder.from_architecture(self.vae_config)
-        self.checkpoint.load_module(OWN_VAE, autoencoder)
+        tokenizer = build_tokenizer(self.vae_config)
+        self.checkpoint.load_module(OWN_VAE, tokenizer)
         if OWN_STATISTICS in names:
-            self.checkpoint.load_module(OWN_STATISTICS, autoencoder.statistics)
-        return autoencoder.requires_grad_(False)
+            self.checkpoint.load_module(OWN_STATISTICS, tokenizer.statistics)
+        return tokenizer.requires_grad_(False)
 
 
 def open_trained_ldm(
@@ -212,12 +209,12 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
     manifest = checkpoint.manifest()
     arguments = manifest["args"]
     try:
-        config = SiTConfig.from_dict(arguments["sit"])
+        config = denoiser_config(arguments["denoiser"])
         trained = TrainedLDM(
             folder=folder,
             checkpoint=checkpoint,
             weights=weights,
-            config=config.without_projectors(),
+            config=config,
             path_type=arguments["path_type"],
             class_names=arguments["class_names"],
             resolution=arguments["resolution"],
@@ -232,18 +229,9 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             f"{checkpoint.folder} does not say how its diffusion model was trained ({error} in manifest.json); "
             "give the folder of a train_ldm.py run"
         ) from error
-    trained.config.check()
     if len(trained.class_names) != config.num_classes:
         raise UserError(
             f"{checkpoint.folder}: manifest.json names {len(trained.class_names)} classes for a SiT with "
             f"{config.num_classes}; it is damaged"
         )
     return trained
-
-
-def statistics_checksum(autoencoder: Autoencoder) -> str:
-    """SHA-256 of the latent statistics."""
-    digest = hashlib.sha256()
-    for _, tensor in sorted(autoencoder.statistics.tensors().items()):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()

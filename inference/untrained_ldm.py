@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.images import DEFAULT_RESOLUTION
-from formats.vae import build_autoencoder
-from inference.foreign_ldm import DEFAULT_PATH_TYPE
-from models.denoisers.sit import SiT, SiTConfig
-from models.tokenizers.kl import Autoencoder
-from training.dry_run import DEFAULT_VAE, NUM_CLASSES
+from diffusion.flow import PATH_TYPES
+from formats.vae import load_tokenizer
+from models.denoisers import Denoiser, DenoiserConfig, build_denoiser, denoiser_config
+from models.tokenizers import Tokenizer
+from runtime.measure import DEFAULT_VAE, NUM_CLASSES
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,16 @@ class UntrainedLDM:
     """What ``generate.py --dry-run`` asks of ``inference.trained_ldm.TrainedLDM``, of networks that nobody trained.
 
     Attributes:
-        config: of the SiT.
+        config: of the denoiser.
         resolution: side of the images in pixels.
         path_type: of the interpolant.
         folder, label, weights, class_names: as of a trained one; they say that it is none.
     """
 
-    config: SiTConfig
+    config: DenoiserConfig
     resolution: int
     path_type: str
-    _autoencoder: Autoencoder = field(repr=False)
+    _autoencoder: Tokenizer = field(repr=False)
     folder: Path = Path()
     label: str = "none"
     weights: str = "random"
@@ -34,11 +34,11 @@ class UntrainedLDM:
     def class_names(self) -> list[str]:
         return [str(number) for number in range(self.config.num_classes)]
 
-    def load_model(self) -> SiT:
-        """The SiT in eval mode, on the CPU."""
-        return SiT(self.config).eval().requires_grad_(False)
+    def load_model(self) -> Denoiser:
+        """The denoiser in eval mode, on the CPU."""
+        return build_denoiser(self.config).eval().requires_grad_(False)
 
-    def load_autoencoder(self) -> Autoencoder:
+    def load_autoencoder(self) -> Tokenizer:
         return self._autoencoder.requires_grad_(False)
 
 
@@ -55,8 +55,8 @@ def open_untrained_ldm(model: str, vae: str | None, resolution: int | None, path
         UserError: no such network, or sizes that do not fit each other.
     """
     resolution = resolution or DEFAULT_RESOLUTION
-    autoencoder, _ = build_autoencoder(vae or DEFAULT_VAE, "none")
-    channels, side, _ = autoencoder.latent_shape(resolution)
-    config = SiTConfig(model=model, latent_channels=channels, latent_size=side, num_classes=NUM_CLASSES)
-    config.check()
-    return UntrainedLDM(config, resolution, path_type or DEFAULT_PATH_TYPE, autoencoder)
+    tokenizer, _ = load_tokenizer(vae or DEFAULT_VAE, "none")
+    channels, side, _ = tokenizer.latent_shape(resolution)
+    sizes = {"latent_channels": channels, "latent_size": side, "num_classes": NUM_CLASSES}
+    config = denoiser_config({"model": model} | sizes)
+    return UntrainedLDM(config, resolution, path_type or PATH_TYPES[0], tokenizer)

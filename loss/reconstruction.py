@@ -1,4 +1,4 @@
-"""Pixel reconstruction and KL terms of the VAE loss."""
+"""How far a reconstruction is from its image, pixel by pixel: as a loss, and in dB."""
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +14,6 @@ def reconstruction_loss(images: torch.Tensor, reconstruction: torch.Tensor, kind
         kind: ``l1`` or ``l2``.
     """
     return RECONSTRUCTION_LOSSES[kind](reconstruction.float(), images.float())
-
-
-def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, var) ‖ N(0, 1)): ½·Σ(mean² + var − 1 − logvar) over C, h, w; averaged over the batch.
-
-    Args:
-        mean, logvar: posterior parameters ``[B, C, h, w]``.
-    """
-    mean, logvar = mean.float(), logvar.float()
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
 
 
 def psnr(images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,8 @@ from torch import nn
 
 from errors import UserError
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
-from loss.reconstruction import RECONSTRUCTION_LOSSES, kl_divergence, reconstruction_loss
+from loss.reconstruction import RECONSTRUCTION_LOSSES, reconstruction_loss
 from loss.total import total
-from loss.vf_alignment import vf_weight
 
 # Keys of REPA-E's file without effect on a KL autoencoder: accepted with any value, so that the file can be reused.
 IGNORED_KEYS = frozenset({"quantizer_weight", "logvar_init"})
@@ -123,39 +122,42 @@ class VAEObjective(nn.Module):
         self,
         images: torch.Tensor,
         reconstruction: torch.Tensor,
-        mean: torch.Tensor,
-        logvar: torch.Tensor,
+        regulariser: dict[str, torch.Tensor],
         discriminator: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Unweighted scalar terms of the VAE's loss.
 
         Args:
             images, reconstruction: ``[B, 3, H, W]`` in [-1, 1].
-            mean, logvar: posterior parameters ``[B, C, h, w]``.
+            regulariser: the tokenizer's own terms, e.g. ``kl``.
             discriminator: images → logits, unwrapped and with frozen parameters; None leaves the GAN term out.
         """
         terms = {"reconstruction": reconstruction_loss(images, reconstruction, self.config.reconstruction_loss)}
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(images, reconstruction).float().mean()
-        terms["kl"] = kl_divergence(mean, logvar)
+        terms |= regulariser
         if discriminator is not None:
             terms["gan"] = generator_loss(discriminator(reconstruction))
         return terms
+
+    def fidelity(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted pixel terms, which adaptive weights compare with."""
+        weights = {"reconstruction": self.config.reconstruction_weight, "perceptual": self.config.perceptual_weight}
+        return total({name: terms[name] for name in weights if name in terms}, weights)
 
     def generator_weights(
         self,
         terms: dict[str, torch.Tensor],
         last_layer: torch.Tensor,
-        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
-        scaler: torch.amp.GradScaler | None = None,
+        gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> dict[str, float | torch.Tensor]:
-        """The weight of each term.
+        """The weight of each term; what a tokenizer has beside ``kl`` counts once.
 
         Args:
             terms: from :meth:`generator_terms`.
             last_layer: the decoder's last weight, for the adaptive GAN weight.
-            reduce: averages a gradient over processes, so that all of them use the same adaptive weight.
-            scaler: fp16's, without which the adaptive weight's small gradients would be rounded to 0.
+            gradient: (scalar, parameter) → its gradient there; averaged over processes, so that all of them use the
+                same adaptive weight.
         """
         config = self.config
         weights: dict[str, float | torch.Tensor] = {
@@ -164,37 +166,11 @@ class VAEObjective(nn.Module):
             "kl": config.kl_weight,
             "gan": config.discriminator_weight * config.discriminator_factor,
         }
-        weights = {name: weight for name, weight in weights.items() if name in terms}
+        weights = {name: weights.get(name, 1.0) for name in terms}
         if config.adaptive_discriminator_weight and "gan" in terms:
-            fidelity = total({k: v for k, v in terms.items() if k in ("reconstruction", "perceptual")}, weights)
-            gradients = [_gradient(loss, last_layer, scaler) for loss in (fidelity, terms["gan"])]
-            weights["gan"] = weights["gan"] * adaptive_weight(*map(reduce, gradients))
+            gradients = [gradient(loss, last_layer) for loss in (self.fidelity(terms), terms["gan"])]
+            weights["gan"] = weights["gan"] * adaptive_weight(*gradients)
         return weights
-
-    def alignment_weight(
-        self,
-        terms: dict[str, torch.Tensor],
-        alignment: torch.Tensor,
-        encoder_layer: torch.Tensor,
-        values_per_image: int,
-        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> torch.Tensor:
-        """The factor that keeps VA-VAE's alignment loss in proportion to fidelity, see :func:`vf_weight`.
-
-        Args:
-            terms: from :meth:`generator_terms`.
-            alignment: the VF loss.
-            encoder_layer: the encoder's last weight, where gradients are compared.
-            values_per_image: 3·H·W.
-            reduce: averages a gradient over processes, so that all of them use the factor of the global micro-batch
-                (VA-VAE has one for each process).
-            scaler: fp16's.
-        """
-        weights = {"reconstruction": self.config.reconstruction_weight, "perceptual": self.config.perceptual_weight}
-        fidelity = total({name: terms[name] for name in weights if name in terms}, weights)
-        gradients = [_gradient(loss, encoder_layer, scaler) for loss in (fidelity, alignment)]
-        return vf_weight(*map(reduce, gradients), values_per_image)
 
     def discriminator_terms(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """Unweighted scalar terms of the discriminator's loss, from logits of any shape."""
@@ -211,7 +187,14 @@ class VAEObjective(nn.Module):
         return weights
 
 
-def _gradient(loss: torch.Tensor, weight: torch.Tensor, scaler: torch.amp.GradScaler | None) -> torch.Tensor:
+def gradient_at(loss: torch.Tensor, weight: torch.Tensor, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+    """The gradient of a scalar at one parameter, the graph being kept.
+
+    Args:
+        loss: the scalar.
+        weight: the parameter.
+        scaler: fp16's, without which small gradients would be rounded to 0.
+    """
     if scaler is None:
         return torch.autograd.grad(loss, weight, retain_graph=True)[0]
     gradient = torch.autograd.grad(scaler.scale(loss), weight, retain_graph=True)[0]

@@ -1,4 +1,4 @@
-"""A dataset as vectors: a VAE's posterior means, or raw pixels, held in memory.
+"""A dataset as vectors: a VAE's latents, or raw pixels, held in memory.
 
 Images are encoded in fixed chunks whose composition follows from the items alone (inference/latent_cache.py says why):
 neither the batch nor the number of reading threads changes a bit.
@@ -16,7 +16,7 @@ from dataset.latents import available_memory
 from dataset.loader import read_batches
 from errors import UserError
 from inference.latent_cache import ChunkEncoder, Target
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 
 
 def chunked(worker: ChunkEncoder, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -30,9 +30,9 @@ def whole_chunks(batch_size: int, chunk: int) -> int:
     return -(-batch_size // chunk) * chunk
 
 
-def posterior_means(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
-    """uint8 images ``[n, 3, H, W]`` → float32 ``[n, C, h, w]``, un-normalised."""
-    return lambda images: autoencoder.encode(images).mean
+def latent_modes(tokenizer: Tokenizer) -> Callable[[Tensor], Tensor]:
+    """uint8 images ``[n, 3, H, W]`` → latents without randomness, float32 ``[n, C, h, w]``, un-normalised."""
+    return lambda images: tokenizer.encode(images).mode
 
 
 def scaled_pixels(images: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class Evaluation:
 
     def pairs(self, items: np.ndarray, originals: torch.Tensor) -> torch.Tensor:
         """uint8 ``[n, 3, H, W]`` → originals and reconstructions ``[n, 6, H, W]``."""
-        found = reconstruct(self.subject.autoencoder, self.vae_worker, originals, items, self.sample_seed)
+        found = reconstruct(self.subject.tokenizer, self.vae_worker, originals, items, self.sample_seed)
         return torch.cat([originals, found], 1)
 
     def measure(self, items: np.ndarray, originals: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         place = metrics_folder(output_subject(args))
         usual = f"reconstruction{file_suffix(args)}"
         args.name = args.name or default_name(place, usual, Path(args.data), images.fingerprint, subject.description)
-    subject.autoencoder.latent_shape(images.resolution)
+    subject.tokenizer.latent_shape(images.resolution)
     networks, extractor = build_networks(args, process), build_extractor(args, process, len(images))
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads, process_group(process):
         evaluation = build_evaluation(args, subject, images, networks, extractor, process, threads)
@@ -345,7 +345,7 @@ def dry_run(args: argparse.Namespace, evaluation: Evaluation, process: Process) 
     if not process.is_main:
         return
     rate = size / seconds[-1] * process.world_size
-    print(f"VAE: {count_parameters(evaluation.subject.autoencoder)[0]:,} parameters")
+    print(f"VAE: {count_parameters(evaluation.subject.tokenizer)[0]:,} parameters")
     features = [] if evaluation.extractor is None else [f"features of {evaluation.extractor.describe()['name']}"]
     print(f"{', '.join(evaluation.scores.names + features)}; LPIPS with random weights where no file is given")
     print(

@@ -22,7 +22,7 @@ from inference.latent_cache import ChunkEncoder
 from loss.reconstruction import psnr
 from metrics.encoding import chunked
 from models.pixels import to_signed, to_uint8
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 from models.weight_files import weights_checksum
 from runtime.files import write_atomically
 
@@ -65,34 +65,32 @@ class PairScores:
 
 
 def reconstruct(
-    autoencoder: Autoencoder, worker: ChunkEncoder, images: Tensor, items: np.ndarray, sample_seed: int | None
+    tokenizer: Tokenizer, worker: ChunkEncoder, images: Tensor, items: np.ndarray, sample_seed: int | None
 ) -> Tensor:
     """uint8 ``[n, 3, H, W]`` → reconstructions, the same.
 
     Args:
-        autoencoder: the VAE.
+        tokenizer: the VAE.
         worker: in whose chunks.
         images: the originals.
         items: their numbers, int64 ``[n]``, which a sample's noise depends on.
         sample_seed: decode a sample of the posterior, its noise counted from this seed; None decodes the mean.
     """
 
-    def encode(part: Tensor) -> Tensor:
-        posterior = autoencoder.encode(part)
-        return torch.cat([posterior.mean, posterior.std], 1)
-
-    z, std = chunked(worker, encode, images).chunk(2, 1)
-    if sample_seed is not None:
-        numbers = torch.from_numpy(np.asarray(items, np.int64))
-        z = z + std * counted_normal(sample_seed, numbers, 0, tuple(z.shape[1:]), Purpose.POSTERIOR)
-    return chunked(worker, decoder(autoencoder), z.contiguous())
+    if sample_seed is None:
+        z = chunked(worker, lambda part: tokenizer.encode(part).mode, images)
+    else:
+        stored = chunked(worker, lambda part: tokenizer.encode(part).stored(), images)
+        numbers, shape = torch.from_numpy(np.asarray(items, np.int64)), tokenizer.latent_shape(images.shape[-1])
+        z = tokenizer.sample(stored, counted_normal(sample_seed, numbers, 0, shape, Purpose.POSTERIOR))
+    return chunked(worker, decoder(tokenizer), z.contiguous())
 
 
-def decoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
+def decoder(tokenizer: Tokenizer) -> Callable[[Tensor], Tensor]:
     """Un-normalised latents ``[n, C, h, w]`` → uint8 images; a :class:`UserError` where these are not finite."""
 
     def decode(z: Tensor) -> Tensor:
-        images = autoencoder.decode(z)
+        images = tokenizer.decode(z)
         if not images.isfinite().all():  # as uint8 it would be any number
             raise UserError("reconstructions are not finite: this VAE has diverged, or needs --mixed-precision no")
         return to_uint8(images)

@@ -10,9 +10,9 @@ import torch
 from errors import UserError
 from formats.arguments import add_unfinished_argument, add_vae_source_arguments
 from formats.runs import refuse_unfinished, status_of
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from metrics.record import metrics_folder
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 from runtime.processes import Process
 
 
@@ -21,12 +21,12 @@ class Subject:
     """A VAE under examination.
 
     Attributes:
-        autoencoder: on the device, frozen.
+        tokenizer: on the device, frozen.
         has_statistics: whether it came with latent statistics.
         description: for a measurement: ``path``, ``vae_checksum``, and the ``step`` of a run.
     """
 
-    autoencoder: Autoencoder
+    tokenizer: Tokenizer
     has_statistics: bool
     description: dict
 
@@ -50,17 +50,17 @@ def open_vae(args: argparse.Namespace, process: Process) -> Subject:
     if not args.allow_unfinished:
         refuse_unfinished(args.vae, args.vae_ckpt)
     torch.manual_seed(args.seed)  # of random weights
-    autoencoder, statistics = build_autoencoder(args.vae, args.vae_ckpt, args.vae_latents_stats)
-    autoencoder.requires_grad_(False).to(process.device)
+    tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
+    tokenizer.requires_grad_(False).to(process.device)
     if process.device.type == "cpu":
-        autoencoder.to(memory_format=torch.channels_last)
+        tokenizer.to(memory_format=torch.channels_last)
     path = _path(args)
-    description = {"path": "random weights" if path is None else str(path), "vae_checksum": autoencoder.checksum()}
+    description = {"path": "random weights" if path is None else str(path), "vae_checksum": tokenizer.checksum()}
     with suppress(ValueError, AttributeError):  # a damaged status.json, with --allow-unfinished
         status = None if path is None else status_of(path.parent)
         if status is not None and status.get("state") == "finished":  # else the step is not that of the VAE
             description["step"] = status.get("step")
-    return Subject(autoencoder, statistics is not None, description)
+    return Subject(tokenizer, statistics is not None, description)
 
 
 def output_subject(args: argparse.Namespace) -> Path:

@@ -1,5 +1,7 @@
 """Per-channel mean and variance of a VAE's latents: the one owner of how latents are normalised."""
 
+import hashlib
+
 import torch
 from torch import nn
 
@@ -54,9 +56,22 @@ class LatentStatistics(nn.Module):
         self.mean.copy_(mean)
         self.var.copy_((std.double().square() - EPSILON).clamp_min(0) if var is None else var)
 
+    def checksum(self) -> str:
+        """SHA-256 of the numbers."""
+        digest = hashlib.sha256()
+        for _, tensor in sorted(self.tensors().items()):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What :meth:`load` takes, float32 on the CPU."""
         return {"mean": self.mean.cpu(), "std": self.std.cpu(), "var": self.var.cpu()}
+
+
+def difference(a: LatentStatistics, b: LatentStatistics) -> float:
+    """The largest difference of a channel's mean or standard deviation, in standard deviations of ``b``."""
+    mean, std = (a.mean - b.mean).abs() / b.std, (a.std / b.std - 1).abs()
+    return max(mean.max().item(), std.max().item())
 
 
 def normalize_by_batch(z: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,15 @@ def sincos_positions(width: int, grid: int) -> torch.Tensor:
     return torch.cat([column, row], dim=-1).reshape(grid * grid, width).float()
 
 
+def unpatchify(tokens: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Tokens of square patches, row-major: ``[B, N, p·p·C]`` → an image of ``shape`` (C, h, w), ``[B, C, h, w]``."""
+    channels, height, _ = shape
+    grid = round(tokens.shape[1] ** 0.5)
+    patch = height // grid
+    x = tokens.unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, channels))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b r c p q C → b C (r p) (c q)
+
+
 def xavier_linears(module: nn.Module) -> None:
     """Initialise every linear layer as SiT does: Xavier uniform weight, zero bias. For ``module.apply``."""
     if isinstance(module, nn.Linear):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from errors import UserError
+from errors import TrainingFailed, UserError
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # the run itself failed, e.g. a diverged training
@@ -95,6 +95,9 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except TrainingFailed as error:
+        print(f"{program}: training failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except Exception as error:
         message = _one_line(error)
         if message is None or "--debug" in argv:

@@ -7,9 +7,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 
+from diffusion.draws import draw
 from tests.ldm_steps import part_of, random_batch, tiny_trainer
 from tests.sendvae_runs import gradients
-from training.ldm import draw, latent_shape
+from training.ldm import latent_shape
 
 BATCH = 8
 

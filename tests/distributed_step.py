@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 
-from loss.vf_alignment import VFLoss
+from loss.alignment.vf import VFLoss
 from models.latent_statistics import latent_moments
 from runtime.processes import sum_over_processes
 from tests.sendvae_runs import gradients, random_images, tiny_trainer

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, features_name
 from dataset.packing import PackingJob
 from dataset.shards import ShardSpec
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from models.latent_statistics import LatentStatistics
 from tests.command_line import argv_of
 
@@ -76,27 +76,27 @@ def write_cache(
     return arrays
 
 
-def save_vae(folder: Path, seed: int = 0, change=lambda autoencoder: None) -> Path:
+def save_vae(folder: Path, seed: int = 0, change=lambda tokenizer: None) -> Path:
     """An f4d4-tiny with random weights, as a run leaves it: ``folder/vae``."""
     torch.manual_seed(seed)
-    autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
-    change(autoencoder)
+    tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
+    change(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    autoencoder.save(folder / "vae")
+    tokenizer.save(folder / "vae")
     return folder / "vae"
 
 
 @torch.no_grad()
-def overflow(autoencoder) -> None:
+def overflow(tokenizer) -> None:
     """Weights that are all finite, and latents that are not: infinities of both signs meet in the last layer."""
-    autoencoder.network.encoder.conv_norm_out.weight *= 1e20
-    autoencoder.network.encoder.conv_out.weight *= 1e20
+    tokenizer.network.encoder.conv_norm_out.weight *= 1e20
+    tokenizer.network.encoder.conv_out.weight *= 1e20
 
 
 @torch.no_grad()
-def too_large(autoencoder) -> None:
+def too_large(tokenizer) -> None:
     """Latents that are finite, but not in float16."""
-    autoencoder.network.quant_conv.weight[:4] *= 1e6
+    tokenizer.network.quant_conv.weight[:4] *= 1e6
 
 
 def flags(data, vae, name: str | Path, **changes) -> list[str]:

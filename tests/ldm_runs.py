@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from models.denoisers.sit import SiT, SiTConfig
 from runtime.checkpoint import CheckpointFolder
 from runtime.files import write_json
@@ -45,9 +45,9 @@ def write_ldm_run(
         changes: entries of the manifest's ``args`` to replace, None to leave out.
     """
     torch.manual_seed(0)
-    autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
-    autoencoder.statistics.load(torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.5, 1.0, 0.8]))
-    autoencoder.save(folder / "vae")
+    tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
+    tokenizer.statistics.load(torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.5, 1.0, 0.8]))
+    tokenizer.save(folder / "vae")
     config = SiTConfig("SiT-Ti/2", 4, RESOLUTION // 4, len(CLASS_NAMES), encoder_depth=2, feature_dims=(16,))
     model, ema = SiT(config), SiT(config)
     random_weights(model, 1)
@@ -57,7 +57,7 @@ def write_ldm_run(
         "path_type": path_type,
         "class_names": CLASS_NAMES,
         "resolution": RESOLUTION,
-        "vae_checksum": autoencoder.checksum(),
+        "vae_checksum": tokenizer.checksum(),
     } | changes
     arguments = {name: value for name, value in arguments.items() if value is not None}
     checkpoints = CheckpointFolder(folder)

@@ -1,4 +1,4 @@
-"""An autoencoder with the names, shapes and arithmetic of latent-diffusion's public files, in plain torch.
+"""An tokenizer with the names, shapes and arithmetic of latent-diffusion's public files, in plain torch.
 
 Written from the layout alone (``encoder.down.i.block.j``, ``mid.attn_1``, ``quant_conv``), without diffusers and
 without ``formats``: what loads its files must give the same numbers.

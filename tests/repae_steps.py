@@ -7,14 +7,15 @@ from accelerate import Accelerator
 from torch import nn
 
 from dataset.loader import ImageBatch
-from formats.vae import build_autoencoder
+from diffusion.draws import Draws, draw
+from formats.vae import load_tokenizer
 from loss.vae_objective import VAELossConfig, VAEObjective
 from models.denoisers.sit import SiT, SiTConfig
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from tests.sendvae_runs import random_images
 from training.ema import EMA
-from training.ldm import Draws, LDMTrainer, draw
+from training.ldm import LDMTrainer
 from training.optimizer import build_adamw
 from training.repae import RepaeTrainer
 from training.sendvae import SendVAE, SendVAETrainer
@@ -40,10 +41,10 @@ def tiny_trainer(
     """f4d4-tiny, SiT-Ti/2 whose zero-initialised layers are not zero, efficientnet-lite0, no LPIPS."""
     accelerator = accelerator or Accelerator(cpu=True)
     torch.manual_seed(0)
-    autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
-    autoencoder.statistics.load(torch.tensor([0.2, -0.1, 0.0, 0.1]), torch.tensor([0.8, 1.2, 1.0, 0.5]))
+    tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
+    tokenizer.statistics.load(torch.tensor([0.2, -0.1, 0.0, 0.1]), torch.tensor([0.8, 1.2, 1.0, 0.5]))
     discriminator = PatchDiscriminator(width=8).train() if gan else None
-    vae_model = SendVAE(autoencoder, mapper=None).train()
+    vae_model = SendVAE(tokenizer, mapper=None).train()
     loss_config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.1 if gan else 0.0, **loss)
     sit_model = SiT(config).train()
     for parameter in sit_model.parameters():
@@ -63,7 +64,7 @@ def tiny_trainer(
     )
     sit = LDMTrainer(
         sit_model,
-        autoencoder.statistics,
+        tokenizer.statistics,
         [build_encoder("efficientnet-lite0", config.grid)] if config.feature_dims else None,
         proj_coeff=proj_coeff,
         cfg_prob=CFG_PROB,
@@ -73,7 +74,7 @@ def tiny_trainer(
         ema=EMA(sit_model, EMA_DECAY),
         **common,
     )
-    return RepaeTrainer(vae, sit, EMA(autoencoder.statistics, EMA_DECAY))
+    return RepaeTrainer(vae, sit, EMA(tokenizer.statistics, EMA_DECAY))
 
 
 def random_batch(count: int, seed: int = 1) -> ImageBatch:
@@ -89,7 +90,7 @@ class PlainRepae:
     """The same networks as a trainer's, and REPA-E's step with ``BatchNorm2d``, autograd and ``torch.optim`` alone."""
 
     def __init__(self, trainer: RepaeTrainer, vae_align_coeff: float = 1.5, proj_coeff: float = 0.5):
-        self.vae = copy.deepcopy(trainer.vae.model.autoencoder.network)
+        self.vae = copy.deepcopy(trainer.vae.model.tokenizer.network)
         self.discriminator = copy.deepcopy(trainer.vae.discriminator)
         self.sit = copy.deepcopy(trainer.sit.model)
         self.encoder = trainer.sit.encoders[0]
@@ -193,7 +194,7 @@ class PlainRepae:
 def state_of(trainer: RepaeTrainer) -> dict[str, torch.Tensor]:
     """Everything that a step changes."""
     networks = {
-        "vae": trainer.vae.model.autoencoder.network,
+        "vae": trainer.vae.model.tokenizer.network,
         "discriminator": trainer.vae.discriminator,
         "sit": trainer.sit.model,
         "ema": trainer.sit.ema.module,

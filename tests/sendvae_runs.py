@@ -3,9 +3,9 @@
 import torch
 from accelerate import Accelerator
 
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
+from loss.alignment.vf import VFLoss
 from loss.vae_objective import VAELossConfig, VAEObjective
-from loss.vf_alignment import VFLoss
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from models.mapper import LinearMapper, Mapper
@@ -55,13 +55,13 @@ def tiny_trainer(
     """
     accelerator = accelerator or Accelerator(cpu=True)
     torch.manual_seed(seed)
-    autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
+    tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
     encoders, mapper = [], None
     if align_coeff:
         encoders = [build_encoder("efficientnet-lite0", RESOLUTION // 4 if vf_loss else GRID)]
         width = encoders[0].embed_dim
         mapper = LinearMapper(4, width) if vf_loss else Mapper(4, RESOLUTION // 4, GRID, width, projector_width=64)
-    model = SendVAE(autoencoder, mapper, freeze_vae=freeze_vae, raw_latent=vf_loss is not None).train()
+    model = SendVAE(tokenizer, mapper, freeze_vae=freeze_vae, raw_latent=vf_loss is not None).train()
     discriminator = PatchDiscriminator(width=8).train() if gan else None
     config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.1 if gan else 0.0, **loss)
     return SendVAETrainer(
@@ -75,7 +75,7 @@ def tiny_trainer(
         seed=seed,
         optimizer=build_adamw(model.parameters(), **ADAMW),
         disc_optimizer=build_adamw(discriminator.parameters(), **ADAMW) if gan else None,
-        ema=EMA(autoencoder, ema_decay) if ema_decay else None,
+        ema=EMA(tokenizer, ema_decay) if ema_decay else None,
         accelerator=accelerator,
         vf_loss=vf_loss,
     )

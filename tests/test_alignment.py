@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffusion.flow import PATH_TYPES, add_noise, interpolant
-from formats.vae import build_autoencoder
-from loss.alignment import constant_predictor_cosine, patch_cosine, patch_cosine_loss
+from formats.vae import load_tokenizer
+from loss.alignment.cosine import constant_predictor_cosine, patch_cosine, patch_cosine_loss
 from models.encoders import build_encoder
 from models.latent_statistics import latent_moments
 from models.mapper import Mapper
@@ -115,7 +115,7 @@ def test_each_sample_has_its_own_time(path_type, shape):
 @pytest.mark.parametrize("depth", [0, 1])
 def test_alignment_trains_the_vae_encoder_and_the_mapper_and_nothing_else(depth):
     torch.manual_seed(13)
-    vae = build_autoencoder("f4d4-tiny", "none")[0].train()
+    vae = load_tokenizer("f4d4-tiny", "none")[0].train()
     vfm = build_encoder("efficientnet-lite0", 2, random_weights=True)
     mapper = Mapper(4, 8, 2, vfm.embed_dim, depth=depth, projector_width=32)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -140,7 +140,7 @@ def is_shift_before_norm_or_softmax(name: str) -> bool:
 
 def test_without_noise_the_gradient_on_z_is_the_normalised_ones_over_std():
     torch.manual_seed(14)
-    vae = build_autoencoder("f4d4-tiny", "none")[0]
+    vae = load_tokenizer("f4d4-tiny", "none")[0]
     vae.statistics.load(torch.zeros(4), torch.tensor([0.5, 1.0, 2.0, 4.0]))
     mapper, features = Mapper(4, 8, 4, 16, projector_width=32), torch.randn(2, 16, 16)
     z = torch.randn(2, 4, 8, 8, requires_grad=True)

@@ -17,7 +17,7 @@ from dataset.images import open_images
 from dataset.latents import LatentDataset, features_name
 from dataset.toy import write_toy_dataset
 from errors import UserError
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from inference.latent_cache import chunk_size, differences, one_thread_each, sum_moments
 from models.encoders import build_encoder
 from tests.latent_caches import flags, overflow, save_vae, too_large
@@ -174,7 +174,7 @@ class TestBytes:
 
 class TestContent:
     def test_latents_are_mean_and_std_of_the_image(self, data, vae, whole):
-        network, _ = build_autoencoder(str(vae))
+        network, _ = load_tokenizer(str(vae))
         with torch.no_grad():
             for folder, images in ((whole, pixels(data)), (whole / "flipped", pixels(data).flip(3))):
                 posterior = network.encode(images)
@@ -195,7 +195,7 @@ class TestContent:
         dataset = LatentDataset(whole, hflip=True, features=[VFM], images=open_images(data))
         np.testing.assert_array_equal(dataset.labels, open_images(data).labels)
         assert (dataset.latent_shape, dataset.feature_shapes, len(dataset)) == ((4, 8, 8), ((4, 112),), COUNT)
-        network, known = build_autoencoder(str(dataset.vae_folder))
+        network, known = load_tokenizer(str(dataset.vae_folder))
         assert known and network.checksum() == dataset.source["vae"]
 
     def test_shards_are_those_of_the_images(self, whole, data):
@@ -338,8 +338,8 @@ def test_chunks_fill_the_device_at_any_resolution():
 
 
 def test_checksum_is_of_weights_and_architecture(vae, tmp_path):
-    first, _ = build_autoencoder(str(vae))
-    second, _ = build_autoencoder(str(save_vae(tmp_path / "run")))
+    first, _ = load_tokenizer(str(vae))
+    second, _ = load_tokenizer(str(save_vae(tmp_path / "run")))
     assert first.checksum() == second.checksum() and len(first.checksum()) == 64
     second.statistics.load(torch.ones(4), torch.full((4,), 2.0))
     second.network.to(memory_format=torch.channels_last)

@@ -58,7 +58,7 @@ def test_discriminator_gradients_are_the_mean_of_local_ones(tmp_path):
         mine = slice(rank * half, (rank + 1) * half)
         x = random_images(BATCH)[mine]
         x_hat = trainer.model(x, type(noise)(*(tensor[mine] for tensor in noise))).reconstruction
-        last, l1 = trainer.model.autoencoder.last_layer, (to_signed(x) - x_hat).abs().mean()
+        last, l1 = trainer.model.tokenizer.last_layer, (to_signed(x) - x_hat).abs().mean()
         reconstruction_gradient = reconstruction_gradient + torch.autograd.grad(l1, last, retain_graph=True)[0] / 2
         generator = -trainer.discriminator(x_hat).mean()
         gan_gradient = gan_gradient + torch.autograd.grad(generator, last)[0] / 2

@@ -19,7 +19,7 @@ from dataset.npz import write_npz
 from dataset.shards import PackedReader
 from diffusion.counted_noise import counted_normal
 from errors import UserError
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from inference.sampling import choose_labels, default_shard_size, preview_rows
 from inference.trained_ldm import open_trained_ldm
 from models.denoisers.sit import SiT, SiTConfig
@@ -151,8 +151,8 @@ def test_against_a_sampler_written_out(run, tmp_path):
             x = x + (then - t) * (v - t * score)
             if k < steps - 1:
                 x = x + (2 * t * (t - then)) ** 0.5 * counted_normal(5, items, k + 1, (4, 8, 8))
-        autoencoder, _ = build_autoencoder(str(run / "vae"))
-        pixels = 127.5 * (autoencoder.decode(autoencoder.statistics.denormalize(x.float())) + 1)
+        tokenizer, _ = load_tokenizer(str(run / "vae"))
+        pixels = 127.5 * (tokenizer.decode(tokenizer.statistics.denormalize(x.float())) + 1)
     expected = pixels.round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert largest_difference(found, expected.astype(np.uint8)) <= 1
 

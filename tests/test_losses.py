@@ -11,7 +11,7 @@ import torchvision
 
 import loss.perceptual
 from errors import UserError
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
 from loss.perceptual import build_lpips
 from loss.reconstruction import kl_divergence, reconstruction_loss
@@ -344,7 +344,7 @@ class Parts:
 
     def __init__(self, seed: int = 20):
         torch.manual_seed(seed)
-        self.vae = build_autoencoder("f4d4-tiny", "none")[0].train()
+        self.vae = load_tokenizer("f4d4-tiny", "none")[0].train()
         self.discriminator = PatchDiscriminator(width=8)
         self.mapper = Mapper(4, 8, 4, 16, projector_width=32)
         images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

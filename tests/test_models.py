@@ -12,24 +12,25 @@ from safetensors.torch import load_file, save_file
 
 from errors import UserError
 from formats.discriminator import load_discriminator
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.layers import sincos_positions
 from models.mapper import Mapper, num_heads
 from models.pixels import to_signed, to_uint8
-from models.tokenizers.kl import CONFIG_DIR, STATISTICS_FILE, Autoencoder, Posterior, architecture_names
+from models.tokenizers import STATISTICS_FILE, Tokenizer
+from models.tokenizers.kl import CONFIG_DIR, KLTokenizer, Posterior, architecture_names
 
 F16_CHANNELS = {"f16d16": 16, "f16d32": 32, "f16d64": 64}
 
 
-def on_meta(name: str) -> Autoencoder:
+def on_meta(name: str) -> Tokenizer:
     with torch.device("meta"):
-        return build_autoencoder(name, "none")[0]
+        return load_tokenizer(name, "none")[0]
 
 
-def tiny(seed: int = 0) -> Autoencoder:
+def tiny(seed: int = 0) -> Tokenizer:
     torch.manual_seed(seed)
-    return build_autoencoder("f4d4-tiny", "none")[0]
+    return load_tokenizer("f4d4-tiny", "none")[0]
 
 
 def random_images(seed: int, batch: int = 2, size: int = 32) -> torch.Tensor:
@@ -117,7 +118,7 @@ def test_norms_are_groups_with_eps_1e_6_and_attention_has_one_head(name):
 
 
 class LDM:
-    """The LDM autoencoder, written from its description over a diffusers state dict, in float64."""
+    """The LDM tokenizer, written from its description over a diffusers state dict, in float64."""
 
     def __init__(self, network: diffusers.AutoencoderKL, groups: int):
         self.state = {k: v.double() for k, v in network.state_dict().items()}
@@ -199,7 +200,7 @@ def test_encoder_and_decoder_compute_the_ldm_autoencoder(name):
     if name != "f4d4-tiny":  # a quarter of the width
         config["block_out_channels"] = [width // 4 for width in config["block_out_channels"]]
     torch.manual_seed(1)
-    vae = Autoencoder(diffusers.AutoencoderKL.from_config(config)).eval()
+    vae = KLTokenizer(diffusers.AutoencoderKL.from_config(config)).eval()
     for parameter in vae.parameters():  # biases and norms that do something
         torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim == 1 else None
     reference = LDM(vae.network, config["norm_num_groups"])
@@ -279,7 +280,7 @@ def saved(tmp_path):
 def test_save_then_build_gives_back_every_bit(saved):
     vae, folder = saved
     for arguments in ((str(folder),), ("f4d4-tiny", str(folder))):
-        loaded, known = build_autoencoder(*arguments)
+        loaded, known = load_tokenizer(*arguments)
         assert known
         assert not loaded.training
         for name, tensor in vae.state_dict().items():
@@ -290,7 +291,7 @@ def test_statistics_of_any_size_survive_the_file_bit_for_bit(tmp_path):
     vae = tiny()
     vae.statistics.var.copy_(torch.tensor([1e-7, 1e-3, 1.7, 3e5]))
     vae.save(tmp_path / "vae")
-    loaded = build_autoencoder(str(tmp_path / "vae"))[0].statistics
+    loaded = load_tokenizer(str(tmp_path / "vae"))[0].statistics
     assert torch.equal(loaded.var, vae.statistics.var)
     assert torch.equal(loaded.std, vae.statistics.std)
 
@@ -318,21 +319,21 @@ def test_saving_over_a_folder_replaces_it_whole(saved):
     vae.network.decoder.conv_out.bias.data.fill_(0.25)
     vae.save(folder)
     assert not (folder / "left_over.txt").exists()
-    assert build_autoencoder(str(folder))[0].network.decoder.conv_out.bias.tolist() == [0.25] * 3
+    assert load_tokenizer(str(folder))[0].network.decoder.conv_out.bias.tolist() == [0.25] * 3
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing beside it
 
 
 def test_channels_last_weights_are_saved(tmp_path):
     vae = tiny().to(memory_format=torch.channels_last)
     vae.save(tmp_path / "vae")
-    loaded = build_autoencoder(str(tmp_path / "vae"))[0].state_dict()
+    loaded = load_tokenizer(str(tmp_path / "vae"))[0].state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in vae.state_dict().items())
 
 
 def test_a_diffusers_folder_without_statistics_says_so(saved):
     _, folder = saved
     (folder / STATISTICS_FILE).unlink()
-    vae, known = build_autoencoder(str(folder))
+    vae, known = load_tokenizer(str(folder))
     assert not known
     assert vae.statistics.mean.tolist() == [0] * 4
 
@@ -341,7 +342,7 @@ def test_latents_mean_and_std_of_a_diffusers_configuration_are_the_statistics(sa
     _, folder = saved
     (folder / STATISTICS_FILE).unlink()
     edit_config(folder, latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5, 1.5, 2.5, 9.0])
-    vae, known = build_autoencoder("f4d4-tiny", str(folder))
+    vae, known = load_tokenizer("f4d4-tiny", str(folder))
     assert known
     assert vae.statistics.mean.tolist() == [1, 2, 3, 4]
     torch.testing.assert_close(vae.statistics.std, torch.tensor([0.5, 1.5, 2.5, 9.0]), rtol=1e-6, atol=0)
@@ -351,7 +352,7 @@ def test_statistics_in_a_diffusers_configuration_are_saved_up_to_date(saved):
     _, folder = saved
     edit_config(folder, latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5, 1.5, 2.5, 9.0])
     (folder / STATISTICS_FILE).unlink()
-    vae, _ = build_autoencoder(str(folder))
+    vae, _ = load_tokenizer(str(folder))
     vae.statistics.load(torch.tensor([5.0, 6.0, 7.0, 8.0]), torch.tensor([2.0, 3.0, 4.0, 5.0]))
     vae.save(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -361,7 +362,7 @@ def test_statistics_in_a_diffusers_configuration_are_saved_up_to_date(saved):
 
 def test_scratch_weights_follow_the_seed_and_have_no_known_statistics():
     torch.manual_seed(9)
-    first, known = build_autoencoder("f4d4-tiny", "none")
+    first, known = load_tokenizer("f4d4-tiny", "none")
     assert not known
     assert torch.equal(first.last_layer, tiny(9).last_layer)
     assert not torch.equal(first.last_layer, tiny(10).last_layer)
@@ -418,7 +419,7 @@ def test_a_broken_folder_is_a_one_line_error_that_names_it(saved, case, flag):
     BROKEN_FOLDERS[case](folder)
     arguments = (str(folder),) if flag == "--vae" else ("f4d4-tiny", str(folder))
     with pytest.raises(UserError) as error:
-        build_autoencoder(*arguments)
+        load_tokenizer(*arguments)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(f"{flag} {folder}")
 
@@ -435,14 +436,14 @@ def test_a_broken_folder_is_a_one_line_error_that_names_it(saved, case, flag):
 )
 def test_what_is_not_a_vae_is_a_one_line_error_that_names_the_flag(vae, checkpoint, words):
     with pytest.raises(UserError) as error:
-        build_autoencoder(vae, checkpoint)
+        load_tokenizer(vae, checkpoint)
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words)
 
 
 def test_weights_of_another_architecture_are_refused_by_name(saved):
     with pytest.raises(UserError, match=r"--vae-ckpt .*than --vae f8d4: block_out_channels.*give --vae f4d4-tiny"):
-        build_autoencoder("f8d4", str(saved[1]))
+        load_tokenizer("f8d4", str(saved[1]))
 
 
 # --- Mapper -----------------------------------------------------------------------------------------------------------

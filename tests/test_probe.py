@@ -12,7 +12,7 @@ import preprocessing
 import probe
 from dataset.attributes import TEST, TRAIN, VALIDATION
 from dataset.toy import write_toy_dataset
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from metrics.probe_data import open_probe_data
 from metrics.record import read_measurements
 from models.latent_statistics import EPSILON
@@ -64,7 +64,7 @@ def test_all_probes_leave_their_records(probed, data, vae):
     record = next(record for record in read_measurements(probed / "metrics") if record.name == "probe-classes")
     assert record.count == COUNT and record.settings["dimensions"] == 4 * 8 * 8
     assert record.settings["split"] == {"train": 140, "validation": 20, "test": 40}
-    assert record.subject["vae_checksum"] == build_autoencoder(str(vae))[0].checksum()
+    assert record.subject["vae_checksum"] == load_tokenizer(str(vae))[0].checksum()
     losses = record.settings["validation_losses"]
     assert record.settings["penalty"] == float(min(losses, key=losses.get)) and len(losses) == 6
     rows = list(csv.DictReader((probed / "metrics" / "probe-attributes.csv").open()))
@@ -131,9 +131,9 @@ def test_a_split_without_validation_images_spares_some_of_the_training_images(tm
 def test_all_goes_on_without_what_cannot_be_done(tmp_path, capsys):
     """Twelve images of a collapsed VAE: a line for each probe that is left out, a record of each other one."""
 
-    def spoil(autoencoder) -> None:
+    def spoil(tokenizer) -> None:
         with torch.no_grad():
-            autoencoder.network.quant_conv.weight.zero_()
+            tokenizer.network.quant_conv.weight.zero_()
 
     write_toy_dataset(tmp_path / "toy", 12, 32, seed=0, num_workers=1)
     folder = save_vae(tmp_path / "run", change=spoil)

@@ -20,7 +20,7 @@ import evaluate
 from dataset.images import open_images
 from dataset.toy import write_toy_dataset
 from errors import UserError
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from loss.perceptual import build_lpips
 from loss.reconstruction import psnr
 from metrics.features import build_extractor
@@ -127,20 +127,20 @@ def test_lpips_alex_is_its_definition(tmp_path):
     assert total.min() > 1e-3
 
 
-def test_the_record_is_of_8_bit_reconstructions_of_posterior_means(measured, data, vae):
-    autoencoder, _ = build_autoencoder(str(vae))
+def test_the_record_is_of_8_bit_reconstructions_of_latent_modes(measured, data, vae):
+    tokenizer, _ = load_tokenizer(str(vae))
     images = open_images(data, 32)
     originals = np.empty((COUNT, 3, 32, 32), np.uint8)
     images.read_into(range(COUNT), originals)
     with torch.no_grad():
-        found = to_uint8(autoencoder.decode(autoencoder.encode(torch.from_numpy(originals)).mean)).numpy()
+        found = to_uint8(tokenizer.decode(tokenizer.encode(torch.from_numpy(originals)).mean)).numpy()
     error = ((originals.astype(np.float64) - found) ** 2).reshape(COUNT, -1).mean(1)
     expected = 10 * np.log10(255**2 / error)
     (record,) = read_measurements(measured)
     assert record.values["PSNR"] == pytest.approx(expected.mean(), rel=1e-4)
     assert record.values["SSIM"] == pytest.approx(np.mean(list(map(ssim_by_hand, originals, found))), rel=1e-3)
     assert record.count == COUNT and record.kind == "reconstruction" and record.reference["count"] == COUNT
-    assert record.subject["vae_checksum"] == autoencoder.checksum()
+    assert record.subject["vae_checksum"] == tokenizer.checksum()
     assert record.extractor["name"] == "efficientnet-lite0" and list(record.values) == [RFD, "PSNR", "SSIM"]
     extractor = build_extractor("efficientnet-lite0")
     theirs, ours = (extractor(torch.from_numpy(batch)).pooled.double().numpy() for batch in (originals, found))
@@ -208,8 +208,8 @@ def test_files_of_vaes_in_one_folder_keep_their_measurements(data, tmp_path):
     """Two checkpoints side by side, another set of images, and one place for two VAEs."""
     for seed in (0, 1):
         torch.manual_seed(seed)
-        autoencoder, _ = build_autoencoder("f4d4-tiny", "none")
-        torch.save(autoencoder.network.state_dict(), tmp_path / f"v{seed}.pt")
+        tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
+        torch.save(tokenizer.network.state_dict(), tmp_path / f"v{seed}.pt")
     other = tmp_path / "other"
     write_toy_dataset(other, 9, 32, seed=1, num_workers=1)
     for name, images in (("v0", data), ("v1", data), ("v1", other)):

@@ -58,7 +58,7 @@ def test_weights_statistics_and_averages_equal_the_derivation(two_steps):
 def test_the_average_s_statistics_lag_behind_and_go_with_the_tuned_vae(two_steps):
     trainer, plain, _, _ = two_steps
     tuned = trainer.tuned_vae
-    assert tuned.network is trainer.vae.model.autoencoder.network
+    assert tuned.network is trainer.vae.model.tokenizer.network
     torch.testing.assert_close(tuned.statistics.mean, plain.ema_bn.running_mean, rtol=1e-5, atol=1e-6)
     assert (tuned.statistics.mean - trainer.statistics.mean).abs().max() > 1e-3
 
@@ -69,7 +69,7 @@ def test_gradients_equal_the_derivation():
     _, encoded = trainer.accumulate_vae(batch, draws, step=0, share=1.0)
     trainer.accumulate_sit(encoded, batch_moments(encoded.latent), share=1.0)
     terms, kept = plain.vae_terms(batch, draws)
-    check_gradients(trainer.vae.model.autoencoder.network, plain.vae, plain.vae_loss(terms))
+    check_gradients(trainer.vae.model.tokenizer.network, plain.vae, plain.vae_loss(terms))
     judged = plain.discriminator_term(kept["x"], kept["x_hat"])
     check_gradients(trainer.vae.discriminator, plain.discriminator, judged)
     # only now, because the backward pass above reads the statistics that this moves
@@ -134,7 +134,7 @@ def test_which_parameters_get_gradient_from_which_term(term):
     )
     if term == "denoise":
         trainer.sit.proj_coeff = 0.0
-    networks = {"vae": trainer.vae.model.autoencoder.network, "sit": trainer.sit.model}
+    networks = {"vae": trainer.vae.model.tokenizer.network, "sit": trainer.sit.model}
     if trainer.vae.discriminator is not None:
         networks["discriminator"] = trainer.vae.discriminator
     batch, draws = random_batch(BATCH), batch_draws(BATCH)
@@ -173,7 +173,7 @@ def test_the_generator_s_and_the_alignment_s_passes_leave_the_frozen_networks_al
         half, network = name.split(".")
         ours, theirs = (gradients(getattr(getattr(trainer, half), network)) for trainer in (both, without))
         assert largest_difference(ours, theirs) < 1e-7
-    networks = [trainer.vae.model.autoencoder.network.encoder for trainer in (both, without)]
+    networks = [trainer.vae.model.tokenizer.network.encoder for trainer in (both, without)]
     assert largest_difference(*map(gradients, networks)) > 1e-4
 
 
@@ -193,7 +193,7 @@ def test_checkpointed_activations_change_no_gradient():
     batch, draws = random_batch(BATCH), batch_draws(BATCH)
     plain, recomputed = tiny_trainer(), tiny_trainer()
     recomputed.sit.model.gradient_checkpointing = True
-    recomputed.vae.model.autoencoder.network.enable_gradient_checkpointing()
+    recomputed.vae.model.tokenizer.network.enable_gradient_checkpointing()
     for trainer in (plain, recomputed):
         fixed_draws(trainer, [draws])
         trainer.step(0, [batch], RATES)
@@ -239,7 +239,7 @@ def test_a_non_finite_step_changes_no_weights_and_is_counted():
     trainer.step(0, [random_batch(2)], RATES)
     kept = copy.deepcopy(state_of(trainer))
     with torch.no_grad():
-        trainer.vae.model.autoencoder.network.encoder.conv_in.weight[0, 0, 0, 0] = float("nan")
+        trainer.vae.model.tokenizer.network.encoder.conv_in.weight[0, 0, 0, 0] = float("nan")
     metrics = trainer.step(1, [random_batch(2)], RATES)
     assert metrics["skipped"] == metrics["vae_skipped"] == metrics["disc_skipped"] == 1
     after = state_of(trainer)

@@ -21,7 +21,7 @@ from dataset.toy import main as make_toy
 from models.denoisers.sit import SiT, SiTConfig
 from models.encoders import build_encoder
 from models.mapper import Mapper
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import build_tokenizer
 from preprocessing import main as preprocess
 from runtime.cli import run
 from tests import ldm_trainings, sendvae_runs
@@ -42,11 +42,11 @@ def test_a_step_of_the_real_networks_fits_together(vae, resolution):
     grid, side = resolution // 16, resolution // downsampling
     with torch.device("meta"):
         encoder = build_encoder("dinov2-vit-b", grid, random_weights=True)
-        autoencoder = Autoencoder.from_architecture(architecture(vae))
-        model = SendVAE(autoencoder, Mapper(channels, side, grid, encoder.embed_dim))
+        tokenizer = build_tokenizer(architecture(vae))
+        model = SendVAE(tokenizer, Mapper(channels, side, grid, encoder.embed_dim))
         images = torch.empty(2, 3, resolution, resolution, dtype=torch.uint8)
         noise = Noise(torch.empty(2, channels, side, side), torch.empty(2), torch.empty(2, channels, side, side))
-    assert autoencoder.latent_shape(resolution) == (channels, side, side)
+    assert tokenizer.latent_shape(resolution) == (channels, side, side)
     assert (model.mapper.patch_size, encoder.input_size) == (16 // downsampling, 14 * grid)
     output = model(images, noise)
     assert output.reconstruction.shape == images.shape
@@ -86,7 +86,7 @@ def slim(name: str, folder: Path) -> Path:
     widths = [16] * len(config["block_out_channels"])
     config |= {"block_out_channels": widths, "norm_num_groups": 8, "layers_per_block": 1}
     torch.manual_seed(0)
-    Autoencoder.from_architecture(config).save(folder / "slim")
+    build_tokenizer(config).save(folder / "slim")
     return folder / "slim"
 
 

@@ -33,11 +33,11 @@ def test_gradients_equal_a_plain_autograd_calculation():
     trainer.accumulate(images, noise, step=0, share=1.0)
 
     x = images.float() / 127.5 - 1
-    moments = plain.autoencoder.network.encode(x).latent_dist.parameters
+    moments = plain.tokenizer.network.encode(x).latent_dist.parameters
     mean, logvar = moments.chunk(2, 1)
     logvar = logvar.clamp(-30, 20)
     z = mean + torch.exp(logvar / 2) * noise.posterior
-    x_hat = plain.autoencoder.network.decode(z).sample
+    x_hat = plain.tokenizer.network.decode(z).sample
     t = noise.t[:, None, None, None]
     normalised = (z - 0.0) / (1.0 + 1e-4) ** 0.5  # fresh statistics: mean 0, variance 1
     tokens = plain.mapper((1 - t) * normalised + t * noise.path)
@@ -111,7 +111,7 @@ def test_alignment_reaches_the_encoder_and_never_the_decoder(align_coeff):
     trainer = tiny_trainer(gan=False, align_coeff=align_coeff, reconstruction_weight=0.0, kl_weight=0.0)
     trainer.accumulate(random_images(2), noise_for(random_images(2)), 0, 1.0)
     grads = gradients(trainer.model)
-    touched = {name.split(".")[2] for name, g in grads.items() if name.startswith("autoencoder") and g.abs().max() > 0}
+    touched = {name.split(".")[2] for name, g in grads.items() if name.startswith("tokenizer") and g.abs().max() > 0}
     assert touched == ({"encoder", "quant_conv"} if align_coeff else set())
     if align_coeff:
         assert all(p.grad is None and not p.requires_grad for p in trainer.encoders[0].parameters())
@@ -137,7 +137,7 @@ def test_non_finite_step_changes_nothing_and_is_counted():
     state = copy.deepcopy(trainer.optimizer.state_dict()["state"])
     statistics = copy.deepcopy(trainer.statistics.state_dict())
     with torch.no_grad():
-        weight = trainer.model.autoencoder.network.encoder.conv_in.weight
+        weight = trainer.model.tokenizer.network.encoder.conv_in.weight
         kept = weight[0, 0, 0, 0].item()
         weight[0, 0, 0, 0] = float("nan")
     metrics = trainer.step(1, [random_images(4)], 1e-3, 1e-3)
@@ -169,7 +169,7 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms_at_the_last_layer():
     metrics, _ = trainer.accumulate(images, noise, 0, 1.0)
     model = tiny_trainer(adaptive_discriminator_weight=True)
     x_hat = model.model(images, noise).reconstruction
-    last = model.model.autoencoder.last_layer
+    last = model.model.tokenizer.last_layer
     reconstruction = torch.autograd.grad((to_signed(images) - x_hat).abs().mean(), last, retain_graph=True)[0].norm()
     gan = torch.autograd.grad(-model.discriminator(x_hat).mean(), last)[0].norm()
     torch.testing.assert_close(metrics["gan_weight"], 0.1 * reconstruction / (gan + 1e-4), rtol=1e-4, atol=0)

@@ -97,7 +97,7 @@ def test_the_vaes_alignment_is_the_average_over_the_vfms():
     assert values["alignment"].item() == pytest.approx(mean([alone["alignment"], other["alignment"]]), rel=1e-6)
     assert values["loss"] == values["alignment"]
 
-    averaged, parts = gradients(both.model.autoencoder), [gradients(t.model.autoencoder) for t in (first, second)]
+    averaged, parts = gradients(both.model.tokenizer), [gradients(t.model.tokenizer) for t in (first, second)]
     for name, gradient in averaged.items():
         expected = 0.5 * (parts[0][name] + parts[1][name])
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
@@ -107,9 +107,9 @@ def test_the_vaes_alignment_is_the_average_over_the_vfms():
 def test_a_single_mapper_keeps_its_names():
     trainer = tiny_trainer()
     names = {name.split(".")[0] for name in trainer.model.state_dict()}
-    assert names == {"autoencoder", "mapper"}
+    assert names == {"tokenizer", "mapper"}
     assert len(trainer.model.mappers) == 1
-    assert SendVAE(trainer.model.autoencoder, None).mappers == []
+    assert SendVAE(trainer.model.tokenizer, None).mappers == []
 
 
 def test_a_vae_trains_with_two_vfms_and_resumes(data, tmp_path):

@@ -20,11 +20,11 @@ from diffusion.guidance import guided
 from diffusion.samplers import model_velocity, sample_ode
 from errors import UserError
 from formats.sit import infer_config, read_sit
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from inference.trained_ldm import open_trained_ldm
 from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
 from models.pixels import to_uint8
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 from runtime.cli import run
 from tests.command_line import argv_of
 from tests.latent_caches import flags as cache_flags
@@ -139,11 +139,11 @@ def euler(public: PublicSiT, seed: int, labels: torch.Tensor, steps: int, scale:
 
 
 @torch.no_grad()
-def expected_images(public: PublicSiT, autoencoder: Autoencoder, statistics: tuple, labels: torch.Tensor) -> np.ndarray:
+def expected_images(public: PublicSiT, tokenizer: Tokenizer, statistics: tuple, labels: torch.Tensor) -> np.ndarray:
     """uint8 ``[B, H, W, 3]`` by the independent network and the loop above."""
     mean, std = (value.view(1, 4, 1, 1) for value in statistics)
     z = euler(public.eval(), 3, labels, steps=5, scale=2.0, high=0.7)
-    pixels = 127.5 * (autoencoder.network.decode(z * std + mean).sample + 1)
+    pixels = 127.5 * (tokenizer.network.decode(z * std + mean).sample + 1)
     return pixels.round().clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
 
 
@@ -168,8 +168,8 @@ def test_generate_samples_a_repa_experiment_and_a_bare_file(tmp_path, capsys):
     """REPA: no statistics in the file, its factor 0.18215; last.pt: the averaged weights alone."""
     model, ema = PublicSiT(seed=1), PublicSiT(seed=2)
     vae = save_vae(tmp_path)
-    autoencoder, _ = build_autoencoder(str(vae))
-    expected = expected_images(ema, autoencoder, (torch.zeros(4), torch.full((4,), 1 / 0.18215)), torch.arange(4))
+    tokenizer, _ = load_tokenizer(str(vae))
+    expected = expected_images(ema, tokenizer, (torch.zeros(4), torch.full((4,), 1 / 0.18215)), torch.arange(4))
     folder = write_experiment(tmp_path / "repa", model, ema, public_args())
     assert_same_images(sampled(tmp_path / "a", exp_path=folder, vae_ckpt=vae), expected)
     torch.save(ema.state_dict(), tmp_path / "last.pt")
@@ -182,7 +182,7 @@ def test_generate_samples_a_repa_experiment_and_a_bare_file(tmp_path, capsys):
     bare = json.loads((tmp_path / "out-last.pt" / "index.json").read_text())["source"]
     assert (source["train_steps"], bare["train_steps"]) == (7, None)
     assert source["weights_sha256"] == bare["weights_sha256"]
-    other = expected_images(model, autoencoder, (torch.zeros(4), torch.full((4,), 1 / 0.18215)), torch.arange(4))
+    other = expected_images(model, tokenizer, (torch.zeros(4), torch.full((4,), 1 / 0.18215)), torch.arange(4))
     assert_same_images(sampled(tmp_path / "model", exp_path=folder, vae_ckpt=vae, weights="model"), other)
 
 
@@ -255,14 +255,14 @@ def test_statistics_beside_the_vae_of_a_repa_checkpoint_are_said_not_to_be_taken
     torch.save({"latents_scale": 1 / std.view(1, 4, 1, 1), "latents_bias": mean.view(1, 4, 1, 1)}, tmp_path / "s.pt")
     shutil.copy(tmp_path / "s.pt", tmp_path / "vae-latents-stats.pt")
     given = {"ckpt": tmp_path / "last.pt", "vae_ckpt": tmp_path / "vae.pt"}
-    autoencoder, _ = build_autoencoder("f4d4-tiny", str(tmp_path / "vae.pt"))
-    repas = expected_images(ema, autoencoder, (torch.zeros(4), torch.full((4,), 1 / 0.18215)), torch.arange(4))
+    tokenizer, _ = load_tokenizer("f4d4-tiny", str(tmp_path / "vae.pt"))
+    repas = expected_images(ema, tokenizer, (torch.zeros(4), torch.full((4,), 1 / 0.18215)), torch.arange(4))
     assert_same_images(sampled(tmp_path / "a", **given), repas)
     said = capsys.readouterr().err
     assert "scale 0.18215, and not those of" in said
     assert "vae-latents-stats.pt (--vae-latents-stats takes those)" in said
     assert_same_images(sampled(tmp_path / "b", **given, vae_latents_stats="repa"), repas)
-    theirs = expected_images(ema, autoencoder, (mean, std), torch.arange(4))
+    theirs = expected_images(ema, tokenizer, (mean, std), torch.arange(4))
     assert_same_images(sampled(tmp_path / "c", **given, vae_latents_stats=tmp_path / "s.pt"), theirs)
     assert "0.18215" not in capsys.readouterr().err
 
@@ -464,9 +464,9 @@ def test_the_exported_folder_and_its_snippet(tmp_path, monkeypatch):
     assert loaded.config == trained.config
     assert expected.state_dict().keys() == loaded.state_dict().keys()
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in expected.state_dict().items())
-    autoencoder, known = build_autoencoder(str(out / "vae"))
+    tokenizer, known = load_tokenizer(str(out / "vae"))
     assert known
-    assert autoencoder.checksum() == trained.vae_checksum
+    assert tokenizer.checksum() == trained.vae_checksum
     index = json.loads((out / "model_index.json").read_text())
     assert index["class_names"] == CLASS_NAMES
     assert (index["path_type"], index["resolution"], index["steps"]) == ("linear", 32, STEP)
@@ -479,7 +479,7 @@ def test_the_exported_folder_and_its_snippet(tmp_path, monkeypatch):
     velocity = guided(model_velocity(expected), 2.5, 3, high=0.75)
     z = sample_ode(velocity, noise, torch.tensor([0]), num_steps=50)
     with torch.no_grad():
-        image = to_uint8(autoencoder.decode(autoencoder.statistics.denormalize(z)))[0].permute(1, 2, 0).numpy()
+        image = to_uint8(tokenizer.decode(tokenizer.statistics.denormalize(z)))[0].permute(1, 2, 0).numpy()
     found = np.asarray(Image.open(tmp_path / "sample.png"))
     assert found.std() > 10
     assert np.abs(found.astype(int) - image).max() <= 1
@@ -495,8 +495,8 @@ def test_an_experiment_of_repa_is_exported_with_the_vae_that_is_given(tmp_path, 
     flags = ("--vae", "f4d4-tiny", "--vae-ckpt", tmp_path / "vae.pt", "--vae-latents-stats", "repa")
     assert export(folder, tmp_path / "out", *flags) == 0
     assert_same_network_without_projectors(SiT.from_pretrained(tmp_path / "out" / "transformer"), PublicSiT(seed=2))
-    wanted, _ = build_autoencoder("f4d4-tiny", str(tmp_path / "vae.pt"))
-    found, _ = build_autoencoder(str(tmp_path / "out" / "vae"))
+    wanted, _ = load_tokenizer("f4d4-tiny", str(tmp_path / "vae.pt"))
+    found, _ = load_tokenizer(str(tmp_path / "out" / "vae"))
     assert found.checksum() == wanted.checksum()
     assert (found.statistics.std - 1 / 0.18215).abs().max() < 1e-5
 
@@ -528,20 +528,20 @@ def test_the_layout_of_repae_is_read_by_independent_networks(data, tmp_path, cap
     public_vae.load_state_dict(contents["vae"])
 
     trained = open_trained_ldm(old, None, "ema")
-    autoencoder = trained.load_autoencoder()
+    tokenizer = trained.load_autoencoder()
     x, t, y = probe()
     with torch.no_grad():
         assert (trained.load_model()(x, t, y) - public(x, t, y)[0]).abs().max() < 1e-5
-        assert (autoencoder.decode(x) - public_vae.decode(x)).abs().max() < 1e-5
-    assert torch.equal(public.bn.running_mean, autoencoder.statistics.mean)
-    assert torch.equal(public.bn.running_var, autoencoder.statistics.var)
+        assert (tokenizer.decode(x) - public_vae.decode(x)).abs().max() < 1e-5
+    assert torch.equal(public.bn.running_mean, tokenizer.statistics.mean)
+    assert torch.equal(public.bn.running_var, tokenizer.statistics.var)
 
     checkpoint = read_sit(file, "x", args)
     for name in ("model", "ema"):
         saved = load_file(old / "checkpoints" / "0000002" / f"{name}.safetensors")
         assert saved.keys() == checkpoint.weights[name].state.keys()
         assert all(torch.equal(saved[key], tensor) for key, tensor in checkpoint.weights[name].state.items())
-    loaded, _ = build_autoencoder(str(file))
+    loaded, _ = load_tokenizer(str(file))
     assert loaded.checksum() == trained.vae_checksum
     sampling = SAMPLING | {"num_fid_samples": 2}
     images = [sampled(tmp_path / path.name / "images", exp_path=path, **sampling) for path in (old, out)]

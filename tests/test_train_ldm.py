@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from training.ldm_task import LDMTask
 
 import generate
 import train_ldm
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from runtime.cli import run
 from runtime.measure import count_parameters
 from tests.latent_caches import save_vae
 from tests.ldm_trainings import LATENTS, flags, write_data
-from training.ldm_task import LDMTask
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def test_a_run_leaves_everything_it_promises_and_generate_reads_it(data, tmp_pat
     assert Image.open(folder / "samples" / "0000004.png").size == (8 * 34 - 2, 4 * 34 - 2)
 
     args = json.loads((folder / "args.json").read_text())["args"]
-    autoencoder, known = build_autoencoder(str(folder / "vae"))
+    tokenizer, known = load_tokenizer(str(folder / "vae"))
     assert known
-    assert args["vae_checksum"] == autoencoder.checksum()
+    assert args["vae_checksum"] == tokenizer.checksum()
     assert args["sit"]["num_classes"] == len(args["class_names"]) == 6
 
     sampling = ["--exp-path", str(folder), "--num-fid-samples", "6", "--num-steps", "2", "--cfg-scale", "2"]
@@ -118,7 +118,7 @@ def test_a_cache_without_its_statistics_or_with_another_vae_is_refused(data, tmp
     stats.unlink()
     assert train(*argv) == 2
     assert "has no latent statistics (latents_stats.safetensors): copy the cache" in capsys.readouterr().err
-    other, _ = build_autoencoder(str(stats.parent))
+    other, _ = load_tokenizer(str(stats.parent))
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
     other.save(stats.parent)
@@ -178,8 +178,8 @@ def test_a_failed_start_leaves_nothing_that_the_next_one_trusts(data, tmp_path):
     (run_folder / "args.json").write_text(json.dumps({"args": {"cfg_prob": 0.9, "vae_checksum": "x"}}))
     save_vae(run_folder, seed=7)
     assert train(*flags(data, tmp_path)) == 0
-    stored, _ = build_autoencoder(str(run_folder / "vae"))
-    cached, _ = build_autoencoder(str(data / LATENTS / "vae"))
+    stored, _ = load_tokenizer(str(run_folder / "vae"))
+    cached, _ = load_tokenizer(str(data / LATENTS / "vae"))
     assert stored.checksum() == cached.checksum()
     assert torch.equal(stored.statistics.mean, cached.statistics.mean)
 

@@ -19,9 +19,9 @@ import generate
 import train_ldm
 import train_repae
 from dataset.toy import main as make_toy
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from inference.trained_ldm import open_trained_ldm, statistics_checksum
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 from preprocessing import main as preprocess
 from runtime.cli import run
 from tests import ldm_trainings
@@ -96,7 +96,7 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 
 def test_the_tuned_vae_has_the_weights_as_trained_and_the_statistics_of_the_average(finished):
-    tuned, known = build_autoencoder(str(finished / "vae"))
+    tuned, known = load_tokenizer(str(finished / "vae"))
     assert known
     trained, average = weights(finished, 4, "vae"), weights(finished, 4, "statistics_ema")
     for name, tensor in tuned.network.state_dict().items():
@@ -112,15 +112,15 @@ def test_the_tuned_vae_has_the_weights_as_trained_and_the_statistics_of_the_aver
 @pytest.mark.parametrize(("step", "name"), [(2, "ema"), (4, "ema"), (4, "model")])
 def test_every_checkpoint_is_sampled_with_its_own_vae(finished, step, name):
     trained = open_trained_ldm(finished, step, name)
-    autoencoder = trained.load_autoencoder()
+    tokenizer = trained.load_autoencoder()
     place = "milestones" if step == 2 else "checkpoints"
     expected = weights(finished, step, "vae", place)
-    assert torch.equal(autoencoder.last_layer, expected["network.decoder.conv_out.weight"])
+    assert torch.equal(tokenizer.last_layer, expected["network.decoder.conv_out.weight"])
     mean = expected["statistics.mean"] if name == "model" else weights(finished, step, "statistics_ema", place)["mean"]
-    assert torch.equal(autoencoder.statistics.mean, mean)
-    assert autoencoder.checksum() == trained.vae_checksum
+    assert torch.equal(tokenizer.statistics.mean, mean)
+    assert tokenizer.checksum() == trained.vae_checksum
     last = weights(finished, 4, "vae")["network.decoder.conv_out.weight"]
-    assert torch.equal(autoencoder.last_layer, last) == (step == 4)
+    assert torch.equal(tokenizer.last_layer, last) == (step == 4)
 
 
 def test_generate_samples_the_run(finished, tmp_path):
@@ -151,7 +151,7 @@ def test_train_ldm_goes_on_with_the_tuned_vae(finished, toy, tmp_path):
     assert run(cache_latents.main, [*argv, "--num-workers", "0"]) == 0
     argv = ldm_trainings.flags(toy, tmp_path, "ldm", vae_latents_name=latents)
     assert run(train_ldm.main, argv) == 0
-    ours, theirs = (build_autoencoder(str(run_ / "vae"))[0] for run_ in (finished, tmp_path / "ldm"))
+    ours, theirs = (load_tokenizer(str(run_ / "vae"))[0] for run_ in (finished, tmp_path / "ldm"))
     assert ours.checksum() == theirs.checksum()
     assert torch.equal(ours.statistics.mean, theirs.statistics.mean)
 
@@ -161,7 +161,7 @@ def test_training_starts_from_the_vae_s_statistics_or_measures_them(finished, to
     argv = {"bn_momentum": 0, "max_train_steps": 1, "loss_cfg_path": "configs/l1_kl.yaml"}
     assert train(*flags(toy, tmp_path, "tuned", vae_ckpt=finished / "vae", **argv)) == 0
     assert train(*flags(toy, tmp_path, "scratch", **argv)) == 0
-    before = build_autoencoder(str(finished / "vae"))[0].statistics
+    before = load_tokenizer(str(finished / "vae"))[0].statistics
     for name in ("vae", "statistics_ema"):
         after = {key.removeprefix("statistics."): t for key, t in weights(tmp_path / "tuned", 1, name).items()}
         assert torch.equal(after["mean"], before.mean)
@@ -188,7 +188,7 @@ def test_switches_train_and_are_sampled(toy, tmp_path, changes):
     several = [last[f"alignment/{name}"] for name in changes.get("enc_type", "").split(",") if name]
     assert not several or last["alignment"] == pytest.approx(sum(several) / 2, rel=1e-5)
     trained = open_trained_ldm(tmp_path / "run", None, "ema" if "ema_decay" not in changes else "model")
-    assert isinstance(trained.load_autoencoder(), Autoencoder)
+    assert isinstance(trained.load_autoencoder(), Tokenizer)
 
 
 def test_gradient_checkpointing_and_pictures_change_no_bit(toy, tmp_path):

@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from diffusion.draws import Stream as Purpose
+from diffusion.draws import seeded_generator
 from errors import UserError
 from formats.runs import status_of
 from runtime.checkpoint import CheckpointFolder
@@ -17,7 +19,6 @@ from training.arguments import CHANGEABLE
 from training.ema import EMA
 from training.metrics import MeanMetrics
 from training.optimizer import build_adamw, learning_rate, optimizer_step
-from training.randomness import Purpose, seeded_generator
 from training.run import Run, build_accelerator, refuse_changed_arguments
 from training.stop import StopFlag
 

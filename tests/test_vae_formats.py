@@ -19,11 +19,12 @@ from formats.discriminator import load_discriminator
 from formats.hub import choose_files, is_hub_name
 from formats.layers import to_diffusers, to_ldm
 from formats.statistics import read_statistics, repae_tensors, statistics_in
-from formats.vae import build_autoencoder, load_vae
+from formats.vae import load_tokenizer, load_vae
 from models.discriminator import PatchDiscriminator
 from models.latent_statistics import LatentStatistics
 from models.pixels import to_signed
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
+from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError
 from runtime.cli import run
 from runtime.files import checksum
@@ -49,7 +50,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-def assert_reproduces(ours: Autoencoder, theirs: PublicVAE, images: torch.Tensor = IMAGES) -> None:
+def assert_reproduces(ours: Tokenizer, theirs: PublicVAE, images: torch.Tensor = IMAGES) -> None:
     """Mean, logvar and decoded images."""
     with torch.no_grad():
         mean, logvar = theirs.encode(to_signed(images))
@@ -91,13 +92,13 @@ def test_ldm_weights_reproduce_their_source(file, tmp_path):
     source = random_vae(3, **TINY)
     WRITERS[file](tmp_path / file, source.state_dict())
     for arguments in (("f4d4-tiny", str(tmp_path / file)), (str(tmp_path / file),)):
-        assert_reproduces(build_autoencoder(*arguments)[0], source)
+        assert_reproduces(load_tokenizer(*arguments)[0], source)
 
 
 def test_f16_with_attention_in_its_last_level_reproduces_its_source(tmp_path):
     source = random_vae(4, **NARROW)
     torch.save(source.state_dict(), tmp_path / "vae.pt")
-    ours = build_autoencoder(str(tmp_path / "vae.pt"))[0]
+    ours = load_tokenizer(str(tmp_path / "vae.pt"))[0]
     assert (ours.latent_channels, ours.downsampling) == (32, 16)
     assert ours.network.config.down_block_types == ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"]
     assert ours.network.config.up_block_types == ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 4
@@ -108,14 +109,14 @@ def test_f16_with_attention_in_its_last_level_reproduces_its_source(tmp_path):
 def test_half_precision_is_read_into_float32(dtype, tmp_path):
     source = random_vae(3, **TINY).to(dtype)
     torch.save(source.state_dict(), tmp_path / "vae.pt")
-    ours = build_autoencoder("f4d4-tiny", str(tmp_path / "vae.pt"))[0]
+    ours = load_tokenizer("f4d4-tiny", str(tmp_path / "vae.pt"))[0]
     assert {tensor.dtype for tensor in ours.state_dict().values()} == {torch.float32}
     assert_reproduces(ours, source.float())
 
 
 def test_every_parameter_can_be_trained(tmp_path):
     torch.save(tiny_ldm_state(), tmp_path / "vae.pt")
-    ours = build_autoencoder("f4d4-tiny", str(tmp_path / "vae.pt"))[0]
+    ours = load_tokenizer("f4d4-tiny", str(tmp_path / "vae.pt"))[0]
     posterior = ours.encode(IMAGES)
     (ours.decode(posterior.mean).square().sum() + posterior.logvar.sum()).backward()
     assert all(p.is_leaf and p.grad is not None for p in ours.parameters())
@@ -124,7 +125,7 @@ def test_every_parameter_can_be_trained(tmp_path):
 def test_loading_does_not_depend_on_the_random_state(tmp_path):
     torch.save(tiny_ldm_state(), tmp_path / "vae.pt")
     before = torch.random.get_rng_state()
-    build_autoencoder("f4d4-tiny", str(tmp_path / "vae.pt"))
+    load_tokenizer("f4d4-tiny", str(tmp_path / "vae.pt"))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -213,7 +214,7 @@ DIFFUSERS = (diffusers_folder, folder_with_bin, pipeline_folder, one_file, old_f
 def test_diffusers_weights_are_taken_bit_for_bit(write, network, tmp_path):
     path = write(network, tmp_path)
     for arguments in ((str(path),), ("f4d4-tiny", str(path))):
-        ours, statistics = build_autoencoder(*arguments)
+        ours, statistics = load_tokenizer(*arguments)
         assert statistics is None
         assert same_tensors(ours.network.state_dict(), network.state_dict())
 
@@ -222,7 +223,7 @@ def test_without_quantisation_convolutions_as_stable_diffusion_3_has_it(tmp_path
     network = random_diffusers(1, 16, use_quant_conv=False, use_post_quant_conv=False, block_out_channels=[32, 64, 64])
     save_file(to_ldm(network.state_dict()), tmp_path / "ae.safetensors")
     network.register_to_config(norm_num_groups=32)
-    ours = build_autoencoder(str(tmp_path / "ae.safetensors"))[0].network
+    ours = load_tokenizer(str(tmp_path / "ae.safetensors"))[0].network
     assert (ours.config.use_quant_conv, ours.config.use_post_quant_conv) == (False, False)
     assert same_tensors(ours.state_dict(), network.state_dict())
 
@@ -230,27 +231,27 @@ def test_without_quantisation_convolutions_as_stable_diffusion_3_has_it(tmp_path
 # --- Our own runs -----------------------------------------------------------------------------------------------------
 
 
-def tiny_autoencoder(seed: int = 8) -> Autoencoder:
-    autoencoder = Autoencoder(random_diffusers(seed))
+def tiny_autoencoder(seed: int = 8) -> Tokenizer:
+    tokenizer = KLTokenizer(random_diffusers(seed))
     mean, var = random_moments(4, seed)
-    autoencoder.statistics.mean.copy_(mean)
-    autoencoder.statistics.var.copy_(var)
-    return autoencoder
+    tokenizer.statistics.mean.copy_(mean)
+    tokenizer.statistics.var.copy_(var)
+    return tokenizer
 
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_run_gives_its_vae_at_any_step(ema, tmp_path):
-    autoencoder = tiny_autoencoder()
-    start = autoencoder.network.decoder.conv_out.bias.detach().clone()
-    run_folder = write_run(tmp_path / "run", autoencoder, ema=ema)
+    tokenizer = tiny_autoencoder()
+    start = tokenizer.network.decoder.conv_out.bias.detach().clone()
+    run_folder = write_run(tmp_path / "run", tokenizer, ema=ema)
     sources = {run_folder: 20, run_folder / "checkpoints" / "0000010": 10, run_folder / "vae": 20}
     for source, step in sources.items():
-        ours, statistics = build_autoencoder("f4d4-tiny", str(source))
+        ours, statistics = load_tokenizer("f4d4-tiny", str(source))
         assert torch.equal(ours.network.decoder.conv_out.bias, start + step)
-        assert same_tensors(ours.statistics.state_dict(), autoencoder.statistics.state_dict())
+        assert same_tensors(ours.statistics.state_dict(), tokenizer.statistics.state_dict())
         assert str(run_folder) in statistics
     for step in (10, 20):
-        ours = load_vae(None, str(run_folder), step=step).autoencoder
+        ours = load_vae(None, str(run_folder), step=step).tokenizer
         assert torch.equal(ours.network.decoder.conv_out.bias, start + step)
 
 
@@ -261,17 +262,17 @@ def test_the_average_goes_before_the_last_weights(tmp_path):
     state = averaged.state_dict()
     save_file(state, place / "ema.safetensors")
     with pytest.raises(UserError, match=r"ema\.safetensors is not what manifest\.json says"):
-        build_autoencoder(str(place))
+        load_tokenizer(str(place))
     manifest = json.loads((place / "manifest.json").read_text())
     manifest["files"]["ema.safetensors"] = checksum(place / "ema.safetensors")
     (place / "manifest.json").write_text(json.dumps(manifest))
-    assert same_tensors(build_autoencoder(str(place))[0].state_dict(), state)
+    assert same_tensors(load_tokenizer(str(place))[0].state_dict(), state)
 
 
 def test_an_unfinished_run_names_its_checkpoints(tmp_path):
     run_folder = write_run(tmp_path / "run", tiny_autoencoder(), state="running")
     with pytest.raises(UserError, match=r"not finished \(running at step 20\).*checkpoints/0000020/"):
-        build_autoencoder(str(run_folder))
+        load_tokenizer(str(run_folder))
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def test_statistics_of_each_layout_normalise_as_their_code_does(kind, tmp_path):
     content, std = STATISTICS[kind]
     torch.save(content, tmp_path / "stats.pt")
     torch.save(tiny_ldm_state(), tmp_path / "vae.pt")
-    ours, source = build_autoencoder("f4d4-tiny", str(tmp_path / "vae.pt"), str(tmp_path / "stats.pt"))
+    ours, source = load_tokenizer("f4d4-tiny", str(tmp_path / "vae.pt"), str(tmp_path / "stats.pt"))
     assert "stats.pt" in source
     z = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(6))
     expected = (z - MEAN.view(4, 1, 1)) / std.view(4, 1, 1)
@@ -316,7 +317,7 @@ def test_repae_decodes_the_same_image_to_a_part_in_ten_thousand():
 def test_a_repae_checkpoint_brings_the_statistics_of_its_average(tmp_path):
     state = repae_checkpoint(tiny_ldm_state(), random_discriminator().state_dict(), MEAN, VAR)
     torch.save(state, tmp_path / "0400000.pt")
-    ours, source = build_autoencoder("f4d4-tiny", str(tmp_path / "0400000.pt"))
+    ours, source = load_tokenizer("f4d4-tiny", str(tmp_path / "0400000.pt"))
     assert torch.equal(ours.statistics.mean, MEAN)
     assert torch.equal(ours.statistics.var, VAR)
     assert "bn of ema" in source
@@ -328,7 +329,7 @@ def test_statistics_beside_the_vae_are_found(name, tmp_path):
     torch.save(random_discriminator().state_dict(), tmp_path / "vae-discriminator-ckpt.pt")
     torch.save(STATISTICS["LightningDiT"][0], tmp_path / name)
     for source in ("vae.pt", ""):  # the one VAE's file in its folder
-        ours, statistics = build_autoencoder("f4d4-tiny", str(tmp_path / source))
+        ours, statistics = load_tokenizer("f4d4-tiny", str(tmp_path / source))
         assert statistics == str(tmp_path / name)
         torch.testing.assert_close(ours.statistics.std, VAR.sqrt(), rtol=1e-6, atol=0)
 
@@ -338,15 +339,15 @@ def test_statistics_of_whoever_else_lies_there_are_not_taken(tmp_path):
         torch.save(tiny_ldm_state(), tmp_path / name)
     for name in ("latents_stats.pt", "b-latents-stats.pt"):
         torch.save(STATISTICS["REPA-E"][0], tmp_path / name)
-    assert build_autoencoder("f4d4-tiny", str(tmp_path / "a.pt"))[1] is None
-    assert build_autoencoder("f4d4-tiny", str(tmp_path / "b.pt"))[1] == str(tmp_path / "b-latents-stats.pt")
+    assert load_tokenizer("f4d4-tiny", str(tmp_path / "a.pt"))[1] is None
+    assert load_tokenizer("f4d4-tiny", str(tmp_path / "b.pt"))[1] == str(tmp_path / "b-latents-stats.pt")
 
 
 @pytest.mark.parametrize("place", ["", "vae", "checkpoints/0000020", "checkpoints/0000020/model.safetensors"])
 def test_statistics_of_a_run_of_ours_are_taken(place, tmp_path):
     source = tiny_autoencoder()
     folder = write_run(tmp_path / "run", source)
-    ours, known = build_autoencoder("f4d4-tiny", "none", str(folder / place))
+    ours, known = load_tokenizer("f4d4-tiny", "none", str(folder / place))
     assert str(folder) in known
     assert torch.equal(ours.statistics.mean, source.statistics.mean)
     assert torch.equal(ours.statistics.var, source.statistics.var)
@@ -359,7 +360,7 @@ def test_statistics_of_a_diffusers_configuration_are_taken(inside, tmp_path):
     folder.mkdir(parents=True)
     values = {"latents_mean": [0.5, 0.0, -1.0, 2.0], "latents_std": [1.0, 2.0, 3.0, 4.0], "scaling_factor": 0.5}
     (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"} | values))
-    ours, _ = build_autoencoder("f4d4-tiny", "none", str(tmp_path / "folder"))
+    ours, _ = load_tokenizer("f4d4-tiny", "none", str(tmp_path / "folder"))
     assert torch.equal(ours.statistics.mean, torch.tensor(values["latents_mean"]))
     assert (ours.statistics.std - torch.tensor([2.0, 4.0, 6.0, 8.0])).abs().max() < 1e-5
 
@@ -368,7 +369,7 @@ def test_the_flag_goes_before_what_lies_beside(tmp_path):
     torch.save(tiny_ldm_state(), tmp_path / "vae.pt")
     torch.save(STATISTICS["REPA-E"][0], tmp_path / "vae-latents-stats.pt")
     save_file({"mean": MEAN + 1, "std": VAR}, tmp_path / "mine.safetensors")
-    ours, _ = build_autoencoder("f4d4-tiny", str(tmp_path / "vae.pt"), str(tmp_path / "mine.safetensors"))
+    ours, _ = load_tokenizer("f4d4-tiny", str(tmp_path / "vae.pt"), str(tmp_path / "mine.safetensors"))
     assert torch.equal(ours.statistics.mean, MEAN + 1)
 
 
@@ -473,9 +474,9 @@ def test_a_hub_name_is_taken_from_the_cache(hub_cache, network, monkeypatch, tmp
     torch.save(tiny_ldm_state(), folder / "e2e-400k.pt")
     torch.save(STATISTICS["REPA-E"][0], folder / "e2e-400k-latents-stats.pt")
     for name in ("stabilityai/sd-vae", "someone/pipeline:parts", "someone/pipeline:parts/vae"):
-        ours, _ = build_autoencoder("f4d4-tiny", name)
+        ours, _ = load_tokenizer("f4d4-tiny", name)
         assert same_tensors(ours.network.state_dict(), network.state_dict())
-    assert build_autoencoder("REPA-E/e2e")[1].endswith("e2e-400k-latents-stats.pt")
+    assert load_tokenizer("REPA-E/e2e")[1].endswith("e2e-400k-latents-stats.pt")
 
 
 def test_what_the_cache_lacks_is_downloaded(hub_cache, network, monkeypatch, tmp_path):
@@ -493,7 +494,7 @@ def test_what_the_cache_lacks_is_downloaded(hub_cache, network, monkeypatch, tmp
     monkeypatch.setattr("formats.hub.hub_answers", lambda: True)
     monkeypatch.setattr("formats.hub.snapshot_download", download)
     monkeypatch.setattr("formats.hub.HfApi.list_repo_files", lambda self, repository: files)
-    ours, _ = build_autoencoder("f4d4-tiny", "stabilityai/sd-vae")
+    ours, _ = load_tokenizer("f4d4-tiny", "stabilityai/sd-vae")
     assert asked == [("stabilityai/sd-vae", ["config.json", "diffusion_pytorch_model.safetensors"])]
     assert same_tensors(ours.network.state_dict(), network.state_dict())
 
@@ -550,7 +551,7 @@ def test_ldm_to_diffusers_and_back_keeps_every_bit(suffix, tmp_path):
     export(source, tmp_path / "vae", "--format", "diffusers")
     export(tmp_path / "vae", tmp_path / f"back{suffix}", "--format", "ldm")
     assert same_tensors(contents(tmp_path / f"back{suffix}"), contents(source))
-    first, second = (build_autoencoder(str(path))[0] for path in (source, tmp_path / "vae"))
+    first, second = (load_tokenizer(str(path))[0] for path in (source, tmp_path / "vae"))
     assert same_tensors(second.state_dict(), first.state_dict())  # statistics too
 
 
@@ -589,7 +590,7 @@ def test_statistics_alone_in_the_cache_are_no_vae(hub_cache, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     folder = cached(hub_cache, "REPA-E/tiny")
     torch.save(STATISTICS["REPA-E"][0], folder / "x-latents-stats.pt")
-    for open_it in (build_autoencoder, lambda name: load_discriminator(PatchDiscriminator(), name)):
+    for open_it in (load_tokenizer, lambda name: load_discriminator(PatchDiscriminator(), name)):
         with pytest.raises(UserError, match=r"REPA-E/tiny.*it is not in the cache"):
             open_it("REPA-E/tiny")
 
@@ -604,9 +605,9 @@ def test_latents_scale_survives_as_a_variance_bit_for_bit():
 
 @pytest.mark.parametrize("step", [None, 10])
 def test_a_run_is_exported_with_its_discriminator(step, tmp_path):
-    autoencoder = tiny_autoencoder()
-    start = autoencoder.network.decoder.conv_out.bias.detach().clone()
-    run_folder = write_run(tmp_path / "run", autoencoder)
+    tokenizer = tiny_autoencoder()
+    start = tokenizer.network.decoder.conv_out.bias.detach().clone()
+    run_folder = write_run(tmp_path / "run", tokenizer)
     steps = [] if step is None else ["--train-steps", step]
     export(run_folder, tmp_path / "out" / "x.pt", "--format", "repa-e", *steps)
     state = contents(tmp_path / "out" / "x.pt")
@@ -614,8 +615,8 @@ def test_a_run_is_exported_with_its_discriminator(step, tmp_path):
     assert same_tensors(contents(tmp_path / "out" / "x-discriminator-ckpt.pt"), random_discriminator().state_dict())
     statistics = contents(tmp_path / "out" / "x-latents-stats.pt")
     assert statistics["latents_bias"].shape == statistics["latents_scale"].shape == (1, 4, 1, 1)
-    assert torch.equal(statistics["latents_bias"].flatten(), autoencoder.statistics.mean)
-    expected = autoencoder.statistics.var.double() ** -0.5
+    assert torch.equal(statistics["latents_bias"].flatten(), tokenizer.statistics.mean)
+    expected = tokenizer.statistics.var.double() ** -0.5
     torch.testing.assert_close(statistics["latents_scale"].flatten().double(), expected, rtol=1e-7, atol=0)
 
 
@@ -644,12 +645,12 @@ def test_a_folder_that_holds_other_files_is_not_replaced(tmp_path, capsys):
 # --- Inside diffusers -------------------------------------------------------------------------------------------------
 
 
-def exported(tmp_path: Path, mean: torch.Tensor, std: torch.Tensor) -> tuple[Autoencoder, Path]:
+def exported(tmp_path: Path, mean: torch.Tensor, std: torch.Tensor) -> tuple[Tokenizer, Path]:
     """A VAE with these statistics, and the folder that it was exported to."""
     torch.save(tiny_ldm_state(), tmp_path / "x.pt")
     torch.save({"mean": mean, "std": std}, tmp_path / "x-latents-stats.pt")
     export(tmp_path / "x.pt", tmp_path / "vae", "--format", "diffusers")
-    return build_autoencoder(str(tmp_path / "x.pt"))[0], tmp_path / "vae"
+    return load_tokenizer(str(tmp_path / "x.pt"))[0], tmp_path / "vae"
 
 
 def test_a_diffusers_pipeline_generates_with_the_exported_vae(tmp_path):
@@ -703,7 +704,7 @@ def test_the_configuration_says_per_channel_statistics_as_pipelines_read_them(tm
 def test_the_configuration_alone_brings_the_statistics_back(tmp_path):
     ours, folder = exported(tmp_path, torch.tensor([0.5, -1.0, 2.0, 0.0]), torch.tensor([0.5, 1.0, 2.0, 4.0]))
     (folder / "latents_stats.safetensors").unlink()
-    again, source = build_autoencoder(str(folder))
+    again, source = load_tokenizer(str(folder))
     assert "config.json" in source
     torch.testing.assert_close(again.statistics.mean, ours.statistics.mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(again.statistics.std, ours.statistics.std, rtol=1e-6, atol=1e-6)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import generate
 import train_ldm
 from inference.trained_ldm import open_trained_ldm
-from loss.latent_alignment import latent_alignment_error, latent_alignment_loss
+from loss.alignment.vae_repa import latent_alignment_error, latent_alignment_loss
 from models.denoisers.sit import PROJECTORS, SiT, SiTConfig
 from runtime.cli import run
 from tests.distributed_ldm_step import BATCH, batch_draws

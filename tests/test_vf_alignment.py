@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_sendvae
+from loss.alignment.vf import VFLoss, distance_matrix_loss, marginal_cosine_loss, vf_weight
 from loss.vae_objective import VAELossConfig, VAEObjective
-from loss.vf_alignment import VFLoss, distance_matrix_loss, marginal_cosine_loss, vf_weight
 from runtime.cli import run
 from tests.distributed_step import BATCH, batch_noise
 from tests.photographs import write_class_folders
@@ -83,7 +83,7 @@ def test_a_step_equals_va_vaes_sums_divided_by_the_values_of_an_image():
     metrics, _ = trainer.accumulate(images, noise, step=0, share=1.0)
 
     x = images.float() / 127.5 - 1
-    network = plain.autoencoder.network
+    network = plain.tokenizer.network
     mean, logvar = network.encode(x).latent_dist.parameters.chunk(2, 1)
     logvar = logvar.clamp(-30, 20)
     z = mean + torch.exp(logvar / 2) * noise.posterior
@@ -126,11 +126,11 @@ def test_it_reaches_the_encoder_and_the_projection_and_is_a_tenth_of_the_fidelit
     assert both.keys() - without.keys() == {"mapper.projection.weight"}
     assert both["mapper.projection.weight"].abs().max() > 0
     assert all(p.grad is None and not p.requires_grad for p in aligned.encoders[0].parameters())
-    name = "autoencoder.network.encoder.conv_out.weight"
+    name = "tokenizer.network.encoder.conv_out.weight"
     x_hat = plain.model(images, noise).reconstruction
     x = images.float() / 127.5 - 1
     fidelity = (x - x_hat).abs().mean() + Perceptual()(x, x_hat).mean()
-    expected = torch.autograd.grad(fidelity, plain.model.autoencoder.encoder_last_layer)[0].norm()
+    expected = torch.autograd.grad(fidelity, plain.model.tokenizer.encoder_last_layer)[0].norm()
     assert (both[name] - without[name]).norm().item() == pytest.approx(0.1 * expected.item(), rel=2e-3)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 from runtime.checkpoint import CheckpointFolder
 from runtime.files import write_json
 from tests.foreign_classes import foreign_classes
@@ -99,24 +99,24 @@ def random_diffusers(seed: int, latent_channels: int = 4, **changes) -> diffuser
 
 def write_run(
     folder: Path,
-    autoencoder: Autoencoder,
+    tokenizer: Tokenizer,
     steps: tuple[int, ...] = (10, 20),
     state: str = "finished",
     ema: bool = False,
 ) -> Path:
     """A run of train_sendvae.py whose VAE at step N has N added to ``decoder.conv_out.bias``; ``vae/`` is the last."""
     checkpoints, discriminator = CheckpointFolder(folder), random_discriminator()
-    bias = autoencoder.network.decoder.conv_out.bias
+    bias = tokenizer.network.decoder.conv_out.bias
     start = bias.detach().clone()
     for step in steps:
         with torch.no_grad():
             bias.copy_(start + step)
-        modules: dict[str, nn.Module] = {"model": SendVAE(autoencoder, None), "discriminator": discriminator}
+        modules: dict[str, nn.Module] = {"model": SendVAE(tokenizer, None), "discriminator": discriminator}
         if ema:
-            modules["ema"] = autoencoder
+            modules["ema"] = tokenizer
         checkpoints.save(step, modules, {"optimizer": {}}, {"vae": "f4d4-tiny"})
     if state == "finished":
-        autoencoder.save(folder / "vae")
+        tokenizer.save(folder / "vae")
     write_json(folder / "args.json", {"args": {"vae": "f4d4-tiny"}})
     write_json(folder / "status.json", {"state": state, "step": steps[-1], "max_train_steps": 99, "reason": None})
     return folder

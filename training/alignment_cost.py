@@ -1,6 +1,7 @@
-"""What aligning a SiT costs beside training it alone: parameters and floating-point operations."""
+"""What aligning a denoiser costs beside training it alone: parameters and floating-point operations."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.denoisers.sit import SiT, SiTConfig
+from loss.alignment import DenoiserAlignment
+from models.denoisers import Denoiser, DenoiserConfig, build_denoiser
 from models.encoders import Encoder
 from runtime.measure import count_parameters
+from training.networks import aligned
 
-PUBLISHED_VAE_REPA = "the paper says 4 %"  # of FLOPs, without naming the model
+PUBLISHED = {"VAE-REPA": "the paper says 4 %"}  # of FLOPs, without naming the model
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,19 @@ class Cost:
     flops: int
 
 
-def sit_cost(config: SiTConfig) -> tuple[Cost, dict[str, Cost]]:
-    """A SiT without projectors, and what the projectors of ``REPA`` and ``VAE-REPA`` add; nothing is allocated."""
-    with torch.device("meta"):
-        model = SiT(config)
-        x = torch.empty(1, config.latent_channels, config.latent_size, config.latent_size)
-        tokens = torch.empty(1, config.grid**2, config.size.width)
-        t, y = torch.empty(1), torch.empty(1, dtype=torch.int64)
-    projectors = {"REPA": list(model.projectors), "VAE-REPA": [model.latent_projector] if config.latent_depth else []}
-    added = {
-        name: Cost(sum(count_parameters(module)[0] for module in modules), _flops(modules, tokens))
-        for name, modules in projectors.items()
-        if modules
-    }
-    whole = count_parameters(model)[0] - sum(cost.parameters for cost in added.values())
-    return Cost(whole, _flops([model], x, t, y)), added
+def denoiser_cost(denoiser: Denoiser) -> Cost:
+    """Of a denoiser on the meta device: nothing is allocated."""
+    x = torch.empty(1, *denoiser.latent_shape, device="meta")
+    t, y = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    return Cost(count_parameters(denoiser)[0], _flops(denoiser, x, t, y))
+
+
+def alignment_cost(alignment: DenoiserAlignment, denoiser: Denoiser) -> Cost:
+    """Of an alignment's projectors, both on the meta device."""
+    state = torch.empty(1, denoiser.grid**2, denoiser.width, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        alignment.predict([state] * len(alignment.taps))
+    return Cost(count_parameters(alignment)[0], counter.get_total_flops())
 
 
 def encoder_cost(encoder: Encoder, resolution: int) -> Cost:
@@ -50,35 +51,46 @@ def encoder_cost(encoder: Encoder, resolution: int) -> Cost:
     device = next(encoder.parameters()).device
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes only; its weights are where they are
         images = torch.empty(1, 3, resolution, resolution, dtype=torch.uint8, device=device)
-        return Cost(count_parameters(encoder)[0], _flops([encoder], images))
+        return Cost(count_parameters(encoder)[0], _flops(encoder, images))
 
 
-def alignment_cost_lines(config: SiTConfig, encoders: Sequence[Encoder], resolution: int) -> list[str]:
-    """Measured costs in words: of the SiT, and of everything that only its alignment needs.
+def alignment_cost_lines(
+    args: argparse.Namespace, config: DenoiserConfig, names: Sequence[str], encoders: Sequence[Encoder]
+) -> list[str]:
+    """Measured costs in words: of the denoiser, and of everything that only its alignment needs.
 
     Percentages of FLOPs are those of a training step, which costs a trained network three forward passes and a frozen
     one a single pass.
+
+    Args:
+        args: flags of the alignments, settled, and the images' ``resolution``.
+        config: of the denoiser.
+        names: of the alignments.
+        encoders: VFMs that images are run through.
     """
-    sit, added = sit_cost(config)
-    lines = [f"{config.model} alone: {sit.parameters:,} parameters, {sit.flops / 1e9:.2f} GFLOPs a forward pass"]
-    for name, cost in added.items():
-        published = f"; {PUBLISHED_VAE_REPA}" if name == "VAE-REPA" else ""
-        lines.append(_line(name, cost, sit, cost.flops / sit.flops) + published)
+    with torch.device("meta"):
+        denoiser = build_denoiser(config)
+        parts: Mapping[str, DenoiserAlignment] = aligned(args, names, denoiser)
+    alone = denoiser_cost(denoiser)
+    lines = [f"{config.model} alone: {alone.parameters:,} parameters, {alone.flops / 1e9:.2f} GFLOPs a forward pass"]
+    for part in parts.values():
+        cost = alignment_cost(part, denoiser)
+        published = f"; {PUBLISHED[part.title]}" if part.title in PUBLISHED else ""
+        lines.append(_line(part.title, cost, alone, cost.flops / alone.flops) + published)
     for encoder in encoders:
-        cost = encoder_cost(encoder, resolution)
-        lines.append(_line(f"VFM {encoder.name} (frozen)", cost, sit, cost.flops / (3 * sit.flops)))
+        cost = encoder_cost(encoder, args.resolution)
+        lines.append(_line(f"VFM {encoder.name} (frozen)", cost, alone, cost.flops / (3 * alone.flops)))
     return lines
 
 
-def _line(name: str, cost: Cost, sit: Cost, share: float) -> str:
+def _line(name: str, cost: Cost, alone: Cost, share: float) -> str:
     return (
-        f"{name} adds {cost.parameters:,} parameters ({cost.parameters / sit.parameters:.1%}) and "
+        f"{name} adds {cost.parameters:,} parameters ({cost.parameters / alone.parameters:.1%}) and "
         f"{cost.flops / 1e9:.2f} GFLOPs a forward pass ({share:+.1%} of a training step)"
     )
 
 
-def _flops(modules: Sequence[nn.Module], *inputs: torch.Tensor) -> int:
+def _flops(module: nn.Module, *inputs: torch.Tensor) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for module in modules:
-            module.forward(*inputs)  # not the compiled call
+        module.forward(*inputs)  # not the compiled call
     return counter.get_total_flops()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusion.flow import PATH_TYPES, WEIGHTINGS
 from errors import UserError
-from models.denoisers.sit import SIT_SIZES
+from models.denoisers import DENOISERS
 from runtime.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
 from training.optimizer import SCHEDULES
 
@@ -103,17 +103,18 @@ def add_vae_loss_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--lpips-ckpt", metavar="FILE", help="torchvision's VGG16 weights (default: torch's cache, hub)")
 
 
-def add_sit_arguments(parser: argparse.ArgumentParser, model: str) -> None:
-    """Flags of the SiT and its objective; ``model`` is the default network."""
-    group = parser.add_argument_group("SiT and its objective")
+def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
+    """Flags of the denoiser and its objective; ``model`` is the default network."""
+    group = parser.add_argument_group("denoiser and its objective")
     group.add_argument(
         "--model",
         "--models",
         default=model,
         metavar="NAME",
-        help=f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1, 2, 4 or 8 latent positions",
+        help="; ".join(kind.names for kind in DENOISERS.values()),
     )
-    group.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise q and k")
+    for kind in DENOISERS.values():
+        kind.add_arguments(group)
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
     group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
     group.add_argument("--weighting", choices=WEIGHTINGS, default="uniform", help="how training times are drawn")
@@ -266,6 +267,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if getattr(args, "cfg_prob", None) == 0:  # without a null class there is nothing to guide with
         args.grid_cfg_scale = 1.0
+
+
+def check_image_arguments(args: argparse.Namespace) -> None:
+    """What trains on images needs some."""
+    if not args.dry_run and not args.data_dir:
+        raise UserError("--data-dir is needed: a packed dataset (preprocessing.py) or a tree of class folders")
 
 
 def resolve_max_steps(args: argparse.Namespace, images: int) -> int:

@@ -1,201 +1,228 @@
-"""Stage 3: one step of training a SiT on cached latents: denoising, REPA (arXiv 2410.06940), VAE-REPA (2601.17830)."""
+"""Stage 3: a denoiser trained on cached latents, its hidden states aligned (REPA, arXiv 2410.06940, and others)."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import NamedTuple
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from dataset.latents import LatentBatch
+from dataset.latents import LatentBatch, LatentDataset
+from dataset.loader import read_batches
+from diffusion.counted_noise import counted_normal
+from diffusion.draws import Draws, Stream, draw, seeded_generator
 from diffusion.flow import add_noise, training_times, velocity
-from loss.alignment import averaged, patch_cosine_loss
+from diffusion.guidance import guided
+from diffusion.samplers import model_velocity, sample_ode
+from loss.alignment import DenoiserAlignments
 from loss.denoising import denoising_error
-from loss.latent_alignment import latent_alignment_loss
 from loss.total import total
-from models.denoisers.sit import SiT
+from models.denoisers import Denoiser
 from models.encoders import Encoder
-from models.latent_statistics import LatentStatistics
+from models.pixels import to_uint8
+from models.tokenizers import Tokenizer
+from runtime.pictures import save_grid
 from training.ema import EMA
-from training.optimizer import optimizer_step
-from training.randomness import Purpose, seeded_generator
+from training.method import Method, Metrics, micro_batch_size, to_device
+from training.optimizer import build_optimizer, optimizer_step, scheduled_rate
+from training.validation import HeldOutLatents, mean_denoising_error
+
+GRID_COLUMNS, GRID_ROWS = 8, 2
 
 
-class Draws(NamedTuple):
-    """What a step draws for a batch.
-
-    Attributes:
-        posterior, noise: standard normal ``[B, C, h, w]``.
-        times: ``[B]``, uniform or standard normal, as ``diffusion.flow.training_times`` wants them.
-        dropout: uniform ``[B]``; the label is dropped where it is below the probability.
-    """
-
-    posterior: torch.Tensor
-    noise: torch.Tensor
-    times: torch.Tensor
-    dropout: torch.Tensor
-
-
-def draw(shape: Sequence[int], weighting: str, device: torch.device, generator: torch.Generator) -> Draws:
-    """Draw for a batch of latents of ``shape`` ``[B, C, h, w]``."""
-    options = {"generator": generator, "device": device}
-    times = torch.randn if weighting == "lognormal" else torch.rand
-    return Draws(
-        torch.randn(shape, **options),
-        torch.randn(shape, **options),
-        times(shape[0], **options),
-        torch.rand(shape[0], **options),
-    )
-
-
-class LDMTrainer:
-    """One training step, and everything that changes in it.
+class AlignedDenoiser(nn.Module):
+    """Denoiser and alignment behind one forward, so that DDP sees every parameter.
 
     Args:
-        model: the SiT.
-        statistics: the VAE's, by which latents are normalised.
-        encoders: frozen VFMs, one for each of the model's projectors; None where features come with the batch.
-        encoder_names: of the VFMs, for the metrics of each where there are several.
-        proj_coeff: weight of the REPA loss.
-        latent_coeff: weight of the VAE-REPA loss, where the model has its projector.
-        latent_times: lowest and highest time that this loss counts.
-        cfg_prob: probability that a label is replaced by the null class.
-        path_type, weighting: the interpolant and how times are drawn.
-        max_grad_norm: gradients are clipped to this 2-norm.
-        seed: of all draws.
-        optimizer: over the parameters of ``model``.
-        ema: average of the model, or None.
+        denoiser: the network.
+        alignment: of its hidden states; may be a sum of none.
+    """
+
+    def __init__(self, denoiser: Denoiser, alignment: DenoiserAlignments):
+        super().__init__()
+        self.denoiser, self.alignment = denoiser, alignment
+
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        x: torch.Tensor,
+        features: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Noisy and clean latents ``[B, C, h, w]``, times and labels ``[B]``, features → velocity and aligned terms."""
+        prediction, states = self.denoiser(noisy, t, labels, self.alignment.taps)
+        return prediction, self.alignment(states, features, x, t)
+
+
+class LDM(Method):
+    """Trains a denoiser; implements ``training.method.Method``.
+
+    Args:
+        args: the flags of train_ldm.py or train_repae.py.
         accelerator: precision and processes.
+        denoiser: is trained.
+        alignment: its projectors train along.
+        tokenizer: of the latents; its statistics normalise them.
+        encoders: frozen VFMs that images are run through; None where features come with the batch.
     """
 
     def __init__(
         self,
-        model: SiT,
-        statistics: LatentStatistics,
-        encoders: list[Encoder] | None,
-        *,
-        encoder_names: Sequence[str] = (),
-        proj_coeff: float,
-        cfg_prob: float,
-        path_type: str,
-        weighting: str,
-        max_grad_norm: float,
-        seed: int,
-        optimizer: torch.optim.Optimizer,
-        ema: EMA | None,
+        args: argparse.Namespace,
         accelerator: Accelerator,
-        latent_coeff: float = 0.0,
-        latent_times: tuple[float, float] = (0.0, 1.0),
+        denoiser: Denoiser,
+        alignment: DenoiserAlignments,
+        tokenizer: Tokenizer,
+        encoders: Sequence[Encoder] | None,
     ):
-        self.model, self.statistics, self.encoders = model, statistics, encoders
-        self.encoder_names = encoder_names
-        self.proj_coeff, self.cfg_prob = proj_coeff, cfg_prob
-        self.latent_coeff, self.latent_times = latent_coeff, latent_times
-        self.path_type, self.weighting = path_type, weighting
-        self.max_grad_norm, self.seed = max_grad_norm, seed
-        self.optimizer, self.ema, self.accelerator = optimizer, ema, accelerator
-        self.wrapped = accelerator.prepare_model(model)
+        self.args, self.accelerator = args, accelerator
+        self.denoiser, self.alignment, self.tokenizer, self.encoders = denoiser, alignment, tokenizer, encoders
+        networks = AlignedDenoiser(denoiser, alignment)
+        self.optimizer = build_optimizer(args, networks)
+        self.ema = EMA(denoiser, args.ema_decay) if args.ema_decay else None
+        self.networks = accelerator.prepare_model(networks)
+        self.milestone = ("model",) if self.ema is None else ("ema",)
+        self.held_out: LatentDataset | None = None
 
-    def step(self, step: int, micro_batches: list[LatentBatch], rate: float) -> dict[str, torch.Tensor]:
-        """One optimizer step.
-
-        Args:
-            step: counted from 0.
-            micro_batches: this process's.
-            rate: learning rate.
-
-        Returns:
-            scalars on the device: unweighted terms (averaged over micro-batches), gradient norm, skipped steps.
-        """
-        collected = []
-        for micro_step, batch in enumerate(micro_batches):
-            batch = to_device(batch, self.accelerator.device)
-            draws = self.draws_for(batch, step, micro_step)
-            is_last = micro_step == len(micro_batches) - 1
-            collected.append(self.accumulate(batch, draws, 1 / len(micro_batches), synchronise=is_last))
-        metrics = {name: torch.stack([m[name] for m in collected]).mean() for name in collected[0]}
-        metrics |= self.update(rate)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()
-        return metrics
-
-    def draws_for(self, batch: LatentBatch, step: int, micro_step: int) -> Draws:
-        """The draws of a micro-step on this process: a function of (seed, step, micro-step, rank)."""
-        device = self.accelerator.device
-        counters = (step, micro_step, self.accelerator.process_index)
-        generator = seeded_generator(device, Purpose.TRAINING, self.seed, *counters)
-        return draw(latent_shape(batch), self.weighting, device, generator)
+    @property
+    def sampled(self) -> Denoiser:
+        """The network that samples: the average where there is one."""
+        return self.denoiser if self.ema is None else self.ema.module
 
     def accumulate(
-        self, batch: LatentBatch, draws: Draws, share: float, synchronise: bool = True
-    ) -> dict[str, torch.Tensor]:
-        """Add the gradients of one micro-batch on the device; ``share`` is its weight in the step."""
-        x = self.normalised_sample(batch, draws.posterior)
-        return self.accumulate_latents(x, draws, batch.labels, self.features(batch), share, synchronise)
+        self, step: int, micro_step: int, batch: LatentBatch, share: float, synchronise: bool
+    ) -> tuple[Metrics, None]:
+        """Add the gradients of one micro-batch."""
+        draws = self.draws(step, micro_step, batch)
+        x = self.normalised(batch, draws)
+        return self.backward(x, draws, batch.labels, self.features(batch), share, synchronise), None
 
-    def accumulate_latents(
-        self,
-        x: torch.Tensor,
-        draws: Draws,
-        labels: torch.Tensor,
-        features: list[torch.Tensor],
-        share: float,
-        synchronise: bool = True,
-    ) -> dict[str, torch.Tensor]:
-        """The same for normalised latents ``x`` ``[B, C, h, w]`` and what :meth:`features` says of their images."""
-        t = training_times(draws.times, self.weighting, self.path_type)
-        labels = torch.where(draws.dropout < self.cfg_prob, self.model.null_class, labels)
-        with nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
-            noisy = add_noise(x, t, draws.noise, self.path_type)
-            prediction, tokens, latent = self.wrapped(noisy, t, labels, with_latent=True)
-            target = velocity(x, t, draws.noise, self.path_type)
-            terms, weights = {"denoise": denoising_error(prediction, target).mean()}, {"denoise": 1.0}
-            if tokens:
-                losses = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
-                repa = averaged("repa", self.encoder_names, losses, self.proj_coeff)
-                terms, weights = terms | repa[0], weights | repa[1]
-            if latent is not None:
-                terms["vae_repa"] = latent_alignment_loss(latent, x, t, *self.latent_times)
-                weights["vae_repa"] = self.latent_coeff
-            loss = total(terms, weights)
-            self.accelerator.backward(loss * share)
-        return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
+    def draws(self, step: int, micro_step: int, batch: LatentBatch) -> Draws:
+        """A function of (seed, step, micro-step, rank)."""
+        device, counters = self.accelerator.device, (step, micro_step, self.accelerator.process_index)
+        generator = seeded_generator(device, Stream.TRAINING, self.args.seed, *counters)
+        return draw((len(batch.labels), *self.denoiser.latent_shape), generator, self.args.weighting)
 
-    def normalised_sample(self, batch: LatentBatch, noise: torch.Tensor) -> torch.Tensor:
-        """A posterior sample of cached moments ``[B, 2C, h, w]``, normalised, float32 ``[B, C, h, w]``."""
-        mean, std = batch.moments.float().chunk(2, dim=1)
-        return self.statistics.normalize(torch.addcmul(mean, std, noise))
+    def normalised(self, batch: LatentBatch, draws: Draws) -> torch.Tensor:
+        """Samples of what the cache holds, normalised, float32 ``[B, C, h, w]``."""
+        return self.tokenizer.statistics.normalize(self.tokenizer.sample(batch.stored, draws.posterior))
 
     @torch.no_grad()
     def features(self, batch: LatentBatch) -> list[torch.Tensor]:
-        """What the projected tokens are compared with, ``[B, N, D]`` for each VFM; empty without REPA."""
-        if not self.model.projectors:
+        """What the alignment compares with, ``[B, N, D]`` for each VFM; empty where it compares with none."""
+        if not self.alignment.needs_features:
             return []
         if self.encoders is None:
             return list(batch.features)
         with self.accelerator.autocast():
             return [encoder(batch.images) for encoder in self.encoders]
 
-    def update(self, rate: float) -> dict[str, torch.Tensor]:
-        """Optimizer and EMA; the caller updates fp16's scaler."""
-        norm, skipped = optimizer_step(self.optimizer, rate, self.max_grad_norm, self.accelerator.scaler)
+    def backward(
+        self,
+        x: torch.Tensor,
+        draws: Draws,
+        labels: torch.Tensor,
+        features: Sequence[torch.Tensor],
+        share: float,
+        synchronise: bool,
+    ) -> Metrics:
+        """Add the gradients of normalised latents ``x`` ``[B, C, h, w]``; the rest as in ``Phase.accumulate``."""
+        args = self.args
+        t = training_times(draws.times, args.weighting, args.path_type)
+        labels = torch.where(draws.dropout < args.cfg_prob, self.denoiser.null_class, labels)
+        with self.reducing(self.networks, synchronise):
+            noisy = add_noise(x, t, draws.noise, args.path_type)
+            prediction, aligned = self.networks(noisy, t, labels, x, features)
+            target = velocity(x, t, draws.noise, args.path_type)
+            terms = {"denoise": denoising_error(prediction, target).mean()} | aligned
+            loss = total(terms, {"denoise": 1.0} | self.alignment.weights(aligned))
+            self.accelerator.backward(loss * share)
+        return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
+
+    def update(self, step: int, metrics: Metrics, kept: Sequence[None]) -> Metrics:
+        """Optimizer and average."""
+        rate, scaler = self.rates(step)["lr"], self.accelerator.scaler
+        norm, skipped = optimizer_step(self.optimizer, rate, self.args.max_grad_norm, scaler)
         if self.ema is not None:
             self.ema.update()
         return {"grad_norm": norm, "skipped": skipped}
 
+    def rates(self, step: int) -> dict[str, float]:
+        return {"lr": scheduled_rate(self.args, self.args.learning_rate, step)}
 
-def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
-    """Copy what a batch holds to the device, without waiting."""
+    def modules(self) -> dict[str, nn.Module | None]:
+        ema = None if self.ema is None else self.ema.module
+        return {"model": self.denoiser, "alignment": self.alignment, "ema": ema}
 
-    def copy(part):
-        if part is None:
-            return None
-        return tuple(map(copy, part)) if isinstance(part, tuple) else part.to(device, non_blocking=True)
+    def states(self) -> dict[str, object]:
+        return {"optimizer": self.optimizer, "scaler": self.accelerator.scaler}
 
-    return LatentBatch(*map(copy, batch))
+    def networks_by_name(self) -> Mapping[str, nn.Module | None]:
+        return {
+            self.denoiser.config.model: self.denoiser,
+            **{f"projectors of {part.title}": part for part in self.alignment.values()},
+            **{f"VFM {encoder.name}": encoder for encoder in self.encoders or ()},
+            "VAE": self.tokenizer,
+        }
 
+    def watch(self, held_out: LatentDataset | None) -> None:
+        """What :meth:`validate` measures on."""
+        self.held_out = held_out
 
-def latent_shape(batch: LatentBatch) -> tuple[int, int, int, int]:
-    """``(B, C, h, w)`` of the samples of a batch of moments."""
-    count, channels, height, width = batch.moments.shape
-    return count, channels // 2, height, width
+    def validate(self) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        networks = {"val": self.denoiser} | ({} if self.ema is None else {"val_ema": self.ema.module})
+        return {
+            f"{name}/denoise": mean_denoising_error(self, network, self.args.path_type, self._held_out_latents())
+            for name, network in networks.items()
+        }
+
+    def sample(self, path: Path) -> None:
+        self.save_sample_grid(self.tokenizer, path)
+
+    @torch.no_grad()
+    def save_sample_grid(self, tokenizer: Tokenizer, path: Path) -> None:
+        """Two rows of samples without and two with guidance, the same noise and labels always.
+
+        Args:
+            tokenizer: decodes, with the statistics that the sampled network's latents are normalised by.
+            path: the PNG.
+        """
+        network, scale = self.sampled, self.args.grid_cfg_scale
+        was_training = network.training
+        network.eval()
+        images = [self._grid_images(network, tokenizer, scale) for scale in ([1.0] if scale == 1 else [1.0, scale])]
+        network.train(was_training)
+        save_grid(list(torch.cat(images).split(GRID_COLUMNS)), path)
+
+    def _grid_images(self, network: Denoiser, tokenizer: Tokenizer, cfg_scale: float) -> torch.Tensor:
+        """uint8 images ``[GRID_ROWS · GRID_COLUMNS, 3, H, W]``, labels spread over the classes."""
+        accelerator, classes = self.accelerator, network.null_class
+        count = GRID_COLUMNS * GRID_ROWS
+        items = torch.arange(count, device=accelerator.device)
+        labels = items * max(1, classes // count) % classes
+        noise = counted_normal(self.args.seed, items, 0, network.latent_shape)
+        sampled = guided(model_velocity(network, accelerator.autocast), cfg_scale, network.null_class)
+        latent = sample_ode(sampled, noise, labels, self.args.grid_steps)
+        with accelerator.autocast():
+            return to_uint8(tokenizer.decode(tokenizer.statistics.denormalize(latent)))
+
+    def _held_out_latents(self) -> Iterator[HeldOutLatents]:
+        """This process's share of the items, evenly spread over the held-out set."""
+        args, accelerator = self.args, self.accelerator
+        count = min(args.max_val_images, len(self.held_out))
+        items = np.unique(np.linspace(0, len(self.held_out) - 1, count).astype(np.int64))
+        items = items[accelerator.process_index :: accelerator.num_processes]
+        size = micro_batch_size(args, accelerator)
+        batches = [items[first : first + size] for first in range(0, len(items), size)]
+        for numbers, batch in zip(
+            batches, read_batches(self.held_out, batches, num_workers=args.num_workers), strict=True
+        ):
+            batch = to_device(batch, accelerator.device)
+            generator = seeded_generator(accelerator.device, Stream.VALIDATION, args.seed, int(numbers[0]))
+            draws = draw((len(numbers), *self.denoiser.latent_shape), generator)
+            yield HeldOutLatents(numbers, self.normalised(batch, draws), draws.noise, batch.labels)

@@ -1,23 +1,21 @@
-"""The loop that every training script runs: resume, step, log, validate, sample, checkpoint, stop."""
+"""The loop that every training script runs: step, log, validate, sample, checkpoint, stop."""
 
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from formats.runs import arguments_of
+from dataset.loader import BatchLoader
+from dataset.order import SampleOrder
+from errors import TrainingFailed
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.log import logger, progress_bar
-from runtime.processes import agree_on
+from training.method import Method, train_step
 from training.metrics import MeanMetrics
-from training.optimizer import learning_rate
 from training.run import Run
 from training.stop import StopFlag
 
@@ -25,116 +23,45 @@ MAX_CONSECUTIVE_SKIPS = 100  # fp16's scaler needs a handful of skipped steps to
 VANISHED_GRADIENT = 1e-7
 
 
-class TrainingFailed(Exception):
-    """The training itself went wrong; the last good checkpoint is intact."""
-
-
-class Task(Protocol):
-    """What a script hands to the loop.
-
-    Attributes:
-        milestone: names of the modules in :meth:`modules` that milestones keep.
-    """
-
-    milestone: tuple[str, ...]
-
-    def step(self, step: int, micro_batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Train on one global batch; scalars on the device."""
-
-    def rates(self, step: int) -> dict[str, float]:
-        """Learning rates of a step, for the log."""
-
-    def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint keeps as safetensors."""
-
-    def states(self) -> dict[str, object]:
-        """What a checkpoint keeps beside: objects with ``state_dict`` and ``load_state_dict``."""
-
-    def facts(self) -> dict[str, object]:
-        """What a checkpoint's manifest says of it beside the run's arguments; only the main process asks."""
-
-    def validate(self, step: int) -> dict[str, float]:
-        """Held-out metrics; empty where there is no held-out data."""
-
-    def sample(self, path: Path) -> None:
-        """Write a picture."""
-
-    def finish(self, folder: Path) -> None:
-        """Write the finished networks into the run's folder."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How learning rates move over a run (``training.optimizer.learning_rate``)."""
-
-    kind: str
-    warmup_steps: int
-    max_steps: int
-
-    def rate(self, base: float, step: int) -> float:
-        return learning_rate(base, step, self.max_steps, self.kind, self.warmup_steps)
-
-
-def find_checkpoint(run: Run, resume_step: int) -> Checkpoint | None:
-    """The checkpoint to resume from, verified by the main process and the same on all of them; None to start."""
-    folder = CheckpointFolder(run.folder)
-    step = -1
-    if run.is_main:
-        # The same --resume-step again, e.g. of a requeued job, goes on with what was trained from that step.
-        resumed_already = resume_step and (arguments_of(run.folder) or {}).get("resume_step") == resume_step
-        if resume_step and not resumed_already:
-            found = folder.at_step(resume_step)
-        else:
-            found = folder.newest_good(logger.warning)
-        step = -1 if found is None else found.step
-    step = agree_on(step, run.accelerator.device)
-    return None if step < 0 else Checkpoint(folder.whole / f"{step:07d}")
-
-
-def restore(checkpoint: Checkpoint, task: Task, metrics: MeanMetrics, run: Run) -> None:
-    """Load everything that a checkpoint holds."""
-    for name, module in task.modules().items():
-        checkpoint.load_module(name, module)
-    for name, stateful in task.states().items():
-        stateful.load_state_dict(checkpoint.load_state(name))
-    accelerator = run.accelerator
-    state = checkpoint.load_state("metrics")
-    metrics.load_state_dict(state, accelerator.process_index, accelerator.num_processes, accelerator.device)
-
-
 class Loop:
-    """Runs a task from ``start_step`` to ``max_steps``.
+    """Trains a method to ``--max-train-steps``.
 
     Args:
-        task: what is trained.
+        method: what is trained.
         run: its folder.
-        batches: yields a list of micro-batches for each step.
-        args: the intervals (``training.arguments.add_interval_arguments``) and the batch size.
-        max_steps: total number of steps.
-        images: size of the dataset, for the epoch in the log.
-        wait_seconds: how long the batches have been waited for, so far.
+        dataset: what ``dataset.loader.BatchLoader`` reads.
+        args: the flags of ``training.arguments``, resolved.
+        checkpoint: is restored; None: nothing is.
+        start_step: of a run that begins with what another one trained.
     """
 
     def __init__(
         self,
-        task: Task,
+        method: Method,
         run: Run,
-        batches: Iterator[list[torch.Tensor]],
+        dataset: Any,
         args: argparse.Namespace,
-        *,
-        max_steps: int,
-        images: int,
-        wait_seconds: Callable[[], float] = lambda: 0.0,
+        checkpoint: Checkpoint | None = None,
+        start_step: int = 0,
     ):
-        self.task, self.run, self.batches, self.args = task, run, batches, args
-        self.max_steps, self.images, self.wait_seconds = max_steps, images, wait_seconds
+        self.method, self.run, self.dataset, self.args = method, run, dataset, args
+        self.max_steps = args.max_train_steps
+        self.start_step = start_step if checkpoint is None else checkpoint.step
         self.metrics = MeanMetrics()
         self.checkpoints = CheckpointFolder(run.folder)
         self.saved_step = -1
         self.skipped_in_a_row = torch.zeros((), device=run.accelerator.device)
+        if checkpoint is not None:
+            self._restore(checkpoint)
 
-    def fit(self, start_step: int) -> int:
-        """Train; returns 0 when finished, or the number of the signal that stopped it."""
+    def fit(self) -> int:
+        """Train; returns the exit code: 0 when finished, 128 + the number of the signal that stopped it."""
+        with build_loader(self.args, self.dataset, self.run.accelerator, self.start_step) as self.batches:
+            number = self._fit(self.start_step)
+        return 128 + number if number else 0
+
+    def _fit(self, start_step: int) -> int:
+        """0 when finished, or the number of the signal that stopped it."""
         stop = StopFlag()
         self.run.set_status("running", start_step, self.max_steps)
         self.saved_step = start_step if start_step else -1
@@ -164,7 +91,7 @@ class Loop:
             stop.restore()
 
     def _step(self, step: int) -> None:
-        values = self.task.step(step, next(self.batches))
+        values = train_step(self.method, step, next(self.batches))
         self.skipped_in_a_row = (self.skipped_in_a_row + values["skipped"]) * values["skipped"]
         self.metrics.update(values)
 
@@ -178,7 +105,7 @@ class Loop:
         if step % self.args.val_steps == 0 or last:
             self._validate(step)
         if self.run.is_main and (step % self.args.sampling_steps == 0 or last):
-            self.task.sample(self.run.samples / f"{step:07d}.png")
+            self.method.sample(self.run.samples / f"{step:07d}.png")
         if step % self.args.checkpointing_steps == 0 or last:
             self._save(step)
         self._paused += time.perf_counter() - pause
@@ -186,8 +113,8 @@ class Loop:
     def _log(self, step: int, bar) -> None:
         means, non_finite = self.metrics.pop()
         in_a_row = int(self.skipped_in_a_row.item())
-        rates = self.task.rates(step - 1)
-        self.run.log_metrics(step, {"epoch": step * self.args.batch_size / self.images, **rates, **means})
+        rates = self.method.rates(step - 1)
+        self.run.log_metrics(step, {"epoch": step * self.args.batch_size / len(self.dataset), **rates, **means})
         self._log_timing(step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         logger.info("step %d/%d  %s", step, self.max_steps, text)
@@ -208,7 +135,7 @@ class Loop:
             logger.warning("step %d: the discriminator learns nothing any more, its gradient has vanished", step)
 
     def _validate(self, step: int) -> None:
-        measured = self.task.validate(step)
+        measured = self.method.validate()
         values = {name: value for name, value in measured.items() if math.isfinite(value)}
         if lost := [name for name in measured if name not in values]:
             logger.warning("non-finite held-out values at step %d, left out of the log: %s", step, ", ".join(lost))
@@ -219,14 +146,14 @@ class Loop:
     def _save(self, step: int) -> None:
         if step == self.saved_step:
             return
-        states = {name: stateful.state_dict() for name, stateful in self.task.states().items()}
+        states = {name: stateful.state_dict() for name, stateful in self._states().items()}
         states["metrics"] = self.metrics.state_dict()
         if self.run.is_main:
-            arguments = self.run.arguments | self.task.facts()
-            checkpoint = self.checkpoints.save(step, self.task.modules(), states, arguments)
+            arguments = self.run.arguments | self.method.facts()
+            checkpoint = self.checkpoints.save(step, self._modules(), states, arguments)
             milestone = self.args.milestone_steps
             if milestone and step % milestone == 0:
-                self.checkpoints.keep_milestone(checkpoint, self.task.milestone, arguments)
+                self.checkpoints.keep_milestone(checkpoint, self.method.milestone, arguments)
             self.checkpoints.prune(self.args.keep_checkpoints)
         self.saved_step = step
         self.run.set_status("running", step, self.max_steps)
@@ -234,13 +161,13 @@ class Loop:
 
     def _finish(self, step: int) -> None:
         if self.run.is_main:
-            self.task.finish(self.run.folder)
+            self.method.finish(self.run.folder)
         self.run.accelerator.wait_for_everyone()
         self.run.set_status("finished", step, self.max_steps)
 
     def _start_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.perf_counter(), step
-        self._paused, self._waited = 0.0, self.wait_seconds()
+        self._paused, self._waited = 0.0, self.batches.wait_seconds
 
     def _log_timing(self, step: int) -> None:
         """Speed since the last log step, without validation and checkpoints."""
@@ -249,9 +176,42 @@ class Loop:
         values = {
             "seconds_per_step": seconds / steps,
             "images_per_second": steps * self.args.batch_size / max(seconds, 1e-9),
-            "waiting_for_data": (self.wait_seconds() - self._waited) / max(seconds, 1e-9),
+            "waiting_for_data": (self.batches.wait_seconds - self._waited) / max(seconds, 1e-9),
         }
         if torch.cuda.is_available():
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.run.log_timing(step, values)
         self._start_clock(step)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Load everything that a checkpoint holds."""
+        for name, module in self._modules().items():
+            checkpoint.load_module(name, module)
+        for name, stateful in self._states().items():
+            stateful.load_state_dict(checkpoint.load_state(name))
+        accelerator = self.run.accelerator
+        state = checkpoint.load_state("metrics")
+        self.metrics.load_state_dict(state, accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: m for name, m in self.method.modules().items() if m is not None and m.state_dict()}
+
+    def _states(self) -> dict[str, Any]:
+        return {name: stateful for name, stateful in self.method.states().items() if stateful is not None}
+
+
+def build_loader(args: argparse.Namespace, dataset: Any, accelerator, start_step: int) -> BatchLoader:
+    """This process's batches from ``start_step`` on, as the flags of ``training.arguments`` say."""
+    return BatchLoader(
+        dataset,
+        SampleOrder(len(dataset), args.seed, args.shuffle),
+        batch_size=args.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=args.gradient_accumulation_steps,
+        start_step=start_step,
+        num_workers=args.num_workers,
+        prefetch=args.prefetch,
+        pin_memory=accelerator.device.type == "cuda",
+        hflip=args.hflip,
+    )

@@ -1,6 +1,7 @@
-"""Networks and optimizers that several training scripts build from the same flags (``training.arguments``)."""
+"""Networks that several training scripts build from the same flags (``training.arguments``)."""
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 import torch._functorch.config
@@ -9,40 +10,45 @@ from torch import nn
 
 from errors import UserError
 from formats.discriminator import load_discriminator
+from loss.alignment import (
+    DENOISER_ALIGNMENTS,
+    DenoiserAlignments,
+    Features,
+    TokenizerAlignment,
+    build_denoiser_alignment,
+)
 from loss.perceptual import build_lpips
 from loss.vae_objective import VAELossConfig, VAEObjective
+from models.denoisers import Denoiser, DenoiserConfig, build_denoiser
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, build_encoders, encoder_names, encoder_spec
-from models.tokenizers.kl import Autoencoder
-from training.optimizer import build_adamw
+from models.tokenizers import Tokenizer
+from training.ema import EMA
+from training.sendvae import SendVAE
 
 
-def build_discriminator(args: argparse.Namespace, loss_config: VAELossConfig) -> PatchDiscriminator | None:
-    """The PatchGAN, pretrained where a file is given; None where the loss has no use for it."""
-    if not loss_config.uses_gan:
-        return None
-    discriminator = PatchDiscriminator()
-    if args.resolution < discriminator.min_resolution:
-        raise UserError(
-            f"the PatchGAN needs images of {discriminator.min_resolution} px or more, not {args.resolution}: "
-            "raise --resolution, or --loss-override discriminator_weight=0"
-        )
-    if args.disc_pretrained_ckpt:
-        load_discriminator(discriminator, args.disc_pretrained_ckpt)
-    return discriminator
-
-
-def build_objective(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator) -> VAEObjective:
-    """The VAE's loss, with LPIPS where it counts."""
-    perceptual = None
+def build_objective(
+    args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator
+) -> tuple[VAEObjective, PatchDiscriminator | None]:
+    """The VAE's objective, with LPIPS where it counts, and the PatchGAN, pretrained where a file is given, or None."""
+    discriminator = perceptual = None
+    if loss_config.uses_gan:
+        discriminator = PatchDiscriminator()
+        if args.resolution < discriminator.min_resolution:
+            raise UserError(
+                f"the PatchGAN needs images of {discriminator.min_resolution} px or more, not {args.resolution}: "
+                "raise --resolution, or --loss-override discriminator_weight=0"
+            )
+        if args.disc_pretrained_ckpt:
+            load_discriminator(discriminator, args.disc_pretrained_ckpt)
     if loss_config.perceptual_weight:
         with accelerator.local_main_process_first():
             perceptual = build_lpips(args.lpips_ckpt, args.random_weights)
-    return VAEObjective(loss_config, perceptual)
+    return VAEObjective(loss_config, perceptual), discriminator
 
 
-def build_token_encoders(args: argparse.Namespace, grid: int, accelerator: Accelerator) -> list[Encoder]:
-    """The frozen VFMs whose features a SiT of ``grid`` tokens along a side is aligned with, on the device."""
+def build_vfms(args: argparse.Namespace, grid: int, accelerator: Accelerator) -> list[Encoder]:
+    """The frozen VFMs of ``--enc-type`` on a grid of tokens, on the device."""
     with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
         encoders = build_encoders(encoder_names(args.enc_type), grid, args.enc_ckpt, args.random_weights)
     for encoder in encoders:
@@ -52,27 +58,64 @@ def build_token_encoders(args: argparse.Namespace, grid: int, accelerator: Accel
     return encoders
 
 
-def feature_dims(args: argparse.Namespace) -> tuple[int, ...]:
-    """D of each VFM that a SiT is aligned with, one projector each; nothing is built for it."""
-    if not args.proj_coeff:
-        return ()
-    return tuple(encoder_spec(name).embed_dim for name in encoder_names(args.enc_type))
+def aligned(args: argparse.Namespace, alignments: Sequence[str], denoiser: Denoiser) -> DenoiserAlignments:
+    """The alignments of these names beside a denoiser; no VFM is built for it."""
+    needed = any(DENOISER_ALIGNMENTS[name].needs_features for name in alignments)
+    features = vfm_features(args.enc_type, denoiser.grid) if needed else []
+    return build_denoiser_alignment(args, alignments, denoiser, features)
 
 
-def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.AdamW:
-    """AdamW over a module's trained parameters."""
-    return build_adamw(
-        module.parameters(),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+def vfm_features(enc_type: str, grid: int) -> list[Features]:
+    """What is known of the VFMs of ``--enc-type`` on a grid of tokens; nothing is built."""
+    return [Features(name, grid, encoder_spec(name).embed_dim) for name in encoder_names(enc_type)]
 
 
-def compile_networks(autoencoder: Autoencoder, *others: nn.Module | None) -> None:
-    """Compile in place, so that state-dict keys keep their names."""
+def build_sendvae(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    tokenizer: Tokenizer,
+    alignment: TokenizerAlignment | None,
+    encoders: Sequence[Encoder],
+    objective: VAEObjective,
+    discriminator: PatchDiscriminator | None,
+    ema_decay: float = 0.0,
+) -> SendVAE:
+    """A tokenizer's training, all networks on the device; ``ema_decay`` is of its average, 0: none."""
+    for network in (tokenizer, alignment, objective, discriminator):
+        if network is not None:
+            network.to(accelerator.device)
+            if args.channels_last:
+                network.to(memory_format=torch.channels_last)
+    for network in (tokenizer, alignment, discriminator):
+        if network is not None:
+            network.train()
+    if args.gradient_checkpointing:
+        tokenizer.enable_gradient_checkpointing()
+    ema = EMA(tokenizer, ema_decay) if ema_decay else None
+    return SendVAE(args, accelerator, tokenizer, alignment, encoders, objective, discriminator, ema)
+
+
+def build_aligned_denoiser(
+    args: argparse.Namespace,
+    config: DenoiserConfig,
+    alignments: Sequence[str],
+    accelerator: Accelerator,
+) -> tuple[Denoiser, DenoiserAlignments]:
+    """Denoiser and projectors on the device; one seed gives the same network, whatever it is aligned with."""
+    torch.manual_seed(args.seed)
+    denoiser = build_denoiser(config)
+    denoiser.gradient_checkpointing = args.gradient_checkpointing
+    alignment = aligned(args, alignments, denoiser)
+    return denoiser.to(accelerator.device).train(), alignment.to(accelerator.device).train()
+
+
+def compile_networks(tokenizer: Tokenizer | None, *others: nn.Module | None) -> None:
+    """Compile in place, so that state-dict keys keep their names; after averages have been copied off."""
     # Adaptive weights take gradients through a graph that is kept; a compiled one must then not give its buffers away.
     torch._functorch.config.donated_buffer = False
-    for module in (autoencoder.network.encoder, autoencoder.network.decoder, *others):
+    if tokenizer is not None:
+        tokenizer.compile_encoder()
+        tokenizer.compile_decoder()
+    for module in others:
         if module is not None:
             module.compile()

@@ -1,5 +1,6 @@
 """AdamW, learning-rate schedules and an optimizer step that skips non-finite gradients without synchronising."""
 
+import argparse
 import math
 from collections.abc import Iterable
 
@@ -10,11 +11,29 @@ SCHEDULES = ("constant", "cosine")
 
 
 def build_adamw(
-    parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float, eps: float
+    parameters: Iterable[tuple[str, nn.Parameter]], betas: tuple[float, float], weight_decay: float, eps: float
 ) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that are trained; the learning rate is set at every step."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    """Fused AdamW over those of ``named_parameters()`` that are trained; the learning rate is set at every step.
+
+    Its state dict knows their names, by which a run of other parts takes the moments over.
+    """
+    trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.AdamW:
+    """AdamW over a module's trained parameters, by the flags of ``training.arguments``."""
+    return build_adamw(
+        module.named_parameters(),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def scheduled_rate(args: argparse.Namespace, base: float, step: int) -> float:
+    """The rate of a step, by the flags of ``training.arguments``."""
+    return learning_rate(base, step, args.max_train_steps, args.lr_schedule, args.warmup_steps)
 
 
 def learning_rate(base: float, step: int, max_steps: int, schedule: str = "constant", warmup_steps: int = 0) -> float:

@@ -1,25 +1,27 @@
-"""REPA-E (arXiv 2504.10483): one step that trains a VAE, its discriminator and a SiT together, end to end."""
+"""REPA-E (arXiv 2504.10483): a VAE, its discriminator and a denoiser trained together, end to end."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from dataset.latents import LatentBatch
+from dataset.images import ImageDataset
 from dataset.loader import ImageBatch
-from diffusion.flow import add_noise, training_times
-from loss.alignment import averaged, patch_cosine_loss
-from models.latent_statistics import LatentStatistics, latent_moments, normalize_by_batch
-from models.tokenizers.kl import Autoencoder
-from runtime.processes import sum_over_processes
+from diffusion.draws import Draws, Stream, draw, seeded_generator
+from formats.runs import OWN_STATISTICS, OWN_VAE
+from models.latent_statistics import normalize_by_batch
+from models.tokenizers import Tokenizer
 from training.ema import EMA
-from training.ldm import Draws, LDMTrainer, draw
-from training.randomness import Purpose, seeded_generator
-from training.sendvae import Noise, SendVAETrainer, frozen
+from training.ldm import LDM
+from training.method import Method, Metrics, Phase, frozen
+from training.sendvae import SendVAE
+from training.validation import HeldOutLatents, held_out_batches, mean_denoising_error
 
 
 class Encoded(NamedTuple):
-    """What the SiT's half of a step takes over from the VAE's half.
+    """What the denoiser's half of a step takes over from the VAE's half.
 
     Attributes:
         latent: un-normalised ``[b, C, h, w]``, detached: the denoising loss never reaches the VAE.
@@ -34,140 +36,139 @@ class Encoded(NamedTuple):
     features: list[torch.Tensor]
 
 
-class RepaeTrainer:
-    """One training step, made of those of a VAE and of a SiT.
+class VAEPhase(Phase):
+    """First half of a step: the VAE's own losses, its alignment through the frozen denoiser, and the discriminator."""
 
-    1. The VAE's own losses and ``align_coeff`` times the alignment of the SiT's first blocks with the VFM, through a
-       frozen SiT, without label dropout, on latents normalised by the running statistics as constants.
-    2. The discriminator.
-    3. The SiT (denoising and REPA) on the same latents, detached, with the same times and noise, normalised by the mean
-       and variance of the global batch, as a BatchNorm in training mode does; the running statistics then follow.
-    4. The averages of the SiT and of the statistics.
+    def __init__(self, vae: SendVAE, ldm: LDM):
+        self.vae, self.ldm = vae, ldm
+
+    def accumulate(
+        self, step: int, micro_step: int, batch: ImageBatch, share: float, synchronise: bool
+    ) -> tuple[Metrics, Encoded]:
+        draws, features = self.vae.draws(step, micro_step, batch), self.vae.features(batch.images)
+        # Frozen until the backward pass is through: gradient checkpointing records the denoiser's blocks again there.
+        with frozen(self.ldm.denoiser, self.ldm.alignment):
+            metrics, latent = self.vae.backward(step, batch, draws, share, synchronise, features)
+        metrics["vae_loss"] = metrics.pop("loss")
+        return metrics, Encoded(latent, draws, batch.labels, features if self.ldm.alignment.needs_features else [])
+
+    def update(self, step: int, metrics: Metrics, kept: Sequence[Encoded]) -> Metrics:
+        """The VAE's and the discriminator's optimizers; the running statistics follow the batch."""
+        values = self.vae.update(step, metrics, [encoded.latent for encoded in kept])
+        return {f"vae_{name}" if name in ("grad_norm", "skipped") else name: value for name, value in values.items()}
+
+
+class DenoiserPhase(Phase):
+    """Second half: the denoiser on the same latents, detached, with the same times and noise."""
+
+    def __init__(self, vae: SendVAE, ldm: LDM, statistics_ema: EMA | None):
+        self.vae, self.ldm, self.statistics_ema = vae, ldm, statistics_ema
+
+    def accumulate(
+        self, step: int, micro_step: int, batch: Encoded, share: float, synchronise: bool
+    ) -> tuple[Metrics, None]:
+        # by mean and variance of the global batch, as a BatchNorm in training mode does
+        x = normalize_by_batch(batch.latent, self.vae.batch_moments)
+        return self.ldm.backward(x, batch.draws, batch.labels, batch.features, share, synchronise), None
+
+    def update(self, step: int, metrics: Metrics, kept: Sequence[None]) -> Metrics:
+        """The denoiser's optimizer, its average and that of the statistics."""
+        values = self.ldm.update(step, metrics, kept)
+        if self.statistics_ema is not None:
+            self.statistics_ema.update()
+        return values | {"skipped": torch.maximum(values["skipped"], metrics["vae_skipped"])}
+
+
+class Repae(Method):
+    """Trains both; implements ``training.method.Method``.
 
     Every gradient is that at the weights the step began with, so gradient accumulation changes nothing but memory.
 
     Args:
-        vae: the VAE's half: no mapper and no VFM; its ``align_coeff`` is ``--vae-align-proj-coeff``.
-        sit: the SiT's half, whose statistics are those of the VAE.
-        statistics_ema: average of the statistics, or None; belongs to the SiT's average.
+        vae: its half; aligned by ``loss.alignment.denoiser``, or not at all.
+        ldm: the denoiser's half, on the latents of the same tokenizer.
     """
 
-    def __init__(self, vae: SendVAETrainer, sit: LDMTrainer, statistics_ema: EMA | None):
-        assert sit.statistics is vae.statistics
-        self.vae, self.sit, self.statistics_ema = vae, sit, statistics_ema
-        self.accelerator = sit.accelerator
+    def __init__(self, vae: SendVAE, ldm: LDM):
+        assert ldm.tokenizer is vae.tokenizer
+        self.args, self.accelerator, self.vae, self.ldm = ldm.args, ldm.accelerator, vae, ldm
+        # belongs to the denoiser's average, whose latents it normalises
+        self.statistics_ema = None if ldm.ema is None else EMA(vae.statistics, ldm.args.ema_decay)
+        # generate.py needs the VAE of the same step beside the denoiser
+        self.milestone = ("model", OWN_VAE) if ldm.ema is None else ("ema", OWN_VAE, OWN_STATISTICS)
 
     @property
-    def tuned_vae(self) -> Autoencoder:
-        """The VAE as it is, with the statistics that fit the SiT's average: those averaged likewise."""
-        autoencoder = self.vae.model.autoencoder
+    def phases(self) -> Sequence[Phase]:
+        return VAEPhase(self.vae, self.ldm), DenoiserPhase(self.vae, self.ldm, self.statistics_ema)
+
+    @property
+    def tuned_vae(self) -> Tokenizer:
+        """The VAE as it is, with the statistics that fit the denoiser's average: those averaged likewise."""
         if self.statistics_ema is None:
-            return autoencoder
-        tuned = Autoencoder(autoencoder.network)
-        tuned.statistics = self.statistics_ema.module
-        return tuned
+            return self.vae.tokenizer
+        return self.vae.tokenizer.with_statistics(self.statistics_ema.module)
 
-    def step(self, step: int, micro_batches: list[ImageBatch], rates: Mapping[str, float]) -> dict[str, torch.Tensor]:
-        """One step of the three optimizers.
+    def rates(self, step: int) -> dict[str, float]:
+        vae = self.vae.rates(step)
+        return self.ldm.rates(step) | {"vae_lr": vae["lr"], "disc_lr": vae["disc_lr"]}
 
-        Args:
-            step: counted from 0.
-            micro_batches: this process's.
-            rates: learning rates ``lr`` (of the SiT), ``vae_lr``, ``disc_lr``.
-
-        Returns:
-            scalars on the device: unweighted terms (averaged over micro-batches), gradient norms, skipped steps.
-        """
-        share, last = 1 / len(micro_batches), len(micro_batches) - 1
-        collected, encoded = [], []
-        for micro_step, batch in enumerate(micro_batches):
-            batch = ImageBatch(*(part.to(self.accelerator.device, non_blocking=True) for part in batch))
-            draws = self.draws_for(batch.images, step, micro_step)
-            metrics, kept = self.accumulate_vae(batch, draws, step, share, synchronise=micro_step == last)
-            collected.append(metrics)
-            encoded.append(kept)
-        moments = sum_over_processes(sum(latent_moments(kept.latent) for kept in encoded))
-        metrics = means(collected)
-        metrics |= self.vae.update(moments, metrics, rates["vae_lr"], rates["disc_lr"])
-        collected = [
-            self.accumulate_sit(kept, moments, share, synchronise=micro_step == last)
-            for micro_step, kept in enumerate(encoded)
-        ]
-        sit_metrics = means(collected) | self.sit.update(rates["lr"])
+    def modules(self) -> dict[str, nn.Module | None]:
+        modules = self.vae.modules() | self.ldm.modules() | {OWN_VAE: self.vae.tokenizer}
         if self.statistics_ema is not None:
-            self.statistics_ema.update()
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()
-        return together(sit_metrics, metrics)
+            modules[OWN_STATISTICS] = self.statistics_ema.module
+        return modules
 
-    def draws_for(self, images: torch.Tensor, step: int, micro_step: int) -> Draws:
-        """The draws of a micro-step on this process: a function of (seed, step, micro-step, rank)."""
-        counters = (step, micro_step, self.accelerator.process_index)
-        generator = seeded_generator(images.device, Purpose.TRAINING, self.sit.seed, *counters)
-        shape = self.vae.model.autoencoder.latent_shape(images.shape[-1])
-        return draw((len(images), *shape), self.sit.weighting, images.device, generator)
+    def states(self) -> dict[str, object]:
+        vae = self.vae.states()
+        return {**vae, **self.ldm.states(), "vae_optimizer": vae["optimizer"]}
 
-    def accumulate_vae(
-        self, batch: ImageBatch, draws: Draws, step: int, share: float, synchronise: bool = True
-    ) -> tuple[dict[str, torch.Tensor], Encoded]:
-        """Add the gradients of one micro-batch, of the VAE and of its discriminator.
+    def facts(self) -> dict[str, object]:
+        """Which VAE this checkpoint's denoiser belongs to, in the words of a train_ldm.py run."""
+        tuned = self.tuned_vae
+        return {"vae_checksum": tuned.checksum(), "statistics_checksum": tuned.statistics.checksum()}
 
-        Args:
-            batch: on the device.
-            draws: for it.
-            step: counted from 0; decides whether the discriminator plays yet.
-            share: weight of this micro-batch in the step.
-            synchronise: reduce gradients over processes in this backward pass.
+    def networks_by_name(self) -> Mapping[str, nn.Module | None]:
+        return self.vae.networks_by_name() | self.ldm.networks_by_name()
 
-        Returns:
-            the scalars of this micro-batch, and what the SiT goes on with.
-        """
-        sit = self.sit
-        features = sit.features(LatentBatch(moments=None, labels=batch.labels, images=batch.images, features=None))
-        t = training_times(draws.times, sit.weighting, sit.path_type)
+    def watch(self, images: ImageDataset, held_out: ImageDataset | None) -> None:
+        """What :meth:`validate` measures on and :meth:`sample` shows."""
+        self.vae.watch(images, held_out)
 
-        def alignment(z: torch.Tensor) -> tuple[dict, dict]:
-            noisy = add_noise(self.vae.statistics.normalize(z), t, draws.noise, sit.path_type)
+    def measure_statistics(self, batches, images: int) -> int:
+        """As :meth:`SendVAE.measure_statistics`; the averaged statistics start from them."""
+        count = self.vae.measure_statistics(batches, images)
+        if self.statistics_ema is not None:
+            self.statistics_ema.module.load_state_dict(self.vae.statistics.state_dict())
+        return count
+
+    def validate(self) -> dict[str, float]:
+        values = self.vae.validate()
+        if not values:
+            return {}
+        values["val/denoise"] = self._denoising_error(self.ldm.denoiser, self.vae.tokenizer)
+        if self.ldm.ema is not None:
+            values["val_ema/denoise"] = self._denoising_error(self.ldm.ema.module, self.tuned_vae)
+        return values
+
+    def sample(self, path: Path) -> None:
+        """Two pictures: samples of the denoiser's average through the VAE as it is, and the VAE's reconstructions."""
+        self.ldm.save_sample_grid(self.tuned_vae, path)
+        self.vae.sample(path.with_name(f"{path.stem}-reconstructions{path.suffix}"))
+
+    def finish(self, folder: Path) -> None:
+        """Write ``vae/``: the VAE's weights as trained, the statistics of the average."""
+        self.tuned_vae.save(folder / "vae")
+
+    def _denoising_error(self, denoiser: nn.Module, tokenizer: Tokenizer) -> float:
+        return mean_denoising_error(self, denoiser, self.args.path_type, self._held_out_latents(tokenizer))
+
+    @torch.no_grad()
+    def _held_out_latents(self, tokenizer: Tokenizer) -> Iterator[HeldOutLatents]:
+        """Latents of held-out images, normalised by the tokenizer's statistics."""
+        for items, (images, labels) in held_out_batches(self, self.vae.held_out):
+            generator = seeded_generator(images.device, Stream.VALIDATION, self.args.seed, int(items[0]))
+            draws = draw((len(images), *tokenizer.latent_shape(images.shape[-1])), generator)
             with self.accelerator.autocast():
-                tokens = sit.model(noisy, t, batch.labels, only_tokens=True)
-            losses = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
-            return averaged("alignment", sit.encoder_names, losses, self.vae.align_coeff)
-
-        # Frozen until the backward pass is through: gradient checkpointing records the SiT's blocks again there.
-        with frozen(sit.model):
-            metrics, latent = self.vae.accumulate(
-                batch.images,
-                Noise(draws.posterior, t, draws.noise),
-                step,
-                share,
-                synchronise,
-                alignment if features and self.vae.align_coeff else None,
-            )
-        return metrics, Encoded(latent, draws, batch.labels, features)
-
-    def accumulate_sit(
-        self, encoded: Encoded, moments: torch.Tensor, share: float, synchronise: bool = True
-    ) -> dict[str, torch.Tensor]:
-        """Add the SiT's gradients of one micro-batch; ``moments`` are those of the latents of the global batch."""
-        x = normalize_by_batch(encoded.latent, moments)
-        return self.sit.accumulate_latents(x, encoded.draws, encoded.labels, encoded.features, share, synchronise)
-
-    def start_averages(self) -> None:
-        """Let the averaged statistics start from the statistics as they are, e.g. once these have been measured."""
-        if self.statistics_ema is not None:
-            self.statistics_ema.module.load_state_dict(self.statistics.state_dict())
-
-    @property
-    def statistics(self) -> LatentStatistics:
-        return self.vae.statistics
-
-
-def means(collected: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Means over micro-batches of scalars with the same names."""
-    return {name: torch.stack([metrics[name] for metrics in collected]).mean() for name in collected[0]}
-
-
-def together(sit: dict[str, torch.Tensor], vae: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The SiT's scalars by their names, of the VAE's those that would collide with a prefix; either's skip counts."""
-    renamed = {f"vae_{name}" if name in sit else name: value for name, value in vae.items()}
-    return sit | renamed | {"skipped": torch.maximum(sit["skipped"], vae["skipped"])}
+                code = tokenizer.encode(images)
+            x = tokenizer.statistics.normalize(code.sample(draws.posterior))
+            yield HeldOutLatents(items, x, draws.noise, labels)

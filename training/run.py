@@ -1,9 +1,10 @@
-"""A run: its processes, its folder, its log, its trackers, and whether it is finished.
+"""A run: its processes, its folder, its log, its trackers, and where it goes on.
 
 Rank checks live here. The folder ``OUTPUT_DIR/EXP_NAME`` holds ``args.json``, ``log.txt``, ``metrics.jsonl`` (only what
 is reproducible), ``timing.jsonl`` (what is not), ``samples/``, ``checkpoints/`` and ``status.json``.
 """
 
+import argparse
 import fcntl
 import json
 import os
@@ -12,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +25,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from errors import UserError
+from formats.runs import arguments_of, status_of
+from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging
+from runtime.processes import agree_on
+from training.arguments import CHANGEABLE
+from training.method import micro_batch_size
 
 # What follows from flags and data, in words for the user.
 DERIVED = {
@@ -32,7 +40,7 @@ DERIVED = {
     "statistics_checksum": "a latent cache with other --statistics",
     "class_names": "data of other classes",
     "vae_config": "a VAE of another architecture",
-    "sit": "a SiT of another shape (--model, --enc-type, or latents of another size)",
+    "denoiser": "a denoiser of another shape (--model, or latents of another size)",
 }
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "diffusers", "lpips", "numpy", "pillow", "safetensors")
 
@@ -61,6 +69,21 @@ def build_accelerator(mixed_precision: str, report_to: str = "none", logging_dir
             InitProcessGroupKwargs(timeout=timedelta(minutes=60)),  # rank 0 alone may verify or write a large file
         ],
     )
+
+
+def begin(args: argparse.Namespace, folder: Path | None) -> Accelerator:
+    """Processes, precision and numerics of a training script; ``args`` then say which they are.
+
+    Args:
+        args: the flags of ``training.arguments``.
+        folder: of the run; None in a dry run.
+    """
+    accelerator = build_accelerator(args.mixed_precision, args.report_to, folder)
+    args.mixed_precision = accelerator.mixed_precision
+    if args.channels_last is None:
+        args.channels_last = accelerator.device.type == "cpu"
+    set_numerics(args.seed, args.allow_tf32, args.deterministic)
+    return accelerator
 
 
 def set_numerics(seed: int, allow_tf32: bool, deterministic: bool) -> None:
@@ -99,10 +122,54 @@ class Run:
     def samples(self) -> Path:
         return self.folder / "samples"
 
+    def checkpoint(self, resume_step: int) -> Checkpoint | None:
+        """The checkpoint to resume from, verified by the main process and the same on all of them; None to start.
+
+        Args:
+            resume_step: of ``--resume-step``; 0: the newest intact one.
+
+        Raises:
+            UserError: the folder holds another run, no such checkpoint, or none that is intact.
+        """
+        folder, step = CheckpointFolder(self.folder), -1
+        if self.is_main:
+            # The same --resume-step again, e.g. of a requeued job, goes on with what was trained from that step.
+            resumed_already = resume_step and (arguments_of(self.folder) or {}).get("resume_step") == resume_step
+            if resume_step and not resumed_already:
+                found = folder.at_step(resume_step)
+            else:
+                found = folder.newest_good(logger.warning)
+            step = -1 if found is None else found.step
+        step = agree_on(step, self.accelerator.device)
+        if step < 0:
+            return None
+        self._check_same()
+        return Checkpoint(folder.whole / f"{step:07d}")
+
+    def is_finished(self, step: int) -> bool:
+        """Whether nothing is left to do: it was trained so far, and its VAE is there."""
+        status = status_of(self.folder)
+        done = status is not None and status["state"] == "finished" and step >= self.arguments["max_train_steps"]
+        if done and self.has_vae:
+            logger.info("%s is finished: %d steps", self.folder, step)
+            return True
+        return False
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether ``vae/`` is there, which every finished run has."""
+        return (self.folder / "vae").exists()
+
     def start(self, step: int) -> None:
-        """Record the arguments, and drop what an earlier process logged after ``step``, which is done again."""
+        """Record the arguments; set aside, or drop, what an earlier process left of later steps, which are done again.
+
+        Args:
+            step: that the run goes on from; 0: it begins.
+        """
         if not self.is_main:
             return
+        if step and (aside := CheckpointFolder(self.folder).set_aside_newer(step)):
+            logger.warning("later checkpoints than that of step %d were moved to %s", step, aside)
         record = {"args": self.arguments, "command": sys.argv, **_provenance()}
         write_json(self.folder / "args.json", record)
         for name in ("metrics.jsonl", "timing.jsonl"):
@@ -127,6 +194,17 @@ class Run:
         plain = {k: v for k, v in self.arguments.items() if isinstance(v, int | float | str | bool)}
         self.accelerator.init_trackers(project, config=plain, init_kwargs=options)
 
+    def describe(self, args: argparse.Namespace, lines: Sequence[str], start_step: int) -> None:
+        """Say once, in the log, what is trained and how."""
+        accelerator = self.accelerator
+        for line in lines:
+            logger.info("%s", line)
+        parts = accelerator.num_processes, args.gradient_accumulation_steps, micro_batch_size(args, accelerator)
+        logger.info("batch %d = %d processes × %d micro-steps × %d images", args.batch_size, *parts)
+        logger.info("device %s, precision %s", accelerator.device, accelerator.mixed_precision)
+        verb = f"resuming after step {start_step}" if start_step else "starting"
+        logger.info("%s; %d steps in all", verb, args.max_train_steps)
+
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         """Append to ``metrics.jsonl`` what a repetition would reproduce, and send it to the trackers."""
         self._append("metrics.jsonl", {"step": step, **values})
@@ -143,6 +221,16 @@ class Run:
             status = {"state": state, "step": step, "max_train_steps": max_steps, "reason": reason}
             write_json(self.folder / "status.json", status)
 
+    def _check_same(self) -> None:
+        """A folder that was begun holds the same run, or its first differing flag is named."""
+        old = arguments_of(self.folder)
+        if old is None:
+            return
+        refuse_changed_arguments(old, self.arguments, CHANGEABLE, self.folder)
+        before, now = old.get("num_processes"), self.arguments["num_processes"]
+        if before != now:
+            logger.warning("%s processes before, %d now: from here on the noise is drawn otherwise", before, now)
+
     def finish(self) -> None:
         self.accelerator.end_training()
         if self._lock is not None:
@@ -158,6 +246,21 @@ class Run:
         if self.is_main and not path.exists():
             path.write_text(f"{int(time.time()):x}{os.getpid():x}")
         return path.read_text() if self.is_main else ""
+
+
+@contextmanager
+def open_run(folder: Path, accelerator: Accelerator, arguments: dict[str, Any]) -> Iterator[Run]:
+    """A run, given back at the end whatever happens."""
+    run = Run(folder, accelerator, arguments | {"num_processes": accelerator.num_processes})
+    try:
+        yield run
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0]}): raise --gradient-accumulation-steps, which keeps the "
+            "global batch, or add --gradient-checkpointing"
+        ) from error
+    finally:
+        run.finish()
 
 
 def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:

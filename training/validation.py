@@ -1,22 +1,29 @@
-"""Held-out quality of a Send-VAE: reconstruction and alignment, beside what a constant would reach."""
+"""Held-out quality: of a tokenizer, reconstruction and alignment; of a denoiser, the error of its velocity."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 
 from dataset.images import ImageDataset
-from dataset.loader import sequential_batches
-from loss.alignment import constant_predictor_cosine, patch_cosine
+from dataset.loader import LabelledImages, sequential_batches
+from diffusion.draws import Stream, draw, seeded_generator
+from diffusion.flow import add_noise, velocity
+from loss.alignment.cosine import constant_predictor_cosine
+from loss.denoising import denoising_error
 from loss.reconstruction import psnr
-from models.encoders import Encoder
+from models.denoisers import Denoiser
 from models.pixels import to_signed, to_uint8
-from models.tokenizers.kl import Autoencoder
+from models.tokenizers import Tokenizer
 from runtime.processes import sum_over_processes
-from training.randomness import Purpose, seeded_generator
-from training.sendvae import SendVAE, draw_noise
+from training.method import Method, micro_batch_size, to_device
+
+if TYPE_CHECKING:
+    from training.sendvae import SendVAE
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class SpreadImages:
@@ -34,84 +41,109 @@ class SpreadImages:
         self._dataset.read_into(self._items[np.asarray(items)], out)
 
 
+def held_out_batches(method: Method, images: SpreadImages):
+    """This process's share: (item numbers, an ``ImageBatch`` on the device)."""
+    accelerator, args = method.accelerator, method.args
+    batches = sequential_batches(
+        LabelledImages(images),
+        micro_batch_size(args, accelerator),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=args.num_workers,
+    )
+    for items, batch in batches:
+        yield items, to_device(batch, accelerator.device)
+
+
 @torch.no_grad()
-def validate(
-    model: SendVAE,
-    encoders: Sequence[Encoder],
-    dataset: ImageDataset,
-    *,
-    batch_size: int,
-    seed: int,
-    accelerator: Accelerator,
-    num_workers: int,
-    autoencoder: Autoencoder | None = None,
-) -> dict[str, float]:
+def validate_tokenizer(method: "SendVAE", tokenizer: Tokenizer) -> dict[str, float]:
     """Measure on held-out images; every process takes a share, all get the result.
 
     Args:
-        model: the networks that are trained.
-        encoders: the frozen VFMs, one for each mapper; none where nothing is aligned.
-        dataset: the images.
-        batch_size: images at once on a process.
-        seed: of the noise that the mapper sees.
-        accelerator: precision and processes.
-        num_workers: reading threads.
-        autoencoder: the EMA's, to be measured in place of the model's.
+        method: alignment, VFMs, held-out images, precision and processes.
+        tokenizer: the method's, or its average.
 
     Returns:
-        ``psnr`` (dB, posterior mean, uint8 images), ``l1`` (in [-1, 1] units), and with an encoder ``align_cosine``
-        (noise as in training), ``align_cosine_clean`` (posterior mean, no noise) and ``constant_cosine`` (the best
-        image-independent prediction, fitted on these very images). With several encoders these are averages, and those
-        of each are called ``align_cosine/NAME`` and so on.
+        ``psnr`` (dB, without randomness, uint8 images), ``l1`` (in [-1, 1] units), and what the alignment scores:
+        ``align_cosine`` (as in training), ``align_cosine_clean`` (without noise), beside ``constant_cosine`` (the best
+        image-independent prediction, fitted on these very images). With several VFMs these are averages, and those of
+        each are called ``align_cosine/NAME`` and so on.
     """
-    device, rank = accelerator.device, accelerator.process_index
-    autoencoder = autoencoder or model.autoencoder
-    was_training = model.training
-    model.eval()
-    # psnr, l1, count, then cosine and clean cosine of each encoder
-    sums = torch.zeros(3 + 2 * len(encoders), dtype=torch.float64, device=device)
-    unit_features = [
-        torch.zeros(encoder.grid**2, encoder.embed_dim, dtype=torch.float64, device=device) for encoder in encoders
-    ]
-    batches = sequential_batches(
-        dataset, batch_size, rank=rank, world_size=accelerator.num_processes, num_workers=num_workers
-    )
-    for items, images in batches:
-        images = images.to(device)
-        generator = seeded_generator(device, Purpose.VALIDATION, seed, int(items[0]))
-        noise = draw_noise((len(images), *autoencoder.latent_shape(images.shape[-1])), device, generator)
-        with accelerator.autocast():
-            posterior = autoencoder.encode(images)
-            reconstruction = autoencoder.decode(posterior.mean)
+    device, networks = method.accelerator.device, method.accelerator.unwrap_model(method.networks)
+    names = () if method.alignment is None else method.alignment.score_names
+    encoders = method.encoders if names else ()
+    was_training = networks.training
+    networks.eval()
+    # psnr, l1, count, then the scores of each VFM
+    sums = torch.zeros(3 + len(names) * len(encoders), dtype=torch.float64, device=device)
+    unit_features = [torch.zeros(vfm.grid**2, vfm.embed_dim, dtype=torch.float64, device=device) for vfm in encoders]
+    for items, batch in held_out_batches(method, method.held_out):
+        images = batch.images
+        generator = seeded_generator(device, Stream.VALIDATION, method.args.seed, int(items[0]))
+        draws = draw((len(images), *tokenizer.latent_shape(images.shape[-1])), generator)
+        with method.accelerator.autocast():
+            code = tokenizer.encode(images)
+            reconstruction = tokenizer.decode(code.mode)
             scores = [psnr(images, to_uint8(reconstruction)), _l1(images, reconstruction), images.new_ones(len(images))]
-            noisy = model.noisy_latent(posterior.sample(noise.posterior), noise)
-            clean = posterior.mean if model.raw_latent else autoencoder.statistics.normalize(posterior.mean)
-            for encoder, mapper, feature_sum in zip(encoders, model.mappers, unit_features, strict=True):
-                features = encoder(images)
-                scores += [patch_cosine(mapper(z), features).mean(1) for z in (noisy, clean)]
-                feature_sum += F.normalize(features.double(), dim=-1).sum(0)
+            if names:
+                features = method.features(images)
+                aligned = method.alignment.scores(code, tokenizer.statistics, features, draws)
+                scores += [score for name in names for score in aligned[name]]
+                for feature_sum, part in zip(unit_features, features, strict=True):
+                    feature_sum += F.normalize(part.double(), dim=-1).sum(0)
         sums += torch.stack([score.double().sum() for score in scores])
-    model.train(was_training)
-    return _averages(sums, unit_features, [encoder.name for encoder in encoders])
-
-
-def _averages(sums: torch.Tensor, unit_features: Sequence[torch.Tensor], names: Sequence[str]) -> dict[str, float]:
-    psnr_sum, l1_sum, count, *cosines = sum_over_processes(sums).tolist()
-    result = {"psnr": psnr_sum / count, "l1": l1_sum / count}
-    if not names:
-        return result
-    columns = {
-        "align_cosine": [value / count for value in cosines[::2]],
-        "align_cosine_clean": [value / count for value in cosines[1::2]],
-        "constant_cosine": [
+    networks.train(was_training)
+    psnr_sum, l1_sum, count, *scored = sum_over_processes(sums).tolist()
+    values = {"psnr": psnr_sum / count, "l1": l1_sum / count}
+    columns = {name: [value / count for value in _nth(scored, i, len(encoders))] for i, name in enumerate(names)}
+    if names:
+        columns["constant_cosine"] = [
             float(constant_predictor_cosine(sum_over_processes(total), int(count))) for total in unit_features
-        ],
-    }
-    result |= {metric: sum(values) / len(values) for metric, values in columns.items()}
-    if len(names) > 1:
-        for metric, values in columns.items():
-            result |= {f"{metric}/{name}": value for name, value in zip(names, values, strict=True)}
-    return result
+        ]
+    values |= {name: sum(column) / len(column) for name, column in columns.items()}
+    if len(encoders) > 1:
+        for name, column in columns.items():
+            values |= {f"{name}/{vfm.name}": value for vfm, value in zip(encoders, column, strict=True)}
+    return values
+
+
+class HeldOutLatents(NamedTuple):
+    """A held-out batch: item numbers, normalised latents and noise ``[b, C, h, w]``, labels ``[b]``."""
+
+    items: np.ndarray
+    x: torch.Tensor
+    noise: torch.Tensor
+    labels: torch.Tensor
+
+
+@torch.no_grad()
+def mean_denoising_error(
+    method: Method, denoiser: Denoiser, path_type: str, batches: Iterable[HeldOutLatents]
+) -> float:
+    """Mean error at times that cover [0, 1] evenly, the same at every call; no label dropped.
+
+    Args:
+        method: precision and processes.
+        denoiser: is measured.
+        path_type: of the interpolant.
+        batches: this process's share; all get the result.
+    """
+    was_training = denoiser.training
+    denoiser.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=method.accelerator.device)
+    for items, x, noise, labels in batches:
+        t = torch.from_numpy((items + 0.5) * GOLDEN_RATIO % 1).to(x.device, torch.float32)
+        with method.accelerator.autocast():
+            prediction, _ = denoiser(add_noise(x, t, noise, path_type), t, labels)
+        error = denoising_error(prediction, velocity(x, t, noise, path_type))
+        sums += torch.stack([error.double().sum(), sums.new_tensor(float(len(error)))])
+    denoiser.train(was_training)
+    total, count = sum_over_processes(sums).tolist()
+    return total / count
+
+
+def _nth(values: Sequence[float], place: int, size: int) -> Sequence[float]:
+    return values[place * size : (place + 1) * size]
 
 
 def _l1(images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:

@@ -3,25 +3,21 @@
 Parameter names are those of the public SiT, REPA and REPA-E code, so that their checkpoints load.
 """
 
-import json
+import argparse
 import math
-import re
-import shutil
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.layers import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
-from models.layers import projector, sincos_positions, xavier_linears
-from models.weight_files import NotWeightsError, one_line, read_state_dict
-
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers calls them
+from models.denoisers.base import Denoiser, DenoiserConfig
+from models.layers import sincos_positions, unpatchify, xavier_linears
 
 
 @dataclass(frozen=True)
@@ -41,80 +37,34 @@ SIT_SIZES = {
     "XL": SiTSize(28, 1152, 16),
 }
 PATCH_SIZES = (1, 2, 4, 8)
-LATENT_PROJECTOR_LAYERS = 5  # of VAE-REPA's projector
-PROJECTORS = ("projectors.", "latent_projector.")  # parameters that only training has a use for
+PREFIX = "SiT-"
 
 
 @dataclass(frozen=True)
-class SiTConfig:
-    """Everything that determines a SiT's parameters; saved whole in checkpoints.
+class SiTConfig(DenoiserConfig):
+    """Everything that determines a SiT's parameters.
 
     Attributes:
         model: ``SiT-SIZE/PATCH``, e.g. ``SiT-XL/1``.
-        latent_channels: C.
-        latent_size: h = w of the latent.
-        num_classes: real classes; the null class of guidance comes on top.
         qk_norm: LayerNorm on queries and keys.
-        encoder_depth: block after which hidden states are projected to VFM features (REPA), counted from 1.
-        feature_dims: D of each VFM, one projector each; empty without REPA.
-        projector_width: hidden width of the projectors.
-        latent_depth: block after which hidden states predict the clean latent (VAE-REPA), counted from 1; 0: none.
-        latent_width: hidden width of that projector.
     """
 
-    model: str
-    latent_channels: int
-    latent_size: int
-    num_classes: int
     qk_norm: bool = False
-    encoder_depth: int = 8
-    feature_dims: tuple[int, ...] = ()
-    projector_width: int = 2048
-    latent_depth: int = 0
-    latent_width: int = 0
-
-    @property
-    def size_name(self) -> str:
-        """A key of ``SIT_SIZES``."""
-        return self._name[0]
 
     @property
     def size(self) -> SiTSize:
-        return SIT_SIZES[self.size_name]
+        return SIT_SIZES[self.model.removeprefix(PREFIX).partition("/")[0]]
 
     @property
     def patch_size(self) -> int:
-        return int(self._name[1])
+        return int(self.model.partition("/")[2])
 
     @property
     def grid(self) -> int:
         """Tokens along a side."""
         return self.latent_size // self.patch_size
 
-    @property
-    def _name(self) -> tuple[str, str]:
-        return re.fullmatch(r"SiT-(\w+)/(\d+)", self.model).groups()
-
-    def to_dict(self) -> dict:
-        """Plain JSON values; ``SiTConfig.from_dict`` is the inverse.
-
-        What says that there is no VAE-REPA is left out, so that runs from before it was known are the same runs.
-        """
-        values = asdict(self) | {"feature_dims": list(self.feature_dims)}
-        if not self.latent_depth:
-            del values["latent_depth"], values["latent_width"]
-        return values
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "SiTConfig":
-        return cls(**(values | {"feature_dims": tuple(values["feature_dims"])}))
-
-    def without_projectors(self) -> "SiTConfig":
-        """The network that samples: its parameters are those whose names do not begin with one of ``PROJECTORS``."""
-        return replace(self, feature_dims=(), latent_depth=0, latent_width=0)
-
     def check(self) -> None:
-        """Raise :class:`UserError` for a name or a combination that cannot be built."""
         if self.model not in model_names():
             sizes, patches = ", ".join(SIT_SIZES), ", ".join(map(str, PATCH_SIZES))
             raise UserError(f"--model {self.model} is not known; give SiT-SIZE/PATCH with {sizes} and {patches}")
@@ -123,23 +73,15 @@ class SiTConfig:
                 f"--model {self.model}: patch {self.patch_size} does not divide the "
                 f"{self.latent_size}×{self.latent_size} latent"
             )
-        if self.feature_dims and not 1 <= self.encoder_depth <= self.size.depth:
-            raise UserError(
-                f"--encoder-depth {self.encoder_depth}: {self.model} has blocks 1 to {self.size.depth}; choose one"
-            )
-        if not 0 <= self.latent_depth <= self.size.depth:
-            raise UserError(
-                f"--vae-repa-depth {self.latent_depth}: {self.model} has blocks 1 to {self.size.depth}; choose one"
-            )
 
 
 def model_names() -> list[str]:
-    """The names that ``--model`` knows."""
-    return [f"SiT-{size}/{patch}" for size in SIT_SIZES for patch in PATCH_SIZES]
+    """All sizes with all patches."""
+    return [f"{PREFIX}{size}/{patch}" for size in SIT_SIZES for patch in PATCH_SIZES]
 
 
-class SiT(nn.Module):
-    """The diffusion model on latents, with the projectors of REPA and VAE-REPA (arXiv 2601.17830) beside it.
+class SiT(Denoiser):
+    """The transformer.
 
     Args:
         config: its sizes.
@@ -148,126 +90,65 @@ class SiT(nn.Module):
         UserError: sizes that do not fit together.
     """
 
+    Config = SiTConfig
+    names = f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1, 2, 4 or 8 latent positions"
+
     def __init__(self, config: SiTConfig):
-        super().__init__()
-        config.check()
-        self.config = config
-        width, patch = config.size.width, config.patch_size
-        self.gradient_checkpointing = False
-        self.x_embedder = PatchEmbedding(config.latent_channels, width, patch)
-        self.register_buffer("pos_embed", sincos_positions(width, config.grid)[None])
-        self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(config.num_classes, width)
-        self.blocks = nn.ModuleList(Block(width, config.size.heads, config.qk_norm) for _ in range(config.size.depth))
-        self.projectors = nn.ModuleList()
-        self.final_layer = FinalLayer(width, patch * patch * config.latent_channels)
+        super().__init__(config)
+        size, patch = config.size, config.patch_size
+        self.x_embedder = PatchEmbedding(config.latent_channels, size.width, patch)
+        self.register_buffer("pos_embed", sincos_positions(size.width, config.grid)[None])
+        self.t_embedder = TimestepEmbedder(size.width)
+        self.y_embedder = LabelEmbedder(config.num_classes, size.width)
+        self.blocks = nn.ModuleList(Block(size.width, size.heads, config.qk_norm) for _ in range(size.depth))
+        self.final_layer = FinalLayer(size.width, patch * patch * config.latent_channels)
         self._initialise()
-        # Last, so that one seed gives the same network whatever it is aligned with.
-        self.projectors.extend(projector(width, dim, config.projector_width) for dim in config.feature_dims)
-        self.projectors.apply(xavier_linears)
-        self.latent_projector = None
-        if config.latent_depth:
-            values = patch * patch * config.latent_channels
-            self.latent_projector = projector(width, values, config.latent_width, LATENT_PROJECTOR_LAYERS)
-            self.latent_projector.apply(xavier_linears)
+
+    @staticmethod
+    def add_arguments(group: Any) -> None:
+        group.add_argument(
+            "--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="SiT: normalise queries and keys"
+        )
 
     @property
-    def null_class(self) -> int:
-        """The label that means "no class", for classifier-free guidance."""
-        return self.config.num_classes
+    def depth(self) -> int:
+        return self.config.size.depth
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of what it is given."""
-        return self.config.latent_channels, self.config.latent_size, self.config.latent_size
+    def width(self) -> int:
+        return self.config.size.width
 
-    def save_pretrained(self, folder: str | Path, projectors: bool = False) -> None:
-        """Write ``config.json`` and the weights as safetensors, complete or not at all.
-
-        Args:
-            folder: is replaced where it exists.
-            projectors: also write those of REPA and VAE-REPA, which only training needs.
-        """
-        folder = Path(folder)
-        beside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        config = self.config if projectors else self.config.without_projectors()
-        content = {"_class_name": type(self).__name__} | config.to_dict()
-        (beside / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-        weights = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
-        kept = {key: tensor for key, tensor in weights.items() if projectors or not key.startswith(PROJECTORS)}
-        save_file(kept, beside / WEIGHTS_FILE)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "SiT":
-        """The network that :meth:`save_pretrained` wrote, in eval mode on the CPU.
-
-        Raises:
-            UserError: no such folder, not of a SiT, or weights of another one.
-        """
-        folder = Path(folder)
-        try:
-            content = json.loads((folder / CONFIG_FILE).read_text())
-            if content["_class_name"] != cls.__name__:
-                raise UserError(f"{folder / CONFIG_FILE} describes a {content['_class_name']}, not a {cls.__name__}")
-            config = SiTConfig.from_dict({key: value for key, value in content.items() if not key.startswith("_")})
-            model = cls(config)
-            model.load_state_dict(read_state_dict(folder / WEIGHTS_FILE))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, NotWeightsError, RuntimeError) as error:
-            raise UserError(f"{folder} is no complete folder of a SiT ({one_line(error)})") from error
-        return model.eval()
+    @property
+    def grid(self) -> int:
+        return self.config.grid
 
     def forward(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
-        with_tokens: bool = False,
-        only_tokens: bool = False,
-        with_latent: bool = False,
-    ) -> torch.Tensor | tuple | list[torch.Tensor]:
-        """Predict the velocity.
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        x, condition, states = self._through_blocks(x, t, y, taps, self.depth)
+        velocity = unpatchify(self.final_layer(x, condition), self.config.latent_shape)
+        return velocity, states
 
-        Args:
-            x: noisy normalised latent ``[B, C, h, w]``.
-            t: time in [0, 1], data at 0, noise at 1, ``[B]``.
-            y: class in 0…num_classes, the last one the null class, int64 ``[B]``.
-            with_tokens: also return the projected hidden states of block ``encoder_depth``.
-            only_tokens: return nothing else, and leave out the blocks after that one.
-            with_latent: also return them and the clean latent that block ``latent_depth`` predicts.
+    def hidden_states(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        return self._through_blocks(x, t, y, taps, max(taps))[2]
 
-        Returns:
-            velocity ``[B, C, h, w]``; with ``with_tokens`` also a list of ``[B, N, D]``, one for each VFM; with
-            ``only_tokens`` that list; with ``with_latent`` velocity, that list and the predicted normalised latent
-            ``[B, C, h, w]``, None without VAE-REPA.
-        """
+    def _through_blocks(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int], last: int
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Tokens ``[B, N, width]`` after block ``last``, the condition ``[B, width]``, tokens after each tap."""
         x = self.x_embedder(x) + self.pos_embed  # [B, N, width]
         condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
-        tokens, latent = [], None
-        for number, block in enumerate(self.blocks, start=1):
+        states = {}
+        for number, block in enumerate(self.blocks[:last], start=1):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, condition, use_reentrant=False)
             else:
                 x = block(x, condition)
-            if (with_tokens or only_tokens or with_latent) and number == self.config.encoder_depth:
-                tokens = [project(x) for project in self.projectors]
-                if only_tokens:
-                    return tokens
-            if with_latent and number == self.config.latent_depth:
-                latent = self._unpatchify(self.latent_projector(x))
-        velocity = self._unpatchify(self.final_layer(x, condition))
-        if with_latent:
-            return velocity, tokens, latent
-        return (velocity, tokens) if with_tokens else velocity
-
-    def _unpatchify(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, N, p·p·C]`` → ``[B, C, h, w]``."""
-        grid, patch = self.config.grid, self.config.patch_size
-        x = x.unflatten(1, (grid, grid)).unflatten(-1, (patch, patch, self.config.latent_channels))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # b r c p q C → b C (r p) (c q)
+            if number in taps:
+                states[number] = x
+        return x, condition, tuple(states[tap] for tap in taps)
 
     def _initialise(self) -> None:
         self.apply(xavier_linears)

@@ -1,24 +1,23 @@
-"""The VAE: ``diffusers.AutoencoderKL`` with its latent statistics, from uint8 images to images in [-1, 1]."""
+"""The KL autoencoder: ``diffusers.AutoencoderKL`` with its latent statistics."""
 
 import copy
 import hashlib
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from torch import nn
 
-from errors import UserError
-from models.latent_statistics import LatentStatistics
 from models.pixels import to_signed
+from models.tokenizers.base import Code, Tokenizer
 from models.weight_files import weights_checksum
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "vae"
-STATISTICS_FILE = "latents_stats.safetensors"
+MOMENTS_ITEMS = 64  # summed at once: part of what the last bits of measured statistics depend on
 # What the layers do, beside what the weights' names and shapes say; a fixed list, because diffusers adds keys.
 _ARCHITECTURE_KEYS = (
     *("in_channels", "out_channels", "latent_channels", "block_out_channels", "down_block_types", "up_block_types"),
@@ -27,22 +26,37 @@ _ARCHITECTURE_KEYS = (
 
 
 @dataclass(frozen=True)
-class Posterior:
+class Posterior(Code):
     """The encoder's diagonal Gaussian: float32 ``mean`` and ``logvar`` (in [-30, 20]), each ``[B, C, h, w]``."""
 
     mean: torch.Tensor
     logvar: torch.Tensor
 
     @property
+    def mode(self) -> torch.Tensor:
+        return self.mean
+
+    @property
     def std(self) -> torch.Tensor:
         return (0.5 * self.logvar).exp()
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        """``mean + std·noise`` for standard normal ``noise`` of the same shape."""
+        """``mean + std·noise``."""
         return self.mean + self.std * noise
 
+    def stored(self) -> torch.Tensor:
+        """Mean, then standard deviation, ``[B, 2C, h, w]``.
 
-class Autoencoder(nn.Module):
+        In float16 a standard deviation under 6e-8 becomes 0: a sample is then the mean, to its own precision.
+        """
+        return torch.cat([self.mean, self.std], dim=1)
+
+    def regulariser(self) -> dict[str, torch.Tensor]:
+        """``kl``: KL(N(mean, var) ‖ N(0, 1)) = ½·Σ(mean² + var − 1 − logvar) over C, h, w; averaged over the batch."""
+        return {"kl": 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum((1, 2, 3)).mean()}
+
+
+class KLTokenizer(Tokenizer):
     """A KL autoencoder and the statistics of its latents.
 
     Args:
@@ -50,46 +64,35 @@ class Autoencoder(nn.Module):
     """
 
     def __init__(self, network: AutoencoderKL):
-        super().__init__()
+        super().__init__(network.config.latent_channels)
         self.network = network
-        self.statistics = LatentStatistics(self.latent_channels)
-
-    @property
-    def latent_channels(self) -> int:
-        return self.network.config.latent_channels
 
     @property
     def downsampling(self) -> int:
-        """Image pixels per latent position, along a side."""
         return 2 ** (len(self.network.config.block_out_channels) - 1)
 
     @property
     def architecture(self) -> dict:
-        """What :meth:`from_architecture` builds this network from, plain JSON values."""
         config = json.loads(self.network.to_json_string())
-        return {key: value for key, value in config.items() if not key.startswith("_")}
+        return {"_class_name": "AutoencoderKL"} | {k: v for k, v in config.items() if not k.startswith("_")}
 
     @classmethod
-    def from_architecture(cls, config: dict) -> "Autoencoder":
-        """A VAE with random weights."""
+    def from_architecture(cls, config: Mapping) -> "KLTokenizer":
         return cls(AutoencoderKL.from_config(config)).eval()
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The decoder's last weight, where VQGAN's adaptive GAN weight compares gradients."""
-        return self.network.decoder.conv_out.weight
+    def stored_shape(self, resolution: int) -> tuple[int, ...]:
+        """Posterior mean and standard deviation."""
+        channels, *sides = self.latent_shape(resolution)
+        return 2 * channels, *sides
 
-    @property
-    def encoder_last_layer(self) -> nn.Parameter:
-        """The encoder's last weight, where VA-VAE compares gradients."""
-        return self.network.encoder.conv_out.weight
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) for square images; raises where the resolution does not fit the downsampling."""
-        if resolution % self.downsampling:
-            raise UserError(f"resolution {resolution} is not a multiple of the VAE's downsampling {self.downsampling}")
-        side = resolution // self.downsampling
-        return self.latent_channels, side, side
+    @classmethod
+    def latent_shape_of(cls, stored_shape: tuple[int, ...], config: Mapping) -> tuple[int, int, int]:
+        channels = int(config["latent_channels"])
+        if len(stored_shape) != 3 or stored_shape[0] != 2 * channels:
+            raise ValueError(
+                f"posterior means and standard deviations of a VAE with {channels} latent channels have {2 * channels}"
+            )
+        return channels, *stored_shape[1:]
 
     def encode(self, images: torch.Tensor) -> Posterior:
         """uint8 images ``[B, 3, H, W]`` → posterior over latents ``[B, C, H/f, W/f]``, un-normalised."""
@@ -98,8 +101,42 @@ class Autoencoder(nn.Module):
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Un-normalised latents ``[B, C, h, w]`` → images ``[B, 3, H, W]``, nominally in [-1, 1], not clamped."""
         return self.network.decode(z).sample.float()
+
+    def sample(self, stored: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation ``[B, 2C, h, w]`` → mean + std·noise."""
+        mean, std = stored.float().chunk(2, dim=1)
+        return torch.addcmul(mean, std, noise)
+
+    @staticmethod
+    def stored_moments(stored: np.ndarray) -> np.ndarray:
+        """Of posterior samples: their variance is ``var(mean) + E[std²]``, so that none needs to be drawn."""
+        channels = stored.shape[1] // 2
+        moments = np.zeros(2 * channels + 1)
+        for first in range(0, len(stored), MOMENTS_ITEMS):
+            part = stored[first : first + MOMENTS_ITEMS].astype(np.float64)
+            mean, std = part[:, :channels], part[:, channels:]
+            moments[:channels] += mean.sum((0, 2, 3))
+            moments[channels:-1] += (mean**2 + std**2).sum((0, 2, 3))
+            moments[-1] += len(part) * part[0, 0].size
+        return moments
+
+    @property
+    def encoder_last_layer(self) -> nn.Parameter:
+        return self.network.encoder.conv_out.weight
+
+    @property
+    def decoder_last_layer(self) -> nn.Parameter:
+        return self.network.decoder.conv_out.weight
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.network.enable_gradient_checkpointing()
+
+    def compile_encoder(self, **options) -> None:
+        self.network.encoder.compile(**options)
+
+    def compile_decoder(self, **options) -> None:
+        self.network.decoder.compile(**options)
 
     def checksum(self) -> str:
         """SHA-256 of architecture and weights: which VAE this is, whatever its statistics, scaling factor or folder."""
@@ -108,26 +145,15 @@ class Autoencoder(nn.Module):
         digest.update(weights_checksum(self.network.state_dict()).encode())
         return digest.hexdigest()
 
-    def save(self, folder: Path, with_statistics: bool = True) -> None:
-        """Write a diffusers folder with the latent statistics beside the weights, complete or not at all."""
-        folder = Path(folder)
-        beside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
+    def write_network(self, folder: Path) -> None:
+        """A diffusers folder."""
         # a copy, because safetensors refuses weights that are in channels_last order
         network = copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
-        statistics = self.statistics.tensors()
         if network.config.get("latents_mean") is not None:  # still those of the VAE that training started from
+            statistics = self.statistics.tensors()
             std = statistics["std"].double() * network.config.scaling_factor  # its pipelines divide by it
             network.register_to_config(latents_mean=statistics["mean"].tolist(), latents_std=std.tolist())
-        network.save_pretrained(beside, safe_serialization=True)
-        if with_statistics:
-            save_file(statistics, beside / STATISTICS_FILE)
-        replaced = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)  # so that no half-deleted folder ever has the name
-        beside.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        network.save_pretrained(folder, safe_serialization=True)
 
 
 def architecture_names() -> list[str]:

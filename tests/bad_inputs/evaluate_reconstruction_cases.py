@@ -42,9 +42,9 @@ def lpips_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
 
 
 def diverged(folder: Path) -> Path:
-    def spoil(autoencoder) -> None:
+    def spoil(tokenizer) -> None:
         with torch.no_grad():
-            autoencoder.network.quant_conv.weight.fill_(float("nan"))
+            tokenizer.network.quant_conv.weight.fill_(float("nan"))
 
     return save_vae(folder / "run", change=spoil)
 

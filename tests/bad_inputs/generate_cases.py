@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from runtime.files import checksum, write_json
 from tests.bad_inputs.case import Case
 from tests.image_sets import random_images, write_npz
@@ -222,7 +222,7 @@ def batch_norm(var: torch.Tensor) -> dict:
 
 
 def vae_weights() -> dict:
-    return build_autoencoder("f4d4-tiny", "none")[0].network.state_dict()
+    return load_tokenizer("f4d4-tiny", "none")[0].network.state_dict()
 
 
 def file_of_ones(folder: Path) -> Path:

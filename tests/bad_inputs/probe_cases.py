@@ -81,9 +81,9 @@ def without_test_images(text: str) -> str:
 
 
 def collapsed(folder: Path) -> Path:
-    def spoil(autoencoder) -> None:
+    def spoil(tokenizer) -> None:
         with torch.no_grad():
-            autoencoder.network.quant_conv.weight.zero_()
+            tokenizer.network.quant_conv.weight.zero_()
 
     return save_vae(folder / "run", change=spoil)
 
@@ -103,9 +103,9 @@ def one_class(folder: Path) -> Path:
 
 
 def diverged(folder: Path) -> Path:
-    def spoil(autoencoder) -> None:
+    def spoil(tokenizer) -> None:
         with torch.no_grad():
-            autoencoder.network.quant_conv.weight.fill_(float("nan"))
+            tokenizer.network.quant_conv.weight.fill_(float("nan"))
 
     return save_vae(folder / "run", change=spoil)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from formats.vae import build_autoencoder
+from formats.vae import load_tokenizer
 from models.discriminator import PatchDiscriminator
 from runtime.checkpoint import CheckpointFolder
 from tests.bad_inputs.case import Case
@@ -53,8 +53,8 @@ def saved_vae(change=lambda folder: None, vae: str = "f4d4-tiny"):
     """A diffusers folder, changed."""
 
     def make(folder: Path) -> Path:
-        autoencoder, _ = build_autoencoder(vae, "none")
-        autoencoder.save(folder / "vae")
+        tokenizer, _ = load_tokenizer(vae, "none")
+        tokenizer.save(folder / "vae")
         change(folder / "vae")
         return folder / "vae"
 

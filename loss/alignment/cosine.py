@@ -1,4 +1,4 @@
-"""Alignment of predicted tokens with frozen VFM features (Send-VAE's L_align; REPA's loss but for a constant)."""
+"""Cosines of predicted tokens and VFM features (Send-VAE's L_align; REPA's loss but for a constant)."""
 
 from collections.abc import Sequence
 
@@ -16,21 +16,18 @@ def patch_cosine_loss(tokens: torch.Tensor, features: torch.Tensor) -> torch.Ten
     return 1 - patch_cosine(tokens, features).mean()
 
 
-def averaged(
-    metric: str, encoders: Sequence[str], losses: Sequence[torch.Tensor], weight: float | torch.Tensor
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Terms and weights of an alignment with one or several VFMs.
+def averaged(metric: str, encoders: Sequence[str], losses: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Terms of an alignment with one or several VFMs: their average is the one that is weighted.
 
     Args:
-        metric: name of the term, the average over the VFMs.
-        encoders: their names; of several, each one's loss is a term ``METRIC/NAME`` of weight 0, to be seen.
+        metric: name of the average.
+        encoders: names of the VFMs; of several, each one's loss is a term ``METRIC/NAME`` too, to be seen.
         losses: scalars, in the same order.
-        weight: of the average.
     """
-    terms, weights = {metric: torch.stack(list(losses)).mean()}, {metric: weight}
+    terms = {metric: torch.stack(list(losses)).mean()}
     if len(losses) > 1:
         terms |= {f"{metric}/{name}": loss.detach() for name, loss in zip(encoders, losses, strict=True)}
-    return terms, dict.fromkeys(terms, 0.0) | weights
+    return terms
 
 
 def constant_predictor_cosine(unit_feature_sum: torch.Tensor, count: int) -> torch.Tensor:

@@ -1,0 +1,51 @@
+"""What a step draws, as a function of the seed and of where it is drawn: a step's number restores it."""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    """What a generator is for; part of its seed, so that no two uses share a stream."""
+
+    TRAINING = 0
+    LATENT_STATISTICS = 1
+    VALIDATION = 2
+
+
+class Draws(NamedTuple):
+    """What a batch of B latents needs; who has no use for a part leaves it.
+
+    Attributes:
+        posterior: standard normal ``[B, C, h, w]``, makes a latent of an encoded image.
+        noise: standard normal ``[B, C, h, w]``, the other end of the interpolant.
+        times: ``[B]``, uniform or standard normal, as ``diffusion.flow.training_times`` wants them.
+        dropout: uniform ``[B]``; the label is dropped where it is below the probability.
+    """
+
+    posterior: torch.Tensor
+    noise: torch.Tensor
+    times: torch.Tensor
+    dropout: torch.Tensor
+
+
+def draw(shape: Sequence[int], generator: torch.Generator, weighting: str = "uniform") -> Draws:
+    """Draw for a batch of latents of ``shape`` ``[B, C, h, w]``, on the generator's device."""
+    options = {"generator": generator, "device": generator.device}
+    times = torch.randn if weighting == "lognormal" else torch.rand
+    return Draws(
+        torch.randn(shape, **options),
+        torch.randn(shape, **options),
+        times(shape[0], **options),
+        torch.rand(shape[0], **options),
+    )
+
+
+def seeded_generator(device: torch.device, stream: Stream, seed: int, *counters: int) -> torch.Generator:
+    """A generator whose numbers depend on (stream, seed, counters) alone, e.g. counters = (step, micro-step, rank)."""
+    state = np.random.SeedSequence([int(stream), seed, *counters]).generate_state(2, np.uint32)
+    value = (int(state[0]) << 32 | int(state[1])) & (2**63 - 1)
+    return torch.Generator(device).manual_seed(value)

@@ -1,0 +1,109 @@
+"""Send-VAE's alignment (arXiv 2601.05823, section 3): a mapper predicts VFM features from noisy latents."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from diffusion.draws import Draws
+from diffusion.flow import add_noise
+from loss.alignment.base import Features, Terms, TokenizerAlignment, Weights
+from loss.alignment.cosine import averaged, patch_cosine, patch_cosine_loss
+from models.latent_statistics import LatentStatistics
+from models.mapper import Mapper
+from models.tokenizers import Code
+from runtime.cli import non_negative_int
+
+
+class MapperAlignment(TokenizerAlignment):
+    """One mapper for each VFM, on normalised latents, with noise of a random time or without.
+
+    Args:
+        mappers: in the order of the features.
+        features: of the VFMs.
+        weight: of the average over the VFMs.
+        path_type: ``linear`` or ``cosine`` interpolant; None: no noise is added.
+    """
+
+    trains_alone = True
+    score_names = ("align_cosine", "align_cosine_clean")
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"mapper_depth": 1, "noise_injection": True}
+
+    def __init__(
+        self, mappers: Sequence[nn.Module], features: Sequence[Features], weight: float, path_type: str | None
+    ):
+        super().__init__()
+        self.mappers = nn.ModuleList(mappers)
+        self.features, self.weight, self.path_type = tuple(features), weight, path_type
+
+    @classmethod
+    def add_arguments(cls, group: Any) -> None:
+        group.add_argument(
+            "--mapper-depth",
+            type=non_negative_int,
+            metavar="N",
+            help="cosine only: ViT blocks; 0: MLP only (default: 1)",
+        )
+        group.add_argument(
+            "--noise-injection",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="cosine only: the mapper sees latents with noise of a random time (default: yes)",
+        )
+
+    @classmethod
+    def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
+        return args.mapper_grid or max(1, args.resolution // 16)
+
+    @classmethod
+    def from_arguments(
+        cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[Features]
+    ) -> "MapperAlignment":
+        channels, side, _ = latent_shape
+        mappers = [Mapper(channels, side, vfm.grid, vfm.width, args.mapper_depth) for vfm in features]
+        return cls(mappers, features, args.align_coeff, args.path_type if args.noise_injection else None)
+
+    def forward(
+        self,
+        latent: torch.Tensor,
+        statistics: LatentStatistics,
+        features: Sequence[torch.Tensor],
+        labels: torch.Tensor,
+        draws: Draws,
+    ) -> Terms:
+        """``alignment``: mean over batch and patches of 1 − cos."""
+        tokens = self.predict(self.noisy(latent, statistics, draws))
+        losses = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
+        return averaged("alignment", [vfm.name for vfm in self.features], losses)
+
+    def weights(self, terms: Terms, *context: object) -> Weights:
+        return dict.fromkeys(terms, 0.0) | {"alignment": self.weight}
+
+    def scores(
+        self, code: Code, statistics: LatentStatistics, features: Sequence[torch.Tensor], draws: Draws
+    ) -> dict[str, list[torch.Tensor]]:
+        """Mean cosine with noise as in training, and of the latent without randomness and noise."""
+        inputs = {
+            "align_cosine": self.noisy(code.sample(draws.posterior), statistics, draws),
+            "align_cosine_clean": statistics.normalize(code.mode),
+        }
+        return {
+            name: [patch_cosine(*pair).mean(1) for pair in zip(self.predict(z), features, strict=True)]
+            for name, z in inputs.items()
+        }
+
+    def noisy(self, latent: torch.Tensor, statistics: LatentStatistics, draws: Draws) -> torch.Tensor:
+        """What the mappers see in training: normalised, and with noise where that is switched on."""
+        z = statistics.normalize(latent)
+        return z if self.path_type is None else add_noise(z, draws.times, draws.noise, self.path_type)
+
+    def predict(self, z: torch.Tensor) -> list[torch.Tensor]:
+        """Predicted features ``[B, N, D]`` of each VFM."""
+        return [mapper(z) for mapper in self.mappers]
+
+    def describe(self) -> list[str]:
+        tokens = ", ".join(f"{vfm.grid}×{vfm.grid} tokens of {vfm.width} ({vfm.name})" for vfm in self.features)
+        noise = "" if self.path_type is None else f" with noise on the {self.path_type} path"
+        return [f"alignment: latent{noise} → mapper → {tokens}; 1 − cosine with weight {self.weight:g}"]

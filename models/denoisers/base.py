@@ -1,0 +1,168 @@
+"""What every denoiser is: noisy latent, time and class → velocity, and the hidden states on the way."""
+
+import argparse
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from errors import UserError
+from models.weight_files import NotWeightsError, one_line, read_state_dict
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers calls them
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Everything that determines a denoiser's parameters; a kind may add fields. Saved whole, as plain JSON values.
+
+    Attributes:
+        model: its name, which begins with the kind's: ``SiT-XL/1``.
+        latent_channels: C.
+        latent_size: h = w of the latent.
+        num_classes: real classes; the null class of guidance comes on top.
+    """
+
+    model: str
+    latent_channels: int
+    latent_size: int
+    num_classes: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of what the denoiser is given."""
+        return self.latent_channels, self.latent_size, self.latent_size
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for a name or a combination that cannot be built."""
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; :meth:`from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "DenoiserConfig":
+        return cls(**values)
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, **values: Any) -> "DenoiserConfig":
+        """The fields given, and those of the kind's own flags."""
+        own = {field.name: getattr(args, field.name) for field in fields(cls) if field.name not in values}
+        config = cls(**values | own)
+        config.check()
+        return config
+
+
+class Denoiser(nn.Module, ABC):
+    """A network on latents. Nothing of an alignment is part of it: projectors lie beside (``loss.alignment``).
+
+    Args:
+        config: an instance of :attr:`Config`.
+
+    Attributes:
+        Config: the kind's :class:`DenoiserConfig`.
+        names: what ``--model`` may be, for its help.
+        gradient_checkpointing: recompute activations in the backward pass; the kind's ``forward`` looks at it.
+    """
+
+    Config: ClassVar[type[DenoiserConfig]] = DenoiserConfig
+    names: ClassVar[str]
+
+    def __init__(self, config: DenoiserConfig):
+        super().__init__()
+        config.check()
+        self.config = config
+        self.gradient_checkpointing = False
+
+    @staticmethod
+    def add_arguments(group: Any) -> None:
+        """Flags of this kind alone; each is a field of :attr:`Config`."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Blocks; hidden states are those after block 1 to ``depth``."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Channels of a hidden state."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> int:
+        """Tokens along a side of a hidden state."""
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class", for classifier-free guidance."""
+        return self.config.num_classes
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of what it is given."""
+        return self.config.latent_shape
+
+    def describe(self) -> str:
+        """Its sizes, for the log."""
+        return f"{self.config.model}: {self.depth} blocks of {self.width}, {self.grid}×{self.grid} tokens"
+
+    @abstractmethod
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Predict the velocity.
+
+        Args:
+            x: noisy normalised latent ``[B, C, h, w]``.
+            t: time in [0, 1], data at 0, noise at 1, ``[B]``.
+            y: class in 0…num_classes, the last one the null class, int64 ``[B]``.
+            taps: blocks whose output is wanted, counted from 1.
+
+        Returns:
+            velocity ``[B, C, h, w]``; the hidden state ``[B, grid², width]`` after each of the taps.
+        """
+
+    def hidden_states(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        """The hidden states alone; a kind that can leaves out the blocks after the last tap."""
+        return self(x, t, y, taps)[1]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and the weights as safetensors, complete or not at all; replaces the folder."""
+        folder = Path(folder)
+        beside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        content = {"_class_name": type(self).__name__} | self.config.to_dict()
+        (beside / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        save_file({key: tensor.contiguous() for key, tensor in self.state_dict().items()}, beside / WEIGHTS_FILE)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Denoiser":
+        """The network that :meth:`save_pretrained` wrote, in eval mode on the CPU.
+
+        Raises:
+            UserError: no such folder, not of this kind, or weights of another one.
+        """
+        folder = Path(folder)
+        try:
+            content = json.loads((folder / CONFIG_FILE).read_text())
+            if content["_class_name"] != cls.__name__:
+                raise UserError(f"{folder / CONFIG_FILE} describes a {content['_class_name']}, not a {cls.__name__}")
+            config = cls.Config.from_dict({key: value for key, value in content.items() if not key.startswith("_")})
+            model = cls(config)
+            model.load_state_dict(read_state_dict(folder / WEIGHTS_FILE))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, NotWeightsError, RuntimeError) as error:
+            raise UserError(f"{folder} is no complete folder of a {cls.__name__} ({one_line(error)})") from error
+        return model.eval()

@@ -1,0 +1,189 @@
+"""What every tokenizer is: images ⇄ latents, what of them a cache keeps, and how it lies on disk."""
+
+import copy
+import hashlib
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from errors import UserError
+from models.latent_statistics import LatentStatistics
+from models.weight_files import weights_checksum
+
+STATISTICS_FILE = "latents_stats.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers calls them
+
+
+class Code(ABC):
+    """Encoded images: from it come a latent, what a cache stores, and the tokenizer's own losses."""
+
+    @property
+    @abstractmethod
+    def mode(self) -> torch.Tensor:
+        """The latent without randomness, un-normalised, float32 ``[B, C, h, w]``."""
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        """A latent drawn with standard normal ``noise``, all ``[B, C, h, w]``; the mode where nothing is random."""
+        return self.mode
+
+    def stored(self) -> torch.Tensor:
+        """What a cache keeps, float32 ``[B, S, h, w]``; :meth:`Tokenizer.sample` reads it."""
+        return self.mode
+
+    def regulariser(self) -> dict[str, torch.Tensor]:
+        """Unweighted scalar losses of the latents themselves, e.g. ``kl``."""
+        return {}
+
+
+class Tokenizer(nn.Module, ABC):
+    """Images ⇄ latents, with the statistics of the latents.
+
+    A subclass builds its networks after ``super().__init__(latent_channels)`` and answers the abstract methods; the
+    rest has defaults for a tokenizer without randomness that is saved as ``config.json`` and safetensors.
+
+    Args:
+        latent_channels: C.
+    """
+
+    def __init__(self, latent_channels: int):
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.statistics = LatentStatistics(latent_channels)
+
+    # what it is
+
+    @property
+    @abstractmethod
+    def downsampling(self) -> int:
+        """Image pixels per latent position, along a side."""
+
+    @property
+    @abstractmethod
+    def architecture(self) -> dict:
+        """What :meth:`from_architecture` builds it from: plain JSON values, ``_class_name`` the registry's name."""
+
+    @classmethod
+    @abstractmethod
+    def from_architecture(cls, config: Mapping) -> "Tokenizer":
+        """One with random weights, in eval mode."""
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) for square images; raises where the resolution does not fit the downsampling."""
+        if resolution % self.downsampling:
+            raise UserError(f"resolution {resolution} is not a multiple of the VAE's downsampling {self.downsampling}")
+        side = resolution // self.downsampling
+        return self.latent_channels, side, side
+
+    def stored_shape(self, resolution: int) -> tuple[int, ...]:
+        """Shape of what a cache keeps of an image."""
+        return self.latent_shape(resolution)
+
+    @classmethod
+    def latent_shape_of(cls, stored_shape: tuple[int, ...], config: Mapping) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a cache's items; a :class:`ValueError` where they are not this tokenizer's."""
+        return stored_shape
+
+    # what it does
+
+    @abstractmethod
+    def encode(self, images: torch.Tensor) -> Code:
+        """uint8 images ``[B, 3, H, W]`` → their code."""
+
+    @abstractmethod
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Un-normalised latents ``[B, C, h, w]`` → images ``[B, 3, H, W]``, nominally in [-1, 1], not clamped."""
+
+    def sample(self, stored: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What a cache kept, ``[B, S, h, w]``, and standard normal noise → un-normalised latents, float32."""
+        return stored.float()
+
+    @staticmethod
+    def stored_moments(stored: np.ndarray) -> np.ndarray:
+        """Sums, sums of squares and count a channel of the latents that a cache's items give: float64 ``[2C + 1]``."""
+        values = stored.astype(np.float64)
+        count = np.full(1, values.size / values.shape[1])
+        return np.concatenate([values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3)), count])
+
+    # what training asks of it
+
+    @property
+    @abstractmethod
+    def encoder_last_layer(self) -> nn.Parameter:
+        """The encoder's last weight, where VA-VAE compares gradients."""
+
+    @property
+    @abstractmethod
+    def decoder_last_layer(self) -> nn.Parameter:
+        """The decoder's last weight, where VQGAN's adaptive GAN weight compares gradients."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        raise UserError(
+            f"{type(self).__name__} cannot recompute its activations: train it without gradient checkpointing"
+        )
+
+    def compile_encoder(self, **options) -> None:
+        """``torch.compile`` in place, so that names of tensors stay; nothing by default."""
+
+    def compile_decoder(self, **options) -> None:
+        """``torch.compile`` in place, so that names of tensors stay; nothing by default."""
+
+    def with_statistics(self, statistics: LatentStatistics) -> "Tokenizer":
+        """The same networks, not copied, with other latent statistics."""
+        other = copy.copy(self)
+        other._modules = self._modules | {"statistics": statistics}
+        return other
+
+    # how it lies on disk
+
+    def network_state(self) -> dict[str, torch.Tensor]:
+        """Tensors by name without the statistics."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("statistics.")}
+
+    def checksum(self) -> str:
+        """SHA-256 of architecture and weights: which tokenizer this is, whatever its statistics or folder."""
+        digest = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode())
+        digest.update(weights_checksum(self.network_state()).encode())
+        return digest.hexdigest()
+
+    def save(self, folder: Path, with_statistics: bool = True) -> None:
+        """Write a folder with the latent statistics beside the weights, complete or not at all."""
+        folder = Path(folder)
+        beside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        self.write_network(beside)
+        if with_statistics:
+            save_file(self.statistics.tensors(), beside / STATISTICS_FILE)
+        replaced = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)  # so that no half-deleted folder ever has the name
+        beside.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def write_network(self, folder: Path) -> None:
+        """Architecture and weights into a new folder."""
+        folder.mkdir(parents=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(self.architecture, indent=2) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in self.network_state().items()}, folder / WEIGHTS_FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple["Tokenizer", bool]:
+        """What :meth:`save` wrote, in eval mode, and whether statistics lay beside it."""
+        folder = Path(folder)
+        tokenizer = cls.from_architecture(json.loads((folder / CONFIG_FILE).read_text()))
+        state = load_file(folder / WEIGHTS_FILE) | {
+            f"statistics.{name}": tensor for name, tensor in tokenizer.statistics.state_dict().items()
+        }
+        tokenizer.load_state_dict(state)
+        has_statistics = (folder / STATISTICS_FILE).is_file()
+        if has_statistics:
+            tokenizer.statistics.load(**load_file(folder / STATISTICS_FILE))
+        return tokenizer.eval(), has_statistics
