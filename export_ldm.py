@@ -6,7 +6,7 @@
 Formats:
 
   diffusers   transformer/ (config.json and safetensors, models.denoisers.sit.SiT.from_pretrained), vae/ (a diffusers
-              folder with latent statistics), model_index.json, and a README.md with 15 lines that sample an image from a clone
+              folder with latent statistics), model_index.json, and a README.md that samples an image from a clone
   repa        args.json and checkpoints/0400000.pt in the layout of REPA-E (model, ema, vae, args, steps), which
               REPA-E's generate.py reads: --exp-path FOLDER --train-steps 400000
 

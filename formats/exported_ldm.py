@@ -12,9 +12,9 @@ README = """# {model}, {resolution} px
 
 | part | class |
 |---|---|
-| `{transformer}/` | `models.denoisers.sit.SiT`: {model}, latents {latent}, {classes} classes and a null class |
-| `{transformer}/` | `{module}.{cls}`: {model}, latents {latent}, {classes} classes, null class {classes} |
+| `{transformer}/` | `{cls}`: {model}, latents {latent}, {classes} classes and the null class {classes} |
 | `{vae}/` | `diffusers.AutoencoderKL`, with the latent statistics in `{statistics}` |
+
 Trained for {steps} steps on the {path_type} path; these are its {weights} weights. One image, from a clone of the
 repository:
 
