@@ -1,52 +1,62 @@
-"""A trained diffusion transformer for use elsewhere: as a folder with its VAE, or as REPA-E's checkpoint.
+"""A diffusion transformer for use elsewhere; or one from elsewhere, as a run of this project.
 
   python export_ldm.py exps/ldm exported/ldm
   python export_ldm.py exps/ldm exported/ldm-repae --format repa
+  python export_ldm.py pretrained/sit-repae-vavae exps/sit-repae-vavae --format run
+  python export_ldm.py last.pt exps/repa --format run --vae-ckpt stabilityai/sd-vae-ft-ema
 
 Formats:
 
-  diffusers   transformer/ (config.json and safetensors, models.denoisers.sit.SiT.from_pretrained), vae/ (a diffusers
-              folder with latent statistics), model_index.json, and a README.md that samples an image from a clone
+  diffusers   transformer/ (config.json and safetensors, for from_pretrained of its class), vae/ (a diffusers folder
+              with latent statistics), model_index.json, and a README.md that samples an image from a clone
   repa        args.json and checkpoints/0400000.pt in the layout of REPA-E (model, ema, vae, args, steps), which
               REPA-E's generate.py reads: --exp-path FOLDER --train-steps 400000
+  run         a checkpoint of REPA or REPA-E as a run: generate.py --exp-path OUT samples it, and train_ldm.py
+              --exp-name NEW --continue-train-exp-dir OUT goes on from it, with AdamW's moments and its step
 
-RUN is a run of train_ldm.py or train_repae.py; for the format diffusers also an experiment of REPA or REPA-E, with
---vae-ckpt where its VAE is neither in the checkpoint nor where its args.json says. Everything is written beside and
-renamed when it is complete.
+SOURCE is a run of train_ldm.py or train_repae.py; for --format run an experiment of REPA or REPA-E with its args.json,
+or a single file of theirs (.pt, .safetensors), with --vae-ckpt where its VAE is neither in the checkpoint nor where its
+args say. Everything is written beside and renamed when it is complete.
 """
 
 import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from diffusion.flow import PATH_TYPES
 from errors import UserError
 from formats.arguments import add_foreign_vae_arguments
-from formats.exported_ldm import INDEX_FILE, write_exported
-from formats.layers import to_ldm
-from formats.sit import repae_checkpoint, repae_facts, what_repae_lacks
-from inference.foreign_ldm import FLAGS, VAE_FLAGS, ForeignLDM, is_foreign, open_foreign_ldm
+from formats.export import ldm_state
+from formats.exported_ldm import INDEX_FILE, repae_checkpoint, repae_facts, what_repae_lacks, write_exported
+from formats.foreign_run import FLAGS, ForeignRun, open_foreign_run
+from formats.runs import ARGUMENTS, is_foreign_experiment, is_run, refuse_foreign, refuse_own_file
+from formats.sit import REPA_PREFIX
 from inference.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm
-from models.denoisers.sit import SiT
+from loss.alignment import DenoiserAlignments
+from models.denoisers.sit import SiTConfig
 from models.tokenizers import Tokenizer
+from models.tokenizers.kl import KLTokenizer
+from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 from runtime.files import write_json
 from runtime.measure import count_parameters
-from training.ldm_source import open_source
+from training.ldm import AlignedDenoiser
+from training.metrics import MeanMetrics
+from training.optimizer import build_adamw
 
-FORMATS = ("diffusers", "repa")
-ARGUMENTS_FILE = "args.json"
+FORMATS = ("diffusers", "repa", "run")
 EXPORTED_FROM = "exported_from"  # in a JSON file of every export, which --overwrite may then replace
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog="export_ldm.py", usage="%(prog)s RUN OUT [flags]", description=__doc__)
-    parser.add_argument("exp_path", type=Path, metavar="RUN", help="exps/NAME")
+    parser = ArgumentParser(prog="export_ldm.py", usage="%(prog)s SOURCE OUT [flags]", description=__doc__)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="exps/NAME; for the format run see above")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     parser.add_argument("--format", choices=FORMATS, default="diffusers", help="see above")
     parser.add_argument(
@@ -55,10 +65,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
-        default="ema",
-        help="for the format diffusers: their moving average, or as trained",
+        help="their moving average, or as trained; the formats repa and run hold both (default: ema)",
     )
-    add_foreign_vae_arguments(parser.add_argument_group("VAE of an experiment of REPA or REPA-E"))
+    group = parser.add_argument_group("what a checkpoint of REPA or REPA-E does not say itself, for --format run")
+    add_foreign_vae_arguments(group)
+    group.add_argument(
+        "--path-type", choices=PATH_TYPES, help="interpolant it was trained on (default: as its args say, else linear)"
+    )
+    group.add_argument(
+        "--resolution", type=positive_int, metavar="PX", help="side of the images, pixels; only checked against the VAE"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is an earlier export")
     parser.add_argument(
         "--dry-run", action="store_true", help="read everything, print what would be written, write nothing"
@@ -70,18 +86,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     check_place(args)
-    trained = open_run(args)
-    tokenizer = trained.load_autoencoder()
+    if args.format == "run":
+        write = convert(args)
+    else:
+        trained = open_run(args)
+        write = (export_folder if args.format == "diffusers" else export_repae)(args, trained)
+    if args.dry_run:
+        print("nothing was written")
+        return 0
     beside = args.out.with_name(f".{args.out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        if args.format == "diffusers":
-            export_folder(args, trained, tokenizer, beside)
-        else:
-            export_repae(args, trained, tokenizer, beside)
-        if args.dry_run:
-            print("nothing was written")
-            return 0
+        write(beside)
         shutil.rmtree(args.out, ignore_errors=True)
         beside.rename(args.out)
     finally:
@@ -97,7 +113,7 @@ def check_place(args: argparse.Namespace) -> None:
         return
     if not args.out.is_dir():
         raise UserError(f"OUT {args.out} is a file; give a new folder")
-    is_export = any(is_ours(args.out / name) for name in (INDEX_FILE, ARGUMENTS_FILE))
+    is_export = any(is_ours(args.out / name) for name in (INDEX_FILE, ARGUMENTS))
     if any(args.out.iterdir()) and not (args.overwrite and is_export):
         hint = "add --overwrite to replace it" if is_export else "give a new folder"
         raise UserError(f"OUT {args.out} holds {'an export' if is_export else 'other files'}; {hint}")
@@ -111,73 +127,140 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def open_run(args: argparse.Namespace) -> TrainedLDM | ForeignLDM:
-    if not is_foreign(args.exp_path):
-        given = next((name for name in VAE_FLAGS if getattr(args, name) is not None), None)
-        if given is not None:
-            raise UserError(
-                f"--{given.replace('_', '-')} is for experiments of REPA and REPA-E; RUN {args.exp_path} holds its "
-                "VAE: leave the flag away"
-            )
-        try:
-            return open_trained_ldm(args.exp_path, args.train_steps, args.weights, warn)
-        except UserError as error:
-            raise UserError(str(error).replace("--exp-path", "RUN")) from error
-    if args.format == "repa":
-        raise UserError(
-            f"{args.exp_path} is an experiment of REPA or REPA-E already; only --format diffusers is of use"
-        )
-    unset = dict.fromkeys((*FLAGS, "ckpt"))
-    return open_foreign_ldm(argparse.Namespace(**(unset | vars(args))), warn, "RUN")
-
-
 def warn(message: str) -> None:
     print(f"WARNING: {message}", file=sys.stderr)
 
 
-def export_folder(
-    args: argparse.Namespace, trained: TrainedLDM | ForeignLDM, tokenizer: Tokenizer, folder: Path
-) -> None:
-    model = trained.load_model()
-    print(
-        f"{trained.config.model} of step {trained.step} ({trained.weights}): {count_parameters(model)[0]:,} parameters"
-    )
+# from a run of ours
+
+
+def open_run(args: argparse.Namespace) -> TrainedLDM:
+    flags = [word for name in FLAGS if getattr(args, name) for word in (flag_of(name), str(getattr(args, name)))]
+    steps = [] if args.train_steps is None else ["--train-steps", str(args.train_steps)]
+    refuse_foreign(args.source, "SOURCE", "SOURCE", *steps, *flags)
+    if flags:
+        raise UserError(
+            f"{flags[0]} is for checkpoints of REPA and REPA-E (--format run); SOURCE {args.source} says it itself: "
+            "leave the flag out"
+        )
+    try:
+        trained = open_trained_ldm(args.source, args.train_steps, args.weights or "ema", warn)
+    except UserError as error:
+        raise UserError(str(error).replace("--exp-path", "SOURCE")) from error
+    print(f"{trained.config.model} of step {trained.step}, {trained.resolution} px")
+    return trained
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def open_vae(args: argparse.Namespace, trained: TrainedLDM) -> Tokenizer:
+    """The VAE, which both formats for other codes store as theirs."""
+    tokenizer = trained.load_autoencoder()
+    if not isinstance(tokenizer, KLTokenizer):
+        raise UserError(
+            f"--format {args.format} is for VAEs that are an AutoencoderKL, and that of {args.source} is a "
+            f"{type(tokenizer).__name__}: use the run as it is"
+        )
     print(f"VAE: {count_parameters(tokenizer)[0]:,} parameters, checksum {trained.vae_checksum}")
-    if args.dry_run:
-        return
+    return tokenizer
+
+
+def export_folder(args: argparse.Namespace, trained: TrainedLDM) -> Callable[[Path], None]:
+    """What writes the format diffusers into a folder."""
+    tokenizer, model = open_vae(args, trained), trained.load_model()
+    print(f"{trained.weights}: {count_parameters(model)[0]:,} parameters")
     facts = {
         "path_type": trained.path_type,
         "resolution": trained.resolution,
         "steps": trained.step,
         "weights": trained.weights,
         "class_names": trained.class_names,
-        EXPORTED_FROM: args.exp_path.name,
+        EXPORTED_FROM: args.source.name,
     }
-    write_exported(folder, str(args.out), model, tokenizer, facts)
+    return lambda folder: write_exported(folder, str(args.out), model, tokenizer, facts)
 
 
-def export_repae(args: argparse.Namespace, trained: TrainedLDM, tokenizer: Tokenizer, folder: Path) -> None:
-    """Both sets of weights with REPA's projectors, from the same checkpoint."""
-    source = open_source(args.exp_path, trained.step)
-    config = replace(source.config, latent_depth=0, latent_width=0)
-    facts = repae_facts(config, trained.resolution, trained.path_type, source.facts)
-    for reason in what_repae_lacks(config, facts):
-        warn(f"REPA-E's own code cannot read this: {reason}")
-    sets = {"model": source.model, "ema": source.model if source.ema is None else source.ema}
-    with torch.device("meta"):
-        wanted = SiT(config).state_dict()
-    sets = {name: {key: state[key] for key in wanted} for name, state in sets.items()}
-    statistics = tokenizer.statistics.tensors()
-    vae = to_ldm(tokenizer.network.state_dict())
-    checkpoint = repae_checkpoint(sets, statistics["mean"], statistics["var"], vae, facts, trained.step)
-    count = sum(tensor.numel() for tensor in sets["ema"].values())
-    print(f"{config.model} of step {trained.step}, model and ema: {count:,} numbers each")
-    print(f"VAE: {count_parameters(tokenizer)[0]:,} parameters, checksum {trained.vae_checksum}")
-    if args.dry_run:
-        return
-    (folder / "checkpoints").mkdir(parents=True)
-    write_json(folder / ARGUMENTS_FILE, facts | {EXPORTED_FROM: args.exp_path.name})
-    torch.save(checkpoint, folder / "checkpoints" / f"{trained.step:07d}.pt")
+def export_repae(args: argparse.Namespace, trained: TrainedLDM) -> Callable[[Path], None]:
+    """What writes the format repa: both sets of weights, and REPA's projectors with each."""
+    if not isinstance(trained.config, SiTConfig):
+        raise UserError(f"--format repa: REPA-E knows no {trained.config.model}, only SiTs; take --format diffusers")
+    tokenizer, arguments = open_vae(args, trained), trained.checkpoint.manifest()["args"]
+    modules = {name: load_module(trained.checkpoint, name) for name in ("model", "ema", "alignment")}
+    sets = {name: modules[name] or modules[trained.weights] for name in ("model", "ema")}
+    has_projectors = any(name.startswith(REPA_PREFIX) for name in modules["alignment"])
+    facts = repae_facts(trained.config, arguments, has_projectors)
+    for reason in what_repae_lacks(facts, arguments.get("projector_width") if has_projectors else None):
+        warn(f"REPA-E's own code cannot use this as it is: {reason}")
+    checkpoint = repae_checkpoint(
+        sets, modules["alignment"], tokenizer.statistics, ldm_state(tokenizer), facts, trained.step
+    )
+    print(f"model and ema: {sum(tensor.numel() for tensor in checkpoint['ema'].values()):,} numbers each")
+
+    def write(folder: Path) -> None:
+        (folder / "checkpoints").mkdir(parents=True)
+        write_json(folder / ARGUMENTS, facts | {EXPORTED_FROM: args.source.name})
+        torch.save(checkpoint, folder / "checkpoints" / f"{trained.step:07d}.pt")
+
+    return write
+
+
+def load_module(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a module, verified; empty where the checkpoint has none of that name."""
+    path = checkpoint.folder / f"{name}.safetensors"
+    if not path.is_file():
+        return {}
+    if fault := checkpoint.fault(name):
+        raise UserError(f"{checkpoint.folder} is damaged ({fault}); choose another with --train-steps")
+    return load_file(path)
+
+
+# into a run of ours
+
+
+def convert(args: argparse.Namespace) -> Callable[[Path], None]:
+    """What writes the format run."""
+    if args.weights is not None:
+        raise UserError(f"--weights {args.weights}: a run holds both weights; leave the flag out")
+    refuse_own_file(args.source, "SOURCE", "SOURCE")
+    if is_run(args.source) and not is_foreign_experiment(args.source):
+        raise UserError(f"SOURCE {args.source} is a run of this project already; leave out --format run")
+    foreign = open_foreign_run(args, warn)
+    modules, arguments = foreign.modules(), foreign.arguments()
+    print(f"{foreign.checkpoint.config.model} of step {foreign.step}, {foreign.resolution} px")
+    for name, module in modules.items():
+        print(f"{name}: {sum(tensor.numel() for tensor in module.state_dict().values()):,} numbers")
+    print(f"VAE: {count_parameters(foreign.tokenizer)[0]:,} parameters, checksum {arguments['vae_checksum']}")
+    alignment = modules.get("alignment", DenoiserAlignments({}))
+    states = {"optimizer": optimizer_state(foreign, AlignedDenoiser(modules["model"], alignment))}
+
+    def write(folder: Path) -> None:
+        states["metrics"] = MeanMetrics().state_dict()
+        CheckpointFolder(folder).save(foreign.step, modules, states, arguments)
+        foreign.tokenizer.save(folder / "vae")
+        # without names of classes, which nobody knows: the run itself may go on too, whatever the cache calls them
+        known = {name: value for name, value in arguments.items() if name != "class_names"}
+        write_json(folder / ARGUMENTS, {"args": known, EXPORTED_FROM: args.source.name})
+        status = {"state": "finished", "step": foreign.step, "max_train_steps": foreign.step, "reason": None}
+        write_json(folder / "status.json", status)
+
+    return write
+
+
+def optimizer_state(foreign: ForeignRun, networks: AlignedDenoiser) -> dict:
+    """The state of AdamW as train_ldm.py builds it over these networks, with the moments of the foreign one."""
+    optimizer = build_adamw(networks.named_parameters(), **foreign.checkpoint.adamw)
+    moments = {our_name(name): values for name, values in (foreign.checkpoint.moments or {}).items()}
+    group = optimizer.state_dict()["param_groups"][0]
+    state = {n: moments[name] for n, name in enumerate(group["param_names"]) if name in moments}
+    optimizer.load_state_dict({"state": state, "param_groups": [group]})
+    return optimizer.state_dict()
+
+
+def our_name(name: str) -> str:
+    """Of a parameter of a foreign checkpoint, among those of ``AlignedDenoiser``."""
+    return f"alignment.{name}" if name.startswith(REPA_PREFIX) else f"denoiser.{name}"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Stage 4: images from a diffusion transformer, as packed shards and one .npz for the evaluators.
 
   python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
-  python generate.py --exp-path pretrained/sit-repae-vavae --train-steps 400000
-  python generate.py --ckpt last.pt --vae-ckpt stabilityai/sd-vae-ft-ema
   python generate.py --dry-run --model SiT-XL/1 --vae f16d32    # what it would take, before anything is trained
 
-Takes runs of this project, and experiments and bare checkpoints of REPA and REPA-E. What the model is, its path, its
-classes, its VAE and its resolution come from the run or the checkpoint, as far as it says so. Image i, its label and
-its noise depend on --seed and i alone (last bits apart: another batch size, GPU or --compile may move a pixel by a
-level). Any number of processes work on it, under python, torchrun or accelerate launch; none waits for another.
-Stopped at any moment, the same command makes the missing shards. With --evaluate REF the last process then measures
-FID and its relatives, as evaluate.py generation does. In the folder then are
+What the model is, its path, its classes, its VAE and its resolution come from the run. Checkpoints of REPA and REPA-E
+become a run with export_ldm.py --format run. Image i, its label and its noise depend on --seed and i alone (last bits
+apart: another batch size, GPU or --compile may move a pixel by a level). Any number of processes work on it, under
+python, torchrun or accelerate launch; none waits for another. Stopped at any moment, the same command makes the missing
+shards. With --evaluate REF the last process then measures FID and its relatives, as evaluate.py generation does. In the
+folder then are
 
   index.json, labels.npy, images-*.npy    a packed dataset, as preprocessing.py makes them
   samples.npz                             arr_0: uint8 [N, H, W, 3]
@@ -27,15 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataset.images import DEFAULT_RESOLUTION
 from dataset.npz import npz_bytes
 from dataset.packing import PackingJob, check_space, lock_if_free, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from diffusion.counted_noise import MAX_SEED
 from diffusion.flow import PATH_TYPES
 from errors import UserError
-from formats.arguments import add_foreign_vae_arguments
-from inference.foreign_ldm import FLAGS as FOREIGN_FLAGS
-from inference.foreign_ldm import ForeignLDM, is_foreign, open_foreign_ldm
+from formats.runs import refuse_foreign
 from inference.latent_cache import autocast_for, chunk_size
 from inference.sampling import (
     LABEL_SAMPLINGS,
@@ -67,24 +64,25 @@ from runtime.cli import (
     run,
 )
 from runtime.log import progress_bar
-from runtime.measure import count_parameters, peak_memory
+from runtime.measure import DEFAULT_VAE, count_parameters, peak_memory
 from runtime.processes import Process, set_inference_numerics, this_process
 
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
 FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; these of the model:
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
-AnyLDM = TrainedLDM | ForeignLDM | UntrainedLDM
+# What only --model says, and what export_ldm.py says of a checkpoint of REPA or REPA-E; a run says it itself.
+UNTRAINED_FLAGS, FOREIGN_FLAGS = ("vae", "path_type", "resolution"), ("vae_ckpt", "vae_latents_stats")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="generate.py",
-        usage="%(prog)s (--exp-path DIR | --ckpt FILE | --model NAME --dry-run) [flags]",
+        usage="%(prog)s (--exp-path DIR | --model NAME --dry-run) [flags]",
         description=__doc__,
     )
     add_run_arguments(parser.add_argument_group("what is sampled"))
-    add_foreign_arguments(parser.add_argument_group("what a checkpoint of REPA or REPA-E does not say itself"))
+    add_untrained_arguments(parser.add_argument_group("networks of random weights, for --dry-run"))
     add_sampler_arguments(parser.add_argument_group("sampler"))
     add_label_arguments(parser.add_argument_group("labels and noise"))
     add_output_arguments(parser.add_argument_group("output"))
@@ -97,18 +95,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--exp-path",
-        type=Path,
-        metavar="DIR",
-        help="run of train_ldm.py or train_repae.py, exps/NAME, or an experiment of REPA or REPA-E with its args.json",
-    )
-    group.add_argument(
-        "--ckpt", type=Path, metavar="FILE", help="instead: a SiT checkpoint of REPA or REPA-E, .pt or .safetensors"
-    )
-    group.add_argument(
-        "--model", metavar="NAME", help="instead, for --dry-run: SiT-SIZE/PATCH of random weights, with a random --vae"
-    )
+    group.add_argument("--exp-path", type=Path, metavar="DIR", help="run of train_ldm.py or train_repae.py, exps/NAME")
+    for flag in ("--ckpt", "--vae-ckpt", "--vae-latents-stats"):  # are answered with export_ldm.py's command
+        group.add_argument(flag, help=argparse.SUPPRESS)
     group.add_argument(
         "--train-steps",
         type=positive_int,
@@ -118,13 +107,12 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--weights", choices=WEIGHTS, default="ema", help="ema: their moving average; model: as trained")
 
 
-def add_foreign_arguments(group: argparse._ArgumentGroup) -> None:
-    add_foreign_vae_arguments(group)
+def add_untrained_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", metavar="NAME", help="instead of --exp-path: the denoiser, e.g. SiT-XL/1")
+    group.add_argument("--vae", metavar="NAME", help=f"architecture, or a VAE (default: {DEFAULT_VAE})")
+    group.add_argument("--path-type", choices=PATH_TYPES, help=f"interpolant (default: {PATH_TYPES[0]})")
     group.add_argument(
-        "--path-type", choices=PATH_TYPES, help="interpolant it was trained on (default: as its args say, else linear)"
-    )
-    group.add_argument(
-        "--resolution", type=positive_int, metavar="PX", help="side of the images, pixels; only checked against the VAE"
+        "--resolution", type=positive_int, metavar="PX", help=f"side of the images (default: {DEFAULT_RESOLUTION})"
     )
 
 
@@ -160,8 +148,7 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         OUTPUT_FLAG,
         type=Path,
         metavar="DIR",
-        help="folder of these images (default: in --exp-path or beside --ckpt, named by step, sampler, guidance, "
-        "number and seed)",
+        help="folder of these images (default: in --exp-path, named by step, sampler, guidance, number and seed)",
     )
     group.add_argument(
         "--npz",
@@ -214,12 +201,7 @@ def add_evaluation_arguments(group: argparse._ArgumentGroup) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
-    if args.model is not None:
-        check_untrained(args)
-    elif (args.exp_path is None) == (args.ckpt is None):
-        raise UserError("give --exp-path with a run's folder, or --ckpt with a checkpoint's file")
-    if args.ckpt is not None and args.train_steps is not None:
-        raise UserError("--train-steps chooses a checkpoint of --exp-path; --ckpt is one itself")
+    check_source(args)
     if args.heun and args.mode != "ode":
         raise UserError("--heun is for --mode ode; the SDE is solved by Euler–Maruyama")
     if args.guidance_low > args.guidance_high:
@@ -234,13 +216,35 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"{OUTPUT_FLAG} {args.sample_dir} is a file; give a folder")
 
 
+def check_source(args: argparse.Namespace) -> None:
+    """A run, or networks of random weights; of other people's checkpoints the way to a run is named."""
+    if args.model is not None:
+        check_untrained(args)
+        return
+    if args.exp_path is None and args.ckpt is None:
+        raise UserError("give --exp-path with a run's folder")
+    words = [word for pair in given_flags(args, ("train_steps", *UNTRAINED_FLAGS, *FOREIGN_FLAGS)) for word in pair]
+    for flag, path in given_flags(args, ("ckpt", "exp_path")):
+        refuse_foreign(Path(path), flag, "--exp-path", *words)
+    if args.ckpt is not None:
+        raise UserError(f"--ckpt {args.ckpt} is no file: give a run's folder with --exp-path")
+    for names, whose in ((UNTRAINED_FLAGS, "--model"), (FOREIGN_FLAGS, "export_ldm.py --format run")):
+        for flag, _ in given_flags(args, names):
+            raise UserError(f"{flag} is for {whose}; {args.exp_path} says it itself: leave the flag out")
+
+
 def check_untrained(args: argparse.Namespace) -> None:
     """Random networks have no checkpoint, and their images are worth nothing."""
     if not args.dry_run:
-        raise UserError("--model builds networks of random weights, for --dry-run only; give --exp-path or --ckpt")
-    for name in ("exp_path", "ckpt", "train_steps", "vae_ckpt", "vae_latents_stats"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} and --model exclude each other: --model has random weights")
+        raise UserError("--model builds networks of random weights, for --dry-run only; give --exp-path")
+    for flag, _ in given_flags(args, ("exp_path", "ckpt", "train_steps", *FOREIGN_FLAGS)):
+        raise UserError(f"{flag} and --model exclude each other: --model has random weights")
+
+
+def given_flags(args: argparse.Namespace, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Those that were given, with their values."""
+    values = ((f"--{name.replace('_', '-')}", getattr(args, name)) for name in names)
+    return [(flag, str(value)) for flag, value in values if value is not None]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -286,18 +290,10 @@ def evaluate_complete(folder: Path, evaluation: Evaluation, process: Process) ->
             evaluation.measure(open_image_set(folder, OUTPUT_FLAG), Process(0, 1, process.device))
 
 
-def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> AnyLDM:
-    """A run of this project, somebody else's checkpoint, or random networks."""
+def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> TrainedLDM | UntrainedLDM:
+    """A run, or random networks."""
     if args.model is not None:
         return open_untrained_ldm(args.model, args.vae, args.resolution, args.path_type)
-    if args.ckpt is not None or is_foreign(args.exp_path):
-        return open_foreign_ldm(args, report)
-    given = next((name for name in FOREIGN_FLAGS if getattr(args, name) is not None), None)
-    if given is not None:
-        raise UserError(
-            f"--{given.replace('_', '-')} is for checkpoints of REPA and REPA-E; {args.exp_path} says it itself: leave "
-            "the flag away"
-        )
     trained = open_trained_ldm(args.exp_path, args.train_steps, args.weights, report)
     if trained.cfg_prob == 0 and args.cfg_scale != 1:
         raise UserError(
@@ -336,8 +332,8 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> list[int]:
     return classes
 
 
-def default_folder(args: argparse.Namespace, trained: AnyLDM) -> Path:
-    """A folder in the run, or beside the checkpoint, named by what is most often varied."""
+def default_folder(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> Path:
+    """A folder in the run, named by what is most often varied."""
     parts = ["samples", trained.label, f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
     if args.cfg_scale != 1:
         parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}")
@@ -348,7 +344,7 @@ def default_folder(args: argparse.Namespace, trained: AnyLDM) -> Path:
     return trained.folder / "-".join([*parts, f"{args.num_fid_samples}", f"seed{args.seed}"])
 
 
-def sampler_settings(args: argparse.Namespace, trained: AnyLDM) -> SamplerSettings:
+def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> SamplerSettings:
     return SamplerSettings(
         mode=args.mode,
         num_steps=args.num_steps,
@@ -363,7 +359,7 @@ def sampler_settings(args: argparse.Namespace, trained: AnyLDM) -> SamplerSettin
 
 def describe(
     args: argparse.Namespace,
-    trained: TrainedLDM | ForeignLDM,
+    trained: TrainedLDM,
     tokenizer: Tokenizer,
     classes: Sequence[int],
     process: Process,
@@ -387,7 +383,7 @@ def describe(
 
 
 def build_sampler(
-    args: argparse.Namespace, trained: AnyLDM, tokenizer: Tokenizer, process: Process
+    args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM, tokenizer: Tokenizer, process: Process
 ) -> tuple[ImageSampler, Denoiser]:
     """The networks on the device."""
     device = process.device
@@ -411,7 +407,7 @@ def build_sampler(
 
 def generate(
     args: argparse.Namespace,
-    trained: TrainedLDM | ForeignLDM,
+    trained: TrainedLDM,
     tokenizer: Tokenizer,
     classes: Sequence[int],
     process: Process,
@@ -423,7 +419,7 @@ def generate(
     """
     spec = ShardSpec("images", (3, trained.resolution, trained.resolution), "uint8")
     settings = describe(args, trained, tokenizer, classes, process)
-    flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path" if args.ckpt is None else "--ckpt")
+    flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path")
     packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags)
     show = print if process.is_main else lambda text: None
     packing.begin()
@@ -482,7 +478,9 @@ def make_shards(
     print(f"process {process.rank} of {process.world_size}: {rate}")
 
 
-def dry_run(args: argparse.Namespace, trained: AnyLDM, tokenizer: Tokenizer, process: Process) -> None:
+def dry_run(
+    args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM, tokenizer: Tokenizer, process: Process
+) -> None:
     """Two images in two steps, and what all of them would take at that rate."""
     forwards, steps = sampler_settings(args, trained).forwards(), args.num_steps
     args.num_steps = min(2, steps)

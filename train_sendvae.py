@@ -144,6 +144,7 @@ def main(argv: Sequence[str]) -> int:
 def resolve(args: argparse.Namespace, images: ImageDataset | None) -> None:
     """Replace every default that depends on the data, so that ``args.json`` says what was done."""
     args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
+    TOKENIZER_ALIGNMENTS[args.align_loss].resolve_arguments(args)
     if images is not None:
         args.data_fingerprint = images.fingerprint()
         if not args.dry_run:

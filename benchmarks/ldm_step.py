@@ -2,13 +2,14 @@
 
     python benchmarks/ldm_step.py --model SiT-B/1 --batch-size 4
 
-Bare: SiT forward on noisy latents, mean squared error, backward, gradients dropped. Step: reading the batch from a
-cache on disk, drawing the posterior sample, time and noise, normalising, the loss, backward, clipping, AdamW, EMA, and
-metrics. Between them stands what every training pays: clipping, AdamW and EMA written plainly, one tensor at a time.
-Without REPA, whose VFM would hide the rest. The three take turns, ``--repeats`` times; medians of seconds and of
+Bare: the denoiser's forward on noisy latents, mean squared error, backward, gradients dropped. Step: reading the batch
+from a cache on disk, drawing the posterior sample, time and noise, normalising, the loss, backward, clipping, AdamW,
+EMA, and metrics. Between them stands what every training pays: clipping, AdamW and EMA written plainly, one tensor at a
+time. Without REPA, whose VFM would hide the rest. The three take turns, ``--repeats`` times; medians of seconds and of
 ratios are shown.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -25,14 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.latents import LatentDataset
 from dataset.loader import BatchLoader
 from dataset.order import SampleOrder
-from models.denoisers.sit import SiT, SiTConfig
-from models.latent_statistics import LatentStatistics
+from formats.vae import load_tokenizer
+from loss.alignment import DenoiserAlignments
+from models.denoisers import Denoiser, build_denoiser, denoiser_kind
+from models.tokenizers import build_tokenizer
 from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 from tests.latent_caches import write_cache
-from training.ema import EMA
-from training.ldm import LDMTrainer
+from training.ldm import LDM
+from training.method import train_step
 from training.metrics import MeanMetrics
-from training.optimizer import build_adamw
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
@@ -45,9 +47,8 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def bare_step(model: SiT, batch: int, device: torch.device, accelerator: Accelerator) -> Callable[[], None]:
-    config = model.config
-    shape = (batch, config.latent_channels, config.latent_size, config.latent_size)
+def bare_step(model: Denoiser, batch: int, device: torch.device, accelerator: Accelerator) -> Callable[[], None]:
+    shape = (batch, *model.latent_shape)
     x, target, t = (
         torch.randn(shape, device=device),
         torch.randn(shape, device=device),
@@ -57,14 +58,14 @@ def bare_step(model: SiT, batch: int, device: torch.device, accelerator: Acceler
 
     def step() -> None:
         with accelerator.autocast():
-            loss = (model(x, t, y).float() - target).square().mean()
+            loss = (model(x, t, y)[0].float() - target).square().mean()
         loss.backward()
         model.zero_grad(set_to_none=True)
 
     return step
 
 
-def plain_update(model: SiT) -> Callable[[], None]:
+def plain_update(model: Denoiser) -> Callable[[], None]:
     """Clipping, AdamW and EMA as they are usually written; gradients stay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -81,24 +82,19 @@ def plain_update(model: SiT) -> Callable[[], None]:
     return update
 
 
-def our_step(model: SiT, loader: BatchLoader, accelerator: Accelerator) -> Callable[[], None]:
-    statistics = LatentStatistics(model.config.latent_channels).to(accelerator.device)
-    trainer = LDMTrainer(
-        model,
-        statistics,
-        None,
-        proj_coeff=0.0,
-        cfg_prob=0.1,
-        path_type="linear",
-        weighting="uniform",
-        max_grad_norm=1.0,
-        seed=0,
-        optimizer=build_adamw(model.parameters(), (0.9, 0.999), 0.0, 1e-8),
-        ema=EMA(model, 0.9999),
-        accelerator=accelerator,
-    )
+def our_step(model: Denoiser, loader: BatchLoader, accelerator: Accelerator) -> Callable[[], None]:
+    flags = argparse.Namespace(
+        seed=0, path_type="linear", weighting="uniform", cfg_prob=0.1, ema_decay=0.9999, max_grad_norm=1.0,
+        learning_rate=1e-4, lr_schedule="constant", warmup_steps=0, max_train_steps=1_000_000,
+        adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0, adam_epsilon=1e-8,
+    )  # fmt: skip
+    # small networks, which no step runs: of a tokenizer it takes the sample and the statistics
+    architecture = load_tokenizer("f4d4-tiny", "none")[0].architecture
+    tokenizer = build_tokenizer(architecture | {"latent_channels": model.config.latent_channels})
+    tokenizer.to(accelerator.device)
+    method = LDM(flags, accelerator, model, DenoiserAlignments({}), tokenizer, encoders=None)
     metrics = MeanMetrics()
-    return lambda: metrics.update(trainer.step(loader.step, next(loader), 1e-4))
+    return lambda: metrics.update(train_step(method, loader.step, next(loader)))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -115,15 +111,16 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision)
     device = accelerator.device
-    config = SiTConfig(args.model, args.latent_channels, args.latent_size, num_classes=1000)
+    kind = denoiser_kind(args.model)
+    config = kind.Config(args.model, args.latent_channels, args.latent_size, num_classes=1000)
     with tempfile.TemporaryDirectory() as scratch:
         write_cache(Path(scratch) / "cache", 256, shape=(args.latent_channels, args.latent_size, args.latent_size))
         dataset = LatentDataset(Path(scratch) / "cache", memory_limit=0)
         with BatchLoader(dataset, SampleOrder(len(dataset), 0), batch_size=args.batch_size, num_workers=1) as loader:
-            model = SiT(config).to(device).train()
+            model = build_denoiser(config).to(device).train()
             runs = {"bare forward + backward": bare_step(model, args.batch_size, device, accelerator)}
             runs["our whole step"] = our_step(model, loader, accelerator)
-            runs["plain update"] = plain_update(SiT(config).to(device))
+            runs["plain update"] = plain_update(build_denoiser(config).to(device))
             seconds: dict[str, list[float]] = {name: [] for name in runs}
             for repeat in range(args.repeats + 1):
                 for name, function in runs.items():
@@ -134,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def show(args, seconds: dict[str, list[float]]) -> None:
+def show(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
     bare, ours, update = (np.array(seconds[name]) for name in seconds)
     print(f"{'':28}{'s/step':>9}{'of bare':>9}")
     for name, values in zip(seconds, (bare, ours, update), strict=True):

@@ -7,6 +7,7 @@
 import hashlib
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,32 @@ def is_run(path: Path) -> bool:
 def is_foreign_experiment(path: Path) -> bool:
     """Whether a folder is an experiment of REPA or REPA-E: ``checkpoints/`` holds .pt files, not folders."""
     return any((Path(path) / "checkpoints").glob("*.pt"))
+
+
+def refuse_own_file(path: Path, flag: str, instead: str) -> None:
+    """Refuse a single file of a run of ours, which says more than the file; as :func:`refuse_foreign`."""
+    if path.is_file() and (path.parent / MANIFEST).is_file():
+        run = os.path.relpath(path.resolve().parents[2])
+        raise UserError(f"{flag} {path} belongs to a run of this project: give {instead} {run}")
+
+
+def refuse_foreign(path: Path, flag: str, instead: str, *flags: str) -> None:
+    """Refuse a checkpoint of REPA or REPA-E, which is no run yet, naming the command that makes one of it.
+
+    Args:
+        path: that may be one; a single file of a run of ours is refused too.
+        flag: that it was given with.
+        instead: the flag that takes a run.
+        flags: for the command, in words.
+    """
+    path = Path(path)
+    refuse_own_file(path, flag, instead)
+    if path.is_file() or is_foreign_experiment(path):
+        run = os.path.join("exps", f"{path.stem if path.is_file() else path.resolve().name}-run")
+        command = shlex.join(["python", "export_ldm.py", str(path), run, "--format", "run", *flags])
+        raise UserError(
+            f"{flag} {path} is no run of this project: make one of it with {command}, and give {instead} {run}"
+        )
 
 
 def steps(run: Path) -> dict[int, Path]:

@@ -6,31 +6,32 @@
     0400000.pt (REPA)       model, ema, opt, args (an argparse.Namespace), steps
     0400000.pt (REPA-E)     the same, and vae, discriminator, opt_vae, opt_disc where the VAE was trained along
 
-REPA-E's SiT holds the latent statistics too, as ``bn.running_mean`` and ``bn.running_var``. REPA's first checkpoints
-call the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0.
+Their networks hold REPA's projectors, ``projectors.N.…``, which here lie beside the denoiser (``loss.alignment``).
+REPA-E's hold the latent statistics too, as ``bn.running_mean`` and ``bn.running_var``. REPA's first checkpoints call
+the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0.
 """
 
 import re
-from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from diffusion.flow import PATH_TYPES
 from errors import UserError
-from formats.statistics import REPA_CHANNELS, batch_norm_statistics, repa_statistics
+from formats.statistics import batch_norm_statistics
+from loss.alignment import DenoiserAlignments, Features
+from loss.alignment.repa import REPA
 from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
-from models.weight_files import NotWeightsError, check_values, read_contents, tensors_by_name
+from models.latent_statistics import LatentStatistics
+from models.weight_files import NotWeightsError, check_plain, check_values, read_contents, tensors_by_name
 
 State = dict[str, torch.Tensor]
 
-DEFAULT_ENCODER_DEPTH = 8  # of REPA and REPA-E; no tensor tells it
-REPAE_VAES, REPAE_PROJECTOR_WIDTH = ("f8d4", "f16d32"), 2048
-BATCH_NORM_PREFIX = "bn."
+PROJECTORS, BATCH_NORM = "projectors.", "bn."  # what of their networks is none of ours
+REPA_PREFIX = "repa."  # of REPA's projectors among ``loss.alignment.DenoiserAlignments``
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 # What REPA's and REPA-E's flags say of a network or of how it is sampled; the rest of args is nobody's concern here.
 FACTS = (
@@ -43,11 +44,19 @@ AVERAGES = ("exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 READ_SHAPES = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # dimensions
 
 
-class Statistics(NamedTuple):
-    """Mean and standard deviation by which latents were normalised, each float32 ``[C]``."""
+@dataclass(frozen=True)
+class Projectors:
+    """Sizes of REPA's projectors, in the words of a run's arguments.
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    Attributes:
+        feature_widths: of the VFMs, one projector each.
+        projector_width: of the hidden layers; None where there are no projectors.
+        encoder_depth: the block that they follow, from 1; None where it is not known.
+    """
+
+    feature_widths: tuple[int, ...] = ()
+    projector_width: int | None = None
+    encoder_depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,14 @@ class SiTWeights:
     """One set of weights of a checkpoint.
 
     Attributes:
-        state: of ``models.denoisers.sit.SiT``, with projectors.
+        denoiser: of ``models.denoisers.sit.SiT``.
+        alignment: of ``loss.alignment.DenoiserAlignments``: REPA's projectors.
         statistics: of the latents it was trained on, or None where the checkpoint does not hold them.
     """
 
-    state: State
-    statistics: Statistics | None
+    denoiser: State
+    alignment: State
+    statistics: LatentStatistics | None
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,9 @@ class SiTCheckpoint:
 
     Attributes:
         path: of the file.
-        config: of the SiT, by its tensors; ``encoder_depth`` by the flags of its training.
-        weights: by name, ``"ema"`` and ``"model"``, or ``"ema"`` alone.
+        config: of the SiT, by its tensors.
+        projectors: beside it, by their tensors; ``encoder_depth`` by the flags of its training.
+        weights: by name, ``"ema"`` and ``"model"``, or one of them alone.
         facts: what the flags of its training say (of ``FACTS``), as far as they are known.
         step: it was trained for, or None.
         holds_vae: whether the VAE is in the file.
@@ -80,6 +92,7 @@ class SiTCheckpoint:
 
     path: Path
     config: SiTConfig
+    projectors: Projectors
     weights: dict[str, SiTWeights]
     facts: dict[str, object]
     step: int | None
@@ -90,6 +103,8 @@ class SiTCheckpoint:
     @cached_property
     def moments(self) -> dict[str, dict[str, torch.Tensor]] | None:
         """AdamW's state (``step``, ``exp_avg``, ``exp_avg_sq``) by the parameter's name; None where there is none.
+
+        Names are those of :attr:`SiTWeights.denoiser` and :attr:`SiTWeights.alignment`.
 
         torch numbers parameters as ``model.parameters()`` yields them, which is the order of the state dict without its
         buffers. Theirs begins with ``pos_embed``, a frozen parameter: it has a number and no state.
@@ -103,12 +118,23 @@ class SiTCheckpoint:
             raise self._damaged(f"its optimizer is no state dict of AdamW ({error!r})") from error
         if len(numbers) != len(self.optimizer_names):
             raise self._damaged(f"its optimizer has {len(numbers)} parameters, its model {len(self.optimizer_names)}")
-        weights = self.weights["model"].state
+        weights = self.weights["model"].denoiser | self.weights["model"].alignment
         found = {name: state[number] for name, number in zip(self.optimizer_names, numbers, strict=True)
                  if state[number] is not None and name in weights and name != "pos_embed"}  # fmt: skip
         for name, moments in found.items():
             self._check_moments(name, moments, weights[name])
         return found
+
+    @property
+    def adamw(self) -> dict[str, object]:
+        """AdamW's ``betas``, ``eps`` and ``weight_decay``; the usual ones where the checkpoint holds no optimizer."""
+        try:
+            group = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+            group = group if self.optimizer is None else self.optimizer["param_groups"][0]
+            beta1, beta2 = map(float, group["betas"])
+            return {"betas": (beta1, beta2), "eps": float(group["eps"]), "weight_decay": float(group["weight_decay"])}
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise self._damaged(f"its optimizer is no state dict of AdamW ({error!r})") from error
 
     def _check_moments(self, name: str, moments: object, weight: torch.Tensor) -> None:
         """A parameter's state is AdamW's: a number of steps and two averages of the weight's shape."""
@@ -117,10 +143,12 @@ class SiTCheckpoint:
             if not isinstance(average, torch.Tensor):
                 raise self._damaged(f"its optimizer's state of {name} has no {key}")
             if average.shape != weight.shape:
-                raise self._damaged(
-                    f"its optimizer's state of {name} has shape {tuple(average.shape)}, the weight "
-                    f"{tuple(weight.shape)}"
-                )
+                shapes = f"has shape {tuple(average.shape)}, the weight {tuple(weight.shape)}"
+                raise self._damaged(f"its optimizer's state of {name} {shapes}")
+            try:
+                check_plain(key, average)
+            except NotWeightsError as error:
+                raise self._damaged(f"its optimizer's state of {name}: {error}") from error
         step = moments.get("step")
         if not isinstance(step, int | float | torch.Tensor) or (isinstance(step, torch.Tensor) and step.numel() != 1):
             raise self._damaged(f"its optimizer's state of {name} has no step")
@@ -134,56 +162,56 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
 
     Args:
         path: a .pt or .safetensors file.
-        given: what the user gave it with, for messages, e.g. ``--ckpt last.pt``.
+        given: what the user gave it with, for messages, e.g. ``SOURCE last.pt``.
         json_facts: content of the ``args.json`` beside it.
 
     Raises:
         UserError: not readable, no SiT, none that this project builds, or flags that contradict its tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{given}: no such file; give a SiT checkpoint, .pt or .safetensors")
     try:
         contents = read_contents(path)
     except NotWeightsError as error:
         raise UserError(f"{given} is not readable as a checkpoint ({error})") from error
     sets = _weight_sets(contents, given)
     facts = _facts(contents, json_facts, given)
-    found, configs = {}, {}
+    found, sizes = {}, {}
     for name, state in sets.items():
         plain, legacy_depth = rename_legacy_blocks(_unwrapped(state))
-        sit = {key: tensor for key, tensor in plain.items() if not key.startswith(BATCH_NORM_PREFIX)}
-        config = infer_config(sit, given, facts, legacy_depth)
-        sit = _without_empty_projectors(sit)
-        _check_fits(sit, config, given)
-        found[name], configs[name] = SiTWeights(sit, _batch_norm(plain, config.latent_channels, given)), config
-    if len(set(configs.values())) > 1:
+        networks = _without_empty_projectors(plain)
+        sizes[name] = config, projectors = infer_sizes(networks, given, legacy_depth or facts.get("encoder_depth"))
+        _check_fits(networks, config, projectors, given)
+        denoiser = {key: tensor for key, tensor in networks.items() if not key.startswith(PROJECTORS)}
+        alignment = {f"{REPA_PREFIX}{key}": tensor for key, tensor in networks.items() if key.startswith(PROJECTORS)}
+        found[name] = SiTWeights(denoiser, alignment, _batch_norm(plain, config.latent_channels, given))
+    if len(set(sizes.values())) > 1:
         raise UserError(f"{given}: ema and model are networks of different shapes; the file is damaged")
-    config = next(iter(configs.values()))
-    _check_facts(facts, config, given)
+    config, projectors = next(iter(sizes.values()))
+    _check_facts(facts, config, projectors, given)
     is_whole = isinstance(contents.get("opt"), dict) and "model" in found
+    step = contents.get("steps")
     return SiTCheckpoint(
         path=path,
         config=config,
+        projectors=projectors,
         weights=found,
         facts=facts,
-        step=contents["steps"] if isinstance(contents.get("steps"), int) else None,
+        step=step if isinstance(step, int) and step >= 0 else None,
         holds_vae=isinstance(contents.get("vae"), dict),
         optimizer=contents["opt"] if is_whole else None,
         optimizer_names=_parameter_names(sets["model"]) if is_whole else (),
     )
 
 
-def infer_config(
-    state: Mapping[str, torch.Tensor], given: str, facts: Mapping | None = None, legacy_depth: int | None = None
-) -> SiTConfig:
+def infer_sizes(
+    state: Mapping[str, torch.Tensor], given: str, encoder_depth: int | None = None
+) -> tuple[SiTConfig, Projectors]:
     """Which SiT a state dict in the public layout belongs to, by names and shapes; meta tensors suffice.
 
     Args:
         state: without ``bn.…``, blocks under their present names.
         given: for messages.
-        facts: the flags of its training; only ``encoder_depth`` is taken from them.
-        legacy_depth: ``encoder_depth`` where the names told it.
+        encoder_depth: where it is known; no tensor tells it.
     """
     for name, ndim in READ_SHAPES.items():
         if name not in state:
@@ -203,21 +231,31 @@ def infer_config(
     grid = round(tokens**0.5)
     if grid * grid != tokens:
         raise UserError(f"{given}: pos_embed has {tokens} tokens, which is no square")
-    projectors = sorted({int(m[1]) for m in (re.match(r"projectors\.(\d+)\.", key) for key in state) if m})
-    dims = tuple(len(state[f"projectors.{n}.4.bias"]) for n in projectors if f"projectors.{n}.4.bias" in state)
-    depth_said = (facts or {}).get("encoder_depth")
     config = SiTConfig(
         model=f"SiT-{names[0]}/{patch}",
         latent_channels=channels,
         latent_size=grid * patch,
         num_classes=rows - 1,
         qk_norm="blocks.0.attn.q_norm.weight" in state,
-        encoder_depth=legacy_depth or depth_said or min(DEFAULT_ENCODER_DEPTH, depth),
-        feature_dims=tuple(dim for dim in dims if dim),
     )
-    if config.feature_dims and "projectors.0.0.bias" in state:
-        config = replace(config, projector_width=len(state["projectors.0.0.bias"]))
-    return config
+    numbers = sorted({int(m[1]) for m in (re.match(r"projectors\.(\d+)\.", key) for key in state) if m})
+    widths = tuple(len(state[f"projectors.{n}.4.bias"]) for n in numbers if f"projectors.{n}.4.bias" in state)
+    hidden = len(state["projectors.0.0.bias"]) if "projectors.0.0.bias" in state else None
+    return config, Projectors(widths, hidden if widths else None, encoder_depth)
+
+
+def build_networks(config: SiTConfig, projectors: Projectors) -> tuple[SiT, DenoiserAlignments]:
+    """Denoiser and alignment on the meta device, for weights to be assigned.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+    vfms = [Features(f"VFM {n}", config.grid, width) for n, width in enumerate(projectors.feature_widths)]
+    with torch.device("meta"):
+        denoiser, parts = SiT(config), {}
+        if vfms:  # depth and weight have nothing to do with tensors
+            parts["repa"] = REPA(denoiser, vfms, projectors.encoder_depth or 1, projectors.projector_width or 1, 0.0)
+        return denoiser, DenoiserAlignments(parts)
 
 
 def rename_legacy_blocks(state: Mapping[str, torch.Tensor]) -> tuple[State, int | None]:
@@ -235,74 +273,6 @@ def rename_legacy_blocks(state: Mapping[str, torch.Tensor]) -> tuple[State, int 
         return f"blocks.{int(match[1]) + first}.{match[2]}" if match else key
 
     return {name(key): tensor for key, tensor in state.items()}, first
-
-
-def assumed_statistics(config: SiTConfig) -> Statistics | None:
-    """REPA's, for a SiT on Stable Diffusion's latents that holds none; None for other channels."""
-    if config.latent_channels != REPA_CHANNELS:
-        return None
-    assumed = repa_statistics()
-    return Statistics(assumed.mean, assumed.std)
-
-
-def repae_checkpoint(
-    sets: Mapping[str, State], mean: torch.Tensor, var: torch.Tensor, vae: State, facts: Mapping, step: int
-) -> dict:
-    """What REPA-E's ``generate.py`` reads, to be written with ``torch.save``.
-
-    Args:
-        sets: state dicts of a SiT with the projectors of REPA, ``"model"`` and ``"ema"``.
-        mean, var: of the latents, ``[C]``; become the BatchNorms', which add the same 1e-4 to var as we do.
-        vae: in the LDM layout.
-        facts: the content of ``args.json`` (:func:`repae_facts`).
-        step: trained for.
-    """
-
-    def with_batch_norm(state: State) -> State:
-        statistics = {"bn.running_mean": mean.clone(), "bn.running_var": var.clone()}
-        return dict(state) | statistics | {"bn.num_batches_tracked": torch.zeros((), dtype=torch.int64)}
-
-    networks = {name: with_batch_norm(state) for name, state in sets.items()}
-    return networks | {"vae": vae, "args": Namespace(**facts), "steps": step}
-
-
-def repae_facts(config: SiTConfig, resolution: int, path_type: str, trained_with: Mapping) -> dict[str, object]:
-    """The flags that REPA-E's ``generate.py`` looks at, under its names.
-
-    Args:
-        config: of the SiT with projectors.
-        resolution: of the images, pixels.
-        path_type: of the interpolant.
-        trained_with: the run's own flags, from which ``cfg_prob`` and ``enc_type`` come.
-    """
-    return {
-        "model": config.model,
-        "num_classes": config.num_classes,
-        "encoder_depth": config.encoder_depth,
-        "qk_norm": config.qk_norm,
-        "fused_attn": True,
-        "bn_momentum": 0.1,
-        "resolution": resolution,
-        "vae": f"f{resolution // config.latent_size}d{config.latent_channels}",
-        "path_type": path_type,
-        "prediction": "v",
-        "cfg_prob": trained_with.get("cfg_prob", 0.1),
-        "enc_type": trained_with.get("enc_type") if config.feature_dims else "None",
-    }
-
-
-def what_repae_lacks(config: SiTConfig, facts: Mapping) -> list[str]:
-    """Why REPA-E's own code could not build this network; empty where it can."""
-    reasons = []
-    if config.model.startswith("SiT-Ti") or config.model.startswith("SiT-S"):
-        reasons.append(f"it builds no {config.model}")
-    if facts["vae"] not in REPAE_VAES:
-        reasons.append(f"it knows the VAEs {' and '.join(REPAE_VAES)}, not {facts['vae']}")
-    if not config.feature_dims:
-        reasons.append("it expects a projector for each encoder, and this run was not aligned")
-    elif config.projector_width != REPAE_PROJECTOR_WIDTH:
-        reasons.append(f"its projectors have width {REPAE_PROJECTOR_WIDTH}, not {config.projector_width}")
-    return reasons
 
 
 def _weight_sets(contents: object, given: str) -> dict[str, State]:
@@ -349,26 +319,28 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
                 "copy its own args.json beside it"
             )
         facts[name] = value
-    for name in NUMBERS:
-        if not isinstance(facts.get(name, 0), int):
-            raise UserError(f"{given}: its args say {name} {facts[name]!r}, which is no whole number")
+    for name, value in facts.items():
+        if name in NUMBERS and not isinstance(value, int):
+            raise UserError(f"{given}: its args say {name} {value!r}, which is no whole number")
+        if not isinstance(value, str | int | float):
+            raise UserError(f"{given}: its args say {name} {type(value).__name__}, which is neither number nor text")
     return facts
 
 
-def _check_facts(facts: Mapping, config: SiTConfig, given: str) -> None:
+def _check_facts(facts: Mapping, config: SiTConfig, projectors: Projectors, given: str) -> None:
     """What the flags of the training say must be what the tensors say."""
-    by_tensors = {"model": config.model, "qk_norm": config.qk_norm}
     if facts.get("cfg_prob") == 0:
         raise UserError(
             f"{given} was trained without dropping labels (cfg_prob 0): it has no null class, which this project's SiT "
             "needs"
         )
-    by_tensors |= {"num_classes": config.num_classes, "encoder_depth": config.encoder_depth}  # the old layout tells it
+    by_tensors = {name: getattr(config, name) for name in ("model", "qk_norm", "num_classes")}
+    by_tensors["encoder_depth"] = projectors.encoder_depth  # the old layout tells it
     encoders = [name for name in str(facts.get("enc_type", "None")).split(",") if name != "None"]
-    if encoders and len(encoders) != len(config.feature_dims):
+    if encoders and len(encoders) != len(projectors.feature_widths):
         raise UserError(
             f"{given}: enc_type {facts['enc_type']} names {len(encoders)} encoders, the checkpoint has "
-            f"{len(config.feature_dims)} projectors: args and weights do not belong together"
+            f"{len(projectors.feature_widths)} projectors: args and weights do not belong together"
         )
     if match := re.fullmatch(r"f(\d+)d(\d+)\S*", str(facts.get("vae"))):
         if int(match[2]) != config.latent_channels:
@@ -383,10 +355,6 @@ def _check_facts(facts: Mapping, config: SiTConfig, given: str) -> None:
         raise UserError(f"{given}: path_type {facts['path_type']} is none of {', '.join(PATH_TYPES)}")
     if facts.get("prediction", "v") != "v":
         raise UserError(f"{given}: it predicts {facts['prediction']}; only velocities (v) are known here")
-    try:
-        config.check()
-    except UserError as error:
-        raise UserError(f"{given}: {str(error).removeprefix('--')}") from error
 
 
 def _unwrapped(state: Mapping[str, torch.Tensor]) -> State:
@@ -403,31 +371,37 @@ def _unwrap(key: str) -> str:
 def _parameter_names(state: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """Present names of the parameters, in the order of the state dict."""
     renamed, _ = rename_legacy_blocks(_unwrapped(state))
-    return tuple(key for key in renamed if not key.startswith(BATCH_NORM_PREFIX))
+    renamed = {key: tensor for key, tensor in renamed.items() if not key.startswith(BATCH_NORM)}
+    return tuple(f"{REPA_PREFIX}{key}" if key.startswith(PROJECTORS) else key for key in renamed)
 
 
 def _without_empty_projectors(state: State) -> State:
-    """Trained without an encoder, REPA-E builds a projector to width 0; it is of no use."""
+    """The networks' tensors. Trained without an encoder, REPA-E builds a projector to width 0; it is of no use."""
     empty = [key.removesuffix("4.bias") for key, tensor in state.items() if key.endswith(".4.bias") and not len(tensor)]
-    return {key: tensor for key, tensor in state.items() if not any(key.startswith(prefix) for prefix in empty)}
+    return {key: tensor for key, tensor in state.items() if not key.startswith((BATCH_NORM, *empty))}
 
 
-def _batch_norm(state: Mapping[str, torch.Tensor], channels: int, given: str) -> Statistics | None:
-    """The statistics that REPA-E keeps in the SiT; it decodes with ``z·sqrt(var) + mean``, without the epsilon."""
+def _batch_norm(state: Mapping[str, torch.Tensor], channels: int, given: str) -> LatentStatistics | None:
+    """The statistics that REPA-E keeps in the SiT, its var as it is: latents are normalised to the same numbers."""
     try:
         found = batch_norm_statistics(state, given)
         if found is None:
             return None
-        found.check(channels)
+        statistics = LatentStatistics(channels)
+        found.load_into(statistics)
     except NotWeightsError as error:
         raise UserError(f"{given}: its BatchNorm of latents (bn): {error}") from error
-    return Statistics(found.mean, found.var.sqrt())
+    return statistics
 
 
-def _check_fits(state: State, config: SiTConfig, given: str) -> None:
-    """Names and shapes must be exactly those of the network."""
-    with torch.device("meta"):
-        expected = SiT(config).state_dict()
+def _check_fits(state: State, config: SiTConfig, projectors: Projectors, given: str) -> None:
+    """Names and shapes must be exactly those of the networks."""
+    try:
+        denoiser, alignment = build_networks(config, projectors)
+    except UserError as error:
+        raise UserError(f"{given}: {str(error).removeprefix('--')}") from error
+    expected = denoiser.state_dict()
+    expected |= {key.removeprefix(REPA_PREFIX): tensor for key, tensor in alignment.state_dict().items()}
     final = state.get("final_layer.linear.bias")
     if final is not None and len(final) == 2 * len(expected["final_layer.linear.bias"]):
         raise UserError(

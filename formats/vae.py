@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 
 from errors import UserError
 from formats.architecture import (
@@ -27,6 +26,7 @@ from formats.architecture import (
 )
 from formats.checkpoints import FoundVAE, find_vae
 from formats.hub import hub_folder, is_hub_name
+from formats.own_kinds import OwnKind, find_own_kind
 from formats.runs import DIFFUSERS_WEIGHTS, MANIFEST, locate_vae, read_checkpoint
 from formats.statistics import (
     REPA,
@@ -36,13 +36,11 @@ from formats.statistics import (
     read_statistics,
     repa_statistics,
 )
-from models.tokenizers import STATISTICS_FILE, TOKENIZERS, Tokenizer
-from models.tokenizers.base import CONFIG_FILE
+from models.tokenizers import STATISTICS_FILE, Tokenizer
 from models.tokenizers.kl import KLTokenizer, architecture_names
 from models.weight_files import NotWeightsError, check_values, one_line, read_contents
 
 RANDOM = "none"  # --vae-ckpt none: from scratch
-KL = "AutoencoderKL"
 _SUFFIXES = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
 _WEIGHTS = tuple(f"{DIFFUSERS_WEIGHTS}{suffix}" for suffix in _SUFFIXES)
 
@@ -117,8 +115,11 @@ def load_vae(
     """
     if vae is None and checkpoint == RANDOM:
         raise UserError(f"{flag} {RANDOM}: random weights need an architecture; give --vae".strip())
-    if (other := _other_kind(vae, checkpoint, flag)) is not None:
-        return _load_other(other, vae if checkpoint in (None, RANDOM) else checkpoint, checkpoint == RANDOM, statistics)
+    named, given = find_own_kind(vae), None if checkpoint == RANDOM else find_own_kind(checkpoint)
+    if given is not None and vae is not None and (named is None or named.kind != given.kind):
+        raise UserError(f"{flag} {checkpoint} is a {given.kind.__name__}, not --vae {vae}: give --vae {checkpoint}")
+    if named is not None or given is not None:
+        return _load_own_kind(given or named, checkpoint, statistics)
     wanted = None if vae is None else architecture(vae)
     if checkpoint == RANDOM:
         tokenizer = KLTokenizer(_from_config(wanted, f"--vae {vae}"))
@@ -134,40 +135,15 @@ def load_vae(
     return LoadedVAE(tokenizer.eval(), source.found.layout, known, source.path)
 
 
-def _other_kind(vae: str | None, checkpoint: str | None, flag: str) -> type[Tokenizer] | None:
-    """The class of a tokenizer that is no ``AutoencoderKL``: named itself, or by a folder's config.json."""
-    name = vae if checkpoint in (None, RANDOM) else checkpoint
-    if name is None or name == RANDOM or name in architecture_names():
-        return None
-    kind = name
-    path = Path(name)
-    if path.is_dir():
-        path = path if (path / CONFIG_FILE).is_file() else path / "vae"  # of a run
-        try:
-            kind = json.loads((path / CONFIG_FILE).read_text())["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # whatever it is, it is named below
-    return None if kind == KL else TOKENIZERS.get(kind)
-
-
-def _load_other(kind: type[Tokenizer], name: str, is_random: bool, statistics: str | None) -> LoadedVAE:
-    """A tokenizer of its own kind, from its folder or with random weights."""
-    path = Path(name)
-    if is_random or not path.is_dir():
-        config = json.loads((path / CONFIG_FILE).read_text()) if path.is_dir() else {}
-        if not is_random:
-            raise UserError(f"--vae {name} names a kind of tokenizer: give a folder of one, or --vae-ckpt {RANDOM}")
-        tokenizer = kind.from_architecture(config)
-        return LoadedVAE(tokenizer, "random", _load_statistics(tokenizer, None, statistics), None)
-    path = path if (path / CONFIG_FILE).is_file() else path / "vae"
-    try:
-        tokenizer, has_statistics = kind.load(path)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: weights of a {kind.__name__} do not load ({one_line(error)})") from error
-    source = str(path / STATISTICS_FILE) if has_statistics else None
+def _load_own_kind(own: OwnKind, checkpoint: str | None, statistics: str | None) -> LoadedVAE:
+    """A tokenizer that is no ``AutoencoderKL``."""
+    if checkpoint == RANDOM:
+        tokenizer, source, layout = own.build(), None, "random"
+    else:
+        (tokenizer, source), layout = own.load(), f"folder of a {own.kind.__name__}"
     if statistics is not None:
         source = _load_statistics(tokenizer, None, statistics)
-    return LoadedVAE(tokenizer, f"folder of a {kind.__name__}", source, path)
+    return LoadedVAE(tokenizer, layout, source, own.folder)
 
 
 def architecture(vae: str) -> dict:

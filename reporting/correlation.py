@@ -245,6 +245,6 @@ def _vae_of(row: Row) -> str | None:
 def _sit_of(row: Row) -> str:
     settings = row.samples.settings if row.samples else {}
     arguments = row.owner.arguments
-    model = arguments.get("model") or (arguments.get("sit") or {}).get("model") or "SiT"
+    model = arguments.get("model") or (arguments.get("denoiser") or {}).get("model") or "SiT"
     steps = settings.get("train_steps") or row.owner.status.get("step")
     return f"{model}, {steps:,} steps" if steps else str(model)

@@ -127,7 +127,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         name=_name(folder),
-        sort=SORTS.get(script, "SiT" if "sit" in arguments else "VAE"),
+        sort=SORTS.get(script, "SiT" if "denoiser" in arguments else "VAE"),
         arguments=arguments,
         command=tuple(command),
         versions=record.get("versions") or {},

@@ -7,17 +7,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 
-from diffusion.draws import draw
-from tests.ldm_steps import part_of, random_batch, tiny_trainer
+from diffusion.draws import Draws, draw
+from tests.ldm_steps import CONFIG, accumulate, networks, part_of, random_batch, tiny_trainer
 from tests.sendvae_runs import gradients
-from training.ldm import latent_shape
 
 BATCH = 8
 
 
-def batch_draws(weighting: str = "uniform"):
-    shape = latent_shape(random_batch(BATCH))
-    return draw(shape, weighting, torch.device("cpu"), torch.Generator().manual_seed(2))
+def batch_draws(weighting: str = "uniform") -> Draws:
+    return draw((BATCH, *CONFIG.latent_shape), torch.Generator().manual_seed(2), weighting)
 
 
 def main(path: str) -> None:
@@ -26,8 +24,8 @@ def main(path: str) -> None:
     assert accelerator.num_processes == 2
     trainer = tiny_trainer(accelerator)
     mine = slice(rank * half, (rank + 1) * half)
-    trainer.accumulate(part_of(random_batch(BATCH), mine), part_of(batch_draws(), mine), share=1.0)
-    save_file(gradients(trainer.model), f"{path}-{rank}.safetensors")
+    accumulate(trainer, part_of(random_batch(BATCH), mine), part_of(batch_draws(), mine))
+    save_file(gradients(networks(trainer)), f"{path}-{rank}.safetensors")
     accelerator.end_training()
 
 

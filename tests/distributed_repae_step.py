@@ -7,7 +7,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 
 from tests.ldm_steps import part_of
-from tests.repae_steps import RATES, batch_draws, random_batch, state_of, tiny_trainer
+from tests.repae_steps import batch_draws, fixed_draws, random_batch, state_of, tiny_trainer
+from training.method import train_step
 
 BATCH = 8
 
@@ -19,9 +20,8 @@ def main(path: str) -> None:
     trainer = tiny_trainer(accelerator, gan=False)
     mine = slice(rank * half, (rank + 1) * half)
     for number in (0, 1):
-        draws = part_of(batch_draws(BATCH, seed=number), mine)
-        trainer.draws_for = lambda images, step, micro_step, draws=draws: draws
-        trainer.step(number, [part_of(random_batch(BATCH, seed=number), mine)], RATES)
+        fixed_draws(trainer, [part_of(batch_draws(BATCH, seed=number), mine)])
+        train_step(trainer, number, [part_of(random_batch(BATCH, seed=number), mine)])
     save_file({name: tensor.contiguous() for name, tensor in state_of(trainer).items()}, f"{path}-{rank}.safetensors")
     accelerator.end_training()
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from formats.vae import load_tokenizer
+from loss.alignment import DenoiserAlignments, Features
+from loss.alignment.repa import REPA
 from models.denoisers.sit import SiT, SiTConfig
 from runtime.checkpoint import CheckpointFolder
 from runtime.files import write_json
@@ -48,23 +50,31 @@ def write_ldm_run(
     tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
     tokenizer.statistics.load(torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.5, 1.0, 0.8]))
     tokenizer.save(folder / "vae")
-    config = SiTConfig("SiT-Ti/2", 4, RESOLUTION // 4, len(CLASS_NAMES), encoder_depth=2, feature_dims=(16,))
+    config = SiTConfig("SiT-Ti/2", 4, RESOLUTION // 4, len(CLASS_NAMES))
     model, ema = SiT(config), SiT(config)
-    random_weights(model, 1)
-    random_weights(ema, 2)
+    repa = REPA(model, [Features("vfm", config.grid, 16)], depth=2, width=32, weight=0.5)
+    modules = {"model": model, "alignment": DenoiserAlignments({"repa": repa}), "ema": ema}
+    for name, seed in (("model", 1), ("ema", 2), ("alignment", 3)):
+        random_weights(modules[name], seed)
     arguments = {
-        "sit": config.to_dict(),
+        "denoiser": config.to_dict(),
+        "align": "repa",
+        "enc_type": "vfm",
+        "feature_widths": [16],
+        "encoder_depth": 2,
+        "projector_width": 32,
         "path_type": path_type,
         "class_names": CLASS_NAMES,
         "resolution": RESOLUTION,
         "vae_checksum": tokenizer.checksum(),
+        "statistics_checksum": tokenizer.statistics.checksum(),
     } | changes
     arguments = {name: value for name, value in arguments.items() if value is not None}
     checkpoints = CheckpointFolder(folder)
     if milestone:
-        early = checkpoints.save(STEP // 2, {"model": model, "ema": ema}, {}, arguments)
+        early = checkpoints.save(STEP // 2, modules, {}, arguments)
         checkpoints.keep_milestone(early, ("ema",), arguments)
-    checkpoints.save(STEP, {"model": model, "ema": ema}, {"optimizer": {}}, arguments)
+    checkpoints.save(STEP, modules, {"optimizer": {}}, arguments)
     checkpoints.prune(1)
     write_json(folder / "args.json", {"args": arguments})
     write_json(folder / "status.json", {"state": state, "step": STEP, "max_train_steps": STEP, "reason": None})

@@ -1,52 +1,97 @@
-"""Tiny LDM trainers for the tests, without a run or a cache."""
+"""Tiny LDM trainings for the tests, without a run or a cache."""
+
+import argparse
+from collections.abc import Sequence
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 
 from dataset.latents import LatentBatch
+from diffusion.draws import Draws
+from formats.vae import load_tokenizer
+from loss.alignment import Features, build_denoiser_alignment
 from models.denoisers.sit import SiT, SiTConfig
-from models.latent_statistics import LatentStatistics
-from training.ema import EMA
-from training.ldm import LDMTrainer
-from training.optimizer import build_adamw
+from training.ldm import LDM, AlignedDenoiser
+from training.method import Metrics
 
-CONFIG = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6, encoder_depth=4, feature_dims=(12,), projector_width=16)
-ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8}
+CONFIG = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)
+FEATURES = (Features("vfm", 4, 12),)
+FLAGS = {
+    "cfg_prob": 0.0,
+    "path_type": "linear",
+    "weighting": "uniform",
+    "learning_rate": 1e-3,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "max_train_steps": 100,
+    "max_grad_norm": 1.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 0.0,
+    "adam_epsilon": 1e-8,
+    "ema_decay": 0.0,
+    "proj_coeff": 0.5,
+    "encoder_depth": 4,
+    "projector_width": 16,
+    "vae_repa_coeff": 1.0,
+    "vae_repa_depth": 2,
+    "vae_repa_width": 24,
+    "vae_repa_times": (0.0, 1.0),
+}
 
 
 def tiny_trainer(
-    accelerator: Accelerator | None = None, seed: int = 0, ema_decay: float = 0.0, config: SiTConfig = CONFIG, **changes
-) -> LDMTrainer:
-    """SiT-Ti/2 whose zero-initialised layers are not zero; features come with the batch; no label is dropped."""
-    accelerator = accelerator or Accelerator(cpu=True)
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    align: Sequence[str] = ("repa",),
+    config: SiTConfig = CONFIG,
+    features: Sequence[Features] = FEATURES,
+    **flags: object,
+) -> LDM:
+    """SiT-Ti/2 whose zero-initialised layers are not zero; features come with the batch; no label is dropped.
+
+    Args:
+        accelerator: one process on the CPU by default.
+        seed: of weights and draws.
+        align: names of alignments.
+        config: of the denoiser, for latents of 4 channels.
+        features: what REPA compares with.
+        flags: that differ from ``FLAGS``.
+    """
+    args = argparse.Namespace(**FLAGS | {"seed": seed} | flags)
     torch.manual_seed(seed)
-    model = SiT(config).train()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    statistics = LatentStatistics(config.latent_channels)
-    statistics.load(torch.tensor([0.5, -0.2, 0.1, 0.0]), torch.tensor([1.5, 0.7, 1.0, 2.0]))
-    options = {
-        "proj_coeff": 0.5,
-        "cfg_prob": 0.0,
-        "path_type": "linear",
-        "weighting": "uniform",
-        "max_grad_norm": 1.0,
-        "seed": seed,
-        "optimizer": build_adamw(model.parameters(), **ADAMW),
-        "ema": EMA(model, ema_decay) if ema_decay else None,
-    } | changes
-    return LDMTrainer(model, statistics, None, accelerator=accelerator, **options)
+    denoiser = SiT(config).train()
+    alignment = build_denoiser_alignment(args, align, denoiser, features).train()
+    for module in (denoiser, alignment):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
+    tokenizer.statistics.load(torch.tensor([0.5, -0.2, 0.1, 0.0]), torch.tensor([1.5, 0.7, 1.0, 2.0]))
+    return LDM(args, accelerator or Accelerator(cpu=True), denoiser, alignment, tokenizer, encoders=None)
 
 
-def random_batch(count: int, seed: int = 1, config: SiTConfig = CONFIG) -> LatentBatch:
+def networks(trainer: LDM) -> AlignedDenoiser:
+    """All that is trained: parameters ``denoiser.…`` and ``alignment.NAME.…``."""
+    return trainer.accelerator.unwrap_model(trainer.networks)
+
+
+def accumulate(trainer: LDM, batch: LatentBatch, draws: Draws, share: float = 1.0) -> Metrics:
+    """Add the gradients of a micro-batch for which just these numbers are drawn."""
+    with patch.object(trainer, "draws", lambda step, micro_step, batch: draws):
+        return trainer.accumulate(0, 0, batch, share, synchronise=True)[0]
+
+
+def random_batch(
+    count: int, seed: int = 1, config: SiTConfig = CONFIG, features: Sequence[Features] = FEATURES
+) -> LatentBatch:
     """What a cache would give."""
     generator = torch.Generator().manual_seed(seed)
-    side, channels = config.latent_size, config.latent_channels
-    mean = torch.randn(count, channels, side, side, generator=generator)
-    std = torch.rand(count, channels, side, side, generator=generator)
-    features = torch.randn(count, config.grid**2, config.feature_dims[0], generator=generator)
+    mean = torch.randn(count, *config.latent_shape, generator=generator)
+    std = torch.rand(count, *config.latent_shape, generator=generator)
+    cached = tuple(torch.randn(count, grid**2, width, generator=generator).half() for _, grid, width in features)
     labels = torch.randint(0, config.num_classes, (count,), generator=generator)
-    return LatentBatch(torch.cat([mean, std], 1).half(), labels, None, (features.half(),))
+    return LatentBatch(torch.cat([mean, std], 1).half(), labels, None, cached)
 
 
 def part_of(batch: tuple, part: slice):

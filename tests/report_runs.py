@@ -25,7 +25,7 @@ def write_run(folder: Path, sort: str = "SiT", steps: int = 400, **arguments: ob
     folder.mkdir(parents=True)
     args = {"exp_name": folder.name, "batch_size": 64, "seed": 0, **arguments}
     if sort == "SiT":
-        args = {"sit": {"model": "SiT-Ti/2"}, "model": "SiT-Ti/2", **args}
+        args = {"denoiser": {"model": "SiT-Ti/2"}, "model": "SiT-Ti/2", **args}
     command = [COMMANDS[sort], "--exp-name", folder.name]
     record = {"args": args, "command": command, "versions": {"torch": "2.6"}, "git_commit": "0123456789abcdef"}
     write_json(folder / "args.json", record)

@@ -1,22 +1,54 @@
-"""Tiny Send-VAE trainings for the tests: flags, and a trainer without a run."""
+"""Tiny Send-VAE trainings for the tests: flags, and a method without a run."""
+
+import argparse
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+from dataset.loader import ImageBatch
+from diffusion.draws import Draws, draw
 from formats.vae import load_tokenizer
-from loss.alignment.vf import VFLoss
+from loss.alignment import Features, TokenizerAlignment
+from loss.alignment.mapper import MapperAlignment
+from loss.alignment.vf import VFAlignment
 from loss.vae_objective import VAELossConfig, VAEObjective
 from models.discriminator import PatchDiscriminator
-from models.encoders import build_encoder
-from models.mapper import LinearMapper, Mapper
+from models.encoders import Encoder, build_encoder
+from models.mapper import Mapper
 from tests.command_line import argv_of
 from training.ema import EMA
-from training.optimizer import build_adamw
-from training.sendvae import SendVAE, SendVAETrainer
+from training.sendvae import AlignedTokenizer, SendVAE
 
 RESOLUTION = 32
+LATENT = (4, 8, 8)  # f4d4-tiny's at 32 px
 GRID = 2
-ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8}
+FLAGS = {
+    "resolution": RESOLUTION,
+    "freeze_vae": False,
+    "weighting": "uniform",
+    "path_type": "linear",
+    "align_loss": "cosine",
+    "align_coeff": 1.0,
+    "mapper_depth": 1,
+    "noise_injection": True,
+    "vf_weight": 0.1,
+    "vf_cosine_margin": 0.5,
+    "vf_distance_margin": 0.25,
+    "bn_momentum": 0.1,
+    "ema_decay": 0.0,
+    "vae_learning_rate": 1e-3,
+    "disc_learning_rate": 1e-3,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "max_train_steps": 100,
+    "max_grad_norm": 1.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 0.0,
+    "adam_epsilon": 1e-8,
+}
 
 
 def flags(data, output, name: str = "run", **changes) -> list[str]:
@@ -42,43 +74,49 @@ def tiny_trainer(
     accelerator: Accelerator | None = None,
     seed: int = 0,
     gan: bool = True,
-    align_coeff: float = 1.0,
-    bn_momentum: float = 0.1,
-    ema_decay: float = 0.0,
-    freeze_vae: bool = False,
-    vf_loss: VFLoss | None = None,
-    **loss: object,
-) -> SendVAETrainer:
-    """f4d4-tiny, one ViT block, efficientnet-lite0 on a 2×2 grid, no LPIPS; random weights from ``seed``.
+    vfms: Sequence[str] = ("efficientnet-lite0",),
+    perceptual: nn.Module | None = None,
+    loss: Mapping[str, object] | None = None,
+    **flags: object,
+) -> SendVAE:
+    """f4d4-tiny, mappers of a ViT block on a 2×2 grid (vf: linear, on the latent's 8×8); random weights from ``seed``.
 
-    With ``vf_loss`` a linear mapper, on the latent's 8×8 grid.
+    Args:
+        accelerator: one process on the CPU by default.
+        seed: of weights and draws.
+        gan: whether there is a discriminator.
+        vfms: names, each with a mapper of its own.
+        perceptual: stands for LPIPS; None: the loss has no such term.
+        loss: of the VAE's loss, what differs from the defaults.
+        flags: that differ from ``FLAGS``.
     """
-    accelerator = accelerator or Accelerator(cpu=True)
+    args = argparse.Namespace(**FLAGS | {"seed": seed} | flags)
     torch.manual_seed(seed)
     tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
-    encoders, mapper = [], None
-    if align_coeff:
-        encoders = [build_encoder("efficientnet-lite0", RESOLUTION // 4 if vf_loss else GRID)]
-        width = encoders[0].embed_dim
-        mapper = LinearMapper(4, width) if vf_loss else Mapper(4, RESOLUTION // 4, GRID, width, projector_width=64)
-    model = SendVAE(tokenizer, mapper, freeze_vae=freeze_vae, raw_latent=vf_loss is not None).train()
+    encoders, alignment = [], None
+    if args.align_coeff:
+        encoders = [build_encoder(name, LATENT[1] if args.align_loss == "vf" else GRID) for name in vfms]
+        alignment = tiny_alignment(args, encoders).train()
     discriminator = PatchDiscriminator(width=8).train() if gan else None
-    config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.1 if gan else 0.0, **loss)
-    return SendVAETrainer(
-        model,
-        VAEObjective(config, None),
-        discriminator,
-        encoders,
-        align_coeff=align_coeff,
-        bn_momentum=bn_momentum,
-        max_grad_norm=1.0,
-        seed=seed,
-        optimizer=build_adamw(model.parameters(), **ADAMW),
-        disc_optimizer=build_adamw(discriminator.parameters(), **ADAMW) if gan else None,
-        ema=EMA(tokenizer, ema_decay) if ema_decay else None,
-        accelerator=accelerator,
-        vf_loss=vf_loss,
-    )
+    options = {"perceptual_weight": float(perceptual is not None), "discriminator_weight": 0.1 if gan else 0.0}
+    objective = VAEObjective(VAELossConfig(**options | dict(loss or {})), perceptual)
+    ema = EMA(tokenizer, args.ema_decay) if args.ema_decay else None
+    networks = tokenizer.train(), alignment, encoders, objective, discriminator
+    return SendVAE(args, accelerator or Accelerator(cpu=True), *networks, ema)
+
+
+def tiny_alignment(args: argparse.Namespace, encoders: Sequence[Encoder]) -> TokenizerAlignment:
+    """That of ``--align-loss``, with narrow mappers."""
+    features = [Features(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
+    if args.align_loss == "vf":
+        return VFAlignment.from_arguments(args, LATENT, features)
+    mappers = [Mapper(*LATENT[:2], vfm.grid, vfm.width, args.mapper_depth, projector_width=64) for vfm in features]
+    return MapperAlignment(mappers, features, args.align_coeff, args.path_type if args.noise_injection else None)
+
+
+def networks(trainer: SendVAE) -> AlignedTokenizer:
+    """All that the first optimizer trains: parameters ``tokenizer.…`` and ``alignment.…``."""
+    return trainer.accelerator.unwrap_model(trainer.networks)
 
 
 def random_images(count: int, seed: int = 1) -> torch.Tensor:
@@ -86,6 +124,21 @@ def random_images(count: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(
         0, 256, (count, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
+
+
+def image_batch(count: int, seed: int = 1) -> ImageBatch:
+    """Random images, all of one class."""
+    return ImageBatch(random_images(count, seed), torch.zeros(count, dtype=torch.int64))
+
+
+def draws_for(count: int, seed: int = 2) -> Draws:
+    """For so many images."""
+    return draw((count, *LATENT), torch.Generator().manual_seed(seed))
+
+
+def part_of(batch: tuple, part: slice) -> tuple:
+    """Some items of a batch, or of its draws."""
+    return type(batch)(*(tensor[part] for tensor in batch))
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:

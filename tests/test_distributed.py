@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from models.latent_statistics import latent_moments
 from models.pixels import to_signed
-from tests.distributed_step import BATCH, batch_noise
+from tests.distributed_step import BATCH
 from tests.photographs import write_class_folders
-from tests.sendvae_runs import flags, gradients, random_images, tiny_trainer
+from tests.sendvae_runs import draws_for, flags, gradients, image_batch, networks, part_of, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -27,18 +27,18 @@ def torchrun(*command: str, check: bool = True) -> subprocess.CompletedProcess:
     )
 
 
-def step_on_two_processes(tmp_path: Path, gan: str) -> list[dict[str, torch.Tensor]]:
-    torchrun("tests/distributed_step.py", str(tmp_path / gan), gan)
-    return [load_file(tmp_path / f"{gan}-{rank}.safetensors") for rank in (0, 1)]
+def step_on_two_processes(tmp_path: Path, mode: str) -> list[dict[str, torch.Tensor]]:
+    torchrun("tests/distributed_step.py", str(tmp_path / mode), mode)
+    return [load_file(tmp_path / f"{mode}-{rank}.safetensors") for rank in (0, 1)]
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     ranks = step_on_two_processes(tmp_path, "plain")
     trainer = tiny_trainer(gan=False)
-    _, latent = trainer.accumulate(random_images(BATCH), batch_noise(), step=0, share=1.0)
+    _, latent = trainer.backward(0, image_batch(BATCH), draws_for(BATCH), share=1.0, synchronise=True)
     trainer.statistics.update(latent_moments(latent), 0.1)
-    expected = {f"model.{name}": g for name, g in gradients(trainer.model).items()}
+    expected = {f"model.{name}": g for name, g in gradients(networks(trainer)).items()}
     expected |= {f"statistics.{name}": t for name, t in trainer.statistics.state_dict().items()}
     for tensors in ranks:
         assert tensors.keys() == expected.keys()
@@ -51,14 +51,14 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
 def test_discriminator_gradients_are_the_mean_of_local_ones(tmp_path):
     """PatchGAN's BatchNorm sees its own process's images, so the reference is computed half by half."""
     ranks = step_on_two_processes(tmp_path, "gan")
-    trainer = tiny_trainer(adaptive_discriminator_weight=True)
-    noise, half = batch_noise(), BATCH // 2
+    trainer, half = tiny_trainer(loss={"adaptive_discriminator_weight": True}), BATCH // 2
+    tokenizer = trainer.tokenizer
     loss, reconstruction_gradient, gan_gradient = 0, 0, 0
     for rank in (0, 1):
         mine = slice(rank * half, (rank + 1) * half)
-        x = random_images(BATCH)[mine]
-        x_hat = trainer.model(x, type(noise)(*(tensor[mine] for tensor in noise))).reconstruction
-        last, l1 = trainer.model.tokenizer.last_layer, (to_signed(x) - x_hat).abs().mean()
+        x = image_batch(BATCH).images[mine]
+        x_hat = tokenizer.decode(tokenizer.encode(x).sample(part_of(draws_for(BATCH), mine).posterior))
+        last, l1 = tokenizer.network.decoder.conv_out.weight, (to_signed(x) - x_hat).abs().mean()
         reconstruction_gradient = reconstruction_gradient + torch.autograd.grad(l1, last, retain_graph=True)[0] / 2
         generator = -trainer.discriminator(x_hat).mean()
         gan_gradient = gan_gradient + torch.autograd.grad(generator, last)[0] / 2

@@ -135,7 +135,7 @@ def test_against_a_sampler_written_out(run, tmp_path):
         seed=5,
     )
     checkpoint = open_trained_ldm(run, None, "ema").checkpoint
-    model = SiT(SiTConfig.from_dict(checkpoint.manifest()["args"]["sit"])).eval()
+    model = SiT(SiTConfig.from_dict(checkpoint.manifest()["args"]["denoiser"])).eval()
     checkpoint.load_module("ema", model)
     items, labels = torch.arange(count), torch.arange(count) % len(CLASS_NAMES)
     times = [1 - 0.96 * k / (steps - 1) for k in range(steps)] + [0.0]
@@ -143,9 +143,9 @@ def test_against_a_sampler_written_out(run, tmp_path):
     with torch.no_grad():
         for k, (t, then) in enumerate(pairwise(times)):
             time_of_all = torch.full((count,), t)
-            v = model(x.float(), time_of_all, labels).double()
+            v = model(x.float(), time_of_all, labels)[0].double()
             if low <= t <= high:
-                without = model(x.float(), time_of_all, torch.full_like(labels, len(CLASS_NAMES))).double()
+                without = model(x.float(), time_of_all, torch.full_like(labels, len(CLASS_NAMES)))[0].double()
                 v = without + scale * (v - without)
             score = -(x + (1 - t) * v) / t
             x = x + (then - t) * (v - t * score)
@@ -343,6 +343,7 @@ def test_dry_run_of_random_networks_needs_no_training(tmp_path, monkeypatch, cap
         (["--model", "SiT-Ti/2"], "for --dry-run only"),
         (["--model", "SiT-Ti/2", "--dry-run", "--ckpt", "x"], "--ckpt and --model exclude each other"),
         (["--model", "SiT-Ti/2", "--dry-run", "--train-steps", "3"], "--train-steps and --model exclude"),
+        (["--model", "SiT-Ti/2", "--dry-run", "--vae-ckpt", "x"], "--vae-ckpt and --model exclude"),
         (["--model", "SiT-Ti/2", "--dry-run", "--resolution", "33"], "not a multiple of the VAE's downsampling"),
         (["--model", "SiT-Q/2", "--dry-run"], "SiT-Q/2 is not known"),
         (["--dry-run"], "give --exp-path"),

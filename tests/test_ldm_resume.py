@@ -58,7 +58,7 @@ def start(data: Path, name: str, **changes) -> subprocess.Popen:
 def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     last = [run / "checkpoints" / "0000040" for run in (a, b)]
-    for name in ("model", "ema"):
+    for name in ("model", "ema", "alignment"):
         x, y = (load_file(folder / f"{name}.safetensors") for folder in last)
         assert x.keys() == y.keys()
         assert all(torch.equal(x[key], y[key]) for key in x), name

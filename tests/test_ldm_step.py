@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.denoisers.sit import SiTConfig
+from loss.alignment import Features
 from models.encoders import build_encoder
 from tests.distributed_ldm_step import BATCH, batch_draws
-from tests.ldm_steps import CONFIG, part_of, random_batch, tiny_trainer
+from tests.ldm_steps import accumulate, networks, part_of, random_batch, tiny_trainer
 from tests.sendvae_runs import gradients
 from tests.test_distributed import torchrun
+from training.method import train_step
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
@@ -19,9 +20,9 @@ from tests.test_distributed import torchrun
 def test_terms_equal_a_derivation_in_float64(path_type, weighting):
     trainer = tiny_trainer(path_type=path_type, weighting=weighting)
     batch, draws = random_batch(BATCH), batch_draws(weighting)
-    metrics = trainer.accumulate(batch, draws, share=1.0)
+    metrics = accumulate(trainer, batch, draws)
 
-    mean, std = batch.moments[:, :4].double(), batch.moments[:, 4:].double()
+    mean, std = batch.stored[:, :4].double(), batch.stored[:, 4:].double()
     centre = torch.tensor([0.5, -0.2, 0.1, 0.0], dtype=torch.float64)[:, None, None]
     scale = torch.tensor([1.5, 0.7, 1.0, 2.0], dtype=torch.float64)[:, None, None]
     x = (mean + std * draws.posterior.double() - centre) / scale
@@ -36,8 +37,8 @@ def test_terms_equal_a_derivation_in_float64(path_type, weighting):
     else:
         noisy = angle.cos() * x + angle.sin() * noise
         target = math.pi / 2 * (angle.cos() * noise - angle.sin() * x)
-    model = trainer.model.double()
-    velocity, (tokens,) = model(noisy, t, batch.labels, with_tokens=True)
+    velocity, (state,) = trainer.denoiser.double()(noisy, t, batch.labels, taps=(4,))
+    tokens = trainer.alignment["repa"].double().projectors[0](state)
     denoise = ((velocity - target) ** 2).mean()
     features = batch.features[0].double()
     cosine = (tokens * features).sum(-1) / (tokens.norm(dim=-1) * features.norm(dim=-1))
@@ -49,42 +50,42 @@ def test_terms_equal_a_derivation_in_float64(path_type, weighting):
 def test_gradients_are_those_of_denoise_plus_half_repa():
     trainer = tiny_trainer()
     batch, draws = random_batch(BATCH), batch_draws()
-    trainer.accumulate(batch, draws, share=1.0)
-    both = gradients(trainer.model)
+    accumulate(trainer, batch, draws)
+    both = gradients(networks(trainer))
     parts = []
     for coeff in (0.0, 1.0):
         single = tiny_trainer(proj_coeff=coeff)
-        single.accumulate(batch, draws, share=1.0)
-        parts.append(gradients(single.model))
+        accumulate(single, batch, draws)
+        parts.append(gradients(networks(single)))
     for name, gradient in both.items():
         expected = 0.5 * (parts[0][name] + parts[1][name])
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
-    assert not any(g.any() for name, g in parts[0].items() if name.startswith("projectors"))
-    late = [name for name in both if name.startswith(("blocks.4", "blocks.5", "final_layer"))]
+    assert not any(g.any() for name, g in parts[0].items() if name.startswith("alignment.repa.projectors"))
+    late_parts = ("denoiser.blocks.4", "denoiser.blocks.5", "denoiser.final_layer")
+    late = [name for name in both if name.startswith(late_parts)]
+    assert late
     assert all(torch.allclose(parts[0][name], parts[1][name], rtol=1e-4, atol=1e-6) for name in late)
 
 
 def test_without_repa_there_are_no_projectors():
-    config = SiTConfig(**(CONFIG.to_dict() | {"feature_dims": ()}))
-    trainer = tiny_trainer(config=config)
-    metrics = trainer.step(0, [random_batch(4)], rate=1e-3)
+    trainer = tiny_trainer(align=())
+    assert not list(trainer.alignment.parameters())
+    metrics = train_step(trainer, 0, [random_batch(4)])
     assert "repa" not in metrics
     assert metrics["loss"].item() == metrics["denoise"].item()
 
 
 def test_images_go_through_the_frozen_encoder():
     encoder = build_encoder("efficientnet-lite0", 4)
-    config = SiTConfig(**(CONFIG.to_dict() | {"feature_dims": (encoder.embed_dim,)}))
-    trainer = tiny_trainer(config=config)
+    features = [Features("efficientnet-lite0", 4, encoder.embed_dim)]
+    trainer = tiny_trainer(features=features)
     trainer.encoders = [encoder]
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batch = random_batch(4, config=config)._replace(images=images, features=None)
-    from_images = trainer.accumulate(batch, part_of(batch_draws(), slice(0, 4)), share=1.0)
+    batch, draws = random_batch(4)._replace(images=images, features=None), part_of(batch_draws(), slice(0, 4))
+    from_images = accumulate(trainer, batch, draws)
     assert all(parameter.grad is None for parameter in encoder.parameters())
     trainer.encoders = None
-    cached = trainer.accumulate(
-        batch._replace(features=(encoder(images),)), part_of(batch_draws(), slice(0, 4)), share=1.0
-    )
+    cached = accumulate(trainer, batch._replace(features=(encoder(images),)), draws)
     assert torch.equal(from_images["repa"], cached["repa"])
 
 
@@ -92,13 +93,13 @@ def test_labels_are_dropped_with_the_probability_given():
     trainer = tiny_trainer(cfg_prob=0.3)
     batch, seen = random_batch(2000), []
 
-    def network(x, t, y, with_latent):
-        seen.append(y)
-        return x * trainer.model.x_embedder.proj.bias.sum(), [], None
+    def network(noisy, t, labels, x, features):
+        seen.append(labels)
+        return noisy * trainer.denoiser.x_embedder.proj.bias.sum(), {}
 
-    trainer.wrapped = network
-    trainer.accumulate(batch, trainer.draws_for(batch, 0, 0), share=1.0)
-    dropped = seen[0] == trainer.model.null_class
+    trainer.networks = network
+    accumulate(trainer, batch, trainer.draws(0, 0, batch))
+    dropped = seen[0] == trainer.denoiser.null_class
     assert torch.equal(seen[0][~dropped], batch.labels[~dropped])
     # binomial: standard deviation sqrt(0.3·0.7/2000) = 0.0102; four of them
     assert dropped.double().mean().item() == pytest.approx(0.3, abs=0.041)
@@ -107,41 +108,43 @@ def test_labels_are_dropped_with_the_probability_given():
 def test_draws_depend_on_seed_step_micro_step_and_kind():
     trainer, other = tiny_trainer(seed=0), tiny_trainer(seed=1)
     batch = random_batch(4)
-    base = trainer.draws_for(batch, 3, 1)
-    assert all(torch.equal(a, b) for a, b in zip(base, trainer.draws_for(batch, 3, 1), strict=True))
-    for changed in (trainer.draws_for(batch, 4, 1), trainer.draws_for(batch, 3, 0), other.draws_for(batch, 3, 1)):
+    base = trainer.draws(3, 1, batch)
+    assert all(torch.equal(a, b) for a, b in zip(base, trainer.draws(3, 1, batch), strict=True))
+    for changed in (trainer.draws(4, 1, batch), trainer.draws(3, 0, batch), other.draws(3, 1, batch)):
         assert not any(torch.equal(a, b) for a, b in zip(base, changed, strict=True))
     assert not torch.equal(base.posterior, base.noise)
-    times = tiny_trainer(weighting="lognormal").draws_for(random_batch(64), 0, 0).times
+    times = tiny_trainer(weighting="lognormal").draws(0, 0, random_batch(64)).times
     assert times.min() < 0  # standard normal, not uniform
 
 
 def test_accumulated_micro_batches_are_the_whole_batch():
     batch, draws = random_batch(BATCH), batch_draws()
     whole, parts = tiny_trainer(), tiny_trainer()
-    whole.accumulate(batch, draws, share=1.0)
+    accumulate(whole, batch, draws)
     for part in (slice(0, 4), slice(4, 8)):
-        parts.accumulate(part_of(batch, part), part_of(draws, part), share=0.5)
-    expected, found = gradients(whole.model), gradients(parts.model)
+        accumulate(parts, part_of(batch, part), part_of(draws, part), share=0.5)
+    expected, found = gradients(networks(whole)), gradients(networks(parts))
     assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-6
 
 
 def test_step_moves_the_weights_and_the_average_follows():
+    """Projectors move too, and are not averaged."""
     trainer = tiny_trainer(ema_decay=0.9)
-    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    metrics = trainer.step(0, [random_batch(4)], rate=1e-3)
-    after = dict(trainer.model.named_parameters())
+    before = {name: p.clone() for name, p in networks(trainer).named_parameters()}
+    metrics = train_step(trainer, 0, [random_batch(4)])
+    after = dict(networks(trainer).named_parameters())
     assert all(not torch.equal(before[name], after[name]) for name in before if "y_embedder" not in name)
-    average = dict(trainer.ema.module.named_parameters())
-    for name in before:
+    average = {f"denoiser.{name}": parameter for name, parameter in trainer.ema.module.named_parameters()}
+    assert average.keys() == {name for name in before if not name.startswith("alignment.repa.projectors.")}
+    for name in average:
         torch.testing.assert_close(average[name], 0.9 * before[name] + 0.1 * after[name], rtol=1e-5, atol=1e-7)
     assert metrics["skipped"].item() == 0
 
 
 def test_the_loss_falls():
-    trainer = tiny_trainer()
+    trainer = tiny_trainer(learning_rate=2e-3)
     batch = random_batch(16)
-    losses = [trainer.step(step, [batch], rate=2e-3)["denoise"].item() for step in range(60)]
+    losses = [train_step(trainer, step, [batch])["denoise"].item() for step in range(60)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
@@ -150,8 +153,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     torchrun("tests/distributed_ldm_step.py", str(tmp_path / "gradients"))
     ranks = [load_file(tmp_path / f"gradients-{rank}.safetensors") for rank in (0, 1)]
     trainer = tiny_trainer()
-    trainer.accumulate(random_batch(BATCH), batch_draws(), share=1.0)
-    expected = gradients(trainer.model)
+    accumulate(trainer, random_batch(BATCH), batch_draws())
+    expected = gradients(networks(trainer))
     assert ranks[0].keys() == expected.keys()
     assert max((ranks[0][name] - expected[name]).abs().max().item() for name in expected) < 1e-5
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in expected)

@@ -14,12 +14,13 @@ from errors import UserError
 from formats.vae import load_tokenizer
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
 from loss.perceptual import build_lpips
-from loss.reconstruction import kl_divergence, reconstruction_loss
+from loss.reconstruction import reconstruction_loss
 from loss.total import total
-from loss.vae_objective import VAELossConfig, VAEObjective, load_loss_config
+from loss.vae_objective import VAELossConfig, VAEObjective, gradient_at, load_loss_config
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.mapper import Mapper
 from models.pixels import to_signed
+from models.tokenizers.kl import Posterior
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -44,9 +45,11 @@ def test_kl_is_the_divergence_from_a_standard_normal_summed_over_the_latent():
     mean, logvar = normal(2, 3, 4, 2, 2), normal(3, 3, 4, 2, 2)
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum() / 3
-    assert kl_divergence(mean, logvar).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert kl_divergence(torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)).item() == 0.0
-    assert kl_divergence(torch.ones(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)).item() == pytest.approx(0.5 * 36)
+    assert Posterior(mean, logvar).regulariser().keys() == {"kl"}
+    assert Posterior(mean, logvar).regulariser()["kl"].item() == pytest.approx(expected.item(), rel=1e-6)
+    ones, zeros = torch.ones(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)
+    assert Posterior(zeros, zeros).regulariser()["kl"].item() == 0.0
+    assert Posterior(ones, zeros).regulariser()["kl"].item() == pytest.approx(0.5 * 36)
 
 
 # --- GAN --------------------------------------------------------------------------------------------------------------
@@ -355,10 +358,13 @@ class Parts:
     def terms(self, objective: VAEObjective, gan: bool = True) -> dict[str, torch.Tensor]:
         self.discriminator.requires_grad_(False)
         discriminator = self.discriminator if gan else None
-        posterior = self.posterior
         return objective.generator_terms(
-            self.images, self.reconstruction, posterior.mean, posterior.logvar, discriminator
+            self.images, self.reconstruction, self.posterior.regulariser(), discriminator
         )
+
+    def weights(self, objective: VAEObjective, terms: dict[str, torch.Tensor]) -> dict[str, float | torch.Tensor]:
+        """As one process calls it."""
+        return objective.generator_weights(terms, self.vae.network.decoder.conv_out.weight, gradient_at)
 
     def trained(self) -> set[str]:
         """Which parts hold a gradient other than zero."""
@@ -392,7 +398,7 @@ def test_the_terms_are_unweighted_and_the_weights_applied_once():
     )
     parts, objective = Parts(), VAEObjective(config, mean_distance_module)
     terms = parts.terms(objective)
-    weights = objective.generator_weights(terms, parts.vae.last_layer)
+    weights = parts.weights(objective, terms)
     assert set(terms) == {"reconstruction", "perceptual", "kl", "gan"}
     x, y = parts.images.double(), parts.reconstruction.detach().double()
     mean, logvar = parts.posterior.mean.detach().double(), parts.posterior.logvar.detach().double()
@@ -413,7 +419,22 @@ def test_terms_without_a_part_in_the_loss_are_left_out():
     parts, objective = Parts(), VAEObjective(VAELossConfig(perceptual_weight=0.0), None)
     terms = parts.terms(objective, gan=False)
     assert set(terms) == {"reconstruction", "kl"}
-    assert objective.generator_weights(terms, parts.vae.last_layer) == {"reconstruction": 1.0, "kl": 1e-6}
+    assert parts.weights(objective, terms) == {"reconstruction": 1.0, "kl": 1e-6}
+
+
+def test_what_a_tokenizer_has_beside_kl_counts_once():
+    parts, objective = Parts(), VAEObjective(VAELossConfig(perceptual_weight=0.0), None)
+    terms = objective.generator_terms(parts.images, parts.reconstruction, {"commitment": torch.tensor(3.0)})
+    assert set(terms) == {"reconstruction", "commitment"}
+    assert parts.weights(objective, terms) == {"reconstruction": 1.0, "commitment": 1.0}
+
+
+def test_fidelity_is_the_weighted_pixel_terms():
+    terms = {"reconstruction": torch.tensor(2.0), "perceptual": torch.tensor(5.0), "kl": torch.tensor(7.0)}
+    config = VAELossConfig(reconstruction_weight=0.5, perceptual_weight=3.0)
+    assert VAEObjective(config, mean_distance_module).fidelity(terms).item() == 0.5 * 2 + 3 * 5
+    del terms["perceptual"]
+    assert VAEObjective(VAELossConfig(perceptual_weight=0.0), None).fidelity(terms).item() == 2.0
 
 
 def test_a_term_without_a_weight_is_an_error():
@@ -451,14 +472,15 @@ def test_the_adaptive_weight_compares_gradients_at_the_decoders_last_layer():
     config = VAELossConfig(perceptual_weight=3.0, adaptive_discriminator_weight=True, discriminator_weight=0.1)
     parts, objective = Parts(), VAEObjective(config, mean_distance_module)
     terms = parts.terms(objective)
-    weight = objective.generator_weights(terms, parts.vae.last_layer)["gan"]
+    weight = parts.weights(objective, terms)["gan"]
     layer = parts.vae.network.decoder.conv_out.weight
+    assert parts.vae.decoder_last_layer is layer
     fidelity = torch.autograd.grad(terms["reconstruction"] + 3 * terms["perceptual"], layer, retain_graph=True)[0]
     gan = torch.autograd.grad(terms["gan"], layer, retain_graph=True)[0]
     expected = 0.1 * fidelity.double().norm() / (gan.double().norm() + 1e-4)
     assert weight.item() == pytest.approx(expected.item(), rel=1e-5)
     assert not weight.requires_grad
-    total(terms, objective.generator_weights(terms, layer)).backward()  # the graph is still there
+    total(terms, parts.weights(objective, terms)).backward()  # the graph is still there
     assert parts.trained() == {"encoder", "decoder"}
 
 
@@ -466,9 +488,29 @@ def test_the_adaptive_weight_is_of_the_reduced_gradients():
     config = VAELossConfig(perceptual_weight=0.0, adaptive_discriminator_weight=True, discriminator_weight=1.0)
     parts, objective = Parts(), VAEObjective(config, None)
     terms = parts.terms(objective)
-    reduced = iter([torch.full((3,), 2.0), torch.full((3,), 0.5)])
-    weight = objective.generator_weights(terms, parts.vae.last_layer, reduce=lambda gradient: next(reduced))["gan"]
+    layer = parts.vae.decoder_last_layer
+    reduced, asked = iter([torch.full((3,), 2.0), torch.full((3,), 0.5)]), []
+
+    def gradient(loss: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        asked.append((loss.item(), parameter is layer))
+        return next(reduced)
+
+    weight = objective.generator_weights(terms, layer, gradient)["gan"]
+    assert asked == [(terms["reconstruction"].item(), True), (terms["gan"].item(), True)]
     assert weight.item() == pytest.approx(2 * math.sqrt(3) / (0.5 * math.sqrt(3) + 1e-4), rel=1e-6)
+
+
+def test_a_gradient_at_a_layer_keeps_the_graph_and_is_that_of_the_unscaled_loss():
+    layer = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
+    loss = layer.pow(3).sum()
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        assert gradient_at(loss, layer, scaler).tolist() == [12.0, 27.0]
+    assert layer.grad is None
+    small = layer.half().float().sum() * 2.0**-30  # its gradient passes through float16, where that is 0
+    assert gradient_at(small, layer).tolist() == [0.0, 0.0]
+    assert gradient_at(small, layer, torch.amp.GradScaler("cpu", init_scale=2.0**16)).tolist() == [2.0**-30] * 2
+    loss.backward()
+    assert layer.grad.tolist() == [12.0, 27.0]
 
 
 @pytest.mark.parametrize(
@@ -532,7 +574,6 @@ def test_terms_of_half_precision_inputs_are_float32(dtype):
         generator_loss(fake),
         LeCam()(real, fake),
         reconstruction_loss(images, -images),
-        kl_divergence(images, images),
     ):
         assert value.dtype == torch.float32
         assert value.isfinite()

@@ -14,6 +14,7 @@ from errors import UserError
 from formats.discriminator import load_discriminator
 from formats.vae import load_tokenizer
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
+from models.latent_statistics import LatentStatistics
 from models.layers import sincos_positions
 from models.mapper import Mapper, num_heads
 from models.pixels import to_signed, to_uint8
@@ -254,16 +255,42 @@ def test_a_sample_is_mean_plus_std_times_noise():
     torch.testing.assert_close(Posterior(mean, logvar).sample(noise), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_what_a_cache_stores_is_mean_and_std_and_gives_the_same_samples():
+    vae = tiny()
+    with torch.no_grad():
+        posterior = vae.encode(random_images(11))
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(12))
+    stored = posterior.stored()
+    assert (stored.shape, stored.shape[1:]) == ((2, 8, 8, 8), vae.stored_shape(32))
+    assert KLTokenizer.latent_shape_of(vae.stored_shape(32), vae.architecture) == vae.latent_shape(32)
+    assert torch.equal(stored[:, :4], posterior.mode)
+    torch.testing.assert_close(stored[:, 4:].double(), (posterior.logvar.double() / 2).exp(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(vae.sample(stored, noise), posterior.sample(noise), rtol=1e-6, atol=1e-7)
+    assert vae.sample(stored.half(), noise).dtype == torch.float32
+
+
+def test_other_statistics_leave_the_tokenizer_its_own():
+    vae, statistics = tiny(), LatentStatistics(4)
+    statistics.load(torch.ones(4), torch.full((4,), 2.0))
+    other = vae.with_statistics(statistics)
+    assert (other.statistics, other.network, other.checksum()) == (statistics, vae.network, vae.checksum())
+    assert vae.statistics.mean.tolist() == [0] * 4
+    assert torch.equal(other.state_dict()["statistics.mean"], torch.ones(4))
+
+
 def test_the_posterior_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         vae = tiny()
         posterior = vae.encode(random_images(6))
         assert posterior.mean.dtype == posterior.logvar.dtype == vae.decode(posterior.mean).dtype == torch.float32
+        assert posterior.regulariser()["kl"].dtype == posterior.stored().dtype == torch.float32
 
 
-def test_last_layer_is_the_decoders_last_weight():
+def test_last_layers_are_the_last_weights_of_decoder_and_encoder():
     vae = tiny()
-    assert vae.last_layer is dict(vae.named_parameters())["network.decoder.conv_out.weight"]
+    parameters = dict(vae.named_parameters())
+    assert vae.decoder_last_layer is parameters["network.decoder.conv_out.weight"]
+    assert vae.encoder_last_layer is parameters["network.encoder.conv_out.weight"]
 
 
 # --- VAE: files -------------------------------------------------------------------------------------------------------
@@ -364,8 +391,8 @@ def test_scratch_weights_follow_the_seed_and_have_no_known_statistics():
     torch.manual_seed(9)
     first, known = load_tokenizer("f4d4-tiny", "none")
     assert not known
-    assert torch.equal(first.last_layer, tiny(9).last_layer)
-    assert not torch.equal(first.last_layer, tiny(10).last_layer)
+    assert torch.equal(first.decoder_last_layer, tiny(9).decoder_last_layer)
+    assert not torch.equal(first.decoder_last_layer, tiny(10).decoder_last_layer)
 
 
 def edit_config(folder, **changes) -> None:

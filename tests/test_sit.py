@@ -1,5 +1,6 @@
 """SiT: sizes, the names that public checkpoints use, and its output against a plain derivation in float64."""
 
+import json
 import math
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
+from loss.alignment import REPA, Features
+from models.denoisers import build_denoiser, denoiser_config
 from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig, model_names
 
-TINY = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6, encoder_depth=4, feature_dims=(112,), projector_width=64)
+TINY = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)
 
 
 def randomised(config: SiTConfig = TINY, seed: int = 0) -> SiT:
@@ -19,6 +22,11 @@ def randomised(config: SiTConfig = TINY, seed: int = 0) -> SiT:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+def repa(model: SiT, depth: int = 4) -> REPA:
+    """Its projector for a VFM of 112 channels, after a block."""
+    return REPA(model, [Features("vfm", model.grid, 112)], depth, width=64, weight=0.5)
 
 
 def inputs(count: int = 3, config: SiTConfig = TINY, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -32,12 +40,16 @@ def inputs(count: int = 3, config: SiTConfig = TINY, dtype: torch.dtype = torch.
 def test_every_size_and_patch_builds_and_answers(name):
     """Large ones on the meta device: shapes without memory."""
     patch = int(name.rsplit("/", 1)[1])
-    config = SiTConfig(name, 32, 16, num_classes=1000, encoder_depth=4, feature_dims=(768, 1024))
+    config = SiTConfig(name, 32, 16, num_classes=1000)
     with torch.device("meta"):
         model = SiT(config)
+        features = [Features("vfm", model.grid, width) for width in (768, 1024)]
+        aligned = REPA(model, features, depth=4, width=2048, weight=0.5)
         x, t, y = torch.empty(2, 32, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.int64)
-        velocity, tokens = model(x, t, y, with_tokens=True)
+        velocity, states = model(x, t, y, taps=(4,))
+        tokens = aligned.predict(states)
     assert velocity.shape == x.shape
+    assert [state.shape for state in states] == [(2, model.grid**2, model.width)]
     assert [token.shape for token in tokens] == [(2, (16 // patch) ** 2, dim) for dim in (768, 1024)]
 
 
@@ -53,12 +65,15 @@ def test_parameter_counts_are_the_published_ones(size, millions):
 def test_keys_are_those_of_public_checkpoints():
     expected = {"pos_embed", "y_embedder.embedding_table.weight"}
     linears = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
-    linears += ["final_layer.adaLN_modulation.1", "projectors.0.0", "projectors.0.2", "projectors.0.4"]
+    linears += ["final_layer.adaLN_modulation.1"]
     for number in range(6):
         parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
         linears += [f"blocks.{number}.{part}" for part in parts]
     expected |= {f"{linear}.{part}" for linear in linears for part in ("weight", "bias")}
-    assert set(SiT(TINY).state_dict()) == expected
+    model = SiT(TINY)
+    assert set(model.state_dict()) == expected
+    linears = ["projectors.0.0", "projectors.0.2", "projectors.0.4"]
+    assert set(repa(model).state_dict()) == {f"{linear}.{part}" for linear in linears for part in ("weight", "bias")}
 
 
 def test_initialisation():
@@ -66,7 +81,7 @@ def test_initialisation():
     torch.manual_seed(0)
     model = SiT(SiTConfig("SiT-S/1", 4, 8, num_classes=1000))
     x, t, y = inputs(config=model.config)
-    assert torch.equal(model(x, t, y), torch.zeros_like(x))
+    assert torch.equal(model(x, t, y)[0], torch.zeros_like(x))
     block = model.blocks[0]
     tokens = torch.randn(2, 5, 384)
     assert torch.equal(block(tokens, torch.randn(2, 384)), tokens)
@@ -121,46 +136,61 @@ def test_velocity_equals_the_written_out_network_in_float64():
     model = randomised().double()
     model.t_embedder.frequency.copy_(10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128))
     x, t, y = inputs(dtype=torch.float64)
+    velocity, _ = model(x, t, y)
     # the embedding itself is computed in float32 (as everywhere in the field): 1e-6 is its rounding
-    torch.testing.assert_close(model(x, t, y), reference_velocity(model.state_dict(), x, t, y), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(velocity, reference_velocity(model.state_dict(), x, t, y), rtol=1e-5, atol=1e-6)
 
 
 def test_time_label_and_every_position_reach_the_output():
     model = randomised()
     x, t, y = inputs()
-    base = model(x, t, y)
-    assert not torch.allclose(base, model(x, t + 0.1, y))
-    assert not torch.allclose(base, model(x, t, y + 1))
-    assert not torch.allclose(base, model(x, t, torch.full_like(y, model.null_class)))
-    shifted = model(x.roll(2, dims=-1), t, y).roll(-2, dims=-1)
+    base, _ = model(x, t, y)
+    for changed in ((x, t + 0.1, y), (x, t, y + 1), (x, t, torch.full_like(y, model.null_class))):
+        assert not torch.allclose(base, model(*changed)[0])
+    shifted = model(x.roll(2, dims=-1), t, y)[0].roll(-2, dims=-1)
     assert not torch.allclose(base, shifted)  # positions count
 
 
 def test_samples_do_not_mix():
     model = randomised()
     x, t, y = inputs()
-    torch.testing.assert_close(model(x, t, y)[1:2], model(x[1:2], t[1:2], y[1:2]), rtol=1e-5, atol=1e-5)
+    (together, _), (alone, _) = model(x, t, y), model(x[1:2], t[1:2], y[1:2])
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_are_those_after_the_taps():
+    model = randomised()
+    x, t, y = inputs()
+    seen = {}
+    for number, block in enumerate(model.blocks, start=1):
+        block.register_forward_hook(lambda module, args, output, number=number: seen.update({number: output}))
+    velocity, states = model(x, t, y, taps=(4, 2, 4))
+    assert [*seen] == [1, 2, 3, 4, 5, 6]
+    assert all(torch.equal(state, seen[tap]) for state, tap in zip(states, (4, 2, 4), strict=True))
+    untapped, none = model(x, t, y)
+    assert none == ()
+    assert torch.equal(velocity, untapped)
+    seen.clear()
+    alone = model.hidden_states(x, t, y, (4, 2))
+    assert [*seen] == [1, 2, 3, 4]  # no block after the last tap
+    assert all(torch.equal(state, before) for state, before in zip(alone, states[:2], strict=True))
 
 
 def test_tokens_are_the_projected_states_of_the_chosen_block():
     model = randomised()
-    x, t, y = inputs()
-    seen = []
-    model.blocks[3].register_forward_hook(lambda module, args, output: seen.append(output))
-    velocity, tokens = model(x, t, y, with_tokens=True)
-    assert torch.equal(tokens[0], model.projectors[0](seen[0]))
-    assert torch.equal(velocity, model(x, t, y))
-    seen.clear()
-    model.blocks[4].register_forward_hook(lambda *args: pytest.fail("a block after the chosen one was run"))
-    assert torch.equal(model(x, t, y, only_tokens=True)[0], tokens[0])
+    aligned = repa(model)
+    assert aligned.taps == (4,)
+    _, states = model(*inputs(), aligned.taps)
+    (tokens,) = aligned.predict(states)
+    assert torch.equal(tokens, aligned.projectors[0](states[0]))
 
 
 def test_qk_norm_has_its_parameters_and_changes_the_result():
-    config = SiTConfig(**(TINY.to_dict() | {"qk_norm": True, "feature_dims": ()}))
+    config = SiTConfig(**(TINY.to_dict() | {"qk_norm": True}))
     model = randomised(config)
     assert model.blocks[0].attn.q_norm.weight.shape == (64,)
     x, t, y = inputs()
-    assert model(x, t, y).isfinite().all()
+    assert model(x, t, y)[0].isfinite().all()
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -168,8 +198,8 @@ def test_gradient_checkpointing_changes_no_gradient():
     for switch in (False, True):
         model = randomised().train()
         model.gradient_checkpointing = switch
-        velocity, tokens = model(*inputs(), with_tokens=True)
-        (velocity.square().mean() + tokens[0].square().mean()).backward()
+        velocity, (state,) = model(*inputs(), taps=(4,))
+        (velocity.square().mean() + state.square().mean()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     assert all(gradient is not None for gradient in gradients[0].values())
@@ -179,13 +209,14 @@ def test_bf16_autocast_stays_close():
     model = randomised()
     x, t, y = inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        low = model(x, t, y)
-    full = model(x, t, y)
+        low, _ = model(x, t, y)
+    full, _ = model(x, t, y)
     assert ((low.float() - full).norm() / full.norm()).item() < 0.05
 
 
 def test_config_survives_json():
     assert SiTConfig.from_dict(TINY.to_dict()) == TINY
+    assert denoiser_config(json.loads(json.dumps(TINY.to_dict()))) == TINY
     assert (TINY.patch_size, TINY.grid, TINY.size) == (2, 4, SIT_SIZES["Ti"])
     assert set(PATCH_SIZES) == {1, 2, 4, 8}
 
@@ -196,10 +227,17 @@ def test_config_survives_json():
         ({"model": "SiT-XXL/2"}, "--model SiT-XXL/2"),
         ({"model": "DiT-B/2"}, "--model DiT-B/2"),
         ({"model": "SiT-Ti/8", "latent_size": 12}, "patch 8 does not divide the 12×12 latent"),
-        ({"encoder_depth": 7}, "--encoder-depth 7"),
     ],
 )
 def test_what_does_not_fit_is_one_line(changes, message):
-    config = SiTConfig(**(TINY.to_dict() | {"feature_dims": (112,)} | changes))
+    values = TINY.to_dict() | changes
     with pytest.raises(UserError, match=message):
-        SiT(config)
+        SiT(SiTConfig(**values))
+    with pytest.raises(UserError, match=message):
+        build_denoiser(denoiser_config(values))
+
+
+@pytest.mark.parametrize("depth", [0, 7])
+def test_a_block_that_is_not_there_is_one_line(depth):
+    with pytest.raises(UserError, match=f"--encoder-depth {depth}: SiT-Ti/2 has blocks 1 to 6"):
+        repa(SiT(TINY), depth)

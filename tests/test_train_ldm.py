@@ -9,15 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training.ldm_task import LDMTask
 
 import generate
 import train_ldm
 from formats.vae import load_tokenizer
+from models.denoisers.sit import SiT, SiTConfig
 from runtime.cli import run
 from runtime.measure import count_parameters
 from tests.latent_caches import save_vae
 from tests.ldm_trainings import LATENTS, flags, write_data
+from training.ldm import LDM
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +51,24 @@ def test_a_run_leaves_everything_it_promises_and_generate_reads_it(data, tmp_pat
     assert lines[2].keys() == {"step", "val/denoise", "val_ema/denoise"}
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0000004"]
+    assert sorted(path.name for path in (folder / "checkpoints" / "0000004").iterdir()) == [
+        "alignment.safetensors", "ema.safetensors", "manifest.json", "metrics.pt", "model.safetensors", "optimizer.pt",
+    ]  # fmt: skip
     assert sorted(path.name for path in (folder / "milestones").iterdir()) == ["0000002", "0000004"]
+    assert sorted(path.name for path in (folder / "milestones" / "0000002").iterdir()) == [
+        "ema.safetensors", "manifest.json",
+    ]  # fmt: skip
+    network = SiT(SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)).state_dict()
+    assert weights(folder, 4, "model").keys() == weights(folder, 4, "ema").keys() == network.keys()
+    projector = {f"repa.projectors.0.{layer}.{part}" for layer in (0, 2, 4) for part in ("weight", "bias")}
+    assert weights(folder, 4, "alignment").keys() == projector
     assert Image.open(folder / "samples" / "0000004.png").size == (8 * 34 - 2, 4 * 34 - 2)
 
     args = json.loads((folder / "args.json").read_text())["args"]
     tokenizer, known = load_tokenizer(str(folder / "vae"))
     assert known
     assert args["vae_checksum"] == tokenizer.checksum()
-    assert args["sit"]["num_classes"] == len(args["class_names"]) == 6
+    assert args["denoiser"]["num_classes"] == len(args["class_names"]) == 6
 
     sampling = ["--exp-path", str(folder), "--num-fid-samples", "6", "--num-steps", "2", "--cfg-scale", "2"]
     assert run(generate.main, [*sampling, "--sample-dir", str(tmp_path / "generated")]) == 0
@@ -92,7 +103,7 @@ def test_without_repa_no_image_is_read_and_a_path_is_enough(data, tmp_path):
     argv = flags(data, tmp_path, "run", data_dir=None, vae_latents_name=data / LATENTS, proj_coeff=0)
     assert train(*argv) == 0
     assert "repa" not in metrics(tmp_path / "run")[0]
-    assert not any(name.startswith("projectors") for name in weights(tmp_path / "run", 2))
+    assert not (tmp_path / "run" / "checkpoints" / "0000002" / "alignment.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,7 @@ def test_a_cache_without_its_statistics_or_with_another_vae_is_refused(data, tmp
 
 
 def test_a_held_out_value_that_is_not_finite_is_left_out_of_the_log(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(LDMTask, "validate", lambda task, step: {"val/denoise": math.nan, "val/other": 1.5})
+    monkeypatch.setattr(LDM, "validate", lambda method: {"val/denoise": math.nan, "val/other": 1.5})
     assert train(*flags(data, tmp_path, "run", val_steps=1)) == 0
     assert metrics(tmp_path / "run")[-1] == {"step": 2, "val/other": 1.5}
     assert "non-finite held-out values at step 2, left out of the log: val/denoise" in capsys.readouterr().err
@@ -137,8 +148,8 @@ def test_a_held_out_value_that_is_not_finite_is_left_out_of_the_log(data, tmp_pa
 @pytest.mark.parametrize(("name", "code"), [("grad_norm", 1), ("disc_grad_norm", 0)])
 def test_a_vanished_gradient_is_named(data, tmp_path, monkeypatch, capsys, name, code):
     """Of the network: the training has failed. Of a discriminator: a warning."""
-    step = LDMTask.step
-    monkeypatch.setattr(LDMTask, "step", lambda *args: step(*args) | {name: torch.zeros(())})
+    update = LDM.update
+    monkeypatch.setattr(LDM, "update", lambda *args: update(*args) | {name: torch.zeros(())})
     assert train(*flags(data, tmp_path, "run")) == code
     said = "training has collapsed: grad_norm fell to" if code else "the discriminator learns nothing any more"
     assert said in capsys.readouterr().err
@@ -151,7 +162,7 @@ def test_longer_training_continues_a_finished_run(data, tmp_path):
     assert train(*argv, "--max-train-steps", "4") == 0
     assert train(*[a if a != "run" else "straight" for a in argv], "--max-train-steps", "4") == 0
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
-    for name in ("model", "ema"):
+    for name in ("model", "ema", "alignment"):
         resumed, straight = (weights(tmp_path / run_name, 4, name) for run_name in ("run", "straight"))
         assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 
@@ -191,8 +202,7 @@ def test_dry_run_needs_no_data_and_leaves_nothing(vae, tmp_path, capsys):
     out = capsys.readouterr().out
     with torch.device("meta"):
         channels, side = (4, 8) if vae else (32, 4)
-        config = train_ldm.SiTConfig("SiT-S/2", channels, side, 1000)
-        parameters = count_parameters(train_ldm.SiT(config))[0]
+        parameters = count_parameters(SiT(SiTConfig("SiT-S/2", channels, side, 1000)))[0]
     assert f"{parameters:,}" in out
     assert "step 2:" in out
     assert not list(tmp_path.iterdir())

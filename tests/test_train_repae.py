@@ -20,7 +20,8 @@ import train_ldm
 import train_repae
 from dataset.toy import main as make_toy
 from formats.vae import load_tokenizer
-from inference.trained_ldm import open_trained_ldm, statistics_checksum
+from inference.trained_ldm import open_trained_ldm
+from models.denoisers.sit import SiT, SiTConfig
 from models.tokenizers import Tokenizer
 from preprocessing import main as preprocess
 from runtime.cli import run
@@ -88,6 +89,13 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert lines[2].keys() == {"step", "val/psnr", "val/l1", "val/denoise", "val_ema/denoise"}
     assert json.loads((finished / "status.json").read_text())["state"] == "finished"
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["0000004"]
+    assert {path.stem for path in (finished / "checkpoints" / "0000004").glob("*.safetensors")} == {
+        "model", "ema", "alignment", "vae", "statistics_ema", "discriminator",
+    }  # fmt: skip
+    network = SiT(SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)).state_dict()
+    assert weights(finished, 4, "model").keys() == weights(finished, 4, "ema").keys() == network.keys()
+    projector = {f"repa.projectors.0.{layer}.{part}" for layer in (0, 2, 4) for part in ("weight", "bias")}
+    assert weights(finished, 4, "alignment").keys() == projector
     assert sorted(path.name for path in (finished / "milestones" / "0000002").iterdir()) == [
         "ema.safetensors", "manifest.json", "statistics_ema.safetensors", "vae.safetensors",
     ]  # fmt: skip
@@ -106,7 +114,7 @@ def test_the_tuned_vae_has_the_weights_as_trained_and_the_statistics_of_the_aver
         assert not torch.equal(average[name], trained[f"statistics.{name}"])
     manifest = json.loads((finished / "checkpoints" / "0000004" / "manifest.json").read_text())
     assert manifest["args"]["vae_checksum"] == tuned.checksum()
-    assert manifest["args"]["statistics_checksum"] == statistics_checksum(tuned)
+    assert manifest["args"]["statistics_checksum"] == tuned.statistics.checksum()
 
 
 @pytest.mark.parametrize(("step", "name"), [(2, "ema"), (4, "ema"), (4, "model")])
@@ -115,12 +123,12 @@ def test_every_checkpoint_is_sampled_with_its_own_vae(finished, step, name):
     tokenizer = trained.load_autoencoder()
     place = "milestones" if step == 2 else "checkpoints"
     expected = weights(finished, step, "vae", place)
-    assert torch.equal(tokenizer.last_layer, expected["network.decoder.conv_out.weight"])
+    assert torch.equal(tokenizer.decoder_last_layer, expected["network.decoder.conv_out.weight"])
     mean = expected["statistics.mean"] if name == "model" else weights(finished, step, "statistics_ema", place)["mean"]
     assert torch.equal(tokenizer.statistics.mean, mean)
     assert tokenizer.checksum() == trained.vae_checksum
     last = weights(finished, 4, "vae")["network.decoder.conv_out.weight"]
-    assert torch.equal(tokenizer.last_layer, last) == (step == 4)
+    assert torch.equal(tokenizer.decoder_last_layer, last) == (step == 4)
 
 
 def test_generate_samples_the_run(finished, tmp_path):
@@ -195,7 +203,7 @@ def test_gradient_checkpointing_and_pictures_change_no_bit(toy, tmp_path):
     assert train(*flags(toy, tmp_path, "plain")) == 0
     often = {"gradient_checkpointing": True, "sampling_steps": 1, "val_data_dir": toy, "max_val_images": 4}
     assert train(*flags(toy, tmp_path, "often", **often)) == 0
-    for name in ("model", "ema", "vae", "discriminator"):
+    for name in ("model", "ema", "alignment", "vae", "discriminator"):
         plain, often = (weights(tmp_path / run_name, 2, name) for run_name in ("plain", "often"))
         assert all(torch.equal(plain[key], often[key]) for key in plain)
 
@@ -267,7 +275,7 @@ def start(data: Path, name: str, **changes) -> subprocess.Popen:
 
 def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
-    for name in ("model", "ema", "vae", "discriminator", "statistics_ema"):
+    for name in ("model", "ema", "alignment", "vae", "discriminator", "statistics_ema"):
         x, y = (weights(folder, 12, name) for folder in (a, b))
         assert x.keys() == y.keys()
         assert all(torch.equal(x[key], y[key]) for key in x), name

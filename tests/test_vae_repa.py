@@ -1,27 +1,30 @@
 """VAE-REPA: its loss, one step against a derivation, who gets gradient, and train_ldm.py --align as a user calls it."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate import Accelerator
 
 import generate
-import train_ldm
 from inference.trained_ldm import open_trained_ldm
+from loss.alignment import REPA, VAEREPA, Features, parse_sum
 from loss.alignment.vae_repa import latent_alignment_error, latent_alignment_loss
-from models.denoisers.sit import PROJECTORS, SiT, SiTConfig
+from models.denoisers.sit import SiT, SiTConfig
 from runtime.cli import run
 from tests.distributed_ldm_step import BATCH, batch_draws
-from tests.ldm_runs import write_ldm_run
-from tests.ldm_steps import CONFIG, part_of, random_batch, tiny_trainer
+from tests.ldm_steps import CONFIG, accumulate, networks, part_of, random_batch, tiny_trainer
 from tests.ldm_trainings import LATENTS, flags, write_data
 from tests.sendvae_runs import gradients
 from tests.test_train_ldm import metrics, train, weights
-from training.alignment_cost import alignment_cost_lines, sit_cost
+from training.alignment_cost import alignment_cost, alignment_cost_lines, denoiser_cost
+from training.ldm import AlignedDenoiser
+from training.method import train_step
+from training.networks import build_aligned_denoiser
 
-BOTH = SiTConfig(**(CONFIG.to_dict() | {"feature_dims": (12,), "latent_depth": 2, "latent_width": 24}))
-ALONE = SiTConfig(**(BOTH.to_dict() | {"feature_dims": ()}))
+BOTH = ("repa", "vae")
+ALONE = ("vae",)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +50,20 @@ def test_loss_equals_plain_loops_in_float64():
     assert latent_alignment_loss(predicted, latent, t).item() == pytest.approx(sum(expected) / 3, rel=1e-5)
 
 
-def derived_loss(model: SiT, batch, draws, coeff: float) -> dict[str, torch.Tensor]:
+def derived_loss(twin: AlignedDenoiser, batch, draws, coeff: float) -> dict[str, torch.Tensor]:
     """Denoising plus VAE-REPA from the description: the projector and the patches written out."""
-    mean, std = batch.moments[:, :4].float(), batch.moments[:, 4:].float()
+    model, projector = twin.denoiser, twin.alignment["vae"].projector
+    mean, std = batch.stored[:, :4].float(), batch.stored[:, 4:].float()
     centre, scale = torch.tensor([0.5, -0.2, 0.1, 0.0]), torch.tensor([1.5, 0.7, 1.0, 2.0])
     x = (mean + std * draws.posterior - centre[:, None, None]) / scale[:, None, None]
     t = draws.times[:, None, None, None]
     hidden = []
     handle = model.blocks[1].register_forward_hook(lambda module, args, output: hidden.append(output))
-    velocity = model((1 - t) * x + t * draws.noise, draws.times, batch.labels)
+    velocity, _ = model((1 - t) * x + t * draws.noise, draws.times, batch.labels)
     handle.remove()
     h = hidden[0]
     for number in (0, 2, 4, 6, 8):
-        layer = model.latent_projector[number]
+        layer = projector[number]
         h = h @ layer.weight.T + layer.bias
         h = h if number == 8 else h * torch.sigmoid(h)
     predicted = torch.zeros_like(x)
@@ -75,109 +79,112 @@ def derived_loss(model: SiT, batch, draws, coeff: float) -> dict[str, torch.Tens
 
 def test_a_step_equals_a_derivation():
     """Losses, gradients, and the weights after clipping and AdamW."""
-    trainer = tiny_trainer(config=ALONE, latent_coeff=0.7)
-    twin = tiny_trainer(config=ALONE).model
+    trainer = tiny_trainer(align=ALONE, vae_repa_coeff=0.7)
+    twin = networks(tiny_trainer(align=ALONE))
     batch = random_batch(BATCH)
-    draws = trainer.draws_for(batch, 0, 0)
+    draws = trainer.draws(0, 0, batch)
     expected = derived_loss(twin, batch, draws, 0.7)
     names = dict(twin.named_parameters())
     grads = dict(zip(names, torch.autograd.grad(expected["loss"], names.values()), strict=True))
 
-    trainer.accumulate(batch, draws, share=1.0)
-    found = gradients(trainer.model)
+    accumulate(trainer, batch, draws)
+    found = gradients(networks(trainer))
     assert found.keys() == grads.keys()
     largest = max(gradient.abs().max() for gradient in grads.values()).item()
     assert max((found[name] - grads[name]).abs().max().item() for name in grads) < 1e-5 * largest
     trainer.optimizer.zero_grad()
 
-    rate, norm = 1e-3, torch.stack([gradient.norm() for gradient in grads.values()]).norm()
-    step_metrics = trainer.step(0, [batch], rate)
+    rate, norm = trainer.args.learning_rate, torch.stack([gradient.norm() for gradient in grads.values()]).norm()
+    step_metrics = train_step(trainer, 0, [batch])
     for name, value in expected.items():
         assert step_metrics[name].item() == pytest.approx(value.item(), rel=1e-5)
     assert step_metrics["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in networks(trainer).named_parameters():
         gradient = grads[name] * min(1.0, 1.0 / (norm.item() + 1e-6))
         moved = names[name] - rate * gradient / (gradient.abs() + 1e-8)  # AdamW's first step: m/√v = sign
         certain = gradient.abs() > 1e-6  # elsewhere the sign is rounding
         torch.testing.assert_close(parameter[certain], moved[certain], rtol=0, atol=1e-5)
 
 
-def touched(coeffs: dict, config: SiTConfig = BOTH) -> set[str]:
-    """Parts of the SiT that get gradient; the denoising term is left out."""
-    trainer = tiny_trainer(config=config, **coeffs)
+def touched(**flags: object) -> set[str]:
+    """Parts of the SiT and of both alignments that get gradient; the denoising term is left out."""
+    trainer = tiny_trainer(align=BOTH, **flags)
     batch, draws = random_batch(BATCH), batch_draws()
-    trainer.accumulate(batch, draws, share=1.0)
-    with_term = gradients(trainer.model)
-    plain = tiny_trainer(config=config, proj_coeff=0.0, latent_coeff=0.0)
-    plain.accumulate(batch, draws, share=1.0)
-    without = gradients(plain.model)
+    accumulate(trainer, batch, draws)
+    with_term = gradients(networks(trainer))
+    plain = tiny_trainer(align=BOTH, proj_coeff=0.0, vae_repa_coeff=0.0)
+    accumulate(plain, batch, draws)
+    without = gradients(networks(plain))
     differing = {name for name in with_term if (with_term[name] - without[name]).abs().max() > 1e-7}
-    return {".".join(name.split(".")[: 2 if name.startswith("blocks") else 1]) for name in differing}
+    whole = {name.removeprefix("denoiser.").removeprefix("alignment.") for name in differing}
+    return {".".join(name.split(".")[: 2 if name.startswith(("blocks", *BOTH)) else 1]) for name in whole}
 
 
 def test_each_term_reaches_the_blocks_up_to_its_own_and_its_own_projector():
     embedders = {"x_embedder", "t_embedder", "y_embedder"}
     first = {f"blocks.{number}" for number in range(4)}
-    assert touched({"proj_coeff": 0.0, "latent_coeff": 1.0}) == embedders | {"blocks.0", "blocks.1", "latent_projector"}
-    assert touched({"proj_coeff": 1.0, "latent_coeff": 0.0}) == embedders | first | {"projectors"}
-    both = touched({"proj_coeff": 1.0, "latent_coeff": 1.0})
-    assert both == embedders | first | {"projectors", "latent_projector"}
-    assert touched({"proj_coeff": 0.0, "latent_coeff": 0.0}) == set()
+    assert touched(proj_coeff=0.0, vae_repa_coeff=1.0) == embedders | {"blocks.0", "blocks.1", "vae.projector"}
+    assert touched(proj_coeff=1.0, vae_repa_coeff=0.0) == embedders | first | {"repa.projectors"}
+    both = touched(proj_coeff=1.0, vae_repa_coeff=1.0)
+    assert both == embedders | first | {"repa.projectors", "vae.projector"}
+    assert touched(proj_coeff=0.0, vae_repa_coeff=0.0) == set()
 
 
 def test_no_time_in_range_aligns_nothing():
     draws = batch_draws()
-    assert touched({"proj_coeff": 0.0, "latent_coeff": 1.0, "latent_times": (2.0, 3.0)}) == set()
-    trainer = tiny_trainer(config=ALONE, latent_coeff=1.0, latent_times=(0.0, 0.5))
-    whole = tiny_trainer(config=ALONE, latent_coeff=1.0)
+    assert touched(proj_coeff=0.0, vae_repa_coeff=1.0, vae_repa_times=(2.0, 3.0)) == set()
+    trainer = tiny_trainer(align=ALONE, vae_repa_times=(0.0, 0.5))
+    whole = tiny_trainer(align=ALONE)
     batch = random_batch(BATCH)
     early = draws.times <= 0.5
     assert 0 < early.sum() < BATCH
-    part = trainer.accumulate(batch, draws, share=1.0)["vae_repa"]
-    alone = whole.accumulate(part_of(batch, early), part_of(draws, early), share=1.0)["vae_repa"]
+    part = accumulate(trainer, batch, draws)["vae_repa"]
+    alone = accumulate(whole, part_of(batch, early), part_of(draws, early))["vae_repa"]
     assert part.item() == pytest.approx(alone.item() * early.sum().item() / BATCH, rel=1e-5)
 
 
 def test_accumulated_micro_batches_are_the_whole_batch():
     batch, draws = random_batch(BATCH), batch_draws()
-    options = {"config": BOTH, "latent_coeff": 1.0, "latent_times": (0.1, 0.6)}
-    whole, parts = tiny_trainer(**options), tiny_trainer(**options)
-    whole.accumulate(batch, draws, share=1.0)
+    whole, parts = (tiny_trainer(align=BOTH, vae_repa_times=(0.1, 0.6)) for _ in range(2))
+    accumulate(whole, batch, draws)
     for part in (slice(0, 4), slice(4, 8)):
-        parts.accumulate(part_of(batch, part), part_of(draws, part), share=0.5)
-    expected, found = gradients(whole.model), gradients(parts.model)
+        accumulate(parts, part_of(batch, part), part_of(draws, part), share=0.5)
+    expected, found = gradients(networks(whole)), gradients(networks(parts))
     assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
 
 
 def test_what_can_be_predicted_is_learned():
     """One latent for every image."""
-    trainer = tiny_trainer(config=ALONE, latent_coeff=1.0)
+    trainer = tiny_trainer(align=ALONE, learning_rate=4e-3)
     batch = random_batch(4)
-    batch.moments[:] = torch.cat([torch.ones(4, 4, 8, 8), torch.zeros(4, 4, 8, 8)], 1)
-    losses = [trainer.step(step, [batch], rate=4e-3)["vae_repa"].item() for step in range(20)]
+    batch.stored[:] = torch.cat([torch.ones(4, 4, 8, 8), torch.zeros(4, 4, 8, 8)], 1)
+    losses = [train_step(trainer, step, [batch])["vae_repa"].item() for step in range(20)]
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_one_seed_gives_one_network_whatever_it_is_aligned_with():
-    states = []
-    for config in (CONFIG, ALONE, BOTH, BOTH.without_projectors()):
-        torch.manual_seed(3)
-        states.append(SiT(config).state_dict())
-    base = states[-1]
-    assert not any(name.startswith(PROJECTORS) for name in base)
-    for state in states:
+    flags = {"enc_type": "efficientnet-lite0", "encoder_depth": 4, "projector_width": 16, "proj_coeff": 0.5}
+    flags |= {"vae_repa_depth": 2, "vae_repa_width": 24, "vae_repa_times": (0.0, 1.0), "vae_repa_coeff": 1.0}
+    args = Namespace(seed=3, gradient_checkpointing=False, **flags)
+    built = {}
+    for align in ("none", "repa", "vae", "repa+vae"):
+        built[align] = build_aligned_denoiser(args, CONFIG, parse_sum(align), Accelerator(cpu=True))
+    base = built["none"][0].state_dict()
+    for denoiser, _ in built.values():
+        state = denoiser.state_dict()
+        assert state.keys() == base.keys()
         assert all(torch.equal(state[name], base[name]) for name in base)
-    assert torch.equal(states[0]["projectors.0.0.weight"], states[2]["projectors.0.0.weight"])
-    assert states[1]["latent_projector.8.weight"].shape == (16, 24)
-    assert states[1]["latent_projector.0.bias"].abs().max() == 0
+    states = {align: alignment.state_dict() for align, (_, alignment) in built.items()}
+    assert states["none"] == {}
+    first = "repa.projectors.0.0.weight"
+    assert torch.equal(states["repa"][first], states["repa+vae"][first])
+    assert states["vae"]["vae.projector.8.weight"].shape == (16, 24)
+    assert states["vae"]["vae.projector.0.bias"].abs().max() == 0
 
 
-def test_config_without_the_new_fields_is_the_same_config():
-    old = {"model": "SiT-Ti/2", "latent_channels": 4, "latent_size": 8, "num_classes": 6, "qk_norm": False}
-    old |= {"encoder_depth": 4, "feature_dims": [12], "projector_width": 16}
-    assert SiTConfig.from_dict(old) == CONFIG
-    assert CONFIG.to_dict() == old
-    assert SiTConfig.from_dict(json.loads(json.dumps(BOTH.to_dict()))) == BOTH
+def test_a_denoiser_s_config_says_nothing_of_alignments():
+    expected = {"model": "SiT-Ti/2", "latent_channels": 4, "latent_size": 8, "num_classes": 6, "qk_norm": False}
+    assert networks(tiny_trainer(align=BOTH)).denoiser.config.to_dict() == expected
 
 
 @pytest.fixture
@@ -189,7 +196,7 @@ def no_vfm_no_images(monkeypatch):
 
     for place in ("training.networks.build_encoders", "models.encoders.build_encoder", "models.encoders.find_weights"):
         monkeypatch.setattr(place, refuse)
-    for place in ("train_ldm.open_images", "dataset.images.ImageDataset.read_into", "PIL.Image.open"):
+    for place in ("training.latent_data.open_images", "dataset.images.ImageDataset.read_into", "PIL.Image.open"):
         monkeypatch.setattr(place, refuse)
 
 
@@ -220,7 +227,7 @@ def test_args_say_what_was_done(data, tmp_path, capsys):
     expected = {"align": "repa+vae", "proj_coeff": 0.5, "vae_repa_coeff": 0.25, "vae_repa_times": [0.1, 0.8]}
     expected |= {"vae_repa_depth": 2, "vae_repa_width": 384}
     assert {name: args[name] for name in expected} == expected
-    assert (args["sit"]["latent_depth"], args["sit"]["latent_width"]) == (2, 384)
+    assert args["feature_widths"] == [112]
     line = metrics(tmp_path / "run")[0]
     assert line["loss"] == pytest.approx(line["denoise"] + 0.5 * line["repa"] + 0.25 * line["vae_repa"], rel=1e-5)
     assert "VAE-REPA after block 2, times 0.1 to 0.8, weight 0.25" in capsys.readouterr().err
@@ -233,20 +240,24 @@ def test_a_run_resumes_exactly_and_generate_reads_it(data, tmp_path):
         for stop in stops:
             assert train(*flags(data, tmp_path, name, **options), "--max-train-steps", str(stop)) == 0
     assert metrics(tmp_path / "halted") == metrics(tmp_path / "straight")
-    for name in ("model", "ema"):
-        resumed, straight = (weights(tmp_path / run_name, 4, name) for run_name in ("halted", "straight"))
-        assert resumed.keys() == straight.keys()
-        assert all(torch.equal(resumed[key], straight[key]) for key in straight)
-    assert any(key.startswith("latent_projector.") for key in straight)
+    stored = {}
+    for name in ("model", "ema", "alignment"):
+        resumed, stored[name] = (weights(tmp_path / run_name, 4, name) for run_name in ("halted", "straight"))
+        assert resumed.keys() == stored[name].keys()
+        assert all(torch.equal(resumed[key], stored[name][key]) for key in resumed)
+    layers = {f"{part}.{layer}" for layer in (0, 2, 4) for part in ("repa.projectors.0", "vae.projector")}
+    layers |= {"vae.projector.6", "vae.projector.8"}
+    assert stored["alignment"].keys() == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert stored["model"].keys() == stored["ema"].keys() == SiT(CONFIG).state_dict().keys()
 
     model = open_trained_ldm(tmp_path / "straight", None, "ema").load_model()
-    assert not any(key.startswith(PROJECTORS) for key in model.state_dict())
-    assert torch.equal(model.final_layer.linear.weight, straight["final_layer.linear.weight"])
+    assert model.state_dict().keys() == stored["ema"].keys()
+    assert all(torch.equal(tensor, stored["ema"][key]) for key, tensor in model.state_dict().items())
     argv = ["--exp-path", str(tmp_path / "straight"), "--num-fid-samples", "2", "--num-steps", "2"]
     assert run(generate.main, [*argv, "--sample-dir", str(tmp_path / "generated")]) == 0
 
 
-def test_a_run_from_before_these_flags_goes_on(data, tmp_path):
+def test_a_run_whose_arguments_do_not_know_a_flag_yet_goes_on(data, tmp_path):
     argv = flags(data, tmp_path, max_train_steps=None)
     assert train(*argv, "--max-train-steps", "2") == 0
     path = tmp_path / "run" / "args.json"
@@ -255,6 +266,11 @@ def test_a_run_from_before_these_flags_goes_on(data, tmp_path):
     path.write_text(json.dumps(record))
     assert train(*argv, "--max-train-steps", "3") == 0
     assert metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+def settled() -> Namespace:
+    """VAE-REPA's flags where none is given."""
+    return Namespace(**VAEREPA.DEFAULTS)
 
 
 def matrix_flops(config: SiTConfig) -> int:
@@ -268,11 +284,16 @@ def matrix_flops(config: SiTConfig) -> int:
 
 @pytest.mark.parametrize(("model", "depth", "share"), [("SiT-B/2", 2, 9.2), ("SiT-XL/2", 8, 4.0)])
 def test_cost_is_that_of_counting_by_hand(model, depth, share):
-    plain = SiTConfig(model, 4, 32, num_classes=1000)
-    width = plain.size.width
-    config = SiTConfig(model, 4, 32, 1000, feature_dims=(768,), latent_depth=depth, latent_width=2 * width)
-    sit, added = sit_cost(config)
-    assert sit.flops == matrix_flops(plain)
+    config = SiTConfig(model, 4, 32, num_classes=1000)
+    width = config.size.width
+    with torch.device("meta"):
+        denoiser = SiT(config)
+        parts = (
+            REPA(denoiser, [Features("vfm", 16, 768)], 8, 2048, 0.5),
+            VAEREPA(denoiser, depth, 2 * width, (0.0, 1.0), 1.0),
+        )
+    assert denoiser_cost(denoiser).flops == matrix_flops(config)
+    added = {part.title: alignment_cost(part, denoiser) for part in parts}
     weights_of = {
         "REPA": width * 2048 + 2048**2 + 2048 * 768,
         "VAE-REPA": 2 * width**2 + 3 * (2 * width) ** 2 + 2 * width * 16,
@@ -284,7 +305,7 @@ def test_cost_is_that_of_counting_by_hand(model, depth, share):
     assert {name: cost.parameters for name, cost in added.items()} == {
         name: count + biases[name] for name, count in weights_of.items()
     }
-    lines = alignment_cost_lines(config, (), 256)
+    lines = alignment_cost_lines(settled(), config, ["vae"], ())
     assert any(line.startswith("VAE-REPA adds") and f"+{share}%" in line and "4 %" in line for line in lines)
 
 
@@ -299,15 +320,11 @@ def test_dry_run_prints_the_cost_of_the_alignment(tmp_path, capsys):
     assert "vae_repa " in out
 
 
-def test_generate_reads_runs_from_before_vae_repa(tmp_path):
-    """Manifests without the new fields are those of today's runs without it."""
-    folder = write_ldm_run(tmp_path / "run")
-    manifest = json.loads(next((folder / "checkpoints").glob("*/manifest.json")).read_text())
-    assert "latent_depth" not in manifest["args"]["sit"]
-    model = open_trained_ldm(folder, None, "ema").load_model()
-    stored = load_file(next((folder / "checkpoints").glob("*/ema.safetensors")))
-    assert torch.equal(model.blocks[0].attn.qkv.weight, stored["blocks.0.attn.qkv.weight"])
-
-
-def test_sizes_have_their_published_depths():
-    assert train_ldm.VAE_REPA_DEPTHS == {"Ti": 2, "S": 2, "B": 2, "L": 8, "XL": 8}
+@pytest.mark.parametrize(("size", "depth"), [("Ti", 2), ("S", 2), ("B", 2), ("L", 8), ("XL", 8)])
+def test_sizes_have_their_published_depths(size, depth):
+    args = settled()
+    with torch.device("meta"):
+        denoiser = SiT(SiTConfig(f"SiT-{size}/2", 4, 32, num_classes=1000))
+        alignment = VAEREPA.from_arguments(args, denoiser, [])
+    assert alignment.taps == (depth,)
+    assert (args.vae_repa_depth, args.vae_repa_width) == (depth, 2 * denoiser.width)

@@ -10,14 +10,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_sendvae
-from loss.alignment.vf import VFLoss, distance_matrix_loss, marginal_cosine_loss, vf_weight
-from loss.vae_objective import VAELossConfig, VAEObjective
+from loss.alignment import Features
+from loss.alignment.vf import VFAlignment, distance_matrix_loss, marginal_cosine_loss, vf_weight
 from runtime.cli import run
-from tests.distributed_step import BATCH, batch_noise
+from tests.distributed_step import BATCH
 from tests.photographs import write_class_folders
-from tests.sendvae_runs import RESOLUTION, flags, gradients, random_images, tiny_trainer
+from tests.sendvae_runs import RESOLUTION, draws_for, flags, gradients, image_batch, networks, tiny_trainer
 from tests.test_distributed import step_on_two_processes
-from tests.test_sendvae_step import largest_difference, noise_for
+from tests.test_sendvae_step import largest_difference
+from training.method import train_step
 
 VALUES = 3 * RESOLUTION**2
 
@@ -41,7 +42,8 @@ def test_losses_equal_plain_loops_in_float64(cosine_margin, distance_margin):
     assert 0 < sum(value == 0 for value in pairwise) < len(pairwise)
     assert marginal_cosine_loss(tokens, features, cosine_margin).item() == pytest.approx(sum(marginal) / 10, rel=1e-5)
     assert distance_matrix_loss(tokens, features, distance_margin).item() == pytest.approx(sum(pairwise) / 50, rel=1e-5)
-    parts = VFLoss(cosine_margin, distance_margin).terms(tokens, features)
+    alignment = VFAlignment([nn.Identity()], [Features("vfm", 1, 6)], 1.0, cosine_margin, distance_margin, 1)
+    parts = alignment(tokens, None, [features], None, None)
     assert parts["vf_cosine"].item() == pytest.approx(sum(marginal) / 10, rel=1e-5)
     assert parts["vf_distance"].item() == pytest.approx(sum(pairwise) / 50, rel=1e-5)
 
@@ -68,28 +70,27 @@ class Perceptual(nn.Module):
 
 
 def vf_trainer(**options):
-    """With a stand-in for LPIPS; the posterior is as sharp as that of a trained VAE."""
-    trainer = tiny_trainer(**({"gan": False, "align_coeff": 0.1, "vf_loss": VFLoss()} | options))
-    trainer.objective = VAEObjective(VAELossConfig(perceptual_weight=1.0, discriminator_weight=0.0), Perceptual())
-    return trainer
+    """With a stand-in for LPIPS and the default weight, a tenth of the fidelity's gradient."""
+    return tiny_trainer(**({"gan": False, "align_loss": "vf", "perceptual": Perceptual()} | options))
 
 
 def test_a_step_equals_va_vaes_sums_divided_by_the_values_of_an_image():
     """Its loss written with sums, as it is published: weight, every gradient, and what stays out of it."""
     trainer = vf_trainer()
-    plain = copy.deepcopy(trainer.model)
-    images = random_images(4)
-    noise = noise_for(images)
-    metrics, _ = trainer.accumulate(images, noise, step=0, share=1.0)
+    trainer.statistics.load(torch.full((4,), 0.7), torch.full((4,), 3.0))  # have no say
+    plain = copy.deepcopy(networks(trainer))
+    batch, draws = image_batch(4), draws_for(4)
+    metrics, _ = trainer.backward(0, batch, draws, share=1.0, synchronise=True)
 
-    x = images.float() / 127.5 - 1
+    x = batch.images.float() / 127.5 - 1
     network = plain.tokenizer.network
     mean, logvar = network.encode(x).latent_dist.parameters.chunk(2, 1)
     logvar = logvar.clamp(-30, 20)
-    z = mean + torch.exp(logvar / 2) * noise.posterior
+    z = mean + torch.exp(logvar / 2) * draws.posterior
     x_hat = network.decode(z).sample
-    projected = torch.einsum("dc,bchw->bdhw", plain.mapper.projection.weight[:, :, 0, 0], z).flatten(2)  # [B, D, N]
-    features = trainer.encoders[0](images).transpose(1, 2)
+    projection = plain.alignment.mappers[0].projection.weight[:, :, 0, 0]
+    projected = torch.einsum("dc,bchw->bdhw", projection, z).flatten(2)  # [B, D, N]
+    features = trainer.encoders[0](batch.images).transpose(1, 2)
     assert projected.shape == features.shape == (4, 112, 64)
 
     cosines = (projected * features).sum(1) / (projected.norm(dim=1) * features.norm(dim=1))
@@ -109,62 +110,63 @@ def test_a_step_equals_va_vaes_sums_divided_by_the_values_of_an_image():
     assert metrics["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     parameters = dict(plain.named_parameters())
     expected = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
-    found = gradients(trainer.model)
+    found = gradients(networks(trainer))
     assert largest_difference(found, expected) < 1e-5 * max(g.abs().max().item() for g in expected.values())
 
 
 def test_it_reaches_the_encoder_and_the_projection_and_is_a_tenth_of_the_fidelity():
-    images = random_images(4)
-    noise = noise_for(images)
+    batch, draws = image_batch(4), draws_for(4)
     aligned, plain = vf_trainer(), vf_trainer(align_coeff=0.0)
-    metrics, _ = aligned.accumulate(images, noise, 0, 1.0)
-    plain_metrics, _ = plain.accumulate(images, noise, 0, 1.0)
+    metrics, plain_metrics = (t.backward(0, batch, draws, 1.0, synchronise=True)[0] for t in (aligned, plain))
     assert metrics["reconstruction"] == plain_metrics["reconstruction"]
-    both, without = gradients(aligned.model), gradients(plain.model)
+    both, without = gradients(networks(aligned)), gradients(networks(plain))
     changed = {name.split(".")[2] for name in without if (both[name] - without[name]).abs().max() > 1e-9}
     assert changed == {"encoder", "quant_conv"}
-    assert both.keys() - without.keys() == {"mapper.projection.weight"}
-    assert both["mapper.projection.weight"].abs().max() > 0
+    assert both.keys() - without.keys() == {"alignment.mappers.0.projection.weight"}
+    assert both["alignment.mappers.0.projection.weight"].abs().max() > 0
     assert all(p.grad is None and not p.requires_grad for p in aligned.encoders[0].parameters())
     name = "tokenizer.network.encoder.conv_out.weight"
-    x_hat = plain.model(images, noise).reconstruction
-    x = images.float() / 127.5 - 1
+    x_hat = plain.tokenizer.decode(plain.tokenizer.encode(batch.images).sample(draws.posterior))
+    x = batch.images.float() / 127.5 - 1
     fidelity = (x - x_hat).abs().mean() + Perceptual()(x, x_hat).mean()
-    expected = torch.autograd.grad(fidelity, plain.model.tokenizer.encoder_last_layer)[0].norm()
+    expected = torch.autograd.grad(fidelity, plain.tokenizer.network.encoder.conv_out.weight)[0].norm()
     assert (both[name] - without[name]).norm().item() == pytest.approx(0.1 * expected.item(), rel=2e-3)
 
 
 def test_the_projection_sees_the_latent_itself():
     """Neither the statistics nor the noise of the path have a say."""
     trainer = vf_trainer()
-    images = random_images(2)
-    noise = noise_for(images)
-    first = trainer.model(images, noise)
-    trainer.statistics.load(torch.full((4,), 3.0), torch.full((4,), 0.1))
-    second = trainer.model(images, noise._replace(t=1 - noise.t, path=-noise.path))
-    assert torch.equal(first.tokens[0], second.tokens[0])
-    assert torch.equal(first.tokens[0], trainer.model.mapper(first.latent))
+    batch, draws = image_batch(2), draws_for(2)
+    alignment, statistics, features = trainer.alignment, trainer.statistics, trainer.features(batch.images)
+    latent = trainer.tokenizer.encode(batch.images).sample(draws.posterior)
+    first = alignment(latent, statistics, features, batch.labels, draws)
+    statistics.load(torch.full((4,), 3.0), torch.full((4,), 0.1))
+    others = draws._replace(times=1 - draws.times, noise=-draws.noise)
+    second = alignment(latent, statistics, features, batch.labels, others)
+    tokens = alignment.mappers[0](latent)
+    expected = marginal_cosine_loss(tokens, features[0]), distance_matrix_loss(tokens, features[0])
+    for name, value in zip(("vf_cosine", "vf_distance"), expected, strict=True):
+        assert torch.equal(first[name], value)
+        assert torch.equal(second[name], value)
 
 
 def test_a_loss_scale_does_not_change_the_weight():
     trainer = vf_trainer()
-    images = random_images(4)
-    noise = noise_for(images)
     weights = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**16)):
         trainer.accelerator.scaler = scaler
-        output = trainer.model(images, noise)
-        weights.append(trainer._generator_loss(images, output, plays=False)[1]["vf_cosine"].item())
+        metrics, _ = trainer.backward(0, image_batch(4), draws_for(4), 1.0, synchronise=True)
+        weights.append(metrics["vf_weight"].item())
     trainer.accelerator.scaler = None
     assert weights[1] == pytest.approx(weights[0], rel=1e-5)
 
 
 def test_vf_loss_falls_on_one_batch():
-    trainer = tiny_trainer(gan=False, align_coeff=1.0, vf_loss=VFLoss(0.0, 0.0))
-    images = [random_images(4)]
+    options = {"vf_weight": 1.0, "vf_cosine_margin": 0.0, "vf_distance_margin": 0.0, "vae_learning_rate": 2e-3}
+    trainer = tiny_trainer(gan=False, align_loss="vf", **options)
     losses = []
     for step in range(12):
-        metrics = trainer.step(step, images, 2e-3, 0.0)
+        metrics = train_step(trainer, step, [image_batch(4)])
         losses.append(metrics["vf_cosine"].item() + metrics["vf_distance"].item())
     assert losses[-1] < 0.9 * losses[0]
 
@@ -172,9 +174,9 @@ def test_vf_loss_falls_on_one_batch():
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     ranks = step_on_two_processes(tmp_path, "vf")
-    trainer = tiny_trainer(gan=False, vf_loss=VFLoss())
-    metrics, _ = trainer.accumulate(random_images(BATCH), batch_noise(), step=0, share=1.0)
-    expected = {f"model.{name}": g for name, g in gradients(trainer.model).items()}
+    trainer = tiny_trainer(gan=False, align_loss="vf")
+    metrics, _ = trainer.backward(0, image_batch(BATCH), draws_for(BATCH), share=1.0, synchronise=True)
+    expected = {f"model.{name}": g for name, g in gradients(networks(trainer)).items()}
     for tensors in ranks:
         torch.testing.assert_close(tensors["vf_weight"], metrics["vf_weight"], rtol=1e-4, atol=0)
         assert max((tensors[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
@@ -202,21 +204,25 @@ def test_a_run_resumes_exactly(images, tmp_path, capsys):
         for stop in stops:
             assert train(*flags(images, tmp_path, name, **options), "--max-train-steps", str(stop)) == 0
     assert metrics_of(tmp_path / "halted")[-2] == metrics_of(tmp_path / "straight")[-2]
-    states = [load_file(tmp_path / n / "checkpoints" / "0000002" / "model.safetensors") for n in ("halted", "straight")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
-    assert states[1]["mapper.projection.weight"].shape == (112, 4, 1, 1)
+    for module in ("model", "alignment"):
+        files = [tmp_path / run / "checkpoints" / "0000002" / f"{module}.safetensors" for run in ("halted", "straight")]
+        halted, straight = map(load_file, files)
+        assert halted.keys() == straight.keys()
+        assert all(torch.equal(halted[name], straight[name]) for name in straight)
+    assert {name: tensor.shape for name, tensor in straight.items()} == {"mappers.0.projection.weight": (112, 4, 1, 1)}
     lines = metrics_of(tmp_path / "straight")
     assert lines[0].keys() >= {"vf_cosine", "vf_distance", "vf_weight"}
     assert lines[0]["skipped"] == 0
     assert -1 <= lines[-1]["val/align_cosine"] <= 1
     args = json.loads((tmp_path / "straight" / "args.json").read_text())["args"]
-    assert (args["align_loss"], args["mapper_depth"], args["noise_injection"]) == ("vf", None, False)
+    settled = ("align_loss", "vf_weight", "vf_cosine_margin", "vf_distance_margin", "mapper_depth", "noise_injection")
+    assert [args[name] for name in settled] == ["vf", 0.2, 0.0, 0.25, None, None]
     assert "8×8 tokens of 112" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("zero", ["align_coeff", "vf_weight"])
 def test_weight_0_is_plain_fine_tuning(images, tmp_path, monkeypatch, zero):
-    monkeypatch.setattr("train_sendvae.build_encoders", lambda *args: pytest.fail("a VFM was built"))
+    monkeypatch.setattr("train_sendvae.build_vfms", lambda *args: pytest.fail("a VFM was built"))
     options = {"align_loss": "vf", zero: 0, "loss_cfg_path": "configs/l1_kl.yaml", "max_train_steps": 1}
     assert train(*flags(images, tmp_path, **options)) == 0
     assert metrics_of(tmp_path / "run")[0].keys() >= {"reconstruction", "kl"}
@@ -226,6 +232,8 @@ def test_weight_0_is_plain_fine_tuning(images, tmp_path, monkeypatch, zero):
 def test_depth_0_trains_an_mlp_without_positions(images, tmp_path):
     options = {"mapper_depth": 0, "noise_injection": None, "loss_cfg_path": "configs/l1_kl.yaml", "max_train_steps": 1}
     assert train(*flags(images, tmp_path, **options), "--no-noise-injection") == 0
-    state = load_file(tmp_path / "run" / "checkpoints" / "0000001" / "model.safetensors")
-    mapper = {name.split(".")[1] for name in state if name.startswith("mapper.")}
-    assert mapper == {"patch_embed", "projector"}
+    state = load_file(tmp_path / "run" / "checkpoints" / "0000001" / "alignment.safetensors")
+    assert {name.rsplit(".", 1)[0] for name in state} == {
+        "mappers.0.patch_embed",
+        *(f"mappers.0.projector.{number}" for number in (0, 2, 4)),
+    }

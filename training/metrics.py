@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from runtime.processes import sum_over_processes
+
 
 class MeanMetrics:
     """Accumulates scalars without synchronising; :meth:`pop` averages over steps and processes.
@@ -32,8 +34,7 @@ class MeanMetrics:
         means, bad = {}, {}
         sums: dict[str, list[float]] = {}
         for names, table in self._tables.items():
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(table)
+            sum_over_processes(table)
             for name, *column in zip(names, *table.tolist(), strict=True):
                 previous = sums.get(name, [0.0, 0.0, 0.0])
                 sums[name] = [old + new for old, new in zip(previous, column, strict=True)]

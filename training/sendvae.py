@@ -238,10 +238,14 @@ class SendVAE(Method):
     def validate(self) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        values = {f"val/{name}": value for name, value in validate_tokenizer(self, self.tokenizer).items()}
-        if self.ema is not None:
-            averaged = validate_tokenizer(self, self.ema.module)
-            values |= {f"val_ema/{name}": value for name, value in averaged.items()}
+        tokenizers = {"val": self.tokenizer} | ({} if self.ema is None else {"val_ema": self.ema.module})
+        networks, values = self.accelerator.unwrap_model(self.networks), {}
+        was_training = networks.training
+        networks.eval()
+        for prefix, tokenizer in tokenizers.items():
+            measured = validate_tokenizer(self, tokenizer, self.alignment, self.encoders, self.held_out)
+            values |= {f"{prefix}/{name}": value for name, value in measured.items()}
+        networks.train(was_training)
         return values
 
     def sample(self, path: Path) -> None:

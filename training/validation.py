@@ -1,7 +1,7 @@
 """Held-out quality: of a tokenizer, reconstruction and alignment; of a denoiser, the error of its velocity."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,17 +11,16 @@ from dataset.images import ImageDataset
 from dataset.loader import LabelledImages, sequential_batches
 from diffusion.draws import Stream, draw, seeded_generator
 from diffusion.flow import add_noise, velocity
+from loss.alignment import TokenizerAlignment
 from loss.alignment.cosine import constant_predictor_cosine
 from loss.denoising import denoising_error
 from loss.reconstruction import psnr
 from models.denoisers import Denoiser
+from models.encoders import Encoder
 from models.pixels import to_signed, to_uint8
 from models.tokenizers import Tokenizer
 from runtime.processes import sum_over_processes
 from training.method import Method, micro_batch_size, to_device
-
-if TYPE_CHECKING:
-    from training.sendvae import SendVAE
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -56,12 +55,21 @@ def held_out_batches(method: Method, images: SpreadImages):
 
 
 @torch.no_grad()
-def validate_tokenizer(method: "SendVAE", tokenizer: Tokenizer) -> dict[str, float]:
+def validate_tokenizer(
+    method: Method,
+    tokenizer: Tokenizer,
+    alignment: TokenizerAlignment | None,
+    encoders: Sequence[Encoder],
+    held_out: SpreadImages,
+) -> dict[str, float]:
     """Measure on held-out images; every process takes a share, all get the result.
 
     Args:
-        method: alignment, VFMs, held-out images, precision and processes.
-        tokenizer: the method's, or its average.
+        method: precision and processes.
+        tokenizer: is measured.
+        alignment: whose scores are taken too, where it has any; in eval mode.
+        encoders: the VFMs that it compares with.
+        held_out: the images.
 
     Returns:
         ``psnr`` (dB, without randomness, uint8 images), ``l1`` (in [-1, 1] units), and what the alignment scores:
@@ -69,15 +77,13 @@ def validate_tokenizer(method: "SendVAE", tokenizer: Tokenizer) -> dict[str, flo
         image-independent prediction, fitted on these very images). With several VFMs these are averages, and those of
         each are called ``align_cosine/NAME`` and so on.
     """
-    device, networks = method.accelerator.device, method.accelerator.unwrap_model(method.networks)
-    names = () if method.alignment is None else method.alignment.score_names
-    encoders = method.encoders if names else ()
-    was_training = networks.training
-    networks.eval()
+    device = method.accelerator.device
+    names = () if alignment is None else alignment.score_names
+    encoders = encoders if names else ()
     # psnr, l1, count, then the scores of each VFM
     sums = torch.zeros(3 + len(names) * len(encoders), dtype=torch.float64, device=device)
     unit_features = [torch.zeros(vfm.grid**2, vfm.embed_dim, dtype=torch.float64, device=device) for vfm in encoders]
-    for items, batch in held_out_batches(method, method.held_out):
+    for items, batch in held_out_batches(method, held_out):
         images = batch.images
         generator = seeded_generator(device, Stream.VALIDATION, method.args.seed, int(items[0]))
         draws = draw((len(images), *tokenizer.latent_shape(images.shape[-1])), generator)
@@ -86,13 +92,12 @@ def validate_tokenizer(method: "SendVAE", tokenizer: Tokenizer) -> dict[str, flo
             reconstruction = tokenizer.decode(code.mode)
             scores = [psnr(images, to_uint8(reconstruction)), _l1(images, reconstruction), images.new_ones(len(images))]
             if names:
-                features = method.features(images)
-                aligned = method.alignment.scores(code, tokenizer.statistics, features, draws)
+                features = [encoder(images) for encoder in encoders]
+                aligned = alignment.scores(code, tokenizer.statistics, features, draws)
                 scores += [score for name in names for score in aligned[name]]
                 for feature_sum, part in zip(unit_features, features, strict=True):
                     feature_sum += F.normalize(part.double(), dim=-1).sum(0)
         sums += torch.stack([score.double().sum() for score in scores])
-    networks.train(was_training)
     psnr_sum, l1_sum, count, *scored = sum_over_processes(sums).tolist()
     values = {"psnr": psnr_sum / count, "l1": l1_sum / count}
     columns = {name: [value / count for value in _nth(scored, i, len(encoders))] for i, name in enumerate(names)}

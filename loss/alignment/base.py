@@ -32,19 +32,23 @@ class Alignment(nn.Module):
     """What both kinds have.
 
     Attributes:
-        DEFAULTS: of its flags, by their names in ``args``; the flags themselves default to None, so that one which is
-            given to another alignment is noticed.
+        DEFAULTS: of those flags that say nothing unless this alignment is chosen, by their names in ``args``; the flags
+            themselves default to None, so that one which is given to another alignment is noticed.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def add_arguments(cls, group: Any) -> None:
-        """Its flags, each named in :attr:`DEFAULTS`."""
+        """Its flags."""
 
     @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
         """Refuse what cannot be meant, with its flags settled; may change ``args``."""
+
+    @classmethod
+    def resolve_arguments(cls, args: argparse.Namespace) -> None:
+        """Replace those of its defaults that follow from the data (``args.resolution``)."""
 
     def describe(self) -> list[str]:
         """What is aligned with what, for the log."""

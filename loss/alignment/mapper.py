@@ -9,6 +9,7 @@ from torch import nn
 
 from diffusion.draws import Draws
 from diffusion.flow import add_noise
+from errors import UserError
 from loss.alignment.base import Features, Terms, TokenizerAlignment, Weights
 from loss.alignment.cosine import averaged, patch_cosine, patch_cosine_loss
 from models.latent_statistics import LatentStatistics
@@ -54,8 +55,18 @@ class MapperAlignment(TokenizerAlignment):
         )
 
     @classmethod
+    def resolve_arguments(cls, args: argparse.Namespace) -> None:
+        args.mapper_grid = args.mapper_grid or max(1, args.resolution // 16)
+
+    @classmethod
     def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
-        return args.mapper_grid or max(1, args.resolution // 16)
+        if latent_size % args.mapper_grid:
+            divisors = ", ".join(str(n) for n in range(1, latent_size + 1) if latent_size % n == 0)
+            raise UserError(
+                f"--mapper-grid {args.mapper_grid} does not divide the {latent_size}×{latent_size} latent; "
+                f"{divisors} do"
+            )
+        return args.mapper_grid
 
     @classmethod
     def from_arguments(

@@ -29,7 +29,7 @@ class REPA(DenoiserAlignment):
     needs_features = True
     title = "REPA"
     FIXED = ("encoder_depth", "projector_width")
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"proj_coeff": 0.5, "encoder_depth": 8, "projector_width": 2048}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"proj_coeff": 0.5}
 
     def __init__(self, denoiser: Denoiser, features: Sequence[Features], depth: int, width: int, weight: float):
         super().__init__()
@@ -50,10 +50,10 @@ class REPA(DenoiserAlignment):
             help="weight of REPA in the denoiser's loss; 0: none (default: 0.5)",
         )
         group.add_argument(
-            "--encoder-depth", type=positive_int, metavar="N", help="block whose output is aligned, from 1 (default: 8)"
+            "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
         )
         group.add_argument(
-            "--projector-width", type=positive_int, metavar="N", help="hidden width of the projectors (default: 2048)"
+            "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
         )
 
     @classmethod

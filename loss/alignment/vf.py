@@ -1,8 +1,8 @@
 """VA-VAE's direct alignment of a latent with VFM features (arXiv 2501.01423): the VF loss and its weight."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,6 @@ class VFAlignment(TokenizerAlignment):
     """
 
     score_names = ("align_cosine", "align_cosine_clean")
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"vf_weight": 0.1, "vf_cosine_margin": 0.5, "vf_distance_margin": 0.25}
 
     def __init__(
         self,
@@ -104,21 +103,24 @@ class VFAlignment(TokenizerAlignment):
         group.add_argument(
             "--vf-weight",
             type=non_negative_float,
+            default=0.1,
             metavar="X",
             help="vf only: its gradient in the encoder's last layer, in units of that of L1 + LPIPS; --align-coeff "
-            "multiplies it (default: 0.1)",
+            "multiplies it",
         )
         group.add_argument(
             "--vf-cosine-margin",
             type=fraction,
+            default=0.5,
             metavar="X",
-            help="vf only: cosines above 1 - X are free (default: 0.5)",
+            help="vf only: cosines above 1 - X are free",
         )
         group.add_argument(
             "--vf-distance-margin",
             type=fraction,
+            default=0.25,
             metavar="X",
-            help="vf only: differences of cosines up to X are free (default: 0.25)",
+            help="vf only: differences of cosines up to X are free",
         )
 
     @classmethod
@@ -186,8 +188,8 @@ class VFAlignment(TokenizerAlignment):
         }
 
     def predict(self, z: torch.Tensor) -> list[torch.Tensor]:
-        """Projected latents ``[B, N, D]`` for each VFM."""
-        return [mapper(z) for mapper in self.mappers]
+        """Projected latents, float32 ``[B, N, D]`` for each VFM: cast once, so that gradients of both parts add in it."""
+        return [mapper(z).float() for mapper in self.mappers]
 
     def describe(self) -> list[str]:
         tokens = ", ".join(f"{vfm.grid}×{vfm.grid} tokens of {vfm.width} ({vfm.name})" for vfm in self.features)

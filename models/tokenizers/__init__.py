@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from models.tokenizers.base import CONFIG_FILE, STATISTICS_FILE, Code, Tokenizer
+from models.tokenizers.base import CONFIG_FILE, STATISTICS_FILE, Code, PlainCode, Tokenizer
 from models.tokenizers.kl import KLTokenizer
 
-__all__ = ["STATISTICS_FILE", "TOKENIZERS", "Code", "Tokenizer", "build_tokenizer", "stored_latent_shape"]
+__all__ = ["STATISTICS_FILE", "TOKENIZERS", "Code", "PlainCode", "Tokenizer", "build_tokenizer", "stored_latent_shape"]
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"AutoencoderKL": KLTokenizer}  # by the ``_class_name`` of config.json
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,17 @@ class Code(ABC):
     def regulariser(self) -> dict[str, torch.Tensor]:
         """Unweighted scalar losses of the latents themselves, e.g. ``kl``."""
         return {}
+
+
+@dataclass(frozen=True)
+class PlainCode(Code):
+    """The code of a tokenizer without randomness: the latent itself, float32 ``[B, C, h, w]``."""
+
+    latent: torch.Tensor
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return self.latent
 
 
 class Tokenizer(nn.Module, ABC):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from argparse import Namespace
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
-from formats.vae import load_tokenizer
 from runtime.files import checksum, write_json
 from tests.bad_inputs.case import Case
 from tests.image_sets import random_images, write_npz
-from tests.latent_caches import save_vae
 from tests.ldm_runs import STEP, flags, write_ldm_run
 from tests.public_sit import PublicSiT, public_args, write_experiment
 
@@ -89,11 +86,11 @@ def manifest(**changes: object):
 
 
 def sit(**changes: object):
-    """Replace entries of the SiT's configuration."""
+    """Replace entries of the denoiser's configuration."""
 
     def change(run: Path) -> None:
         arguments = json.loads((run / CHECKPOINT / "manifest.json").read_text())["args"]
-        manifest(sit=arguments["sit"] | changes)(run)
+        manifest(denoiser=arguments["denoiser"] | changes)(run)
 
     return change
 
@@ -180,71 +177,24 @@ def environment(**variables: str):
     return prepare
 
 
-def foreign(spoil: Callable[[Path], object] = lambda folder: None, **changes: object):
-    """An experiment of REPA in ``theirs``, good flags, something spoiled; callables are given the case's folder."""
+def foreign(**changes: object):
+    """An experiment of REPA in ``theirs``, good flags; callables are given its folder."""
 
     def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        shared = tmp_path.parent / "shared-foreign"
-        if not shared.exists():
-            write_experiment(shared, PublicSiT(seed=1), PublicSiT(seed=2), public_args())
-            save_vae(shared)
-        folder = tmp_path / "theirs"
-        shutil.copytree(shared, folder)
-        spoil(folder)
-        values = {"exp_path": folder, "vae_ckpt": folder / "vae"}
-        values |= {key: value(folder) if callable(value) else value for key, value in changes.items()}
+        folder = write_experiment(tmp_path / "theirs", PublicSiT(seed=1), PublicSiT(seed=2), public_args())
+        values = {"exp_path": folder} | changes
+        values = {key: value(folder) if callable(value) else value for key, value in values.items()}
         return flags(folder, **({"sample_dir": tmp_path / "out"} | values))
 
     return prepare
 
 
-def bare(make: Callable[[], object], **changes: object):
-    """The same with ``--ckpt`` and a file of what ``make`` returns."""
-    changes = {"exp_path": None, "ckpt": lambda folder: folder / "file.pt"} | changes
-    return foreign(lambda folder: torch.save(make(), folder / "file.pt"), **changes)
-
-
-def their_facts(**changes: object):
-    return lambda folder: (folder / "args.json").write_text(json.dumps(public_args(**changes)))
-
-
-def cut(folder: Path) -> None:
-    path = folder / "checkpoints" / "0000007.pt"
-    path.write_bytes(path.read_bytes()[:-3000])
-
-
-def weights() -> dict:
-    return PublicSiT().state_dict()
-
-
-def batch_norm(var: torch.Tensor) -> dict:
-    return {"ema": weights() | {"bn.running_mean": torch.zeros(len(var)), "bn.running_var": var}}
-
-
-def vae_weights() -> dict:
-    return load_tokenizer("f4d4-tiny", "none")[0].network.state_dict()
-
-
-def file_of_ones(folder: Path) -> Path:
-    torch.save({"ones": torch.ones(4)}, folder / "ones.pt")
-    return folder / "ones.pt"
+def their_file(folder: Path) -> Path:
+    return folder / "checkpoints" / "0000007.pt"
 
 
 def our_file(tmp_path: Path) -> Path:
     return shared_run(tmp_path) / CHECKPOINT / "ema.safetensors"
-
-
-def renamed_blocks() -> dict:
-    """A SiT of 7 blocks."""
-    state = weights()
-    return state | {key.replace("blocks.5.", "blocks.6."): state[key] for key in state if key.startswith("blocks.5.")}
-
-
-def variance_too() -> dict:
-    state = weights()
-    return state | {
-        key: torch.cat([state[key]] * 2) for key in ("final_layer.linear.weight", "final_layer.linear.bias")
-    }
 
 
 def reference_of(side: int):
@@ -255,59 +205,24 @@ NEVER_FREE = {"dataset.packing.SHARED_LOCK_SECONDS": 0.0, "dataset.packing._try_
 FULL = namedtuple("usage", "total used free")(10**9, 10**9 - 5, 5)
 
 CASES = [
-    Case("no run given", lambda path, _: ["--num-steps", "3"], ("--exp-path", "--ckpt")),
-    Case("a run and a file", with_flags(ckpt="last.pt"), ("--exp-path", "or", "--ckpt")),
-    Case("a VAE for a run of ours", with_flags(vae_ckpt="x"), ("--vae-ckpt is for checkpoints of REPA", "leave")),
-    Case("no such file", foreign(exp_path=None, ckpt="nowhere.pt"), ("--ckpt nowhere.pt", "no such file")),
-    Case("a folder as file", foreign(exp_path=None, ckpt=lambda folder: folder), ("is a folder", "--exp-path")),
-    Case("a VAE as SiT", bare(vae_weights), ("holds a VAE",)),
-    Case("optimizer only", bare(lambda: {"opt": {"state": {}}, "steps": 3}), ("holds no weights, but opt, steps",)),
-    Case("a list", bare(lambda: [1]), ("holds a list",)),
-    Case("no tensor in ema", bare(lambda: {"ema": weights() | {"step": 3}}), ("'step' is a int, not a tensor",)),
-    Case("a number as name", bare(lambda: {"ema": weights() | {7: torch.ones(1)}}), ("'7'", "not a tensor by name")),
-    Case("a bias of 0 dimensions", bare(lambda: weights() | {"final_layer.linear.bias": torch.ones(())}),
-         ("final_layer.linear.bias has 0 dimensions",)),
-    Case("a projector's bias of 0 dimensions", bare(lambda: weights() | {"projectors.0.4.bias": torch.ones(())}),
-         ("projectors.0.4.bias has 0 dimensions",)),
-    Case("positions of 0 dimensions", bare(lambda: weights() | {"pos_embed": torch.ones(())}),
-         ("pos_embed has 0 dimensions",)),
-    Case("sparse weights", bare(lambda: {"ema": weights() | {"pos_embed": torch.ones(1, 16, 192).to_sparse()}}),
-         ("pos_embed is sparse",)),
-    Case("a depth of text", bare(lambda: {"ema": weights(), "args": Namespace(encoder_depth="8")}),
-         ("encoder_depth '8'", "no whole number")),
-    Case("int8 weights", bare(lambda: {key: value.to(torch.int8) for key, value in weights().items()}),
-         ("torch.int8", "unquantised")),
-    Case("NaN weights", bare(lambda: weights() | {"final_layer.linear.bias": torch.full((16,), torch.nan)}),
-         ("final_layer.linear.bias is not finite",)),
-    Case("BatchNorm of other channels", bare(lambda: batch_norm(torch.ones(32))), ("bn", "32 channels")),
-    Case("BatchNorm of zeros", bare(lambda: batch_norm(torch.zeros(4))), ("bn", "0 in every channel")),
-    Case("BatchNorm of NaN", bare(lambda: batch_norm(torch.full((4,), torch.nan))), ("bn", "not finite")),
-    Case("another network", bare(lambda: {"a.weight": torch.ones(2)}), ("holds no SiT", "a.weight")),
-    Case("unknown depth", bare(renamed_blocks), ("7 blocks of width 192", "XL 28 × 1152")),
-    Case("unknown width", bare(lambda: weights() | {"x_embedder.proj.weight": torch.ones(200, 4, 2, 2)}),
-         ("6 blocks of width 200",)),
-    Case("a learned variance", bare(variance_too), ("predicts a variance too",)),
-    Case("half a SiT", bare(lambda: {key: value for key, value in weights().items() if "fc2" not in key}),
-         ("no complete SiT-Ti/2", "lacks blocks.0.mlp.fc2.weight")),
-    Case("bare weights without a VAE", bare(weights, vae_ckpt=None),
-         ("--vae-ckpt is needed", "sd-vae-ft-ema")),
-    Case("as trained, of averages", bare(weights, weights="model"), ("take --weights ema",)),
-    Case("a step of a file", bare(weights, train_steps=7), ("--train-steps", "--ckpt")),
-    Case("file of our run", with_flags(exp_path=None, ckpt=our_file),
-         ("belongs to a run", "--exp-path")),
-    Case("their checkpoint cut", foreign(cut), ("0000007.pt", "not readable")),
-    Case("their step missing", foreign(train_steps=8), ("step 8", "there are: 7")),
-    Case("no args.json beside", foreign(without("args.json")), ("no args.json", "copy it")),
-    Case("args.json cut", foreign(replaced("args.json", "{")), ("args.json is not readable",)),
-    Case("args.json of another", foreign(their_facts(path_type="cosine")), ("args.json says path_type cosine",)),
-    Case("no statistics in the file", foreign(vae_latents_stats=file_of_ones), ("--vae-latents-stats", "mean and std")),
-    Case("another path", foreign(path_type="cosine"),
-         ("--path-type cosine", "trained on the linear path")),
-    Case("another resolution", foreign(resolution=64), ("--resolution is 64 px", "32 px")),
-    Case("VAE of other channels", foreign(vae="f16d16", vae_ckpt="none"), ("4 channels", "decodes 16", "--vae-ckpt")),
+    Case("no run given", lambda path, _: ["--num-steps", "3"], ("give --exp-path",)),
+    Case("a VAE for a run of ours", with_flags(vae="f8d4"), ("--vae is for --model", "says it itself")),
+    Case("a VAE's file for a run of ours", with_flags(vae_ckpt="x"), ("--vae-ckpt is for export_ldm.py --format run",)),
+    Case("statistics for a run of ours", with_flags(vae_latents_stats="repa"), ("--vae-latents-stats", "itself")),
+    Case("a resolution for a run of ours", with_flags(resolution=32), ("--resolution is for --model",)),
+    Case("their experiment", foreign(), ("--exp-path", "export_ldm.py", "theirs", "exps/theirs-run --format run")),
+    Case("their experiment, with what is needed", foreign(train_steps=7, vae_ckpt="my vae", path_type="linear"),
+         ("theirs-run --format run --train-steps 7 --path-type linear --vae-ckpt 'my vae'",)),
+    Case("their file", foreign(exp_path=None, ckpt=their_file),
+         ("--ckpt", "theirs/checkpoints/0000007.pt exps/0000007-run --format run, and give --exp-path exps/0000007-")),
+    Case("their file as a folder", foreign(exp_path=their_file), ("--exp-path", "exps/0000007-run --format run")),
+    Case("a run and a file", foreign(ckpt=their_file), ("--ckpt", "export_ldm.py")),
+    Case("no such file", with_flags(exp_path=None, ckpt="nowhere.pt"), ("--ckpt nowhere.pt is no file", "--exp-path")),
+    Case("a folder as file", with_flags(exp_path=None, ckpt=shared_run), ("is no file", "--exp-path")),
+    Case("file of our run", with_flags(exp_path=None, ckpt=our_file), ("belongs to a run", "give --exp-path")),
     Case("no such run", with_flags(exp_path=lambda path: path / "none"), ("--exp-path", "no such folder")),
     Case("a folder that is no run", with_flags(exp_path=no_run), ("no args.json", "train_ldm.py")),
-    Case("a VAE's run", with_run(manifest(sit=None)), ("manifest.json", "'sit'", "train_ldm.py")),
+    Case("a VAE's run", with_run(manifest(denoiser=None)), ("manifest.json", "'denoiser'", "train_ldm.py")),
     Case("a run without checkpoints", with_run(without("checkpoints", "milestones")), ("no checkpoints",)),
     Case("running", with_run(status(state="running")), ("(running, at step 7 of 10)", "--train-steps", "5, 10")),
     Case("failed", with_run(status(state="failed")), ("not finished (failed",)),

@@ -8,9 +8,12 @@ import pytest
 from torch import nn
 
 from dataset.latents import VAE_NAME
+from loss.alignment import Features
 from runtime.checkpoint import CheckpointFolder
+from runtime.files import write_json
 from tests.bad_inputs.case import Case
 from tests.latent_caches import save_vae, write_cache
+from tests.ldm_steps import CONFIG, tiny_trainer
 from tests.ldm_trainings import LATENTS, flags, write_data
 from tests.public_sit import PublicSiT, public_args, write_experiment
 
@@ -98,15 +101,50 @@ def damaged_vae_weights(data: Path) -> None:
     (data / LATENTS / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
 
 
-def continuing(facts: dict | None = None, network: dict | None = None, **changes):
-    """A new run that goes on from REPA-E's experiment, which was trained with ``facts``."""
+def continuing(facts: dict | None = None, spoil=lambda run: None, **changes):
+    """A new run that goes on from step 7 of another one, which was trained with ``facts``."""
 
     def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        networks = [PublicSiT(seed=seed, **(network or {})) for seed in (1, 2)]
-        folder = write_experiment(tmp_path / "theirs", *networks, public_args(**(facts or {})))
+        folder = tmp_path / "theirs"
+        write_source(folder, shared_data(tmp_path.parent), facts or {})
+        spoil(folder)
         return with_flags(**({"continue_train_exp_dir": folder, "max_train_steps": 9} | changes))(tmp_path, monkeypatch)
 
     return prepare
+
+
+def write_source(folder: Path, data: Path, facts: dict) -> None:
+    """A run on that cache, by the flags of ``tests.ldm_trainings``."""
+    given = {"encoder_depth": 2, "projector_width": 32, "ema_decay": 0.9}
+    method = tiny_trainer(features=[Features("efficientnet-lite0", 4, 112)], **given)
+    arguments = {"denoiser": CONFIG.to_dict(), "align": "repa", "feature_widths": [112], "path_type": "linear"}
+    arguments |= given | facts
+    CheckpointFolder(folder).save(7, method.modules(), {"optimizer": method.optimizer.state_dict()}, arguments)
+    write_json(folder / "args.json", {"args": arguments})
+    shutil.copytree(data / LATENTS / "vae", folder / "vae")
+
+
+def other_statistics(run: Path) -> None:
+    save_vae(run, change=lambda tokenizer: tokenizer.statistics.mean.add_(100))
+
+
+def no_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def foreign(**changes):
+    """A new run that is to go on from REPA-E's experiment itself."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        folder = write_experiment(tmp_path / "theirs", *(PublicSiT(seed=seed) for seed in (1, 2)), public_args())
+        return with_flags(**({"continue_train_exp_dir": folder} | changes))(tmp_path, monkeypatch)
+
+    return prepare
+
+
+def foreign_file(tmp_path: Path) -> Path:
+    experiment = write_experiment(tmp_path / "theirs", *(PublicSiT(seed=seed) for seed in (1, 2)), public_args())
+    return next((experiment / "checkpoints").glob("*.pt"))
 
 
 CASES = [
@@ -173,15 +211,23 @@ CASES = [
     ),
     Case("held-out of another VAE", with_flags(val_vae_latents_name=cache_of_random_numbers), ("has another VAE",)),
     Case("changed flag on resume", begun_run({"cfg_prob": 0.3}, cfg_prob=0.1), ("--cfg-prob 0.3, not 0.1",)),
-    Case("unknown alignment", with_flags(align="vae+repa"), ("--align", "vae+repa", "repa+vae")),
+    Case("unknown alignment", with_flags(align="vae+rapa"), ("--align vae+rapa", "'rapa' is not known", "repa+vae")),
     Case(
         "VFM weights without REPA", with_flags(align="vae", enc_ckpt="x.pth"), ("--enc-ckpt", "--align vae", "no VFM")
     ),
     Case("weight of REPA without REPA", with_flags(align="none", proj_coeff=0.5), ("--proj-coeff", "--align none")),
     Case("source of features without REPA", with_flags(align="vae", repa_source="images"), ("--repa-source", "vae")),
-    Case("weight without VAE-REPA", with_flags(vae_repa_coeff=0.5), ("--vae-repa-coeff", "add vae to --align repa")),
+    Case(
+        "weight without VAE-REPA",
+        with_flags(vae_repa_coeff=0.5),
+        ("--vae-repa-coeff belongs to --align vae, not to --align repa",),
+    ),
     Case("depth without VAE-REPA", with_flags(align="none", vae_repa_depth=2), ("--vae-repa-depth", "--align none")),
-    Case("times without VAE-REPA", with_times("0.1", "0.9"), ("--vae-repa-times", "add vae to --align repa")),
+    Case(
+        "times without VAE-REPA",
+        with_times("0.1", "0.9"),
+        ("--vae-repa-times belongs to --align vae, not to --align repa",),
+    ),
     Case(
         "VAE-REPA beyond the model", with_flags(align="vae", vae_repa_depth=7), ("--vae-repa-depth 7", "blocks 1 to 6")
     ),
@@ -195,21 +241,41 @@ CASES = [
     Case("unknown weighting", with_flags(weighting="logit"), ("--weighting", "lognormal")),
     Case("abbreviated flag", lambda tmp_path, monkeypatch: ["--mod", "SiT-B/2"], ("--mod",)),
     Case("random weights for a real run", with_flags(random_weights=True), ("--random-weights is for --dry-run",)),
-    Case("going on, without a name", continuing(exp_name=None), ("--exp-name is needed", "theirs")),
-    Case("going on from nothing", with_flags(continue_train_exp_dir="nowhere"), ("nowhere: no such folder or file",)),
+    Case("going on from nothing", with_flags(continue_train_exp_dir="nowhere"), ("nowhere: no such folder", "a run")),
     Case("going on from no run", with_flags(continue_train_exp_dir="docs"), ("docs is not a run", "args.json")),
-    Case("going on from a text", with_flags(continue_train_exp_dir="README.md"), ("README.md", "not readable")),
+    Case("going on from a text", with_flags(continue_train_exp_dir="README.md"), ("README.md is not a run",)),
+    Case("going on from REPA-E's experiment", foreign(), ("theirs", "export_ldm.py", "--format run")),
+    Case("the same, without a name", foreign(exp_name=None), ("theirs", "export_ldm.py", "--format run")),
+    Case(
+        "going on from REPA-E's file",
+        with_flags(continue_train_exp_dir=foreign_file),
+        (".pt is not a run", "export_ldm.py", "--format run"),
+    ),
+    Case(
+        "going on from a run that has not begun", continuing(spoil=no_checkpoints), ("theirs has no checkpoints yet",)
+    ),
+    Case("going on from a VAE's run", continuing({"denoiser": None}), ("theirs holds no diffusion model",)),
     Case("going on from another step", continuing(resume_step=8), ("step 8", "there are: 7")),
     Case("going on with another model", continuing(model="SiT-S/2"), ("model SiT-Ti/2, not SiT-S/2", "--model")),
-    Case("going on with other classes", continuing({"num_classes": 5}, {"classes": 5}), ("num_classes 5, not 6",)),
+    Case("going on with another attention", continuing(qk_norm=True), ("qk_norm False, not True", "--qk-norm")),
+    Case(
+        "going on with other classes",
+        continuing({"denoiser": CONFIG.to_dict() | {"num_classes": 5}}),
+        ("num_classes 5, not 6",),
+    ),
     Case("going on on another path", continuing(path_type="cosine"), ("--path-type linear, not cosine",)),
     Case(
         "going on with another VFM",
-        continuing({"enc_type": "dinov2-vit-b"}, {"dims": (768,)}),
+        continuing({"feature_widths": [768]}),
         ("projectors of widths 768", "needs 112", "--proj-coeff 0"),
     ),
     Case("going on at another block", continuing(encoder_depth=4), ("--encoder-depth 2, not 4",)),
     Case("going on with wider projectors", continuing(projector_width=64), ("--projector-width 32, not 64",)),
+    Case(
+        "going on with another alignment",
+        continuing(align="repa+vae"),
+        ("trained without VAE-REPA", "no projectors of it", "--align without vae"),
+    ),
     Case("going on to where it is", continuing(max_train_steps=7, proj_coeff=0), ("7 steps already", "raise")),
-    Case("going on with other statistics", continuing(network={"batch_norm": True}), ("latent statistics differ",)),
+    Case("going on with other statistics", continuing(spoil=other_statistics), ("latent statistics differ",)),
 ]

@@ -1,0 +1,57 @@
+"""Tokenizers of this project that are no ``AutoencoderKL``: named by their class, or folders that they saved."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from errors import UserError
+from models.tokenizers import STATISTICS_FILE, TOKENIZERS, Tokenizer
+from models.tokenizers.base import CONFIG_FILE
+from models.weight_files import one_line
+
+KL = "AutoencoderKL"
+
+
+@dataclass(frozen=True)
+class OwnKind:
+    """What a name of ``--vae`` or ``--vae-ckpt`` means.
+
+    Attributes:
+        kind: its class.
+        folder: that it was saved in; None where the class was named.
+    """
+
+    kind: type[Tokenizer]
+    folder: Path | None
+
+    def build(self) -> Tokenizer:
+        """One with random weights."""
+        config = {} if self.folder is None else json.loads((self.folder / CONFIG_FILE).read_text())
+        return self.kind.from_architecture(config)
+
+    def load(self) -> tuple[Tokenizer, str | None]:
+        """The one in the folder, and where its latent statistics come from: None where it has none."""
+        if self.folder is None:
+            name = self.kind.__name__
+            raise UserError(f"--vae {name} names a kind of tokenizer: give a folder of one, or --vae-ckpt none")
+        try:
+            tokenizer, has_statistics = self.kind.load(self.folder)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{self.folder}: no {self.kind.__name__} loads from it ({one_line(error)})") from error
+        return tokenizer, str(self.folder / STATISTICS_FILE) if has_statistics else None
+
+
+def find_own_kind(name: str | None) -> OwnKind | None:
+    """None for what is an ``AutoencoderKL``, a file, or nothing at all."""
+    if name is None:
+        return None
+    folder, kind = None, name
+    if Path(name).is_dir():
+        folder = next((path for path in (Path(name), Path(name) / "vae") if (path / CONFIG_FILE).is_file()), None)
+        try:
+            kind = json.loads((folder / CONFIG_FILE).read_text())["_class_name"] if folder else KL
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # who reads it says what is wrong
+    return None if kind == KL or kind not in TOKENIZERS else OwnKind(TOKENIZERS[kind], folder)

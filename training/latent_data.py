@@ -1,0 +1,145 @@
+"""The latent caches of a training, what of them it reads, and the VAE that made them."""
+
+import argparse
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
+from dataset.latents import FLIPPED_NAME, LatentDataset, features_name, latents_folder
+from dataset.loader import stage_dataset
+from dataset.shards import read_index
+from errors import UserError
+from formats.vae import load_tokenizer
+from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
+from models.denoisers import Denoiser
+from models.encoders import encoder_names
+from models.tokenizers import STATISTICS_FILE, Tokenizer
+from runtime.measure import DEFAULT_VAE
+from runtime.processes import this_process
+from training.networks import vfm_features
+
+
+def open_latents(
+    args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[LatentDataset | None, LatentDataset | None]:
+    """The latent caches to train on and held out; a dry run does without where none is named."""
+    if not args.vae_latents_name:
+        return None, None
+    folder = latents_folder(args.data_dir, args.vae_latents_name)
+    args.repa_source = choose_repa_source(args, folder)
+    images = None
+    if args.stage_dir and not args.dry_run:
+        folder = stage_once(folder, "latents", used_parts(args), args, accelerator)
+    if args.repa_source == "images":
+        images = open_repa_images(args, accelerator)
+    share = {"local_processes": this_process().local_size}
+    features = encoder_names(args.enc_type) if args.repa_source == "features" else ()
+    latents = LatentDataset(folder, hflip=args.hflip, features=features, images=images, **share)
+    held_out = None
+    if args.val_data_dir or args.val_vae_latents_name:
+        held_out = LatentDataset(held_out_folder(args), **share)
+        check_held_out(held_out, latents)
+    return latents, held_out
+
+
+def used_parts(args: argparse.Namespace) -> list[str]:
+    """The sub-folders of the cache that this training reads."""
+    flips = (False, True) if args.hflip else (False,)
+    parts = [FLIPPED_NAME] if args.hflip else []
+    if args.repa_source == "features":
+        parts += [features_name(name, flipped) for name in encoder_names(args.enc_type) for flipped in flips]
+    return parts
+
+
+def stage_once(
+    folder: Path, kind: str, parts: list[str] | None, args: argparse.Namespace, accelerator: Accelerator
+) -> Path:
+    """Copy a packed folder to --stage-dir, by one process on each machine."""
+    if accelerator.is_local_main_process:
+        stage_dataset(folder, args.stage_dir, kind=kind, parts=parts)
+    accelerator.wait_for_everyone()
+    return stage_dataset(folder, args.stage_dir, kind=kind, parts=parts)
+
+
+def held_out_folder(args: argparse.Namespace) -> Path:
+    name = args.val_vae_latents_name or args.vae_latents_name
+    if not args.val_vae_latents_name and "/" in name:
+        raise UserError(
+            f"--vae-latents-name {name} is a path, which --val-data-dir cannot hold; give the held-out cache's path "
+            "with --val-vae-latents-name"
+        )
+    return latents_folder(args.val_data_dir, name)
+
+
+def check_held_out(held_out: LatentDataset, latents: LatentDataset) -> None:
+    """Held-out latents must be of the same VAE, resolution and classes."""
+    same = {
+        "VAE": (held_out.source.get("vae"), latents.source.get("vae")),
+        "resolution": (held_out.resolution, latents.resolution),
+        "classes": (held_out.class_names, latents.class_names),
+    }
+    for what, (theirs, ours) in same.items():
+        if theirs != ours:
+            raise UserError(f"{held_out.folder} has another {what} than {latents.folder}; make a cache that matches it")
+
+
+def needs_features(args: argparse.Namespace) -> bool:
+    """Whether something is aligned with a VFM."""
+    return any(DENOISER_ALIGNMENTS[name].needs_features for name in parse_sum(args.align))
+
+
+def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
+    """Where the features come from: ``none``, ``features`` (cached) or ``images``."""
+    if not needs_features(args):
+        return "none"
+    if args.repa_source == "auto":
+        indices = [read_index(folder / features_name(name)) for name in encoder_names(args.enc_type)]
+        return "images" if None in indices else "features"
+    return args.repa_source
+
+
+def open_repa_images(args: argparse.Namespace, accelerator: Accelerator) -> ImageDataset:
+    if not args.data_dir:
+        raise UserError("--data-dir is needed: REPA reads the images (or cache features, or --proj-coeff 0)")
+    path = Path(args.data_dir)
+    if args.stage_dir and not args.dry_run and read_index(path) is not None:
+        path = stage_once(path, "images", None, args, accelerator)
+    return open_images(path, args.resolution, default=DEFAULT_RESOLUTION)
+
+
+def open_tokenizer(args: argparse.Namespace, latents: LatentDataset | None) -> Tokenizer:
+    """The cache's VAE with its statistics; for a dry run without a cache a random one of ``--vae``.
+
+    Raises:
+        UserError: the cache has lost its statistics, or holds another VAE than it was made with.
+    """
+    if latents is None:
+        return load_tokenizer(args.vae or DEFAULT_VAE, "none")[0]
+    tokenizer, statistics = load_tokenizer(str(latents.vae_folder))
+    remedy = "copy the cache again, or make it anew with cache_latents.py"
+    if statistics is None:
+        raise UserError(f"{latents.vae_folder} has no latent statistics ({STATISTICS_FILE}): {remedy}")
+    if tokenizer.checksum() != latents.source.get("vae"):
+        raise UserError(f"{latents.vae_folder} is not the VAE that {latents.folder} was made with: {remedy}")
+    if args.vae:
+        named, _ = load_tokenizer(args.vae, "none")
+        if (named.latent_channels, named.downsampling) != (tokenizer.latent_channels, tokenizer.downsampling):
+            raise UserError(
+                f"--vae {args.vae} is not the VAE that {latents.folder} was made with: leave the flag away, or give "
+                "the cache of that VAE"
+            )
+    return tokenizer
+
+
+def check_features(args: argparse.Namespace, denoiser: Denoiser, latents: LatentDataset) -> None:
+    """Cached features must lie on the denoiser's token grid."""
+    if args.repa_source != "features":
+        return
+    needed = vfm_features(args.enc_type, denoiser.grid)
+    for (name, grid, width), shape in zip(needed, latents.feature_shapes, strict=True):
+        if shape != (grid**2, width):
+            raise UserError(
+                f"{latents.folder}: cached features of {name} are {shape[0]} tokens of {shape[1]}, {args.model} needs "
+                f"{grid**2} of {width}: cache them with --features-grid {grid}"
+            )
