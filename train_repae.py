@@ -25,11 +25,11 @@ from dataset.loader import LabelledImages
 from errors import UserError
 from formats.arguments import add_encoder_arguments, add_vae_source_arguments
 from formats.vae import load_tokenizer
-from loss.alignment import DENOISER_ALIGNMENTS, settle_arguments
+from loss.alignment import DENOISER_ALIGNMENTS, NONE, parse_sum, settle_arguments
 from loss.alignment.denoiser import ThroughDenoiser
 from loss.alignment.repa import REPA
 from loss.vae_objective import VAELossConfig, load_loss_config
-from models.denoisers import DenoiserConfig, denoiser_kind
+from models.denoisers import DenoiserConfig, build_denoiser, denoiser_kind
 from models.tokenizers import Tokenizer
 from runtime.cli import ArgumentParser, fraction, non_negative_float, run
 from runtime.measure import NUM_CLASSES
@@ -38,6 +38,7 @@ from training.data import measure_statistics, open_image_data
 from training.ldm import LDM
 from training.loop import Loop
 from training.networks import (
+    aligned,
     build_aligned_denoiser,
     build_objective,
     build_sendvae,
@@ -66,6 +67,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_arguments(args)
     arguments.check_image_arguments(args)
     settle_arguments(args, ["repa"], DENOISER_ALIGNMENTS, "--align")
+    args.align = "repa" if args.proj_coeff or args.vae_align_proj_coeff else NONE
     return args
 
 
@@ -136,6 +138,9 @@ def resolve(
         num_classes=NUM_CLASSES if images is None else len(images.class_names),
     )
     args.denoiser, args.vae_config = config.to_dict(), tokenizer.architecture
+    with torch.device("meta"):  # what does not fit the denoiser is refused
+        vfms = aligned(args, parse_sum(args.align), build_denoiser(config)).features
+    args.feature_widths = [vfm.width for vfm in vfms]
     if images is not None:
         if held_out is not None and held_out.class_names != images.class_names:
             raise UserError(f"--val-data-dir {args.val_data_dir} has other classes than --data-dir; give the same ones")
@@ -155,9 +160,8 @@ def build(
 ) -> Repae:
     """Everything that is trained: two halves on one tokenizer, aligned with the same VFMs."""
     objective, discriminator = build_objective(args, loss_config, accelerator)
-    is_aligned = bool(args.proj_coeff or args.vae_align_proj_coeff)
-    denoiser, alignment = build_aligned_denoiser(args, config, ["repa"] if is_aligned else [], accelerator)
-    encoders = build_vfms(args, denoiser.grid, accelerator) if is_aligned else []
+    denoiser, alignment = build_aligned_denoiser(args, config, parse_sum(args.align), accelerator)
+    encoders = build_vfms(args, denoiser.grid, accelerator) if alignment.needs_features else []
     through = None
     if args.vae_align_proj_coeff:
         weight = args.vae_align_proj_coeff

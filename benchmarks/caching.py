@@ -82,9 +82,8 @@ def cached(
     folder: Path, images: ImageDataset, tokenizer: Tokenizer, encoder: ChunkEncoder, args, pinned: bool
 ) -> float:
     """Images a second of the whole job."""
-    channels, *sides = tokenizer.latent_shape(images.resolution)
-    job = PackingJob(folder, ShardSpec("latents", (2 * channels, *sides), "float16"), {})
-    measured, shards = MeasuredStatistics(job, channels), len(images.shard_counts)
+    job = PackingJob(folder, ShardSpec("latents", tokenizer.stored_shape(images.resolution), "float16"), {})
+    measured, shards = MeasuredStatistics(job, tokenizer), len(images.shard_counts)
     encode = latents_encoder(tokenizer, torch.float16)
     target = Target("latents", job, encode, False, ["noise"], lambda: measured.total(shards), measured.shard)
     begin = time.perf_counter()
@@ -122,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer, _ = load_tokenizer(args.vae, "none")
     tokenizer.requires_grad_(False).to(device)
     if device.type == "cpu":
-        tokenizer.network.to(memory_format=torch.channels_last)
+        tokenizer.to(memory_format=torch.channels_last)
     chunk, count = chunk_size(args.resolution, device), args.num_images
     size = min(count, max(chunk, args.pproc_batch_size if device.type == "cuda" else 4 * chunk))
     batch = torch.randint(0, 256, (size, 3, args.resolution, args.resolution), dtype=torch.uint8).to(device)

@@ -20,8 +20,7 @@ from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import Tokenizer
 from models.tokenizers.kl import architecture_names
 
-VAE_FLAGS = ("vae", "vae_ckpt", "vae_latents_stats")
-FLAGS = (*VAE_FLAGS, "path_type", "resolution")  # for checkpoints that do not say it themselves
+FLAGS = ("vae", "vae_ckpt", "vae_latents_stats", "path_type", "resolution")  # of what a checkpoint may not say
 DEFAULT_PATH_TYPE = "linear"  # of every public checkpoint
 TOLERANCE = 0.01  # of two latent statistics that count as the same, in standard deviations
 
@@ -243,5 +242,11 @@ def _check_vae_of(own: LatentStatistics, of_vae: LatentStatistics, vae: str, giv
 
 
 def _float32(state: State) -> State:
-    """Copies that share no memory, which safetensors refuses."""
-    return {name: tensor.detach().float().clone().contiguous() for name, tensor in state.items()}
+    """The tensors themselves where that is possible; copies of those that share memory, which safetensors refuses."""
+    tensors, taken = {}, set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().float().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
+    return tensors

@@ -1,4 +1,4 @@
-"""A SiT and a VAE of random weights at their real sizes: for a dry run of sampling before there is a training."""
+"""A denoiser and a VAE of random weights at their real sizes: for a dry run of sampling before there is a training."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ def open_untrained_ldm(model: str, vae: str | None, resolution: int | None, path
     """Networks of these sizes; every None is the default of the training scripts.
 
     Args:
-        model: of the SiT, e.g. ``SiT-XL/1``.
+        model: of the denoiser, e.g. ``SiT-XL/1``.
         vae: an architecture's name, or a VAE in any form.
         resolution: side of the images in pixels.
         path_type: of the interpolant.

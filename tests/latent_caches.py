@@ -72,7 +72,8 @@ def write_cache(
     statistics.var.copy_(torch.from_numpy(mean.var((0, 2, 3)) + (std**2).mean((0, 2, 3))))
     save_file(statistics.tensors(), folder / STATISTICS_NAME)
     (folder / "vae").mkdir()
-    (folder / "vae" / "config.json").write_text(json.dumps({"latent_channels": shape[0]}))
+    config = {"_class_name": "AutoencoderKL", "latent_channels": shape[0]}
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
     return arrays
 
 

@@ -1,16 +1,21 @@
 """Patch-wise cosine alignment, its baseline and the noise that is injected: values and where the gradient goes."""
 
+import argparse
 import math
 
 import pytest
 import torch
 
 from diffusion.flow import PATH_TYPES, add_noise, interpolant
+from errors import UserError
 from formats.vae import load_tokenizer
+from loss.alignment import DENOISER_ALIGNMENTS, TOKENIZER_ALIGNMENTS, settle_arguments
 from loss.alignment.cosine import constant_predictor_cosine, patch_cosine, patch_cosine_loss
 from models.encoders import build_encoder
 from models.latent_statistics import latent_moments
 from models.mapper import Mapper
+from models.tokenizers.kl import Posterior
+from tests.sendvae_runs import LATENT, draws_for, tiny_trainer
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -149,3 +154,60 @@ def test_without_noise_the_gradient_on_z_is_the_normalised_ones_over_std():
     patch_cosine_loss(mapper(normalised), features).backward()
     expected = normalised.grad / torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1)
     torch.testing.assert_close(z.grad, expected, rtol=1e-6, atol=0)
+
+
+# --- what is measured on held-out images ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("align_loss", ["cosine", "vf"])
+def test_scores_are_the_mean_cosines_of_each_image_as_in_training_and_clean(align_loss):
+    trainer = tiny_trainer(gan=False, align_loss=align_loss)
+    trainer.statistics.load(torch.tensor([0.3, -0.2, 0.1, 0.0]), torch.tensor([1.5, 0.7, 1.0, 2.0]))
+    mean, logvar = normal(15, 3, *LATENT).float(), normal(16, 3, *LATENT).float()
+    (vfm,), (mapper,), draws = trainer.alignment.features, trainer.alignment.mappers, draws_for(3)
+    features = normal(17, 3, vfm.grid**2, vfm.width).float()
+    with torch.no_grad():
+        scores = trainer.alignment.scores(Posterior(mean, logvar), trainer.statistics, [features], draws)
+        z = mean + torch.exp(logvar / 2) * draws.posterior
+        if align_loss == "cosine":
+            mean, z = (
+                (v - trainer.statistics.mean.view(4, 1, 1)) / trainer.statistics.std.view(4, 1, 1) for v in (mean, z)
+            )
+            t = draws.times.view(3, 1, 1, 1)
+            z = (1 - t) * z + t * draws.noise
+        tokens = {"align_cosine": mapper(z).double(), "align_cosine_clean": mapper(mean).double()}
+    assert scores.keys() == tokens.keys() == set(trainer.alignment.score_names)
+    for name, predicted in tokens.items():
+        cosine = (predicted * features).sum(-1) / predicted.norm(dim=-1) / features.double().norm(dim=-1)
+        (score,) = scores[name]
+        torch.testing.assert_close(score.double(), cosine.mean(1), rtol=0, atol=1e-6)
+
+
+# --- its flags --------------------------------------------------------------------------------------------------------
+
+
+def settled(**given) -> argparse.Namespace:
+    """Flags of the mapper after ``--align-loss cosine`` or another one was chosen."""
+    args = argparse.Namespace(**{"mapper_depth": None, "noise_injection": None, "vf_weight": 0.1} | given)
+    settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
+    return args
+
+
+def test_flags_of_the_chosen_alignment_get_their_defaults_and_those_of_another_are_refused():
+    args = settled(align_loss="cosine")
+    assert (args.mapper_depth, args.noise_injection) == (1, True)
+    args = settled(align_loss="cosine", mapper_depth=0, noise_injection=False)
+    assert (args.mapper_depth, args.noise_injection) == (0, False)
+    for flag, value in (("mapper_depth", 0), ("mapper_depth", 2), ("noise_injection", True)):
+        with pytest.raises(
+            UserError, match=rf"--{flag.replace('_', '-')} belongs to --align-loss cosine, not to .* vf"
+        ):
+            settled(align_loss="vf", **{flag: value})
+    assert settled(align_loss="vf", noise_injection=False).mapper_depth is None  # a switch that is off asks for nothing
+
+
+def test_a_weight_of_0_of_another_alignment_asks_for_nothing():
+    flags = {name: None for kind in DENOISER_ALIGNMENTS.values() for name in kind.DEFAULTS}
+    settle_arguments(argparse.Namespace(**flags | {"proj_coeff": 0.0}), [], DENOISER_ALIGNMENTS, "--align")
+    with pytest.raises(UserError, match="--proj-coeff belongs to --align repa, not to --align none"):
+        settle_arguments(argparse.Namespace(**flags | {"proj_coeff": 0.1}), [], DENOISER_ALIGNMENTS, "--align")

@@ -18,8 +18,11 @@ from dataset.latents import LatentDataset, features_name
 from dataset.toy import write_toy_dataset
 from errors import UserError
 from formats.vae import load_tokenizer
-from inference.latent_cache import chunk_size, differences, one_thread_each, sum_moments
+from inference.latent_cache import chunk_size, differences, one_thread_each
 from models.encoders import build_encoder
+from models.latent_statistics import latent_moments
+from models.tokenizers import Tokenizer
+from models.tokenizers.kl import KLTokenizer
 from tests.latent_caches import flags, overflow, save_vae, too_large
 from tests.photographs import random_image
 
@@ -252,8 +255,13 @@ class TestStatistics:
 
     def test_do_not_depend_on_how_shards_are_summed(self):
         latents = np.random.default_rng(0).normal(size=(150, 8, 4, 4)).astype(np.float16)
-        parts = sum_moments(latents[:64]) + sum_moments(latents[64:])
-        np.testing.assert_array_equal(sum_moments(latents), parts)
+        parts = KLTokenizer.stored_moments(latents[:64]) + KLTokenizer.stored_moments(latents[64:])
+        np.testing.assert_array_equal(KLTokenizer.stored_moments(latents), parts)
+
+    def test_of_a_tokenizer_without_randomness_are_those_of_its_latents(self):
+        latents = np.random.default_rng(0).normal(3, size=(5, 4, 2, 2)).astype(np.float16)
+        expected = latent_moments(torch.from_numpy(latents)).numpy()
+        np.testing.assert_allclose(Tokenizer.stored_moments(latents), expected, rtol=1e-13)
 
     @pytest.mark.parametrize(("factor", "warns"), [(1.01, False), (1.03, True)])
     def test_warning_above_two_percent(self, data, vae, whole, tmp_path, factor, warns, capsys):

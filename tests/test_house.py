@@ -11,7 +11,7 @@ LEVELS = {
     "errors": 0,
 }
 BESIDE = "runtime"  # for everything from scripts to loss, dataset and formats; knows none of them
-# Within a level, and no other way: what is measured was sampled or encoded, what is reported was measured, and a foreign
+# Within a level, and no other way: what is measured was sampled or encoded, what is reported was measured, a foreign
 # checkpoint becomes a run with its projectors.
 NEIGHBOURS = {("metrics", "inference"), ("reporting", "metrics"), ("formats", "loss")}
 

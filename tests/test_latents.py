@@ -125,7 +125,7 @@ class TestDataset:
         with pytest.raises(UserError, match=r"latents_stats\.safetensors cannot be read"):
             LatentDataset(tmp_path / "cache")
         (tmp_path / "cache" / "vae" / "config.json").unlink()
-        with pytest.raises(UserError, match=r"config\.json does not say latent_channels"):
+        with pytest.raises(UserError, match=r"config\.json does not say which VAE it is of"):
             LatentDataset(tmp_path / "cache")
 
     def test_parts_of_other_sets_are_refused(self, tmp_path):
@@ -171,7 +171,7 @@ class TestLoader:
                 item = int(order.indices(position, 1)[0])
                 flipped = bool(flip_mask(5, position // COUNT, np.array([item]))[0])
                 names = ("flipped", "features_flipped") if flipped else ("moments", "features")
-                np.testing.assert_array_equal(batch.moments[place], cache[1][names[0]][item])
+                np.testing.assert_array_equal(batch.stored[place], cache[1][names[0]][item])
                 np.testing.assert_array_equal(batch.features[0][place], cache[1][names[1]][item])
                 image = pixels[item, :, :, ::-1] if flipped else pixels[item]
                 np.testing.assert_array_equal(batch.images[place], image)
@@ -181,10 +181,10 @@ class TestLoader:
 
     def test_types(self, cache, packed):
         (batch,) = steps(open_cache(cache, features=[VFM], images=open_images(packed)), 1)[0]
-        assert batch.moments.dtype == batch.features[0].dtype == torch.float16
+        assert batch.stored.dtype == batch.features[0].dtype == torch.float16
         assert (batch.labels.dtype, batch.images.dtype) == (torch.int64, torch.uint8)
         (batch,) = steps(open_cache(cache), 1)[0]
-        assert batch.images is None and batch.features is None and batch.moments.shape == (8, 8, 8, 8)
+        assert batch.images is None and batch.features is None and batch.stored.shape == (8, 8, 8, 8)
 
     def test_files_and_memory_workers_and_prefetch_give_the_same(self, cache):
         expected = steps(open_cache(cache, hflip=True, features=[VFM], memory_limit=0), 7, hflip=True)
@@ -209,8 +209,8 @@ class TestLoader:
         ranks = [steps(dataset, 4, rank=rank, world_size=2, accumulation=2) for rank in range(2)]
         for step, (whole,) in enumerate(expected):
             parts = [part for rank in ranks for part in rank[step]]
-            assert [len(part.moments) for part in parts] == [2] * 4
-            assert torch.equal(torch.cat([part.moments for part in parts]), whole.moments)
+            assert [len(part.stored) for part in parts] == [2] * 4
+            assert torch.equal(torch.cat([part.stored for part in parts]), whole.stored)
             assert torch.equal(torch.cat([part.features[0] for part in parts]), whole.features[0])
 
     def test_hflip_without_the_copy_is_refused(self, cache):
@@ -227,11 +227,11 @@ class TestLoader:
             for items, batch in sequential_batches(
                 dataset, 4, rank=rank, world_size=2, num_workers=num_workers, flips=flips
             ):
-                np.testing.assert_array_equal(batch.moments, expected[items])
+                np.testing.assert_array_equal(batch.stored, expected[items])
                 seen += items.tolist()
         assert sorted(seen) == list(range(COUNT))
         (_, batch), *_ = sequential_batches(dataset, 4)
-        np.testing.assert_array_equal(batch.moments, cache[1]["moments"][:4])
+        np.testing.assert_array_equal(batch.stored, cache[1]["moments"][:4])
 
 
 class TestStaging:

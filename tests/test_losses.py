@@ -358,9 +358,7 @@ class Parts:
     def terms(self, objective: VAEObjective, gan: bool = True) -> dict[str, torch.Tensor]:
         self.discriminator.requires_grad_(False)
         discriminator = self.discriminator if gan else None
-        return objective.generator_terms(
-            self.images, self.reconstruction, self.posterior.regulariser(), discriminator
-        )
+        return objective.generator_terms(self.images, self.reconstruction, self.posterior.regulariser(), discriminator)
 
     def weights(self, objective: VAEObjective, terms: dict[str, torch.Tensor]) -> dict[str, float | torch.Tensor]:
         """As one process calls it."""

@@ -17,7 +17,12 @@ import generate
 import train_ldm
 import train_sendvae
 from dataset.latents import LatentDataset
+from dataset.loader import ImageBatch
 from dataset.toy import main as make_toy
+from diffusion.draws import Draws
+from loss.alignment import Features
+from loss.alignment.mapper import MapperAlignment
+from loss.alignment.repa import REPA
 from models.denoisers.sit import SiT, SiTConfig
 from models.encoders import build_encoder
 from models.mapper import Mapper
@@ -26,7 +31,7 @@ from preprocessing import main as preprocess
 from runtime.cli import run
 from tests import ldm_trainings, sendvae_runs
 from tests.latent_caches import flags as cache_flags
-from training.sendvae import Noise, SendVAE
+from training.sendvae import AlignedTokenizer
 
 VAES = {"f8d4": (8, 4), "f16d16": (16, 16), "f16d32": (16, 32), "f16d64": (16, 64)}  # downsampling, channels
 
@@ -43,15 +48,19 @@ def test_a_step_of_the_real_networks_fits_together(vae, resolution):
     with torch.device("meta"):
         encoder = build_encoder("dinov2-vit-b", grid, random_weights=True)
         tokenizer = build_tokenizer(architecture(vae))
-        model = SendVAE(tokenizer, Mapper(channels, side, grid, encoder.embed_dim))
+        mapper = Mapper(channels, side, grid, encoder.embed_dim)
+        alignment = MapperAlignment([mapper], [Features(encoder.name, grid, encoder.embed_dim)], 1.0, "linear")
+        model = AlignedTokenizer(tokenizer, alignment)
         images = torch.empty(2, 3, resolution, resolution, dtype=torch.uint8)
-        noise = Noise(torch.empty(2, channels, side, side), torch.empty(2), torch.empty(2, channels, side, side))
+        latent, one_each = torch.empty(2, channels, side, side), torch.empty(2)
     assert tokenizer.latent_shape(resolution) == (channels, side, side)
-    assert (model.mapper.patch_size, encoder.input_size) == (16 // downsampling, 14 * grid)
-    output = model(images, noise)
+    assert (mapper.patch_size, encoder.input_size) == (16 // downsampling, 14 * grid)
+    features = encoder(images)
+    assert mapper(latent).shape == features.shape == (2, grid**2, 768)
+    batch, draws = ImageBatch(images, one_each), Draws(latent, latent, one_each, one_each)
+    output = model(batch, [features], draws)
     assert output.reconstruction.shape == images.shape
-    assert output.tokens[0].shape == encoder(images).shape == (2, grid**2, 768)
-    (output.reconstruction.mean() + output.tokens[0].mean()).backward()
+    (output.reconstruction.mean() + output.alignment["alignment"]).backward()
     assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
 
 
@@ -59,14 +68,17 @@ def test_a_step_of_the_real_networks_fits_together(vae, resolution):
 @pytest.mark.parametrize(("vae", "model"), [("f8d4", "SiT-XL/2"), ("f16d16", "SiT-XL/1"), ("f16d64", "SiT-XL/1")])
 def test_a_real_sit_has_the_grid_of_the_vfm(vae, model, resolution):
     downsampling, channels = VAES[vae]
-    config = SiTConfig(model, channels, resolution // downsampling, 1000, feature_dims=(768, 1024))
-    assert config.grid == resolution // 16
+    config = SiTConfig(model, channels, resolution // downsampling, 1000)
     with torch.device("meta"):
         shape = (2, channels, config.latent_size, config.latent_size)
         sit = SiT(config)
-        velocity, tokens = sit(torch.empty(shape), torch.empty(2), torch.empty(2, dtype=torch.int64), with_tokens=True)
+        repa = REPA(sit, [Features(str(width), sit.grid, width) for width in (768, 1024)], 8, 2048, 0.5)
+        inputs = torch.empty(shape), torch.empty(2), torch.empty(2, dtype=torch.int64)
+        velocity, states = sit(*inputs, taps=repa.taps)
+        tokens = repa.predict(states)
+    assert sit.grid == resolution // 16
     assert velocity.shape == shape
-    assert [part.shape for part in tokens] == [(2, config.grid**2, 768), (2, config.grid**2, 1024)]
+    assert [part.shape for part in tokens] == [(2, sit.grid**2, 768), (2, sit.grid**2, 1024)]
 
 
 # --- the whole pipeline, slim -----------------------------------------------------------------------------------------
@@ -100,8 +112,8 @@ def test_from_images_to_samples(vae, model, resolution, tmp_path):
     side, grid = resolution // downsampling, resolution // 16
     options = {"resolution": None, "vae": slim(vae, tmp_path), "vae_ckpt": None, "max_train_steps": 1}
     assert run(train_sendvae.main, sendvae_runs.flags(packed, tmp_path, "vae", **options)) == 0
-    state = load_file(tmp_path / "vae" / "checkpoints" / "0000001" / "model.safetensors")
-    assert state["mapper.patch_embed.weight"].shape == (112, channels, 16 // downsampling, 16 // downsampling)
+    state = load_file(tmp_path / "vae" / "checkpoints" / "0000001" / "alignment.safetensors")
+    assert state["mappers.0.patch_embed.weight"].shape == (112, channels, 16 // downsampling, 16 // downsampling)
 
     cache = cache_flags(packed, tmp_path / "vae" / "vae", vae, cache_features=True, enc_type="efficientnet-lite0")
     assert run(cache_latents.main, cache) == 0
@@ -112,7 +124,7 @@ def test_from_images_to_samples(vae, model, resolution, tmp_path):
     options = {"vae_latents_name": vae, "model": model, "max_train_steps": 1}
     assert run(train_ldm.main, ldm_trainings.flags(packed, tmp_path, "ldm", **options)) == 0
     args = json.loads((tmp_path / "ldm" / "args.json").read_text())["args"]
-    assert (args["sit"]["latent_size"], args["repa_source"]) == (side, "features")
+    assert (args["denoiser"]["latent_size"], args["repa_source"]) == (side, "features")
 
     sampling = ["--exp-path", str(tmp_path / "ldm"), "--num-fid-samples", "2", "--num-steps", "2"]
     assert run(generate.main, [*sampling, "--sample-dir", str(tmp_path / "samples")]) == 0

@@ -71,7 +71,7 @@ def kill_when(process: subprocess.Popen, path: Path, number: int) -> int:
 
 def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
-    for name in ("model", "discriminator", "ema"):
+    for name in ("model", "alignment", "discriminator", "ema"):
         x, y = (load_file(run / "checkpoints" / "0000040" / f"{name}.safetensors") for run in (a, b))
         assert x.keys() == y.keys()
         assert all(torch.equal(x[key], y[key]) for key in x), name

@@ -171,12 +171,15 @@ def test_end_to_end_training_takes_both(folder):
     assert {"alignment", "repa", "vae_loss", "val_ema/denoise"} <= records(run_folder).keys()
 
 
+NAMED = {"exp_name": "x", "data_dir": "x", "vae_latents_name": "x"}
+
+
 @pytest.mark.parametrize(
     ("main", "flags", "message"),
     [
-        (train_sendvae.main, {"mse_weight": 1, "data_dir": "x", "exp_name": "x"}, "--mse-weight belongs to --align-loss mse"),
-        (train_ldm.main, {"mean_coeff": 1, "vae_latents_name": "x", "exp_name": "x"}, "--mean-coeff belongs to --align mean"),
-        (train_ldm.main, {"align": "repa+x", "vae_latents_name": "x", "exp_name": "x"}, "there are|give repa, vae, mean"),
+        (train_sendvae.main, {"exp_name": "x", "data_dir": "x", "mse_weight": 1}, "--mse-weight belongs to"),
+        (train_ldm.main, NAMED | {"mean_coeff": 1}, "--mean-coeff belongs to --align mean"),
+        (train_ldm.main, NAMED | {"align": "repa+x"}, "give repa, vae, mean"),
         (train_ldm.main, {"model": "Conv-x", "dry_run": True, "align": "none"}, "give Conv-DEPTH"),
         (train_ldm.main, {"model": "U-4", "dry_run": True, "align": "none"}, "Conv-DEPTH"),
     ],
@@ -184,5 +187,5 @@ def test_end_to_end_training_takes_both(folder):
 def test_flags_of_parts_that_were_not_chosen(capsys, main, flags, message):
     assert run(main, argv_of(flags)) == 2
     error = capsys.readouterr().err
-    assert re.search(message, error)
+    assert message in error
     assert error.count("\n") == 1

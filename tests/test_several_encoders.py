@@ -11,17 +11,17 @@ import train_ldm
 import train_sendvae
 from dataset.latents import LatentDataset, features_name
 from errors import UserError
-from models.denoisers.sit import SiTConfig
+from loss.alignment import Features
 from models.encoders import build_encoder, build_encoders, encoder_names
 from models.mapper import Mapper
 from runtime.cli import run
+from runtime.measure import count_parameters
 from tests import ldm_trainings, sendvae_runs
 from tests.latent_caches import flags as cache_flags
 from tests.latent_caches import write_cache
-from tests.ldm_steps import CONFIG, random_batch
+from tests.ldm_steps import accumulate, random_batch
 from tests.ldm_steps import tiny_trainer as tiny_ldm_trainer
-from tests.sendvae_runs import gradients, random_images, tiny_trainer
-from training.sendvae import SendVAE, draw_noise
+from tests.sendvae_runs import draws_for, gradients, image_batch, networks, random_images, tiny_trainer
 
 NAMES = ["efficientnet-lite0", "efficientnet-lite0-s32"]
 BOTH = ",".join(NAMES)
@@ -72,44 +72,38 @@ def test_an_empty_entry_is_looked_for_and_another_number_of_files_is_refused(tmp
 # --- VAE --------------------------------------------------------------------------------------------------------------
 
 
-def with_second_mapper(trainer):
-    """Give a tiny trainer a second VFM; what it had stays."""
-    encoder = build_encoder(NAMES[1], sendvae_runs.GRID)
-    torch.manual_seed(5)
-    mapper = Mapper(4, sendvae_runs.RESOLUTION // 4, sendvae_runs.GRID, encoder.embed_dim, projector_width=64)
-    trainer.model.more_mappers.append(mapper)
-    trainer.encoders = [*trainer.encoders, encoder]
-    return trainer
-
-
-def test_the_vaes_alignment_is_the_average_over_the_vfms():
-    images = random_images(4)
-    noise = draw_noise((4, 4, 8, 8), torch.device("cpu"), torch.Generator().manual_seed(2))
-    options = {"gan": False, "reconstruction_weight": 0.0, "kl_weight": 0.0}
-    both, first, second = (with_second_mapper(tiny_trainer(**options)) for _ in range(3))
-    first.model.more_mappers, first.encoders = torch.nn.ModuleList(), first.encoders[:1]
-    second.model.mapper, second.model.more_mappers = second.model.more_mappers[0], torch.nn.ModuleList()
-    second.encoders = second.encoders[1:]
-    values, alone, other = (trainer.accumulate(images, noise, 0, 1.0)[0] for trainer in (both, first, second))
-    assert alone.keys() & {"alignment", f"alignment/{NAMES[0]}"} == {"alignment"}
-    assert values[f"alignment/{NAMES[0]}"] == alone["alignment"]
-    assert values[f"alignment/{NAMES[1]}"] == other["alignment"]
-    assert values["alignment"].item() == pytest.approx(mean([alone["alignment"], other["alignment"]]), rel=1e-6)
+@pytest.mark.parametrize(("align_loss", "metric"), [("cosine", "alignment"), ("vf", "vf_distance")])
+def test_the_vaes_alignment_is_the_average_over_the_vfms(align_loss, metric):
+    weights = {"reconstruction_weight": 0.0, "kl_weight": 0.0}
+    options = {"gan": False, "align_loss": align_loss, "loss": weights}
+    both, *singles = (tiny_trainer(vfms=vfms, **options) for vfms in (NAMES, NAMES[:1], NAMES[1:]))
+    for trainer, mapper in zip(singles, both.alignment.mappers, strict=True):
+        trainer.alignment.mappers[0].load_state_dict(mapper.state_dict())
+    values, *alone = (t.backward(0, image_batch(4), draws_for(4), 1.0, synchronise=True)[0] for t in (both, *singles))
+    assert not any("/" in name for name in alone[0])
+    for name, value in zip(NAMES, alone, strict=True):
+        assert values[f"{metric}/{name}"] == value[metric]
+    assert values[metric].item() == pytest.approx(mean(value[metric] for value in alone), rel=1e-6)
+    if align_loss == "vf":  # weighs nothing where the fidelity does
+        assert values["vf_weight"] == 0
+        return
     assert values["loss"] == values["alignment"]
 
-    averaged, parts = gradients(both.model.tokenizer), [gradients(t.model.tokenizer) for t in (first, second)]
+    averaged, parts = gradients(both.tokenizer), [gradients(trainer.tokenizer) for trainer in singles]
     for name, gradient in averaged.items():
         expected = 0.5 * (parts[0][name] + parts[1][name])
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
-    assert sum(g.abs().sum() for g in gradients(both.model.more_mappers).values()) > 0
+    assert sum(g.abs().sum() for g in gradients(both.alignment.mappers[1]).values()) > 0
 
 
-def test_a_single_mapper_keeps_its_names():
-    trainer = tiny_trainer()
-    names = {name.split(".")[0] for name in trainer.model.state_dict()}
-    assert names == {"tokenizer", "mapper"}
-    assert len(trainer.model.mappers) == 1
-    assert SendVAE(trainer.model.tokenizer, None).mappers == []
+def test_the_tokenizer_and_each_mapper_have_names_of_their_own():
+    modules = tiny_trainer(vfms=NAMES).modules()
+    assert {name.split(".")[0] for name in modules["model"].state_dict()} == {"network", "statistics"}
+    assert {name.rsplit(".")[1] for name in modules["alignment"].state_dict()} == {"0", "1"}
+    assert all(name.startswith("mappers.") for name in modules["alignment"].state_dict())
+    alone = tiny_trainer(align_coeff=0.0)
+    assert alone.modules()["alignment"] is None
+    assert {name.split(".")[0] for name in networks(alone).state_dict()} == {"tokenizer"}
 
 
 def test_a_vae_trains_with_two_vfms_and_resumes(data, tmp_path):
@@ -123,16 +117,19 @@ def test_a_vae_trains_with_two_vfms_and_resumes(data, tmp_path):
         each = [validation[f"val/{metric}/{name}"] for name in NAMES]
         assert validation[f"val/{metric}"] == pytest.approx(mean(each), rel=1e-6)
         assert each[0] != each[1]
-    state = load_file(tmp_path / "whole" / "checkpoints" / "0000004" / "model.safetensors")
-    widths = [state[f"{name}.patch_embed.weight"].shape[0] for name in ("mapper", "more_mappers.0")]
+    state = load_file(tmp_path / "whole" / "checkpoints" / "0000004" / "alignment.safetensors")
+    widths = [state[f"mappers.{number}.patch_embed.weight"].shape[0] for number in range(2)]
     assert widths == [112, 320]
 
     begun = sendvae_runs.flags(data, tmp_path, "resumed", max_train_steps=2, checkpointing_steps=2, **options)
     assert run(train_sendvae.main, begun) == 0
     resumed = sendvae_runs.flags(data, tmp_path, "resumed", max_train_steps=4, checkpointing_steps=2, **options)
     assert run(train_sendvae.main, resumed) == 0
-    again = load_file(tmp_path / "resumed" / "checkpoints" / "0000004" / "model.safetensors")
-    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+    for module in ("model", "alignment"):
+        files = [tmp_path / run / "checkpoints" / "0000004" / f"{module}.safetensors" for run in ("whole", "resumed")]
+        straight, again = map(load_file, files)
+        assert straight.keys() == again.keys()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in straight.items())
 
 
 def test_dry_runs_name_each_network(data, tmp_path, capsys):
@@ -141,8 +138,10 @@ def test_dry_runs_name_each_network(data, tmp_path, capsys):
     printed = capsys.readouterr().out
     for name in NAMES:
         assert f"VFM {name}" in printed
-        assert f"mapper {name}" in printed
         assert f"alignment/{name}" in printed
+    mappers = sum(count_parameters(Mapper(4, 8, sendvae_runs.GRID, width))[0] for width in (112, 320))
+    table = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
+    assert table["alignment"] == [f"{mappers:,}"] * 2
     for source in ("images", "features"):
         assert (
             run(train_ldm.main, ldm_trainings.flags(data, tmp_path, enc_type=BOTH, dry_run=True, repa_source=source))
@@ -165,7 +164,7 @@ def test_features_of_each_vfm_are_cached_and_read(data):
     dataset = LatentDataset(folder, features=NAMES)
     assert dataset.feature_shapes == ((16, 112), (16, 320))
     assert (folder / features_name(NAMES[1]) / "index.json").exists()
-    assert list(dataset.layout) == ["moments", "labels", *(features_name(name) for name in NAMES)]
+    assert list(dataset.layout) == ["stored", "labels", *(features_name(name) for name in NAMES)]
     assert features_name("timm/vit_tiny_patch16_224") == "features/timm--vit_tiny_patch16_224"
 
 
@@ -184,38 +183,28 @@ def test_features_come_in_the_order_asked_for(tmp_path):
 
 
 def test_repa_is_the_average_over_the_vfms():
-    config = SiTConfig(**(CONFIG.to_dict() | {"feature_dims": (12, 20)}))
-    trainer = tiny_ldm_trainer(config=config, encoder_names=("a", "b"))
-    batch = random_batch(4, config=config)
-    features = (
-        batch.features[0].float(),
-        torch.randn(4, config.grid**2, 20, generator=torch.Generator().manual_seed(3)),
-    )
-    metrics = trainer.accumulate(batch._replace(features=features), trainer.draws_for(batch, 0, 0), 1.0)
+    vfms = Features("a", 4, 12), Features("b", 4, 20)
+    trainer, batch = tiny_ldm_trainer(features=vfms), random_batch(4, features=vfms)
+    batch = batch._replace(features=tuple(part.float() for part in batch.features))
+    draws = trainer.draws(0, 0, batch)
+    metrics = accumulate(trainer, batch, draws)
     assert metrics["repa"].item() == pytest.approx(mean([metrics["repa/a"], metrics["repa/b"]]), rel=1e-6)
     assert metrics["loss"].item() == pytest.approx(float(metrics["denoise"] + 0.5 * metrics["repa"]), rel=1e-6)
-    ours = gradients(trainer.model)
+    repa = trainer.alignment["repa"]
+    ours = gradients(repa)
 
-    tokens = trainer.model(*inputs(trainer, batch), with_tokens=True)[1]
-    cosines = [(u * v).sum(-1) / u.norm(dim=-1) / v.norm(dim=-1) for u, v in zip(tokens, features, strict=True)]
+    x, t = trainer.normalised(batch, draws), draws.times[:, None, None, None]
+    state = trainer.denoiser((1 - t) * x + t * draws.noise, draws.times, batch.labels, taps=repa.taps)[1][0]
+    tokens = [project(state) for project in repa.projectors]
+    cosines = [(u * v).sum(-1) / u.norm(dim=-1) / v.norm(dim=-1) for u, v in zip(tokens, batch.features, strict=True)]
     assert [(1 - cosine.mean()).item() for cosine in cosines] == pytest.approx(
         [metrics["repa/a"].item(), metrics["repa/b"].item()], rel=1e-5
     )
     loss = 0.5 * ((1 - cosines[0].mean()) + (1 - cosines[1].mean())) / 2
-    names = [name for name in ours if name.startswith("projectors")]
-    parameters = dict(trainer.model.named_parameters())
-    expected = torch.autograd.grad(loss, [parameters[name] for name in names])
-    assert len(names) == 12
-    for name, gradient in zip(names, expected, strict=True):
+    expected = torch.autograd.grad(loss, [*repa.parameters()])
+    assert len(ours) == len(expected) == 12
+    for name, gradient in zip(dict(repa.named_parameters()), expected, strict=True):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-7)
-
-
-def inputs(trainer, batch):
-    """What the SiT is given in the step 0 of this trainer."""
-    draws = trainer.draws_for(batch, 0, 0)
-    x = trainer.normalised_sample(batch, draws.posterior)
-    t = draws.times[:, None, None, None]
-    return (1 - t) * x + t * draws.noise, draws.times, batch.labels
 
 
 def test_an_ldm_trains_with_two_vfms_from_images_and_from_the_cache(data, tmp_path):
@@ -226,9 +215,9 @@ def test_an_ldm_trains_with_two_vfms_from_images_and_from_the_cache(data, tmp_pa
     for metric in ("repa", *(f"repa/{name}" for name in NAMES)):
         assert images[metric] == pytest.approx(features[metric], rel=1e-3)
     args = json.loads((tmp_path / "images" / "args.json").read_text())["args"]
-    assert args["sit"]["feature_dims"] == [112, 320]
-    state = load_file(tmp_path / "images" / "checkpoints" / "0000002" / "model.safetensors")
-    assert [state[f"projectors.{number}.4.weight"].shape[0] for number in range(2)] == [112, 320]
+    assert args["feature_widths"] == [112, 320]
+    state = load_file(tmp_path / "images" / "checkpoints" / "0000002" / "alignment.safetensors")
+    assert [state[f"repa.projectors.{number}.4.weight"].shape[0] for number in range(2)] == [112, 320]
 
 
 def test_auto_takes_images_unless_all_features_are_cached(data, tmp_path):

@@ -195,6 +195,12 @@ def test_a_failed_start_leaves_nothing_that_the_next_one_trusts(data, tmp_path):
     assert torch.equal(stored.statistics.mean, cached.statistics.mean)
 
 
+@pytest.mark.parametrize("changes", [{"encoder_depth": 7}, {"model": "SiT-Ti/16"}, {"enc_type": "x"}])
+def test_a_command_that_is_refused_claims_no_folder(data, tmp_path, changes):
+    assert train(*flags(data, tmp_path, **changes)) == 2
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("vae", [None, "f8d4"])
 def test_dry_run_needs_no_data_and_leaves_nothing(vae, tmp_path, capsys):
     argv = ["--dry-run", "--model", "SiT-S/2", "--vae", vae or "f16d32", "--resolution", "64", "--proj-coeff", "0"]

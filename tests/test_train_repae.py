@@ -153,15 +153,48 @@ def test_a_damaged_vae_of_a_checkpoint_is_named(finished, tmp_path, capsys):
     assert "vae.safetensors" in capsys.readouterr().err
 
 
-def test_train_ldm_goes_on_with_the_tuned_vae(finished, toy, tmp_path):
-    latents = tmp_path / "latents"
-    argv = ["--data-dir", str(toy), "--vae", str(finished / "vae"), "--vae-latents-name", str(latents)]
+@pytest.fixture(scope="module")
+def latents(finished, toy, tmp_path_factory) -> Path:
+    """A cache made with the tuned VAE."""
+    folder = tmp_path_factory.mktemp("caches") / "latents"
+    argv = ["--data-dir", str(toy), "--vae", str(finished / "vae"), "--vae-latents-name", str(folder)]
     assert run(cache_latents.main, [*argv, "--num-workers", "0"]) == 0
+    return folder
+
+
+def test_train_ldm_goes_on_with_the_tuned_vae(finished, toy, latents, tmp_path):
     argv = ldm_trainings.flags(toy, tmp_path, "ldm", vae_latents_name=latents)
     assert run(train_ldm.main, argv) == 0
     ours, theirs = (load_tokenizer(str(run_ / "vae"))[0] for run_ in (finished, tmp_path / "ldm"))
     assert ours.checksum() == theirs.checksum()
     assert torch.equal(ours.statistics.mean, theirs.statistics.mean)
+
+
+def test_train_ldm_goes_on_with_the_denoiser_too(finished, toy, latents, tmp_path):
+    """Weights, average, projectors and AdamW's moments; a rate of 0 leaves all weights as they were."""
+    source = {"vae_latents_name": latents, "continue_train_exp_dir": finished, "max_train_steps": 5}
+    assert run(train_ldm.main, ldm_trainings.flags(toy, tmp_path, "ldm", learning_rate=0, **source)) == 0
+    for name in ("model", "ema", "alignment"):
+        before, after = weights(finished, 4, name), weights(tmp_path / "ldm", 5, name)
+        assert before.keys() == after.keys()
+        for key in before:
+            torch.testing.assert_close(after[key], before[key] if name != "ema" else averaged(finished, key))
+    args = json.loads((tmp_path / "ldm" / "args.json").read_text())["args"]
+    assert args["continued_from"] == {"checkpoint": str(finished / "checkpoints" / "0000004"), "step": 4}
+    assert metrics(tmp_path / "ldm")[-1]["step"] == 5
+    moments = [
+        torch.load(folder / "checkpoints" / step / "optimizer.pt", weights_only=True)["state"]
+        for folder, step in ((finished, "0000004"), (tmp_path / "ldm", "0000005"))
+    ]
+    assert moments[0].keys() == moments[1].keys()
+    assert {(moments[0][n]["step"].item(), moments[1][n]["step"].item()) for n in moments[0]} == {(4, 5)}
+    other = ldm_trainings.flags(toy, tmp_path, "wider", projector_width=64, **source)
+    assert run(train_ldm.main, other) == 2
+
+
+def averaged(run_: Path, key: str) -> torch.Tensor:
+    """The average one step after the last, of weights that stay."""
+    return 0.9 * weights(run_, 4, "ema")[key] + 0.1 * weights(run_, 4, "model")[key]
 
 
 def test_training_starts_from_the_vae_s_statistics_or_measures_them(finished, toy, tmp_path):
@@ -218,6 +251,12 @@ def test_dry_run_needs_no_data_and_leaves_nothing(tmp_path, capsys):
     assert "SiT-Ti/2" in out
     assert "step 2:" in out
     assert "peak memory" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{"encoder_depth": 7}, {"model": "SiT-Ti/8", "resolution": 48}, {"enc_type": "x"}])
+def test_a_command_that_is_refused_claims_no_folder(toy, tmp_path, changes):
+    assert train(*flags(toy, tmp_path, "run", **changes)) == 2
     assert not list(tmp_path.iterdir())
 
 

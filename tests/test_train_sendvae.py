@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_no_bit(toy, tmp_path):
 
 def test_divergence_stops_the_run_with_its_reason(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.loop.MAX_CONSECUTIVE_SKIPS", 3)
-    monkeypatch.setattr("training.sendvae.patch_cosine_loss", lambda tokens, features: tokens.sum() * float("nan"))
+    monkeypatch.setattr("loss.alignment.mapper.patch_cosine_loss", lambda tokens, features: tokens.sum() * float("nan"))
     argv = flags(toy, tmp_path, "run", max_train_steps=9, checkpointing_steps=1, loss_cfg_path="configs/l1_kl.yaml")
     assert train(*argv) == EXIT_FAILED
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from diffusion.draws import Stream as Purpose
-from diffusion.draws import seeded_generator
+from dataset.loader import ImageBatch
+from diffusion.draws import Stream, draw, seeded_generator
 from errors import UserError
 from formats.runs import status_of
 from runtime.checkpoint import CheckpointFolder
 from training.arguments import CHANGEABLE
 from training.ema import EMA
+from training.method import Method, Phase, frozen, train_step
 from training.metrics import MeanMetrics
 from training.optimizer import build_adamw, learning_rate, optimizer_step
 from training.run import Run, build_accelerator, refuse_changed_arguments
@@ -37,7 +38,7 @@ def saved(tmp_path, *steps: int, **modules) -> CheckpointFolder:
 
 def test_checkpoint_round_trip_is_exact(tmp_path):
     module = network(1)
-    optimizer = build_adamw(module.parameters(), (0.9, 0.999), 0.0, 1e-8)
+    optimizer = build_adamw(module.named_parameters(), (0.9, 0.999), 0.0, 1e-8)
     module(torch.randn(5, 3)).sum().backward()
     optimizer_step(optimizer, 1e-2, 1.0)
     folder = CheckpointFolder(tmp_path)
@@ -49,7 +50,7 @@ def test_checkpoint_round_trip_is_exact(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True)
     )
-    fresh = build_adamw(other.parameters(), (0.9, 0.999), 0.0, 1e-8)
+    fresh = build_adamw(other.named_parameters(), (0.9, 0.999), 0.0, 1e-8)
     fresh.load_state_dict(checkpoint.load_state("optimizer"))
     for a, b in zip(optimizer.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -171,7 +172,7 @@ def test_ema_starts_as_the_copy_and_follows_parameters_and_buffers():
 
 def test_adamw_step_equals_the_update_rule():
     parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = build_adamw([parameter], (0.9, 0.99), 0.1, 1e-8)
+    optimizer = build_adamw([("weight", parameter)], (0.9, 0.99), 0.1, 1e-8)
     value, m, v = parameter.detach().double(), torch.zeros(2).double(), torch.zeros(2).double()
     for step in range(1, 4):
         gradient = torch.tensor([3.0, 4.0]).double() * step  # norm 5·step, clipped to 1
@@ -190,7 +191,7 @@ def test_adamw_step_equals_the_update_rule():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_gradient_changes_neither_weights_nor_moments(bad):
     parameter = nn.Parameter(torch.ones(2))
-    optimizer = build_adamw([parameter], (0.9, 0.999), 0.1, 1e-8)
+    optimizer = build_adamw([("weight", parameter)], (0.9, 0.999), 0.1, 1e-8)
     parameter.grad = torch.ones(2)
     optimizer_step(optimizer, 0.1, 1.0)
     weights, state = parameter.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"][0])
@@ -203,7 +204,7 @@ def test_non_finite_gradient_changes_neither_weights_nor_moments(bad):
 
 def test_fp16_scaler_s_overflow_is_a_skipped_step_and_halves_the_scale():
     parameter = nn.Parameter(torch.ones(2))
-    optimizer = build_adamw([parameter], (0.9, 0.999), 0.0, 1e-8)
+    optimizer = build_adamw([("weight", parameter)], (0.9, 0.999), 0.0, 1e-8)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale((parameter * torch.tensor([3.0, 4.0])).sum()).backward()
     norm, skipped = optimizer_step(optimizer, 0.1, 10.0, scaler)
@@ -219,10 +220,19 @@ def test_fp16_scaler_s_overflow_is_a_skipped_step_and_halves_the_scale():
     assert scaler.get_scale() == 2.0
 
 
+def test_adamw_knows_its_parameters_by_name_and_leaves_frozen_ones_out():
+    module = network()
+    module[0].requires_grad_(False)
+    (group,) = build_adamw(module.named_parameters(), (0.9, 0.999), 0.0, 1e-8).state_dict()["param_groups"]
+    assert group["param_names"] == ["1.weight", "1.bias", "2.weight", "2.bias"]
+
+
 def test_no_clipping():
     """0 is no clipping, not a gradient of 0; a gradient that is not finite changes nothing all the same."""
     parameter = nn.Parameter(torch.zeros(2))
-    optimizer = build_adamw([parameter], (0.0, 0.0), 0.0, 1e3)  # this epsilon: the update is about gradient / 1000
+    optimizer = build_adamw(
+        [("weight", parameter)], (0.0, 0.0), 0.0, 1e3
+    )  # this epsilon: the update is about gradient / 1000
     parameter.grad = torch.tensor([3.0, 4.0])
     norm, skipped = optimizer_step(optimizer, 1.0, 0.0)
     assert (norm.item(), skipped.item()) == (5.0, 0.0)
@@ -264,13 +274,76 @@ def test_metrics_continue_from_their_state():
 
 
 def test_generators_are_functions_of_their_counters():
-    def draw(*counters):
+    def numbers(*counters):
         return torch.rand(4, generator=seeded_generator(torch.device("cpu"), *counters)).tolist()
 
-    assert draw(Purpose.TRAINING, 0, 1, 2) == draw(Purpose.TRAINING, 0, 1, 2)
-    keys = [(Purpose.TRAINING, 0, 1, 2), (Purpose.VALIDATION, 0, 1, 2), (Purpose.TRAINING, 1, 1, 2),
-            (Purpose.TRAINING, 0, 2, 1), (Purpose.TRAINING, 0, 1, 2, 0)]  # fmt: skip
-    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+    assert numbers(Stream.TRAINING, 0, 1, 2) == numbers(Stream.TRAINING, 0, 1, 2)
+    keys = [(Stream.TRAINING, 0, 1, 2), (Stream.VALIDATION, 0, 1, 2), (Stream.TRAINING, 1, 1, 2),
+            (Stream.TRAINING, 0, 2, 1), (Stream.TRAINING, 0, 1, 2, 0)]  # fmt: skip
+    assert len({tuple(numbers(*key)) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "lognormal"])
+def test_a_batch_s_draws_have_their_distributions(weighting):
+    draws = draw((5000, 2, 2, 1), torch.Generator().manual_seed(0), weighting)
+    assert [tuple(part.shape) for part in draws] == [(5000, 2, 2, 1), (5000, 2, 2, 1), (5000,), (5000,)]
+    normal = {"posterior": True, "noise": True, "times": weighting == "lognormal", "dropout": False}
+    for name, part in draws._asdict().items():
+        mean, std = (0.0, 1.0) if normal[name] else (0.5, 12**-0.5)
+        assert part.mean().item() == pytest.approx(mean, abs=0.06), name
+        assert part.std().item() == pytest.approx(std, rel=0.05), name
+        assert normal[name] or (part.min() >= 0 and part.max() < 1)
+    assert not torch.equal(draws.posterior, draws.noise)
+
+
+class Weighed(Phase):
+    """Adds ``share`` times the batch's sum to a gradient, writes down its calls, and keeps the doubled batch."""
+
+    def __init__(self, name: str, calls: list):
+        self.name, self.calls, self.gradient = name, calls, 0.0
+
+    def accumulate(self, step, micro_step, batch, share, synchronise):
+        self.calls.append((self.name, step, micro_step, synchronise))
+        self.gradient += share * batch.images.sum().item()
+        return {f"{self.name} sum": batch.images.sum()}, ImageBatch(2 * batch.images, batch.labels)
+
+    def update(self, step, metrics, kept):
+        self.calls.append((self.name, step, {name: value.item() for name, value in metrics.items()}, len(kept)))
+        return {"skipped": torch.tensor(0.0)}
+
+
+class TwoPhases(Method):
+    def __init__(self, calls: list):
+        self.accelerator, self.phases_ = Accelerator(cpu=True), (Weighed("first", calls), Weighed("second", calls))
+
+    @property
+    def phases(self):
+        return self.phases_
+
+
+def test_a_step_accumulates_phase_by_phase_and_hands_on_what_was_kept():
+    calls: list = []
+    method = TwoPhases(calls)
+    batches = [ImageBatch(torch.tensor([float(n)]), torch.zeros(1)) for n in (1, 2, 9)]
+    metrics = train_step(method, 5, batches)
+    accumulated = [[(name, 5, n, n == 2) for n in range(3)] for name in ("first", "second")]
+    first = {"first sum": 4.0}
+    assert calls == [
+        *accumulated[0],
+        ("first", 5, first, 3),
+        *accumulated[1],
+        ("second", 5, first | {"skipped": 0.0, "second sum": 8.0}, 3),
+    ]
+    assert [phase.gradient for phase in method.phases] == pytest.approx([4.0, 8.0])
+    assert {name: value.item() for name, value in metrics.items()} == first | {"second sum": 8.0, "skipped": 0.0}
+
+
+def test_frozen_modules_take_gradients_again_afterwards():
+    module = network()
+    with pytest.raises(RuntimeError, match="stop"), frozen(module, None):
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        raise RuntimeError("stop")
+    assert all(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_changed_flag_is_refused_by_name_and_steps_may_change(tmp_path):

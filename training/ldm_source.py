@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from errors import UserError
-from formats.runs import OWN_STATISTICS, arguments_of, is_foreign_experiment
+from formats.runs import OWN_STATISTICS, arguments_of, refuse_foreign
 from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
 from models.denoisers import DenoiserConfig, denoiser_config
 from models.latent_statistics import LatentStatistics, difference
@@ -141,6 +141,8 @@ class Source:
             logger.warning("%s holds no optimizer state: AdamW begins anew", self.checkpoint.folder)
             return
         theirs, ours = self.checkpoint.load_state("optimizer"), method.optimizer.state_dict()
+        if not theirs["state"]:  # of bare weights
+            logger.warning("%s holds no moments: AdamW begins anew", self.checkpoint.folder)
         names = theirs["param_groups"][0]["param_names"]
         moments = {name: theirs["state"][number] for number, name in enumerate(names) if number in theirs["state"]}
         state = {n: moments[name] for n, name in enumerate(ours["param_groups"][0]["param_names"]) if name in moments}
@@ -155,20 +157,16 @@ def resolve_folder(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """
     given = args.continue_train_exp_dir
     if given is not None:
-        refuse_foreign(Path(given))
+        refuse_foreign(Path(given), FLAG, FLAG, *chosen_step(args.resume_step))
     if given is None or not args.exp_name:
         return arguments.run_folder(args), None
     folder = arguments.named_folder(args)
     return folder, None if folder.resolve() == Path(given).resolve() else Path(given)
 
 
-def refuse_foreign(path: Path) -> None:
-    """A checkpoint of REPA or REPA-E is no run yet."""
-    if path.is_file() or is_foreign_experiment(path):
-        raise UserError(
-            f"{FLAG} {path} is not a run of this project: make one of it with export_ldm.py {path} exps/NAME "
-            f"--format run, and give {FLAG} exps/NAME"
-        )
+def chosen_step(step: int) -> tuple[str, ...]:
+    """``--resume-step`` as export_ldm.py calls it."""
+    return ("--train-steps", str(step)) if step else ()
 
 
 def open_source(
@@ -207,7 +205,7 @@ def _read(folder: Path, step: int) -> Source:
     """A checkpoint of another run of train_ldm.py."""
     if not folder.exists():
         raise UserError(f"{FLAG} {folder}: no such folder; give a run")
-    refuse_foreign(folder)
+    refuse_foreign(folder, FLAG, FLAG, *chosen_step(step))
     if arguments_of(folder) is None:
         raise UserError(f"{FLAG} {folder} is not a run: it has no args.json")
     checkpoints = CheckpointFolder(folder)

@@ -228,7 +228,7 @@ class Run:
             return
         refuse_changed_arguments(old, self.arguments, CHANGEABLE, self.folder)
         before, now = old.get("num_processes"), self.arguments["num_processes"]
-        if before != now:
+        if before not in (None, now):
             logger.warning("%s processes before, %d now: from here on the noise is drawn otherwise", before, now)
 
     def finish(self) -> None:

@@ -239,13 +239,12 @@ class SendVAE(Method):
         if self.held_out is None:
             return {}
         tokenizers = {"val": self.tokenizer} | ({} if self.ema is None else {"val_ema": self.ema.module})
-        networks, values = self.accelerator.unwrap_model(self.networks), {}
-        was_training = networks.training
-        networks.eval()
+        was_training, values = self.networks.training, {}
+        self.networks.eval()
         for prefix, tokenizer in tokenizers.items():
             measured = validate_tokenizer(self, tokenizer, self.alignment, self.encoders, self.held_out)
             values |= {f"{prefix}/{name}": value for name, value in measured.items()}
-        networks.train(was_training)
+        self.networks.train(was_training)
         return values
 
     def sample(self, path: Path) -> None:

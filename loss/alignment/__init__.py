@@ -55,7 +55,10 @@ def settle_arguments(
     owned = {name for key in chosen for name in registry[key].DEFAULTS}
     for key, cls in registry.items():
         for name in cls.DEFAULTS:
-            if name not in owned and getattr(args, name, None):
+            value = getattr(args, name, None)
+            # A switch that is off and a weight of 0 ask for nothing; a depth of 0 does.
+            asks = value is not None and value is not False and not (isinstance(value, float) and value == 0)
+            if name not in owned and asks:
                 given = f"--{name.replace('_', '-')}"
                 raise UserError(
                     f"{given} belongs to {flag} {key}, not to {flag} {'+'.join(chosen) or NONE}: leave it out, or "

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffusion.draws import Draws
+from loss.alignment.cosine import patch_cosine
 from models.denoisers import Denoiser
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import Code, Tokenizer
@@ -128,6 +129,37 @@ class TokenizerAlignment(Alignment):
             statistics, features, draws: as in :meth:`forward`.
         """
         return {}
+
+
+class FeaturePrediction(TokenizerAlignment):
+    """What alignments share whose mappers make VFM features of a latent.
+
+    Args:
+        mappers: latent ``[B, C, h, w]`` → tokens ``[B, N, D]``, one for each VFM.
+        features: of the VFMs, in the same order.
+    """
+
+    score_names = ("align_cosine", "align_cosine_clean")
+
+    def __init__(self, mappers: Sequence[nn.Module], features: Sequence[Features]):
+        super().__init__()
+        self.mappers, self.features = nn.ModuleList(mappers), tuple(features)
+
+    @property
+    def names(self) -> list[str]:
+        return [vfm.name for vfm in self.features]
+
+    def predict(self, z: torch.Tensor) -> list[torch.Tensor]:
+        """Features ``[B, N, D]`` of each VFM; float32, cast once, so that several losses' gradients add in it."""
+        return [mapper(z).float() for mapper in self.mappers]
+
+    def cosines(self, z: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Mean cosine ``[B]`` of predicted and true features, for each VFM."""
+        return [patch_cosine(*pair).mean(1) for pair in zip(self.predict(z), features, strict=True)]
+
+    def targets(self) -> str:
+        """What is predicted, in words."""
+        return ", ".join(f"{vfm.grid}×{vfm.grid} tokens of {vfm.width} ({vfm.name})" for vfm in self.features)
 
 
 class DenoiserAlignment(Alignment):

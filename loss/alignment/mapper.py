@@ -10,15 +10,15 @@ from torch import nn
 from diffusion.draws import Draws
 from diffusion.flow import add_noise
 from errors import UserError
-from loss.alignment.base import Features, Terms, TokenizerAlignment, Weights
-from loss.alignment.cosine import averaged, patch_cosine, patch_cosine_loss
+from loss.alignment.base import FeaturePrediction, Features, Terms, Weights
+from loss.alignment.cosine import averaged, patch_cosine_loss
 from models.latent_statistics import LatentStatistics
 from models.mapper import Mapper
 from models.tokenizers import Code
 from runtime.cli import non_negative_int
 
 
-class MapperAlignment(TokenizerAlignment):
+class MapperAlignment(FeaturePrediction):
     """One mapper for each VFM, on normalised latents, with noise of a random time or without.
 
     Args:
@@ -29,15 +29,13 @@ class MapperAlignment(TokenizerAlignment):
     """
 
     trains_alone = True
-    score_names = ("align_cosine", "align_cosine_clean")
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"mapper_depth": 1, "noise_injection": True}
 
     def __init__(
         self, mappers: Sequence[nn.Module], features: Sequence[Features], weight: float, path_type: str | None
     ):
-        super().__init__()
-        self.mappers = nn.ModuleList(mappers)
-        self.features, self.weight, self.path_type = tuple(features), weight, path_type
+        super().__init__(mappers, features)
+        self.weight, self.path_type = weight, path_type
 
     @classmethod
     def add_arguments(cls, group: Any) -> None:
@@ -87,7 +85,7 @@ class MapperAlignment(TokenizerAlignment):
         """``alignment``: mean over batch and patches of 1 − cos."""
         tokens = self.predict(self.noisy(latent, statistics, draws))
         losses = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
-        return averaged("alignment", [vfm.name for vfm in self.features], losses)
+        return averaged("alignment", self.names, losses)
 
     def weights(self, terms: Terms, *context: object) -> Weights:
         return dict.fromkeys(terms, 0.0) | {"alignment": self.weight}
@@ -96,13 +94,9 @@ class MapperAlignment(TokenizerAlignment):
         self, code: Code, statistics: LatentStatistics, features: Sequence[torch.Tensor], draws: Draws
     ) -> dict[str, list[torch.Tensor]]:
         """Mean cosine with noise as in training, and of the latent without randomness and noise."""
-        inputs = {
-            "align_cosine": self.noisy(code.sample(draws.posterior), statistics, draws),
-            "align_cosine_clean": statistics.normalize(code.mode),
-        }
         return {
-            name: [patch_cosine(*pair).mean(1) for pair in zip(self.predict(z), features, strict=True)]
-            for name, z in inputs.items()
+            "align_cosine": self.cosines(self.noisy(code.sample(draws.posterior), statistics, draws), features),
+            "align_cosine_clean": self.cosines(statistics.normalize(code.mode), features),
         }
 
     def noisy(self, latent: torch.Tensor, statistics: LatentStatistics, draws: Draws) -> torch.Tensor:
@@ -110,11 +104,6 @@ class MapperAlignment(TokenizerAlignment):
         z = statistics.normalize(latent)
         return z if self.path_type is None else add_noise(z, draws.times, draws.noise, self.path_type)
 
-    def predict(self, z: torch.Tensor) -> list[torch.Tensor]:
-        """Predicted features ``[B, N, D]`` of each VFM."""
-        return [mapper(z) for mapper in self.mappers]
-
     def describe(self) -> list[str]:
-        tokens = ", ".join(f"{vfm.grid}×{vfm.grid} tokens of {vfm.width} ({vfm.name})" for vfm in self.features)
         noise = "" if self.path_type is None else f" with noise on the {self.path_type} path"
-        return [f"alignment: latent{noise} → mapper → {tokens}; 1 − cosine with weight {self.weight:g}"]
+        return [f"alignment: latent{noise} → mapper → {self.targets()}; 1 − cosine with weight {self.weight:g}"]

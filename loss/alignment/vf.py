@@ -11,8 +11,8 @@ from torch import nn
 from diffusion.draws import Draws
 from errors import UserError
 from loss.adversarial import adaptive_weight
-from loss.alignment.base import Features, Terms, TokenizerAlignment, Weights
-from loss.alignment.cosine import averaged, patch_cosine
+from loss.alignment.base import FeaturePrediction, Features, Terms, Weights
+from loss.alignment.cosine import averaged
 from models.latent_statistics import LatentStatistics
 from models.mapper import LinearMapper
 from models.tokenizers import Code, Tokenizer
@@ -67,7 +67,7 @@ def vf_weight(fidelity_gradient: torch.Tensor, alignment_gradient: torch.Tensor,
     return adaptive_weight(summed, alignment_gradient, LARGEST_WEIGHT) / values_per_image
 
 
-class VFAlignment(TokenizerAlignment):
+class VFAlignment(FeaturePrediction):
     """Projected latents, un-normalised and without noise, on the VFM's features at every position.
 
     Both parts share one weight, which keeps their gradient in the encoder's last layer at ``weight`` times that of the
@@ -82,8 +82,6 @@ class VFAlignment(TokenizerAlignment):
         values_per_image: 3·H·W.
     """
 
-    score_names = ("align_cosine", "align_cosine_clean")
-
     def __init__(
         self,
         projections: Sequence[nn.Module],
@@ -93,9 +91,8 @@ class VFAlignment(TokenizerAlignment):
         distance_margin: float,
         values_per_image: int,
     ):
-        super().__init__()
-        self.mappers = nn.ModuleList(projections)
-        self.features, self.weight, self.values_per_image = tuple(features), weight, values_per_image
+        super().__init__(projections, features)
+        self.weight, self.values_per_image = weight, values_per_image
         self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
 
     @classmethod
@@ -156,10 +153,9 @@ class VFAlignment(TokenizerAlignment):
     ) -> Terms:
         """``vf_cosine`` and ``vf_distance``."""
         pairs = list(zip(self.predict(latent), features, strict=True))
-        names = [vfm.name for vfm in self.features]
         cosines = [marginal_cosine_loss(*pair, self.cosine_margin) for pair in pairs]
         distances = [distance_matrix_loss(*pair, self.distance_margin) for pair in pairs]
-        return averaged("vf_cosine", names, cosines) | averaged("vf_distance", names, distances)
+        return averaged("vf_cosine", self.names, cosines) | averaged("vf_distance", self.names, distances)
 
     def weights(
         self,
@@ -181,19 +177,13 @@ class VFAlignment(TokenizerAlignment):
         self, code: Code, statistics: LatentStatistics, features: Sequence[torch.Tensor], draws: Draws
     ) -> dict[str, list[torch.Tensor]]:
         """Mean cosine of a sample, and of the latent without randomness."""
-        inputs = {"align_cosine": code.sample(draws.posterior), "align_cosine_clean": code.mode}
         return {
-            name: [patch_cosine(*pair).mean(1) for pair in zip(self.predict(z), features, strict=True)]
-            for name, z in inputs.items()
+            "align_cosine": self.cosines(code.sample(draws.posterior), features),
+            "align_cosine_clean": self.cosines(code.mode, features),
         }
 
-    def predict(self, z: torch.Tensor) -> list[torch.Tensor]:
-        """Projected latents, float32 ``[B, N, D]`` for each VFM: cast once, so that gradients of both parts add in it."""
-        return [mapper(z).float() for mapper in self.mappers]
-
     def describe(self) -> list[str]:
-        tokens = ", ".join(f"{vfm.grid}×{vfm.grid} tokens of {vfm.width} ({vfm.name})" for vfm in self.features)
         return [
-            f"alignment: latent → 1×1 convolution → {tokens}; margins {self.cosine_margin:g} and "
+            f"alignment: latent → 1×1 convolution → {self.targets()}; margins {self.cosine_margin:g} and "
             f"{self.distance_margin:g}, weight {self.weight:g} in proportion to the fidelity"
         ]

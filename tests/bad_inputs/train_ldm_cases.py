@@ -243,13 +243,23 @@ CASES = [
     Case("random weights for a real run", with_flags(random_weights=True), ("--random-weights is for --dry-run",)),
     Case("going on from nothing", with_flags(continue_train_exp_dir="nowhere"), ("nowhere: no such folder", "a run")),
     Case("going on from no run", with_flags(continue_train_exp_dir="docs"), ("docs is not a run", "args.json")),
-    Case("going on from a text", with_flags(continue_train_exp_dir="README.md"), ("README.md is not a run",)),
-    Case("going on from REPA-E's experiment", foreign(), ("theirs", "export_ldm.py", "--format run")),
-    Case("the same, without a name", foreign(exp_name=None), ("theirs", "export_ldm.py", "--format run")),
+    Case(
+        "going on from a text", with_flags(continue_train_exp_dir="README.md"), ("README.md is no run of this project",)
+    ),
+    Case(
+        "going on from REPA-E's experiment",
+        foreign(),
+        ("theirs is no run of this project", "export_ldm.py", "--format run"),
+    ),
+    Case(
+        "the same, without a name",
+        foreign(exp_name=None),
+        ("theirs is no run of this project", "export_ldm.py", "--format run"),
+    ),
     Case(
         "going on from REPA-E's file",
         with_flags(continue_train_exp_dir=foreign_file),
-        (".pt is not a run", "export_ldm.py", "--format run"),
+        (".pt is no run of this project", "export_ldm.py", "--format run"),
     ),
     Case(
         "going on from a run that has not begun", continuing(spoil=no_checkpoints), ("theirs has no checkpoints yet",)

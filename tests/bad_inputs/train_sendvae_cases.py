@@ -193,7 +193,11 @@ CASES = [
     Case("nothing to train", with_flags(freeze_vae=True, align_coeff=0), ("--freeze-vae", "--align-coeff")),
     Case("vf on another grid", with_flags(align_loss="vf", mapper_grid=4), ("--mapper-grid 4", "8×8 latent", "vf")),
     Case("vf with a frozen VAE", with_flags(align_loss="vf", freeze_vae=True), ("--freeze-vae", "--align-loss vf")),
-    Case("vf with a mapper", with_flags(align_loss="vf", mapper_depth=0), ("--mapper-depth", "cosine")),
+    Case(
+        "vf with a mapper",
+        with_flags(align_loss="vf", mapper_depth=0),
+        ("--mapper-depth belongs to --align-loss cosine, not to --align-loss vf",),
+    ),
     Case("vf with noise", with_flags(align_loss="vf", noise_injection=True), ("--noise-injection", "cosine")),
     Case("unknown alignment loss", with_flags(align_loss="l2"), ("--align-loss", "cosine", "vf")),
     Case("margin above 1", with_flags(align_loss="vf", vf_distance_margin=2), ("--vf-distance-margin", "[0, 1]")),
