@@ -21,7 +21,7 @@ from diffusion.flow import PATH_TYPES
 from errors import UserError
 from formats.arguments import add_encoder_arguments, add_vae_source_arguments
 from formats.vae import load_tokenizer
-from loss.alignment import TOKENIZER_ALIGNMENTS, Features, TokenizerAlignment, settle_arguments
+from loss.alignment import TOKENIZER_ALIGNMENTS, TokenGrid, TokenizerAlignment, settle_arguments
 from loss.vae_objective import VAELossConfig, load_loss_config
 from models.encoders import Encoder
 from runtime.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
@@ -173,7 +173,7 @@ def build_alignment(
         return None, []
     kind = TOKENIZER_ALIGNMENTS[args.align_loss]
     encoders = build_vfms(args, kind.features_grid(args, latent_shape[1]), accelerator)
-    features = [Features(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
+    features = [TokenGrid(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
     return kind.from_arguments(args, latent_shape, features), encoders
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from errors import UserError
 from formats.checkpoints import FoundVAE, find_vae, vae_prefixes
-from formats.statistics import discriminator_beside, statistics_in, vae_files
+from formats.statistics import WEIGHT_SUFFIXES, discriminator_beside, statistics_in, vae_files
 from models.weight_files import NotWeightsError, one_line, read_contents
 
 MANIFEST = "manifest.json"
@@ -119,6 +119,8 @@ def refuse_foreign(path: Path, flag: str, instead: str, *flags: str) -> None:
     """
     path = Path(path)
     refuse_own_file(path, flag, instead)
+    if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+        raise UserError(f"{flag} {path} is a file, and none of weights: give {instead} a run, exps/NAME")
     if path.is_file() or is_foreign_experiment(path):
         run = os.path.join("exps", f"{path.stem if path.is_file() else path.resolve().name}-run")
         command = shlex.join(["python", "export_ldm.py", str(path), run, "--format", "run", *flags])

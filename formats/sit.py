@@ -22,7 +22,7 @@ import torch
 from diffusion.flow import PATH_TYPES
 from errors import UserError
 from formats.statistics import batch_norm_statistics
-from loss.alignment import DenoiserAlignments, Features
+from loss.alignment import DenoiserAlignments, TokenGrid
 from loss.alignment.repa import REPA
 from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
 from models.latent_statistics import LatentStatistics
@@ -250,7 +250,7 @@ def build_networks(config: SiTConfig, projectors: Projectors) -> tuple[SiT, Deno
     Raises:
         UserError: they do not fit together.
     """
-    vfms = [Features(f"VFM {n}", config.grid, width) for n, width in enumerate(projectors.feature_widths)]
+    vfms = [TokenGrid(f"VFM {n}", config.grid, width) for n, width in enumerate(projectors.feature_widths)]
     with torch.device("meta"):
         denoiser, parts = SiT(config), {}
         if vfms:  # depth and weight have nothing to do with tensors

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from formats.vae import load_tokenizer
-from loss.alignment import DenoiserAlignments, Features
+from loss.alignment import DenoiserAlignments, TokenGrid
 from loss.alignment.repa import REPA
 from models.denoisers.sit import SiT, SiTConfig
 from runtime.checkpoint import CheckpointFolder
@@ -52,7 +52,7 @@ def write_ldm_run(
     tokenizer.save(folder / "vae")
     config = SiTConfig("SiT-Ti/2", 4, RESOLUTION // 4, len(CLASS_NAMES))
     model, ema = SiT(config), SiT(config)
-    repa = REPA(model, [Features("vfm", config.grid, 16)], depth=2, width=32, weight=0.5)
+    repa = REPA(model, [TokenGrid("vfm", config.grid, 16)], depth=2, width=32, weight=0.5)
     modules = {"model": model, "alignment": DenoiserAlignments({"repa": repa}), "ema": ema}
     for name, seed in (("model", 1), ("ema", 2), ("alignment", 3)):
         random_weights(modules[name], seed)

@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from dataset.latents import LatentBatch
 from diffusion.draws import Draws
 from formats.vae import load_tokenizer
-from loss.alignment import Features, build_denoiser_alignment
+from loss.alignment import TokenGrid, build_denoiser_alignment
 from models.denoisers.sit import SiT, SiTConfig
 from training.ldm import LDM, AlignedDenoiser
 from training.method import Metrics
 
 CONFIG = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)
-FEATURES = (Features("vfm", 4, 12),)
+FEATURES = (TokenGrid("vfm", 4, 12),)
 FLAGS = {
     "cfg_prob": 0.0,
     "path_type": "linear",
@@ -46,7 +46,7 @@ def tiny_trainer(
     seed: int = 0,
     align: Sequence[str] = ("repa",),
     config: SiTConfig = CONFIG,
-    features: Sequence[Features] = FEATURES,
+    features: Sequence[TokenGrid] = FEATURES,
     **flags: object,
 ) -> LDM:
     """SiT-Ti/2 whose zero-initialised layers are not zero; features come with the batch; no label is dropped.
@@ -83,7 +83,7 @@ def accumulate(trainer: LDM, batch: LatentBatch, draws: Draws, share: float = 1.
 
 
 def random_batch(
-    count: int, seed: int = 1, config: SiTConfig = CONFIG, features: Sequence[Features] = FEATURES
+    count: int, seed: int = 1, config: SiTConfig = CONFIG, features: Sequence[TokenGrid] = FEATURES
 ) -> LatentBatch:
     """What a cache would give."""
     generator = torch.Generator().manual_seed(seed)

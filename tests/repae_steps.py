@@ -12,7 +12,7 @@ from torch import nn
 from dataset.loader import ImageBatch
 from diffusion.draws import Draws, draw
 from formats.vae import load_tokenizer
-from loss.alignment import Features, build_denoiser_alignment
+from loss.alignment import TokenGrid, build_denoiser_alignment
 from loss.alignment.denoiser import ThroughDenoiser
 from loss.vae_objective import VAELossConfig, VAEObjective
 from models.denoisers.sit import SiT, SiTConfig
@@ -85,7 +85,7 @@ def tiny_trainer(
     )
     denoiser = SiT(CONFIG).train()
     encoders = [build_encoder("efficientnet-lite0", denoiser.grid)] if align else []
-    features = [Features(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
+    features = [TokenGrid(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
     alignment = build_denoiser_alignment(args, ["repa"] if align else [], denoiser, features).train()
     for module in (denoiser, alignment):
         for parameter in module.parameters():

@@ -10,7 +10,7 @@ from torch import nn
 from dataset.loader import ImageBatch
 from diffusion.draws import Draws, draw
 from formats.vae import load_tokenizer
-from loss.alignment import Features, TokenizerAlignment
+from loss.alignment import TokenGrid, TokenizerAlignment
 from loss.alignment.mapper import MapperAlignment
 from loss.alignment.vf import VFAlignment
 from loss.vae_objective import VAELossConfig, VAEObjective
@@ -107,7 +107,7 @@ def tiny_trainer(
 
 def tiny_alignment(args: argparse.Namespace, encoders: Sequence[Encoder]) -> TokenizerAlignment:
     """That of ``--align-loss``, with narrow mappers."""
-    features = [Features(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
+    features = [TokenGrid(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
     if args.align_loss == "vf":
         return VFAlignment.from_arguments(args, LATENT, features)
     mappers = [Mapper(*LATENT[:2], vfm.grid, vfm.width, args.mapper_depth, projector_width=64) for vfm in features]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loss.alignment import Features
+from loss.alignment import TokenGrid
 from models.encoders import build_encoder
 from tests.distributed_ldm_step import BATCH, batch_draws
 from tests.ldm_steps import accumulate, networks, part_of, random_batch, tiny_trainer
@@ -77,7 +77,7 @@ def test_without_repa_there_are_no_projectors():
 
 def test_images_go_through_the_frozen_encoder():
     encoder = build_encoder("efficientnet-lite0", 4)
-    features = [Features("efficientnet-lite0", 4, encoder.embed_dim)]
+    features = [TokenGrid("efficientnet-lite0", 4, encoder.embed_dim)]
     trainer = tiny_trainer(features=features)
     trainer.encoders = [encoder]
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

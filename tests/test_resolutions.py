@@ -20,7 +20,7 @@ from dataset.latents import LatentDataset
 from dataset.loader import ImageBatch
 from dataset.toy import main as make_toy
 from diffusion.draws import Draws
-from loss.alignment import Features
+from loss.alignment import TokenGrid
 from loss.alignment.mapper import MapperAlignment
 from loss.alignment.repa import REPA
 from models.denoisers.sit import SiT, SiTConfig
@@ -49,7 +49,7 @@ def test_a_step_of_the_real_networks_fits_together(vae, resolution):
         encoder = build_encoder("dinov2-vit-b", grid, random_weights=True)
         tokenizer = build_tokenizer(architecture(vae))
         mapper = Mapper(channels, side, grid, encoder.embed_dim)
-        alignment = MapperAlignment([mapper], [Features(encoder.name, grid, encoder.embed_dim)], 1.0, "linear")
+        alignment = MapperAlignment([mapper], [TokenGrid(encoder.name, grid, encoder.embed_dim)], 1.0, "linear")
         model = AlignedTokenizer(tokenizer, alignment)
         images = torch.empty(2, 3, resolution, resolution, dtype=torch.uint8)
         latent, one_each = torch.empty(2, channels, side, side), torch.empty(2)
@@ -72,7 +72,7 @@ def test_a_real_sit_has_the_grid_of_the_vfm(vae, model, resolution):
     with torch.device("meta"):
         shape = (2, channels, config.latent_size, config.latent_size)
         sit = SiT(config)
-        repa = REPA(sit, [Features(str(width), sit.grid, width) for width in (768, 1024)], 8, 2048, 0.5)
+        repa = REPA(sit, [TokenGrid(str(width), sit.grid, width) for width in (768, 1024)], 8, 2048, 0.5)
         inputs = torch.empty(shape), torch.empty(2), torch.empty(2, dtype=torch.int64)
         velocity, states = sit(*inputs, taps=repa.taps)
         tokens = repa.predict(states)

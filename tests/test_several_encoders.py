@@ -11,7 +11,7 @@ import train_ldm
 import train_sendvae
 from dataset.latents import LatentDataset, features_name
 from errors import UserError
-from loss.alignment import Features
+from loss.alignment import TokenGrid
 from models.encoders import build_encoder, build_encoders, encoder_names
 from models.mapper import Mapper
 from runtime.cli import run
@@ -183,7 +183,7 @@ def test_features_come_in_the_order_asked_for(tmp_path):
 
 
 def test_repa_is_the_average_over_the_vfms():
-    vfms = Features("a", 4, 12), Features("b", 4, 20)
+    vfms = TokenGrid("a", 4, 12), TokenGrid("b", 4, 20)
     trainer, batch = tiny_ldm_trainer(features=vfms), random_batch(4, features=vfms)
     batch = batch._replace(features=tuple(part.float() for part in batch.features))
     draws = trainer.draws(0, 0, batch)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
-from loss.alignment import REPA, Features
+from loss.alignment import REPA, TokenGrid
 from models.denoisers import build_denoiser, denoiser_config
 from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig, model_names
 
@@ -26,7 +26,7 @@ def randomised(config: SiTConfig = TINY, seed: int = 0) -> SiT:
 
 def repa(model: SiT, depth: int = 4) -> REPA:
     """Its projector for a VFM of 112 channels, after a block."""
-    return REPA(model, [Features("vfm", model.grid, 112)], depth, width=64, weight=0.5)
+    return REPA(model, [TokenGrid("vfm", model.grid, 112)], depth, width=64, weight=0.5)
 
 
 def inputs(count: int = 3, config: SiTConfig = TINY, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -43,7 +43,7 @@ def test_every_size_and_patch_builds_and_answers(name):
     config = SiTConfig(name, 32, 16, num_classes=1000)
     with torch.device("meta"):
         model = SiT(config)
-        features = [Features("vfm", model.grid, width) for width in (768, 1024)]
+        features = [TokenGrid("vfm", model.grid, width) for width in (768, 1024)]
         aligned = REPA(model, features, depth=4, width=2048, weight=0.5)
         x, t, y = torch.empty(2, 32, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.int64)
         velocity, states = model(x, t, y, taps=(4,))

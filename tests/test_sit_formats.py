@@ -26,7 +26,7 @@ from formats.exported_ldm import what_repae_lacks
 from formats.sit import Projectors, build_networks, infer_sizes, read_sit
 from formats.vae import load_tokenizer
 from inference.trained_ldm import open_trained_ldm
-from loss.alignment import Features
+from loss.alignment import TokenGrid
 from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
 from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
@@ -409,7 +409,7 @@ def contents_of(path: Path) -> dict:
 def tiny_ldm(**flags: object) -> LDM:
     """What train_ldm.py builds for the public experiment."""
     settings = {"encoder_depth": 2, "projector_width": 32, "ema_decay": 0.9, "max_grad_norm": 1e9}
-    return tiny_trainer(features=[Features("efficientnet-lite0", 4, 112)], **settings | flags)
+    return tiny_trainer(features=[TokenGrid("efficientnet-lite0", 4, 112)], **settings | flags)
 
 
 def test_the_first_update_is_the_one_of_their_optimizer(public_experiment, public_run):

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 import generate
 from inference.trained_ldm import open_trained_ldm
-from loss.alignment import REPA, VAEREPA, Features, parse_sum
+from loss.alignment import REPA, VAEREPA, TokenGrid, parse_sum
 from loss.alignment.vae_repa import latent_alignment_error, latent_alignment_loss
 from models.denoisers.sit import SiT, SiTConfig
 from runtime.cli import run
@@ -289,7 +289,7 @@ def test_cost_is_that_of_counting_by_hand(model, depth, share):
     with torch.device("meta"):
         denoiser = SiT(config)
         parts = (
-            REPA(denoiser, [Features("vfm", 16, 768)], 8, 2048, 0.5),
+            REPA(denoiser, [TokenGrid("vfm", 16, 768)], 8, 2048, 0.5),
             VAEREPA(denoiser, depth, 2 * width, (0.0, 1.0), 1.0),
         )
     assert denoiser_cost(denoiser).flops == matrix_flops(config)

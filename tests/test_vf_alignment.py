@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_sendvae
-from loss.alignment import Features
+from loss.alignment import TokenGrid
 from loss.alignment.vf import VFAlignment, distance_matrix_loss, marginal_cosine_loss, vf_weight
 from runtime.cli import run
 from tests.distributed_step import BATCH
@@ -42,7 +42,7 @@ def test_losses_equal_plain_loops_in_float64(cosine_margin, distance_margin):
     assert 0 < sum(value == 0 for value in pairwise) < len(pairwise)
     assert marginal_cosine_loss(tokens, features, cosine_margin).item() == pytest.approx(sum(marginal) / 10, rel=1e-5)
     assert distance_matrix_loss(tokens, features, distance_margin).item() == pytest.approx(sum(pairwise) / 50, rel=1e-5)
-    alignment = VFAlignment([nn.Identity()], [Features("vfm", 1, 6)], 1.0, cosine_margin, distance_margin, 1)
+    alignment = VFAlignment([nn.Identity()], [TokenGrid("vfm", 1, 6)], 1.0, cosine_margin, distance_margin, 1)
     parts = alignment(tokens, None, [features], None, None)
     assert parts["vf_cosine"].item() == pytest.approx(sum(marginal) / 10, rel=1e-5)
     assert parts["vf_distance"].item() == pytest.approx(sum(pairwise) / 50, rel=1e-5)

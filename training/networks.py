@@ -13,7 +13,7 @@ from formats.discriminator import load_discriminator
 from loss.alignment import (
     DENOISER_ALIGNMENTS,
     DenoiserAlignments,
-    Features,
+    TokenGrid,
     TokenizerAlignment,
     build_denoiser_alignment,
 )
@@ -65,9 +65,9 @@ def aligned(args: argparse.Namespace, alignments: Sequence[str], denoiser: Denoi
     return build_denoiser_alignment(args, alignments, denoiser, features)
 
 
-def vfm_features(enc_type: str, grid: int) -> list[Features]:
+def vfm_features(enc_type: str, grid: int) -> list[TokenGrid]:
     """What is known of the VFMs of ``--enc-type`` on a grid of tokens; nothing is built."""
-    return [Features(name, grid, encoder_spec(name).embed_dim) for name in encoder_names(enc_type)]
+    return [TokenGrid(name, grid, encoder_spec(name).embed_dim) for name in encoder_names(enc_type)]
 
 
 def build_sendvae(

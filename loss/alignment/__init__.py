@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from loss.alignment.base import Alignment, DenoiserAlignment, Features, Terms, TokenizerAlignment, Weights
+from loss.alignment.base import Alignment, DenoiserAlignment, Terms, TokenGrid, TokenizerAlignment, Weights
 from loss.alignment.mapper import MapperAlignment
 from loss.alignment.repa import REPA
 from loss.alignment.vae_repa import VAEREPA
@@ -21,8 +21,8 @@ __all__ = [
     "Alignment",
     "DenoiserAlignment",
     "DenoiserAlignments",
-    "Features",
     "Terms",
+    "TokenGrid",
     "TokenizerAlignment",
     "Weights",
     "build_denoiser_alignment",
@@ -118,7 +118,7 @@ class DenoiserAlignments(nn.ModuleDict):
         return weights
 
     @property
-    def features(self) -> list[Features]:
+    def features(self) -> list[TokenGrid]:
         """The VFMs that the parts compare with, each once."""
         return list(dict.fromkeys(vfm for part in self.values() for vfm in part.features))
 
@@ -127,7 +127,7 @@ class DenoiserAlignments(nn.ModuleDict):
 
 
 def build_denoiser_alignment(
-    args: argparse.Namespace, names: Sequence[str], denoiser: Denoiser, features: Sequence[Features]
+    args: argparse.Namespace, names: Sequence[str], denoiser: Denoiser, features: Sequence[TokenGrid]
 ) -> DenoiserAlignments:
     """The sum of these alignments, beside a denoiser.
 

@@ -21,8 +21,8 @@ Terms = dict[str, torch.Tensor]  # unweighted scalars by name
 Weights = dict[str, float | torch.Tensor]
 
 
-class Features(NamedTuple):
-    """What can be said of a VFM before it is run: its name, its tokens along a side, its channels."""
+class TokenGrid(NamedTuple):
+    """The tokens of a VFM, as they are known before it is run: its name, how many along a side, their channels."""
 
     name: str
     grid: int
@@ -74,7 +74,7 @@ class TokenizerAlignment(Alignment):
 
     @classmethod
     def from_arguments(
-        cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[Features]
+        cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[TokenGrid]
     ) -> "TokenizerAlignment":
         """Build it, with random weights."""
         raise NotImplementedError
@@ -141,7 +141,7 @@ class FeaturePrediction(TokenizerAlignment):
 
     score_names = ("align_cosine", "align_cosine_clean")
 
-    def __init__(self, mappers: Sequence[nn.Module], features: Sequence[Features]):
+    def __init__(self, mappers: Sequence[nn.Module], features: Sequence[TokenGrid]):
         super().__init__()
         self.mappers, self.features = nn.ModuleList(mappers), tuple(features)
 
@@ -177,7 +177,7 @@ class DenoiserAlignment(Alignment):
     title: ClassVar[str]
     FIXED: ClassVar[tuple[str, ...]] = ()
     taps: tuple[int, ...]
-    features: tuple[Features, ...] = ()
+    features: tuple[TokenGrid, ...] = ()
 
     @classmethod
     def weight_of(cls, args: argparse.Namespace) -> float:
@@ -186,7 +186,7 @@ class DenoiserAlignment(Alignment):
 
     @classmethod
     def from_arguments(
-        cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[Features]
+        cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[TokenGrid]
     ) -> "DenoiserAlignment":
         """Build it, with random weights; may settle ``args`` that depend on the denoiser."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ from torch import nn
 from diffusion.draws import Draws
 from diffusion.flow import add_noise
 from errors import UserError
-from loss.alignment.base import FeaturePrediction, Features, Terms, Weights
+from loss.alignment.base import FeaturePrediction, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged, patch_cosine_loss
 from models.latent_statistics import LatentStatistics
 from models.mapper import Mapper
@@ -32,7 +32,7 @@ class MapperAlignment(FeaturePrediction):
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"mapper_depth": 1, "noise_injection": True}
 
     def __init__(
-        self, mappers: Sequence[nn.Module], features: Sequence[Features], weight: float, path_type: str | None
+        self, mappers: Sequence[nn.Module], features: Sequence[TokenGrid], weight: float, path_type: str | None
     ):
         super().__init__(mappers, features)
         self.weight, self.path_type = weight, path_type
@@ -68,7 +68,7 @@ class MapperAlignment(FeaturePrediction):
 
     @classmethod
     def from_arguments(
-        cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[Features]
+        cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[TokenGrid]
     ) -> "MapperAlignment":
         channels, side, _ = latent_shape
         mappers = [Mapper(channels, side, vfm.grid, vfm.width, args.mapper_depth) for vfm in features]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from loss.alignment.base import DenoiserAlignment, Features, Terms, Weights
+from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged, patch_cosine_loss
 from models.denoisers import Denoiser
 from models.layers import projector, xavier_linears
@@ -31,7 +31,7 @@ class REPA(DenoiserAlignment):
     FIXED = ("encoder_depth", "projector_width")
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"proj_coeff": 0.5}
 
-    def __init__(self, denoiser: Denoiser, features: Sequence[Features], depth: int, width: int, weight: float):
+    def __init__(self, denoiser: Denoiser, features: Sequence[TokenGrid], depth: int, width: int, weight: float):
         super().__init__()
         if not 1 <= depth <= denoiser.depth:
             raise UserError(
@@ -61,7 +61,7 @@ class REPA(DenoiserAlignment):
         return args.proj_coeff
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[Features]) -> "REPA":
+    def from_arguments(cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[TokenGrid]) -> "REPA":
         return cls(denoiser, features, args.encoder_depth, args.projector_width, args.proj_coeff)
 
     def forward(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
-from loss.alignment.base import DenoiserAlignment, Features, Terms, Weights
+from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
 from models.denoisers import Denoiser
 from models.layers import projector, unpatchify, xavier_linears
 from runtime.cli import fraction, non_negative_float, positive_int
@@ -126,7 +126,7 @@ class VAEREPA(DenoiserAlignment):
         return args.vae_repa_coeff
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[Features]) -> "VAEREPA":
+    def from_arguments(cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[TokenGrid]) -> "VAEREPA":
         args.vae_repa_depth = args.vae_repa_depth or DEPTHS[denoiser.depth > DEEP]
         args.vae_repa_width = args.vae_repa_width or WIDTH * denoiser.width
         return cls(denoiser, args.vae_repa_depth, args.vae_repa_width, args.vae_repa_times, args.vae_repa_coeff)

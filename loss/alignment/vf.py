@@ -11,7 +11,7 @@ from torch import nn
 from diffusion.draws import Draws
 from errors import UserError
 from loss.adversarial import adaptive_weight
-from loss.alignment.base import FeaturePrediction, Features, Terms, Weights
+from loss.alignment.base import FeaturePrediction, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged
 from models.latent_statistics import LatentStatistics
 from models.mapper import LinearMapper
@@ -85,7 +85,7 @@ class VFAlignment(FeaturePrediction):
     def __init__(
         self,
         projections: Sequence[nn.Module],
-        features: Sequence[Features],
+        features: Sequence[TokenGrid],
         weight: float,
         cosine_margin: float,
         distance_margin: float,
@@ -136,7 +136,7 @@ class VFAlignment(FeaturePrediction):
 
     @classmethod
     def from_arguments(
-        cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[Features]
+        cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[TokenGrid]
     ) -> "VFAlignment":
         projections = [LinearMapper(latent_shape[0], vfm.width) for vfm in features]
         weight = args.align_coeff * args.vf_weight

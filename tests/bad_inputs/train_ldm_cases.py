@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from dataset.latents import VAE_NAME
-from loss.alignment import Features
+from loss.alignment import TokenGrid
 from runtime.checkpoint import CheckpointFolder
 from runtime.files import write_json
 from tests.bad_inputs.case import Case
@@ -116,7 +116,7 @@ def continuing(facts: dict | None = None, spoil=lambda run: None, **changes):
 def write_source(folder: Path, data: Path, facts: dict) -> None:
     """A run on that cache, by the flags of ``tests.ldm_trainings``."""
     given = {"encoder_depth": 2, "projector_width": 32, "ema_decay": 0.9}
-    method = tiny_trainer(features=[Features("efficientnet-lite0", 4, 112)], **given)
+    method = tiny_trainer(features=[TokenGrid("efficientnet-lite0", 4, 112)], **given)
     arguments = {"denoiser": CONFIG.to_dict(), "align": "repa", "feature_widths": [112], "path_type": "linear"}
     arguments |= given | facts
     CheckpointFolder(folder).save(7, method.modules(), {"optimizer": method.optimizer.state_dict()}, arguments)
@@ -244,7 +244,7 @@ CASES = [
     Case("going on from nothing", with_flags(continue_train_exp_dir="nowhere"), ("nowhere: no such folder", "a run")),
     Case("going on from no run", with_flags(continue_train_exp_dir="docs"), ("docs is not a run", "args.json")),
     Case(
-        "going on from a text", with_flags(continue_train_exp_dir="README.md"), ("README.md is no run of this project",)
+        "going on from a text", with_flags(continue_train_exp_dir="README.md"), ("README.md is a file, and none of weights",)
     ),
     Case(
         "going on from REPA-E's experiment",
