@@ -244,7 +244,9 @@ CASES = [
     Case("going on from nothing", with_flags(continue_train_exp_dir="nowhere"), ("nowhere: no such folder", "a run")),
     Case("going on from no run", with_flags(continue_train_exp_dir="docs"), ("docs is not a run", "args.json")),
     Case(
-        "going on from a text", with_flags(continue_train_exp_dir="README.md"), ("README.md is a file, and none of weights",)
+        "going on from a text",
+        with_flags(continue_train_exp_dir="README.md"),
+        ("README.md is a file, and none of weights",),
     ),
     Case(
         "going on from REPA-E's experiment",
