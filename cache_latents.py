@@ -17,39 +17,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from safetensors.torch import load_file
-
-from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
-from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_name, latents_folder
-from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
-from dataset.shards import ShardSpec
 from errors import UserError
 from formats.arguments import add_encoder_arguments, add_unfinished_argument, add_vae_source_arguments
-from formats.runs import PLACES as CHECKPOINT_FOLDERS
-from formats.runs import refuse_unfinished
-from formats.vae import load_tokenizer
-from inference.latent_cache import (
-    Cacher,
-    ChunkEncoder,
-    MeasuredStatistics,
-    Target,
-    autocast_for,
-    chunk_size,
-    differences,
-    features_encoder,
-    latents_encoder,
-    one_thread_each,
-    save_beside,
-)
-from models.encoders import ENCODERS, Encoder, build_encoders, encoder_names
-from models.tokenizers import Tokenizer
-from models.tokenizers.kl import architecture_names
-from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
-from runtime.log import progress_bar
-from runtime.measure import count_parameters, peak_memory
-from runtime.processes import Process, set_inference_numerics, this_process
+from formats.run_folders import refuse_unfinished
+from models.encoders import ENCODERS
+from models.tokenizers import architecture_names
+from runtime.cli import ArgumentParser, add_debug_argument, answer_early, non_negative_int, positive_int, run
+from runtime.repae_flags import default_data_dir
 
 IMAGENET_IMAGES = 1_281_167  # what a dry run without data counts
 MAX_DIFFERENCE = 0.02  # of measured latent statistics from the VAE's, above which there is a warning
@@ -69,7 +43,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="cache_latents.py", usage="%(prog)s --data-dir DIR --vae DIR [flags]", description=__doc__
     )
     add = parser.add_argument
-    add("--data-dir", metavar="DIR", help="packed dataset of preprocessing.py, a class-folder tree or a zip")
+    add("--data-dir", metavar="DIR", help="packed dataset (default: data, if it is one), a class-folder tree or a zip")
     add(
         "--resolution",
         type=positive_int,
@@ -131,6 +105,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.vae_ckpt = args.vae_ckpt or "none"
     if args.vae_ckpt == "none" and not args.dry_run:
         raise UserError("--vae-ckpt none is for --dry-run: give a trained VAE")
+    args.data_dir = args.data_dir or (None if args.dry_run else default_data_dir())
     if not args.dry_run and not args.data_dir:
         raise UserError("--data-dir is needed: a packed dataset (preprocessing.py), a tree of class folders or a zip")
     if args.cache_features and not args.enc_type:
@@ -139,6 +114,39 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--enc-type, --enc-ckpt and --features-grid belong to --cache-features; add it")
     if not args.allow_unfinished:
         refuse_unfinished(args.vae, args.vae_ckpt)
+
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
+from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_name, latents_folder
+from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
+from dataset.shards import ShardSpec
+from formats.run_folders import PLACES as CHECKPOINT_FOLDERS
+from formats.vae import load_tokenizer
+from inference.latent_cache import (
+    Cacher,
+    ChunkEncoder,
+    MeasuredStatistics,
+    Target,
+    autocast_for,
+    chunk_size,
+    differences,
+    features_encoder,
+    latents_encoder,
+    one_thread_each,
+    save_beside,
+)
+from models.encoders import Encoder, build_encoders, encoder_names
+from models.tokenizers import Tokenizer
+from runtime.log import progress_bar
+from runtime.measure import count_parameters, peak_memory
+from runtime.processes import Process, set_inference_numerics, this_process
 
 
 @dataclass

@@ -1,22 +1,38 @@
 """Stage 5: figures for tables. Each command has its own flags: evaluate.py COMMAND --help."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from metrics import evaluate_generation, evaluate_reconstruction
-from runtime.cli import ArgumentParser, run
+from metrics import arguments
+from runtime.cli import ArgumentParser, answer_early, run
 
-# modules with HELP, DESCRIPTION, add_arguments(parser), run(args)
-COMMANDS = {"generation": evaluate_generation, "reconstruction": evaluate_reconstruction}
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="evaluate.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generation = commands.add_parser(
+        "generation", help=arguments.GENERATION_HELP, description=arguments.GENERATION_DESCRIPTION
+    )
+    arguments.add_generation_arguments(generation)
+    reconstruction = commands.add_parser(
+        "reconstruction", help=arguments.RECONSTRUCTION_HELP, description=arguments.RECONSTRUCTION_DESCRIPTION
+    )
+    arguments.add_reconstruction_arguments(reconstruction)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+from metrics import evaluate_generation, evaluate_reconstruction
+
+COMMANDS = {"generation": evaluate_generation.run, "reconstruction": evaluate_reconstruction.run}
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = ArgumentParser(prog="evaluate.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION))
-    args = parser.parse_args(argv)
-    return COMMANDS[args.command].run(args)
+    args = parse_arguments(argv)
+    return COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":

@@ -26,29 +26,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
-from diffusion.flow import PATH_TYPES
+from diffusion import PATH_TYPES
 from errors import UserError
 from formats.arguments import add_foreign_vae_arguments
-from formats.export import ldm_state
-from formats.exported_ldm import INDEX_FILE, repae_checkpoint, repae_facts, what_repae_lacks, write_exported
-from formats.foreign_run import FLAGS, ForeignRun, open_foreign_run
-from formats.runs import ARGUMENTS, is_foreign_experiment, is_run, refuse_foreign, refuse_own_file
-from formats.sit import REPA_PREFIX
-from inference.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm
-from loss.alignment import DenoiserAlignments
-from models.denoisers.sit import SiTConfig
-from models.tokenizers import Tokenizer
-from models.tokenizers.kl import KLTokenizer
-from runtime.checkpoint import Checkpoint, CheckpointFolder
-from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
-from runtime.files import write_json
-from runtime.measure import count_parameters
-from training.ldm import AlignedDenoiser
-from training.metrics import MeanMetrics
-from training.optimizer import build_adamw
+from inference import WEIGHTS
+from runtime.cli import ArgumentParser, add_debug_argument, answer_early, positive_int, run
 
 FORMATS = ("diffusers", "repa", "run")
 EXPORTED_FROM = "exported_from"  # in a JSON file of every export, which --overwrite may then replace
@@ -81,6 +63,30 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_debug_argument(parser)
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+import torch
+from safetensors.torch import load_file
+
+from formats.export import ldm_state
+from formats.exported_ldm import INDEX_FILE, repae_checkpoint, repae_facts, what_repae_lacks, write_exported
+from formats.foreign_run import FLAGS, ForeignRun, open_foreign_run
+from formats.run_folders import ARGUMENTS, is_foreign_experiment, is_run, refuse_foreign, refuse_own_file
+from formats.sit import REPA_PREFIX
+from inference.trained_ldm import TrainedLDM, open_trained_ldm
+from loss.alignment import DenoiserAlignments
+from models.denoisers.config import SiTConfig
+from models.tokenizers import Tokenizer
+from models.tokenizers.kl import KLTokenizer
+from runtime.checkpoint import Checkpoint, CheckpointFolder
+from runtime.files import write_json
+from runtime.measure import count_parameters
+from training.ldm import AlignedDenoiser
+from training.metrics import MeanMetrics
+from training.optimizer import build_adamw
 
 
 def main(argv: Sequence[str]) -> int:
@@ -129,9 +135,6 @@ def is_ours(path: Path) -> bool:
 
 def warn(message: str) -> None:
     print(f"WARNING: {message}", file=sys.stderr)
-
-
-# from a run of ours
 
 
 def open_run(args: argparse.Namespace) -> TrainedLDM:
@@ -214,9 +217,6 @@ def load_module(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
     if fault := checkpoint.fault(name):
         raise UserError(f"{checkpoint.folder} is damaged ({fault}); choose another with --train-steps")
     return load_file(path)
-
-
-# into a run of ours
 
 
 def convert(args: argparse.Namespace) -> Callable[[Path], None]:

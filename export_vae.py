@@ -22,18 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError
-from formats.architecture import known_names
-from formats.discriminator import named_discriminator, read_discriminator
-from formats.export import SUFFIXES, ldm_state, repae_files, scaling_config, set_scaling, write_files
-from formats.layers import State
-from formats.runs import file_checksum
-from formats.statistics import discriminator_beside
-from formats.vae import LoadedVAE, load_vae
-from models.weight_files import NotWeightsError
-from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, run
-from runtime.measure import count_parameters
+from runtime.cli import ArgumentParser, add_debug_argument, answer_early, non_negative_int, run
 
 FORMATS = ("diffusers", "ldm", "repa-e")
+SUFFIXES = (".pt", ".safetensors")  # of single files
 REPAE_ARCHITECTURES = ("f8d4", "f16d32")  # which its code can build
 
 
@@ -104,6 +96,20 @@ def check_folder(out: Path, overwrite: bool) -> None:
     strange = [name for name in names if name != "config.json" and not name.endswith((".safetensors", ".bin"))]
     if strange or "config.json" not in names:
         raise UserError(f"{out} is not a VAE's folder alone ({(strange or names)[0]} is in it); give another OUT")
+
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+from formats.architecture import known_names
+from formats.discriminator import named_discriminator, read_discriminator
+from formats.export import ldm_state, repae_files, scaling_config, set_scaling, write_files
+from formats.layers import State
+from formats.runs import file_checksum
+from formats.statistics import discriminator_beside
+from formats.vae import LoadedVAE, load_vae
+from models.weight_files import NotWeightsError
+from runtime.measure import count_parameters
 
 
 def main(argv: Sequence[str]) -> int:

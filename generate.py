@@ -22,50 +22,23 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from dataset.images import DEFAULT_RESOLUTION
-from dataset.npz import npz_bytes
-from dataset.packing import PackingJob, check_space, lock_if_free, sigterm_as_interrupt
-from dataset.shards import ShardSpec
-from diffusion.counted_noise import MAX_SEED
-from diffusion.flow import PATH_TYPES
+from diffusion import MAX_SEED, PATH_TYPES
 from errors import UserError
-from formats.runs import refuse_foreign
-from inference.latent_cache import autocast_for, chunk_size
-from inference.sampling import (
-    LABEL_SAMPLINGS,
-    MODES,
-    NPZ_NAME,
-    ROUNDINGS,
-    ImageSampler,
-    SamplerSettings,
-    ShardMaker,
-    choose_labels,
-    complete,
-    default_shard_size,
-)
-from inference.trained_ldm import WEIGHTS, TrainedLDM, open_trained_ldm
-from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
-from metrics.evaluate_generation import Evaluation, add_metric_arguments, plan, settings_of
-from metrics.features import INCEPTION
-from metrics.generation import check_count
-from metrics.sources import open_image_set
-from models.denoisers import Denoiser
-from models.tokenizers import Tokenizer
+from formats.run_folders import refuse_foreign
+from inference import LABEL_SAMPLINGS, MODES, ROUNDINGS, WEIGHTS
+from metrics.arguments import INCEPTION, add_metric_arguments
+from runtime import DEFAULT_VAE
 from runtime.cli import (
     ArgumentParser,
     add_debug_argument,
+    answer_early,
     fraction,
     non_negative_float,
     non_negative_int,
     positive_int,
     run,
 )
-from runtime.log import progress_bar
-from runtime.measure import DEFAULT_VAE, count_parameters, peak_memory
-from runtime.processes import Process, set_inference_numerics, this_process
 
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
@@ -110,7 +83,7 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
 def add_untrained_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", metavar="NAME", help="instead of --exp-path: the denoiser, e.g. SiT-XL/1")
     group.add_argument("--vae", metavar="NAME", help=f"architecture, or a VAE (default: {DEFAULT_VAE})")
-    group.add_argument("--path-type", choices=PATH_TYPES, help=f"interpolant (default: {PATH_TYPES[0]})")
+    group.add_argument("--path-type", choices=PATH_TYPES, help=f"interpolant, a run's own (default: {PATH_TYPES[0]})")
     group.add_argument(
         "--resolution", type=positive_int, metavar="PX", help=f"side of the images (default: {DEFAULT_RESOLUTION})"
     )
@@ -228,7 +201,7 @@ def check_source(args: argparse.Namespace) -> None:
         refuse_foreign(Path(path), flag, "--exp-path", *words)
     if args.ckpt is not None:
         raise UserError(f"--ckpt {args.ckpt} is no file: give a run's folder with --exp-path")
-    for names, whose in ((UNTRAINED_FLAGS, "--model"), (FOREIGN_FLAGS, "export_ldm.py --format run")):
+    for names, whose in ((("vae", "resolution"), "--model"), (FOREIGN_FLAGS, "export_ldm.py --format run")):
         for flag, _ in given_flags(args, names):
             raise UserError(f"{flag} is for {whose}; {args.exp_path} says it itself: leave the flag out")
 
@@ -245,6 +218,37 @@ def given_flags(args: argparse.Namespace, names: Sequence[str]) -> list[tuple[st
     """Those that were given, with their values."""
     values = ((f"--{name.replace('_', '-')}", getattr(args, name)) for name in names)
     return [(flag, str(value)) for flag, value in values if value is not None]
+
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+import numpy as np
+import torch
+
+from dataset.npz import npz_bytes
+from dataset.packing import PackingJob, check_space, lock_if_free, sigterm_as_interrupt
+from dataset.shards import ShardSpec
+from inference.latent_cache import autocast_for, chunk_size
+from inference.sampling import (
+    NPZ_NAME,
+    ImageSampler,
+    SamplerSettings,
+    ShardMaker,
+    choose_labels,
+    complete,
+    default_shard_size,
+)
+from inference.trained_ldm import TrainedLDM, open_trained_ldm
+from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
+from metrics.evaluate_generation import Evaluation, plan, settings_of
+from metrics.generation import check_count
+from metrics.sources import open_image_set
+from models.denoisers import Denoiser
+from models.tokenizers import Tokenizer
+from runtime.log import progress_bar
+from runtime.measure import count_parameters, peak_memory
+from runtime.processes import Process, set_inference_numerics, this_process
 
 
 def main(argv: Sequence[str]) -> int:
@@ -295,6 +299,8 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
     if args.model is not None:
         return open_untrained_ldm(args.model, args.vae, args.resolution, args.path_type)
     trained = open_trained_ldm(args.exp_path, args.train_steps, args.weights, report)
+    if args.path_type not in (None, trained.path_type):
+        raise UserError(f"--path-type {args.path_type}: {args.exp_path} was trained on {trained.path_type}; leave it out")
     if trained.cfg_prob == 0 and args.cfg_scale != 1:
         raise UserError(
             f"--cfg-scale {args.cfg_scale:g}: {args.exp_path} was trained with --cfg-prob 0, without the null class "

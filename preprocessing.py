@@ -55,10 +55,10 @@ EXAMPLES = """examples:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES)
+    parser = ArgumentParser(prog="preprocessing.py", description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("--imagenet-path", type=Path, required=True, help="photographs: a folder or .zip, see above")
-    add("--output-path", type=Path, required=True, help="folder of the packed dataset; made where it does not exist")
+    add("--output-path", type=Path, default=Path("data"), help="folder of the packed dataset; made where it is missing")
     add("--resolution", type=multiple_of_32, default=256, help="side of the square crops in pixels, a multiple of 32")
     add("--num-workers", type=positive_int, default=count_cores(), help="processes; the result does not depend on it")
     add("--max-images", type=positive_int, help="use this many files, evenly spread over the classes; default: all")

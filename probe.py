@@ -22,46 +22,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from dataset.attributes import READERS
-from dataset.images import DEFAULT_RESOLUTION
 from errors import UserError
-from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
-from metrics.encoding import chunked, encode_dataset, latent_modes, scaled_pixels
-from metrics.latent_pictures import pick, save_colours, save_map, save_ways, ways
-from metrics.probe_data import ProbeData, open_probe_data
-from metrics.probes import (
-    Latents,
-    Outcome,
-    check_attributes,
-    check_classes,
-    check_points,
-    plan_mixtures,
-    probe_attributes,
-    probe_classes,
-    probe_discrimination,
-    probe_uniformity,
-    spread,
-    write_files,
-)
-from metrics.reconstruction import decoder
-from metrics.record import Measurement, default_name, metrics_folder, write_measurement
-from metrics.subject import (
-    Subject,
-    add_output_arguments,
-    add_vae_arguments,
-    file_suffix,
-    open_vae,
-    output_folder,
-    output_subject,
-)
-from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance
-from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
-from runtime.log import progress_bar
-from runtime.measure import count_parameters, peak_memory
-from runtime.processes import Process, set_inference_numerics, this_process
+from metrics.arguments import add_output_arguments, add_vae_arguments
+from runtime.cli import ArgumentParser, add_debug_argument, answer_early, non_negative_int, positive_int, run
 
 PROBES = ("attributes", "classes", "uniformity", "discrimination", "pictures")
 MAP_IMAGES = 2000
@@ -130,6 +94,40 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.components = sorted({int(part) for part in parts})
     args.wants_all = "all" in args.what
     args.what = [name for name in PROBES if args.wants_all or name in args.what]
+
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+import numpy as np
+import torch
+
+from dataset.images import DEFAULT_RESOLUTION
+from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
+from metrics.encoding import chunked, encode_dataset, latent_modes, scaled_pixels
+from metrics.latent_pictures import pick, save_colours, save_map, save_ways, ways
+from metrics.probe_data import ProbeData, open_probe_data
+from metrics.probes import (
+    Latents,
+    Outcome,
+    check_attributes,
+    check_classes,
+    check_points,
+    plan_mixtures,
+    probe_attributes,
+    probe_classes,
+    probe_discrimination,
+    probe_uniformity,
+    spread,
+    write_files,
+)
+from metrics.reconstruction import decoder
+from metrics.record import Measurement, default_name, metrics_folder, write_measurement
+from metrics.subject import Subject, file_suffix, open_vae, output_folder, output_subject
+from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance
+from runtime.log import progress_bar
+from runtime.measure import count_parameters, peak_memory
+from runtime.processes import Process, set_inference_numerics, this_process
 
 
 def main(argv: Sequence[str]) -> int:

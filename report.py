@@ -1,14 +1,14 @@
-"""Runs → one table of what was measured, published numbers beside it, and a page that holds everything: report.html.
+"""Runs → one table of what was measured, next to the published numbers, and report.html, a page with everything.
 
   python report.py exps/sendvae exps/ldm                         a table, and report.html
   python report.py 'exps/table2-*' --format markdown --no-html   for a README
-  python report.py exps/mine --published mine=table1/sendvae-80  beside a published row; presets know theirs
+  python report.py exps/mine --published mine=table1/sendvae-80  compare with a published row; presets know theirs
 
-RUN is the folder of a training, of an experiment (stands for its runs), a VAE, a folder of generated images, or one in
-which measurements lie (metrics/). Figures come from the metrics/*.json that evaluate.py and probe.py leave; nothing is
-measured here and no GPU is used. Where a VAE was probed and a SiT was trained on its latents, the probe's F1 stands
-beside the SiT's FID, with Pearson's correlation over VAEs (the paper's Figure 1). The page is one file that loads
-nothing, to be kept or sent.
+RUN is the folder of a training, an experiment (all its runs), a VAE, a folder of generated images, or any folder with
+measurements (metrics/). Figures come from the metrics/*.json that evaluate.py and probe.py write; report.py measures
+nothing itself and needs no GPU. Where a VAE was probed and a SiT was trained on its latents, the probe's F1 is plotted
+against the SiT's FID, with Pearson's correlation over the VAEs (the paper's Figure 1). The page is a single file that
+loads nothing, so you can keep it or send it.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from pathlib import Path
 from errors import UserError
 from reporting import correlation
 from reporting.gather import Report, gather
-from reporting.page import write_page
 from reporting.tables import as_csv, as_json, as_markdown, as_text
 from runtime.cli import ArgumentParser, add_debug_argument, run
 
@@ -31,25 +30,25 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="report.py", usage="%(prog)s RUN [RUN …] [flags]", description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders of runs, or patterns such as 'exps/table2-*'")
-    add("--format", choices=FORMATS, default="text", help="of the table; csv and json: one record for each figure")
+    add("--format", choices=FORMATS, default="text", help="of the table; csv and json give one record per figure")
     add(
         "--published",
         action="append",
         default=[],
         metavar="RUN=ROW",
-        help="beside which published row a run stands, e.g. mine=table1/sendvae-80; once for each run "
-        "(default: the one that its preset names; all rows: configs/published.yaml)",
+        help="compare a run with this published row, e.g. mine=table1/sendvae-80; repeat it for other runs "
+        "(default: the row that the run's preset names; all rows: configs/published.yaml)",
     )
-    add("--html", type=Path, default=Path("report.html"), metavar="FILE", help="the page, replaced where it is there")
+    add("--html", type=Path, default=Path("report.html"), metavar="FILE", help="where to write the page")
     add("--no-html", action="store_true", help="write no page")
-    add("--title", default="Send-VAE report", help="of the page")
+    add("--title", default="Send-VAE report", help="title of the page")
     add(
         "--figure1",
         type=Path,
         metavar="FILE",
         help="also draw probe F1 against FID as FILE.png, .svg or .pdf; needs 3 VAEs with both",
     )
-    add("--dry-run", action="store_true", help="read everything, print the table, write nothing")
+    add("--dry-run", action="store_true", help="read everything and print the table, but write nothing")
     add_debug_argument(parser)
     args = parser.parse_args(argv)
     check_arguments(args)
@@ -89,11 +88,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_files(report: Report, args: argparse.Namespace, drawn: Sequence[correlation.View]) -> None:
-    """The page and the figure, as far as they are wanted."""
+    """The page and the figure, each if it is wanted."""
     if args.figure1:
-        correlation.write_scatter(drawn[0], report.published, args.figure1)
+        from reporting.drawing import write_scatter  # matplotlib takes a second to import
+
+        write_scatter(drawn[0], report.published, args.figure1)
         print(f"{args.figure1}: {drawn[0].title}", file=sys.stderr)
     if not args.no_html:
+        from reporting.page import write_page
+
         size = write_page(report, args.html, args.title)
         print(f"{args.html}: {size / 1e6:.1f} MB, for any browser", file=sys.stderr)
 
@@ -106,7 +109,7 @@ def formatted(report: Report, form: str) -> str:
         return as_json(report.rows, correlation.records(report.views), report.notes)
     if not report.tables:
         names = ", ".join(found.name for found in report.runs)
-        return f"nothing was measured yet of {names}: evaluate.py and probe.py leave their figures beside the runs"
+        return f"nothing has been measured yet of {names}; run evaluate.py or probe.py first"
     shown = [view for view in report.views if view.vaes >= correlation.ENOUGH]
     if form == "markdown":
         parts = [as_markdown(report.tables)]

@@ -16,26 +16,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-from accelerate import Accelerator
-
-from dataset.images import DEFAULT_RESOLUTION
-from dataset.latents import LatentBatch, LatentDataset
 from errors import UserError
 from formats.arguments import add_encoder_arguments
 from loss.alignment import DENOISER_ALIGNMENTS, NONE, parse_sum, settle_arguments
-from models.denoisers import DenoiserConfig, build_denoiser, denoiser_kind
-from models.tokenizers import Tokenizer
-from models.tokenizers.kl import architecture_names
-from runtime.cli import ArgumentParser, run
-from runtime.measure import NUM_CLASSES
-from training import arguments, dry_run, ldm_source
-from training.alignment_cost import alignment_cost_lines
-from training.latent_data import check_features, open_latents, open_tokenizer
-from training.ldm import LDM
-from training.loop import Loop
-from training.networks import aligned, build_aligned_denoiser, build_vfms, compile_networks
-from training.run import Run, begin, open_run
+from models.tokenizers import architecture_names
+from runtime.cli import ArgumentParser, answer_early, run
+from training import arguments
 
 CONTINUE_HELP = (
     "with --exp-name: begin that run with weights, average, optimizer state and step of another run (--resume-step "
@@ -62,6 +48,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     arguments.check_arguments(args)
     settle_alignment(args)
+    if "/" not in (args.vae_latents_name or "/"):  # a folder in --data-dir
+        args.data_dir = args.data_dir or arguments.default_data_dir()
     if not args.dry_run and not args.vae_latents_name:
         raise UserError("--vae-latents-name is needed: the latent cache that cache_latents.py made")
     return args
@@ -119,6 +107,26 @@ def settle_alignment(args: argparse.Namespace) -> None:
     args.align = "+".join(name for name in names if DENOISER_ALIGNMENTS[name].weight_of(args)) or NONE
 
 
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+import torch
+from accelerate import Accelerator
+
+from dataset.images import DEFAULT_RESOLUTION
+from dataset.latents import LatentBatch, LatentDataset
+from models.denoisers import DenoiserConfig, denoiser_kind
+from models.tokenizers import Tokenizer
+from runtime import NUM_CLASSES
+from training import dry_run, ldm_source
+from training.alignment_cost import alignment_cost_lines
+from training.latent_data import check_features, open_latents, open_tokenizer
+from training.ldm import LDM
+from training.loop import Loop
+from training.networks import aligned, build_aligned_denoiser, build_vfms, compile_networks
+from training.run import Run, begin, open_run
+
+
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     folder, origin = (None, args.continue_train_exp_dir) if args.dry_run else ldm_source.resolve_folder(args)
@@ -155,7 +163,7 @@ def resolve(args: argparse.Namespace, latents: LatentDataset | None, tokenizer: 
     if latents is not None and args.resolution != latents.resolution:
         raise UserError(f"--resolution {args.resolution}: {latents.folder} was made at {latents.resolution} px")
     channels, side, _ = tokenizer.latent_shape(args.resolution)
-    config = denoiser_kind(args.model).Config.from_arguments(
+    config = denoiser_kind(args.model).from_arguments(
         args,
         model=args.model,
         latent_channels=channels,
@@ -164,7 +172,7 @@ def resolve(args: argparse.Namespace, latents: LatentDataset | None, tokenizer: 
     )
     args.denoiser = config.to_dict()
     with torch.device("meta"):  # what does not fit the denoiser is refused, and what follows from it settled
-        denoiser = build_denoiser(config)
+        denoiser = config.build()
         vfms = aligned(args, parse_sum(args.align), denoiser).features
     args.feature_widths = [vfm.width for vfm in vfms]
     if latents is not None:

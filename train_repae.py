@@ -17,36 +17,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import torch
-from accelerate import Accelerator
-
-from dataset.images import DEFAULT_RESOLUTION, ImageDataset
-from dataset.loader import LabelledImages
 from errors import UserError
 from formats.arguments import add_encoder_arguments, add_vae_source_arguments
-from formats.vae import load_tokenizer
 from loss.alignment import DENOISER_ALIGNMENTS, NONE, parse_sum, settle_arguments
-from loss.alignment.denoiser import ThroughDenoiser
-from loss.alignment.repa import REPA
-from loss.vae_objective import VAELossConfig, load_loss_config
-from models.denoisers import DenoiserConfig, build_denoiser, denoiser_kind
-from models.tokenizers import Tokenizer
-from runtime.cli import ArgumentParser, fraction, non_negative_float, run
-from runtime.measure import NUM_CLASSES
-from training import arguments, dry_run
-from training.data import measure_statistics, open_image_data
-from training.ldm import LDM
-from training.loop import Loop
-from training.networks import (
-    aligned,
-    build_aligned_denoiser,
-    build_objective,
-    build_sendvae,
-    build_vfms,
-    compile_networks,
-)
-from training.repae import Repae
-from training.run import begin, open_run
+from loss.alignment.flags import REPAFlags
+from runtime.cli import ArgumentParser, answer_early, fraction, non_negative_float, run
+from training import arguments
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -87,11 +63,41 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="weight of the alignment in the VAE's loss, through the frozen SiT; 0: the VAE trains by itself",
     )
-    REPA.add_arguments(group)
+    REPAFlags.add_arguments(group)
     add_encoder_arguments(group, default="dinov2-vit-b")
     group.add_argument(
         "--bn-momentum", type=fraction, default=0.1, metavar="X", help="of the latent statistics, a step"
     )
+
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+import torch
+from accelerate import Accelerator
+
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset
+from dataset.loader import LabelledImages
+from formats.vae import load_tokenizer
+from loss.alignment.denoiser import ThroughDenoiser
+from loss.vae_objective import VAELossConfig, load_loss_config
+from models.denoisers import DenoiserConfig, denoiser_kind
+from models.tokenizers import Tokenizer
+from runtime import NUM_CLASSES
+from training import dry_run
+from training.data import measure_statistics, open_image_data
+from training.ldm import LDM
+from training.loop import Loop
+from training.networks import (
+    aligned,
+    build_aligned_denoiser,
+    build_objective,
+    build_sendvae,
+    build_vfms,
+    compile_networks,
+)
+from training.repae import Repae
+from training.run import begin, open_run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -130,7 +136,7 @@ def resolve(
     """Replace every default that depends on the data, so that ``args.json`` and checkpoints say what was done."""
     args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
     channels, side, _ = tokenizer.latent_shape(args.resolution)
-    config = denoiser_kind(args.model).Config.from_arguments(
+    config = denoiser_kind(args.model).from_arguments(
         args,
         model=args.model,
         latent_channels=channels,
@@ -139,7 +145,7 @@ def resolve(
     )
     args.denoiser, args.vae_config = config.to_dict(), tokenizer.architecture
     with torch.device("meta"):  # what does not fit the denoiser is refused
-        vfms = aligned(args, parse_sum(args.align), build_denoiser(config)).features
+        vfms = aligned(args, parse_sum(args.align), config.build()).features
     args.feature_widths = [vfm.width for vfm in vfms]
     if images is not None:
         if held_out is not None and held_out.class_names != images.class_names:

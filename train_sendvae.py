@@ -13,25 +13,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from accelerate import Accelerator
-
-from dataset.images import DEFAULT_RESOLUTION, ImageDataset
-from dataset.loader import LabelledImages
-from diffusion.flow import PATH_TYPES
+from diffusion import PATH_TYPES
 from errors import UserError
 from formats.arguments import add_encoder_arguments, add_vae_source_arguments
-from formats.vae import load_tokenizer
-from loss.alignment import TOKENIZER_ALIGNMENTS, TokenGrid, TokenizerAlignment, settle_arguments
-from loss.vae_objective import VAELossConfig, load_loss_config
-from models.encoders import Encoder
-from runtime.cli import ArgumentParser, fraction, non_negative_float, positive_int, run
-from runtime.measure import NUM_CLASSES
-from training import arguments, dry_run
-from training.data import measure_statistics, open_image_data
-from training.loop import Loop
-from training.networks import build_objective, build_sendvae, build_vfms, compile_networks
-from training.run import begin, open_run
-from training.sendvae import SendVAE
+from loss.alignment import TOKENIZER_ALIGNMENTS, settle_arguments
+from runtime.cli import ArgumentParser, answer_early, fraction, non_negative_float, positive_int, run
+from training import arguments
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -110,6 +97,26 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for alignment in TOKENIZER_ALIGNMENTS.values():
         alignment.add_arguments(group)
+
+
+if __name__ == "__main__":
+    answer_early(parse_arguments)
+
+from accelerate import Accelerator
+
+from dataset.images import DEFAULT_RESOLUTION, ImageDataset
+from dataset.loader import LabelledImages
+from formats.vae import load_tokenizer
+from loss.alignment import TokenGrid, TokenizerAlignment
+from loss.vae_objective import VAELossConfig, load_loss_config
+from models.encoders import Encoder
+from runtime import NUM_CLASSES
+from training import dry_run
+from training.data import measure_statistics, open_image_data
+from training.loop import Loop
+from training.networks import build_objective, build_sendvae, build_vfms, compile_networks
+from training.run import begin, open_run
+from training.sendvae import SendVAE
 
 
 def main(argv: Sequence[str]) -> int:

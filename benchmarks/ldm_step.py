@@ -28,7 +28,7 @@ from dataset.loader import BatchLoader
 from dataset.order import SampleOrder
 from formats.vae import load_tokenizer
 from loss.alignment import DenoiserAlignments
-from models.denoisers import Denoiser, build_denoiser, denoiser_kind
+from models.denoisers import Denoiser, denoiser_kind
 from models.tokenizers import build_tokenizer
 from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 from tests.latent_caches import write_cache
@@ -112,15 +112,15 @@ def main(argv: Sequence[str]) -> int:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision)
     device = accelerator.device
     kind = denoiser_kind(args.model)
-    config = kind.Config(args.model, args.latent_channels, args.latent_size, num_classes=1000)
+    config = kind(args.model, args.latent_channels, args.latent_size, num_classes=1000)
     with tempfile.TemporaryDirectory() as scratch:
         write_cache(Path(scratch) / "cache", 256, shape=(args.latent_channels, args.latent_size, args.latent_size))
         dataset = LatentDataset(Path(scratch) / "cache", memory_limit=0)
         with BatchLoader(dataset, SampleOrder(len(dataset), 0), batch_size=args.batch_size, num_workers=1) as loader:
-            model = build_denoiser(config).to(device).train()
+            model = config.build().to(device).train()
             runs = {"bare forward + backward": bare_step(model, args.batch_size, device, accelerator)}
             runs["our whole step"] = our_step(model, loader, accelerator)
-            runs["plain update"] = plain_update(build_denoiser(config).to(device))
+            runs["plain update"] = plain_update(config.build().to(device))
             seconds: dict[str, list[float]] = {name: [] for name in runs}
             for repeat in range(args.repeats + 1):
                 for name, function in runs.items():

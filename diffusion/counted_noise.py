@@ -11,7 +11,8 @@ from enum import IntEnum
 
 import torch
 
-MAX_SEED = 2**64 - 1
+from diffusion import MAX_SEED
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)

@@ -7,8 +7,7 @@ import math
 
 import torch
 
-PATH_TYPES = ("linear", "cosine")
-WEIGHTINGS = ("uniform", "lognormal")
+from diffusion import PATH_TYPES, WEIGHTINGS
 
 
 def interpolant(t: torch.Tensor, path_type: str) -> tuple[torch.Tensor, torch.Tensor]:

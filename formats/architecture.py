@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from formats.layers import to_ldm
-from models.tokenizers.kl import CONFIG_DIR, KLTokenizer, architecture_names, list_or_value
+from models.tokenizers import CONFIG_DIR, architecture_names
+from models.tokenizers.kl import KLTokenizer, list_or_value
 from models.weight_files import NotWeightsError
 
 # What names and shapes tell; with how many groups GroupNorm works they do not.

@@ -3,7 +3,7 @@
 import argparse
 
 from models.encoders import ENCODERS
-from models.tokenizers.kl import architecture_names
+from models.tokenizers import architecture_names
 
 
 def add_encoder_arguments(group: argparse._ArgumentGroup, default: str | None) -> None:

@@ -13,7 +13,6 @@ from models.latent_statistics import LatentStatistics
 from models.tokenizers.kl import KLTokenizer
 
 NEARLY = 1e-3  # of a std: statistics that differ less between channels are one number
-SUFFIXES = (".pt", ".safetensors")
 
 
 def diffusers_scaling(statistics: LatentStatistics) -> dict[str, object]:

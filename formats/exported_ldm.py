@@ -9,7 +9,7 @@ import torch
 
 from formats.sit import BATCH_NORM, REPA_PREFIX, State
 from models.denoisers import Denoiser
-from models.denoisers.sit import SiTConfig
+from models.denoisers.config import SiTConfig
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import STATISTICS_FILE, Tokenizer
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from torch import nn
 
 from errors import UserError
-from formats.runs import OWN_STATISTICS, OWN_VAE, is_foreign_experiment
+from formats.run_folders import OWN_STATISTICS, OWN_VAE, is_foreign_experiment
 from formats.sit import SiTCheckpoint, SiTWeights, State, build_networks, read_sit
 from formats.statistics import REPA_CHANNELS, REPA_SCALE, repa_statistics
 from formats.vae import load_vae
 from models.latent_statistics import LatentStatistics, difference
-from models.tokenizers import Tokenizer
-from models.tokenizers.kl import architecture_names
+from models.tokenizers import Tokenizer, architecture_names
 
 FLAGS = ("vae", "vae_ckpt", "vae_latents_stats", "path_type", "resolution")  # of what a checkpoint may not say
 DEFAULT_PATH_TYPE = "linear"  # of every public checkpoint

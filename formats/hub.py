@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, snapshot_download
 
-from formats.statistics import DISCRIMINATOR_SUFFIX, LIGHTNINGDIT_FILE, REPAE_SUFFIX, WEIGHT_SUFFIXES, vae_files
+from formats.run_folders import WEIGHT_SUFFIXES
+from formats.statistics import DISCRIMINATOR_SUFFIX, LIGHTNINGDIT_FILE, REPAE_SUFFIX, vae_files
 from models.hub import hub_answers
 from models.tokenizers import STATISTICS_FILE
 from models.weight_files import NotWeightsError, one_line

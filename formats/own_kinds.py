@@ -7,8 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from errors import UserError
-from models.tokenizers import STATISTICS_FILE, TOKENIZERS, Tokenizer
-from models.tokenizers.base import CONFIG_FILE
+from models.tokenizers import CONFIG_FILE, STATISTICS_FILE, TOKENIZERS, Tokenizer, tokenizer_kind
 from models.weight_files import one_line
 
 KL = "AutoencoderKL"
@@ -54,4 +53,4 @@ def find_own_kind(name: str | None) -> OwnKind | None:
             kind = json.loads((folder / CONFIG_FILE).read_text())["_class_name"] if folder else KL
         except (OSError, ValueError, KeyError, TypeError):
             return None  # who reads it says what is wrong
-    return None if kind == KL or kind not in TOKENIZERS else OwnKind(TOKENIZERS[kind], folder)
+    return None if kind == KL or kind not in TOKENIZERS else OwnKind(tokenizer_kind(kind), folder)

@@ -7,23 +7,17 @@
 import hashlib
 import json
 import os
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from errors import UserError
 from formats.checkpoints import FoundVAE, find_vae, vae_prefixes
-from formats.statistics import WEIGHT_SUFFIXES, discriminator_beside, statistics_in, vae_files
+from formats.run_folders import ARGUMENTS, MANIFEST, OWN_STATISTICS, is_run, steps
+from formats.statistics import discriminator_beside, statistics_in, vae_files
 from models.weight_files import NotWeightsError, one_line, read_contents
 
-MANIFEST = "manifest.json"
-ARGUMENTS = "args.json"
-PLACES = ("checkpoints", "milestones")
 VAE_MODULES = ("vae", "ema", "model")  # of a checkpoint, in the order in which vae/ would hold them
-# A run that trains its VAE along keeps it in every checkpoint, with the statistics that belong to the averaged SiT.
-OWN_VAE, OWN_STATISTICS = "vae", "statistics_ema"
 DISCRIMINATOR = "discriminator.safetensors"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 _READ_BYTES = 1 << 22
@@ -92,53 +86,6 @@ def read_checkpoint(folder: Path) -> tuple[FoundVAE, dict | None]:
     raise NotWeightsError(f"it is a checkpoint without a VAE{hint}")
 
 
-def is_run(path: Path) -> bool:
-    return (Path(path) / ARGUMENTS).is_file()
-
-
-def is_foreign_experiment(path: Path) -> bool:
-    """Whether a folder is an experiment of REPA or REPA-E: ``checkpoints/`` holds .pt files, not folders."""
-    return any((Path(path) / "checkpoints").glob("*.pt"))
-
-
-def refuse_own_file(path: Path, flag: str, instead: str) -> None:
-    """Refuse a single file of a run of ours, which says more than the file; as :func:`refuse_foreign`."""
-    if path.is_file() and (path.parent / MANIFEST).is_file():
-        run = os.path.relpath(path.resolve().parents[2])
-        raise UserError(f"{flag} {path} belongs to a run of this project: give {instead} {run}")
-
-
-def refuse_foreign(path: Path, flag: str, instead: str, *flags: str) -> None:
-    """Refuse a checkpoint of REPA or REPA-E, which is no run yet, naming the command that makes one of it.
-
-    Args:
-        path: that may be one; a single file of a run of ours is refused too.
-        flag: that it was given with.
-        instead: the flag that takes a run.
-        flags: for the command, in words.
-    """
-    path = Path(path)
-    refuse_own_file(path, flag, instead)
-    if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
-        raise UserError(f"{flag} {path} is a file, and none of weights: give {instead} a run, exps/NAME")
-    if path.is_file() or is_foreign_experiment(path):
-        run = os.path.join("exps", f"{path.stem if path.is_file() else path.resolve().name}-run")
-        command = shlex.join(["python", "export_ldm.py", str(path), run, "--format", "run", *flags])
-        raise UserError(
-            f"{flag} {path} is no run of this project: make one of it with {command}, and give {instead} {run}"
-        )
-
-
-def steps(run: Path) -> dict[int, Path]:
-    """The checkpoints and milestones of a run by step; a whole checkpoint before a milestone."""
-    found = {}
-    for place in PLACES:
-        for folder in (Path(run) / place).glob("[0-9]*"):
-            if folder.name.isdigit() and (folder / MANIFEST).is_file():
-                found.setdefault(int(folder.name), folder)
-    return found
-
-
 def check_file(path: Path, manifest: dict) -> None:
     """Refuse a file of a checkpoint that is not what was written."""
     entry = manifest.get("files", {}).get(path.name)
@@ -193,38 +140,3 @@ def _json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise NotWeightsError(f"{path.name} is not a JSON object")
     return content
-
-
-def status_of(folder: Path) -> dict | None:
-    """The content of a run's ``status.json``, or None where there is none."""
-    path = Path(folder) / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def refuse_unfinished(*paths: str | None) -> None:
-    """Refuse VAEs that lie beside the status of a training that has not finished; other names are passed over."""
-    for path in paths:
-        if path is None or not Path(path).exists():
-            continue
-        file = Path(path).parent / "status.json"
-        try:
-            status = status_of(file.parent)
-            state = None if status is None else status["state"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is damaged ({error}); add --allow-unfinished") from error
-        if state not in (None, "finished"):
-            raise UserError(
-                f"{path} is of a training that is {state} at step {status.get('step')}; run the same training command "
-                "again to finish it, or add --allow-unfinished"
-            )
-
-
-def arguments_of(folder: Path) -> dict | None:
-    """The resolved flags of a run, or None where it never started."""
-    path = Path(folder) / "args.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())["args"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or start under another --exp-name") from error

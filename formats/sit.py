@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from diffusion.flow import PATH_TYPES
+from diffusion import PATH_TYPES
 from errors import UserError
 from formats.statistics import batch_norm_statistics
 from loss.alignment import DenoiserAlignments, TokenGrid
 from loss.alignment.repa import REPA
-from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
+from models.denoisers.config import PATCH_SIZES, SIT_SIZES, SiTConfig
+from models.denoisers.sit import SiT
 from models.latent_statistics import LatentStatistics
 from models.weight_files import NotWeightsError, check_plain, check_values, read_contents, tensors_by_name
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from formats.run_folders import WEIGHT_SUFFIXES
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import STATISTICS_FILE
 from models.weight_files import NotWeightsError, check_plain, read_contents
@@ -29,7 +30,6 @@ DISCRIMINATOR_SUFFIX = "-discriminator-ckpt"
 REPA = "repa"  # --vae-latents-stats repa: what REPA normalises with, whose checkpoints hold no statistics
 REPA_SCALE = 0.18215  # Stable Diffusion's factor, and no mean
 REPA_CHANNELS = 4
-WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from formats.architecture import (
 from formats.checkpoints import FoundVAE, find_vae
 from formats.hub import hub_folder, is_hub_name
 from formats.own_kinds import OwnKind, find_own_kind
-from formats.runs import DIFFUSERS_WEIGHTS, MANIFEST, locate_vae, read_checkpoint
+from formats.run_folders import MANIFEST
+from formats.runs import DIFFUSERS_WEIGHTS, locate_vae, read_checkpoint
 from formats.statistics import (
     REPA,
     Statistics,
@@ -36,8 +37,8 @@ from formats.statistics import (
     read_statistics,
     repa_statistics,
 )
-from models.tokenizers import STATISTICS_FILE, Tokenizer
-from models.tokenizers.kl import KLTokenizer, architecture_names
+from models.tokenizers import STATISTICS_FILE, Tokenizer, architecture_names
+from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError, check_values, one_line, read_contents
 
 RANDOM = "none"  # --vae-ckpt none: from scratch

@@ -23,9 +23,6 @@ from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
 
-MODES = ("sde", "ode")
-LABEL_SAMPLINGS = ("random", "equal")
-ROUNDINGS = ("round", "truncate")
 NPZ_NAME = "samples.npz"
 PREVIEW_NAME = "preview.png"
 END_SECONDS = 3600.0  # processes that are done leave as soon as one of them has written the .npz

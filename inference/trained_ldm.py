@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from formats.runs import OWN_STATISTICS, OWN_VAE, arguments_of, status_of
+from formats.run_folders import OWN_STATISTICS, OWN_VAE, arguments_of, status_of
 from formats.vae import load_tokenizer
-from models.denoisers import Denoiser, DenoiserConfig, build_denoiser, denoiser_config
+from inference import WEIGHTS
+from models.denoisers import Denoiser, DenoiserConfig, denoiser_config
 from models.tokenizers import STATISTICS_FILE, Tokenizer, build_tokenizer
 from runtime.checkpoint import Checkpoint, CheckpointFolder
-
-WEIGHTS = ("ema", "model")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class TrainedLDM:
 
     def load_model(self) -> Denoiser:
         """The denoiser in eval mode, on the CPU."""
-        model = build_denoiser(self.config)
+        model = self.config.build()
         self.checkpoint.load_module(self.weights, model)
         return model.eval().requires_grad_(False)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from dataset.images import DEFAULT_RESOLUTION
 from diffusion.flow import PATH_TYPES
 from formats.vae import load_tokenizer
-from models.denoisers import Denoiser, DenoiserConfig, build_denoiser, denoiser_config
+from models.denoisers import Denoiser, DenoiserConfig, denoiser_config
 from models.tokenizers import Tokenizer
-from runtime.measure import DEFAULT_VAE, NUM_CLASSES
+from runtime import DEFAULT_VAE, NUM_CLASSES
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class UntrainedLDM:
 
     def load_model(self) -> Denoiser:
         """The denoiser in eval mode, on the CPU."""
-        return build_denoiser(self.config).eval().requires_grad_(False)
+        return self.config.build().eval().requires_grad_(False)
 
     def load_autoencoder(self) -> Tokenizer:
         return self._autoencoder.requires_grad_(False)

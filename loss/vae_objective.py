@@ -18,8 +18,15 @@ from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discr
 from loss.reconstruction import RECONSTRUCTION_LOSSES, reconstruction_loss
 from loss.total import total
 
-# Keys of REPA-E's file without effect on a KL autoencoder: accepted with any value, so that the file can be reused.
-IGNORED_KEYS = frozenset({"quantizer_weight", "logvar_init"})
+# Keys of REPA-E's file that are no fields here. A KL autoencoder has no quantizer: any weight of it will do. The other
+# two must be 0, as in REPA-E's file.
+IGNORED_KEY = "quantizer_weight"
+ZERO_KEYS = {
+    "logvar_init": "which divides the reconstruction term by exp(logvar_init); leave it out, and divide "
+    "reconstruction_weight by that instead",
+    "proj_coef": "the weight of the alignment, which is a flag here; leave it out, and give --vae-align-proj-coeff of "
+    "train_repae.py or --align-coeff of train_sendvae.py",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class VAELossConfig:
     discriminator_start: int = 0
     adaptive_discriminator_weight: bool = False
     lecam_regularization_weight: float = 0.0
+    lecam_ema_decay: float = 0.999
 
     def __post_init__(self):
         if self.reconstruction_loss not in RECONSTRUCTION_LOSSES:
@@ -46,6 +54,8 @@ class VAELossConfig:
             value = getattr(self, field.name)
             if field.type is float and not 0 <= value < math.inf:
                 raise UserError(f"{field.name} must be a finite number of at least 0, got {value}")
+        if self.lecam_ema_decay > 1:
+            raise UserError(f"lecam_ema_decay must lie in [0, 1], got {self.lecam_ema_decay}")
 
     @property
     def uses_gan(self) -> bool:
@@ -80,9 +90,11 @@ def load_loss_config(path: str | Path, overrides: tuple[str, ...] | list[str] = 
         except yaml.YAMLError as error:
             raise UserError(f"--loss-override {text}: {value!r} is not a YAML value") from error
     kinds = {field.name: field.type for field in fields(VAELossConfig)}
-    unknown = [key for key in values if key not in kinds and key not in IGNORED_KEYS]
-    if unknown:
-        raise UserError(f"{path}: unknown loss key {unknown[0]}; there are {', '.join(kinds)}")
+    for key in [key for key in values if key not in kinds and key != IGNORED_KEY]:
+        if key not in ZERO_KEYS:
+            raise UserError(f"{path}: unknown loss key {key}; there are {', '.join(kinds)}")
+        if _typed(key, values[key], float) != 0:
+            raise UserError(f"{path}: {key} {values[key]} is not 0, {ZERO_KEYS[key]}")
     return VAELossConfig(**{k: _typed(k, v, kinds[k]) for k, v in values.items() if k in kinds})
 
 
@@ -112,7 +124,7 @@ class VAEObjective(nn.Module):
             raise ValueError("perceptual_weight is positive and there is no perceptual network")
         self.config = config
         self.perceptual = perceptual if config.perceptual_weight > 0 else None
-        self.lecam = LeCam() if config.lecam_regularization_weight > 0 else None
+        self.lecam = LeCam(config.lecam_ema_decay) if config.lecam_regularization_weight > 0 else None
 
     def gan_active(self, step: int) -> bool:
         """Whether generator and discriminator play at ``step`` (counted from 0)."""

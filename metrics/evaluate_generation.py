@@ -1,4 +1,4 @@
-"""evaluate.py generation: its flags and what it does."""
+"""What evaluate.py generation does."""
 
 import argparse
 import sys
@@ -10,9 +10,9 @@ import numpy as np
 
 from dataset.loader import read_batches
 from errors import UserError
-from metrics.features import CHECKPOINT_FLAG, FLAG, INCEPTION, Extractor, build_extractor
+from metrics.arguments import INCEPTION
+from metrics.features import Extractor, build_extractor
 from metrics.generation import (
-    METRICS,
     Settings,
     check_reference,
     check_samples,
@@ -22,68 +22,12 @@ from metrics.generation import (
     measurement_name,
     table,
 )
-from metrics.inception import FLAG as INCEPTION_FLAG
 from metrics.record import default_name, write_record
 from metrics.sources import ImageSet, open_image_set
-from runtime.cli import add_debug_argument, non_negative_int, positive_int
 from runtime.measure import count_parameters, peak_memory
 from runtime.processes import Process, process_group, set_inference_numerics, this_process
 
-HELP = "generated images against a reference: FID, sFID, Inception Score, Precision, Recall, KID"
-DESCRIPTION = """Compare generated images with a reference.
-
-  python evaluate.py generation --samples exps/ldm/samples-… --ref VIRTUAL_imagenet256_labeled.npz
-
-Samples and reference are an .npz (arr_0, uint8 [N, H, W, 3]; of a reference also mu, sigma, mu_s, sigma_s, as ADM's
-have them), a folder of images, a packed dataset, or what generate.py made. Any number of processes share the work. The
-values go into metrics/NAME.json: in a packed folder, beside an .npz. A plain folder of images stays as it is: its
-values go into FOLDER.metrics/NAME.json beside it."""
 FEW_IMAGES = 10_000
-NAME_HELP = (
-    "of the file metrics/NAME.json, which is replaced (default: generation, and --features if given; where that is "
-    "there already, against another reference, the reference's name behind it)"
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    sets = parser.add_argument_group("what is compared")
-    sets.add_argument(
-        "--samples", type=Path, required=True, metavar="PATH", help=".npz, folder, packed dataset, or run with samples"
-    )
-    sets.add_argument("--ref", type=Path, required=True, metavar="PATH", help=".npz, folder or packed dataset")
-    sets.add_argument("--num-samples", type=positive_int, metavar="N", help="the first N images (default: all)")
-    add_metric_arguments(parser.add_argument_group("metrics"))
-    output = parser.add_argument_group("output and speed")
-    output.add_argument("--name", help=NAME_HELP)
-    output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images at once on a process")
-    output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
-    output.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="of KID's subsets")
-    output.add_argument(
-        "--dry-run", action="store_true", help="two batches, random weights if need be; print sizes; write nothing"
-    )
-    add_debug_argument(output)
-
-
-def add_metric_arguments(group: argparse._ArgumentGroup) -> None:
-    """The flags that generate.py has too."""
-    group.add_argument(
-        "--metrics", metavar="A,B,…", help=f"of {', '.join(METRICS)} (default: all that --features allows)"
-    )
-    group.add_argument(
-        FLAG,
-        default=INCEPTION,
-        metavar="NAME",
-        help="whose features: inception, a name of --enc-type, or timm/NAME; all but inception give FD-NAME, not FID",
-    )
-    group.add_argument(
-        INCEPTION_FLAG, metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: torch's hub cache)"
-    )
-    group.add_argument(
-        CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)"
-    )
-    group.add_argument(
-        "--ref-cache", type=Path, metavar="DIR", help="keeps the reference's features (default: REF.features beside it)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""evaluate.py reconstruction: its flags and what it does."""
+"""What evaluate.py reconstruction does."""
 
 import argparse
 import sys
@@ -16,79 +16,28 @@ from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.loader import read_batches
 from errors import UserError
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
-from loss.perceptual import TRUNKS, build_lpips
+from loss.perceptual import build_lpips
+from metrics.arguments import INCEPTION, LPIPS_FLAGS
+from metrics.arguments import RECONSTRUCTION_METRICS as METRICS
 from metrics.encoding import chunked, whole_chunks
 from metrics.evaluate_generation import FEW_IMAGES, extractor_of
-from metrics.features import CHECKPOINT_FLAG, FLAG, INCEPTION, Extractor
+from metrics.features import Extractor
 from metrics.frechet import Moments, frechet_distance
-from metrics.inception import FLAG as INCEPTION_FLAG
 from metrics.reconstruction import PairScores, reconstruct, summary, worst, write_table
 from metrics.record import Measurement, default_name, metrics_folder, write_measurement
 from metrics.subject import (
     Subject,
-    add_output_arguments,
-    add_vae_arguments,
     file_suffix,
     open_vae,
     output_folder,
     output_subject,
 )
-from runtime.cli import add_debug_argument, non_negative_int, positive_int
 from runtime.log import progress_bar
 from runtime.measure import count_parameters, peak_memory
 from runtime.pictures import save_grid
 from runtime.processes import Process, process_group, set_inference_numerics, this_process
 
-METRICS = ("rfid", "psnr", "ssim", "lpips-alex", "lpips-vgg")
 GRID_COLUMNS = 8
-HELP = "a VAE on held-out images: rFID, PSNR, SSIM, LPIPS"
-DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
-
-  python evaluate.py reconstruction --vae exps/sendvae/vae --data data/imagenet256-val
-
-Writes to the VAE's metrics folder (of DIR/FILE: DIR/metrics): NAME.json, NAME.csv (a row an image) and NAME-worst.png
-(originals above their reconstructions, the worst first). Reconstructions are compared as 8-bit images, clamped and
-rounded; the reference of rFID are the originals of the very images that are reconstructed. Any number of processes
-share the work; neither their number nor the batch changes a value."""
-LPIPS_FLAGS = {"alex": "--lpips-alex-ckpt", "vgg": "--lpips-ckpt"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is compared")
-    add_vae_arguments(group)
-    add = group.add_argument
-    add("--data", "--data-dir", metavar="DIR", help="held-out images: packed dataset, class-folder tree or zip")
-    add("--resolution", type=positive_int, metavar="PX", help="side, pixels (default: the packed dataset's, or 256)")
-    add("--num-images", type=positive_int, metavar="N", help="evenly spread over the set (default: all)")
-    add("--sample", action="store_true", help="reconstruct from a sample of the posterior instead of its mean")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="of the samples' noise")
-    add = parser.add_argument_group("metrics").add_argument
-    add("--metrics", metavar="A,B,…", help=f"of {', '.join(METRICS)} (default: all whose networks have weights)")
-    add(
-        FLAG,
-        metavar="NAME",
-        help="whose features rFID compares: inception (the default), a name of --enc-type, or timm/NAME; all but "
-        "inception give rFD-NAME",
-    )
-    add(INCEPTION_FLAG, metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: torch's hub cache)")
-    add(CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)")
-    for net, flag in LPIPS_FLAGS.items():
-        add(flag, metavar="FILE", help=f"torchvision's {TRUNKS[net].name} for LPIPS (default: torch's hub cache)")
-    group = parser.add_argument_group("output and speed")
-    add_output_arguments(group)
-    add = group.add_argument
-    add(
-        "--name",
-        help="of the files that are written and replaced (default: reconstruction; beside a VAE's file its name behind "
-        "it; where that is there already, of other --data, their name behind it)",
-    )
-    add("--worst", type=non_negative_int, default=16, metavar="N", help="images in NAME-worst.png; 0: no such file")
-    add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
-    add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
-    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the VAE")
-    add("--allow-tf32", action=argparse.BooleanOptionalAction, default=False, help="TF32 on Ampere and up")
-    add("--dry-run", action="store_true", help="two batches; print sizes, seconds and memory; write nothing")
-    add_debug_argument(group)
 
 
 def _metric_names(text: str) -> list[str]:

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from errors import UserError
-from metrics.features import INCEPTION, Extractor, without_tf32
+from metrics.arguments import GENERATION_METRICS as METRICS
+from metrics.arguments import INCEPTION
+from metrics.features import Extractor, without_tf32
 from metrics.frechet import frechet_distance
 from metrics.inception_score import SPLIT_SIZE
 from metrics.kid import SUBSETS, choose_subset_size, kernel_distance
@@ -24,7 +26,6 @@ from metrics.summary import Needs, Summary, SummaryCache, summarise
 from runtime.log import progress_bar
 from runtime.processes import Process
 
-METRICS = ("fid", "sfid", "is", "pr", "kid")
 OF_INCEPTION = ("sfid", "is")
 KIND = "generation"
 

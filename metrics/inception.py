@@ -13,6 +13,7 @@ from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from errors import UserError
+from metrics.arguments import INCEPTION_FLAG as FLAG
 from models.weight_files import NotWeightsError, read_state_dict, weights_checksum
 from runtime.files import checksum
 
@@ -20,7 +21,6 @@ URL = fidelity.URL_INCEPTION_V3
 FILE_NAME = URL.rsplit("/", 1)[1]
 PUBLISHED_SHA256 = FILE_NAME.rsplit("-", 1)[1].removesuffix(".pth")  # the first digits
 NAME = "inception-v3-2015-12-05"
-FLAG = "--inception-ckpt"
 POOLED, CLASSES = 2048, 1008
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
 SPATIAL = SPATIAL_CHANNELS * SPATIAL_SIDE**2

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from errors import UserError
-from formats.arguments import add_unfinished_argument, add_vae_source_arguments
-from formats.runs import refuse_unfinished, status_of
+from formats.run_folders import refuse_unfinished, status_of
 from formats.vae import load_tokenizer
 from metrics.record import metrics_folder
 from models.tokenizers import Tokenizer
@@ -29,18 +28,6 @@ class Subject:
     tokenizer: Tokenizer
     has_statistics: bool
     description: dict
-
-
-def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
-    """The VAE's flags; random weights (``--vae-ckpt none``) are a baseline, drawn from ``--seed``."""
-    add_vae_source_arguments(parser, default=None)
-    add_unfinished_argument(parser)
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output-dir", metavar="DIR", help="write to DIR/metrics (default: beside the VAE: its run's, or its folder's)"
-    )
 
 
 def open_vae(args: argparse.Namespace, process: Process) -> Subject:

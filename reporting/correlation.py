@@ -1,12 +1,9 @@
-"""Probes of VAEs beside the images that diffusion models make with them: the paper's Figure 1 from one's own runs."""
+"""Probes of VAEs against the images that diffusion models make with them: the paper's Figure 1 from one's own runs."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import fmean
-
-import numpy as np
+from statistics import correlation, fmean
 
 from metrics.published import Published
 from reporting.results import BENCHMARKS, PROBES, PUBLISHED_F1, Row
@@ -64,7 +61,7 @@ class View:
     @property
     def title(self) -> str:
         guided = "" if self.guidance in ("none", "") else f", guidance {self.guidance}"
-        return f"Probe F1{f' on {self.data}' if self.data else ''} beside {self.metric} ({self.sit}{guided})"
+        return f"Probe F1{f' on {self.data}' if self.data else ''} against {self.metric} ({self.sit}{guided})"
 
     def correlations(self) -> dict[str, float]:
         """Pearson's r of each attribute metric that all points have with the distance; NaN where one does not vary."""
@@ -75,11 +72,11 @@ class View:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's correlation coefficient of two sequences of one length; NaN where one of them does not vary."""
-    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(np.clip(a @ b / scale, -1, 1)) if scale > 0 else math.nan
+    """Pearson's correlation coefficient; NaN if one of the sequences is constant or not finite."""
+    try:
+        return correlation(x, y)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def views(rows: Sequence[Row]) -> list[View]:
@@ -203,37 +200,6 @@ def distinguishing_parts(names: Sequence[str]) -> list[str]:
 def _shared(parts: Sequence[Sequence[str]], most: int) -> int:
     """How many first parts are the same in all, ``most`` at most."""
     return next((i for i in range(most) if len({each[i] for each in parts}) > 1), max(most, 0))
-
-
-def write_scatter(view: View, published: Published, path: Path) -> None:
-    """The figure as PNG, SVG or PDF, by the file's suffix; published points hollow."""
-    import matplotlib  # slow to import, and needed for this alone
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
-    axes.scatter([p.probes[MAIN_METRIC] for p in view.points], [p.distance for p in view.points], label="measured")
-    axes.margins(x=0.2, y=0.1)
-    for label, across, up in labelled_points(view):
-        axes.annotate(_plain(label), (across, up), (5, 4), textcoords="offset points", fontsize=8)
-    if others := published_points(view, published):
-        axes.scatter(*zip(*[(x, y) for _, x, y in others], strict=True), facecolors="none", edgecolors="0.4",
-                     label="published")  # fmt: skip
-        for label, x, y in others:
-            axes.annotate(label, (x, y), (5, 4), textcoords="offset points", fontsize=8, color="0.4")
-        axes.legend()
-    r = view.correlations()[MAIN_METRIC]
-    axes.set(xlabel="attribute probe, F1", ylabel=_plain(view.metric))
-    axes.set_title(f"{_plain(view.sit)}: Pearson's r = {r:.4f} over {view.vaes} VAEs", fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
-
-
-def _plain(text: str) -> str:
-    """Dollar signs would start matplotlib's mathematics."""
-    return text.replace("$", r"\$")
 
 
 def _vae_of(row: Row) -> str | None:

@@ -27,6 +27,11 @@ class Column:
     is_published: bool = False
     is_number: bool = True
 
+    @property
+    def arrow(self) -> str:
+        """Which way is better; empty where that is unknown, and for published figures."""
+        return "" if self.is_published else arrow(self.metric)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -105,7 +110,7 @@ def number_word(metric: str, value: float) -> str:
 
 
 def arrow(metric: str) -> str:
-    """Which way is better, as far as it is known."""
+    """Which way is better, if known."""
     family = short_name(metric).partition("-")[0]
     if family.startswith(HIGHER_IS_BETTER):
         return "↑"
@@ -119,7 +124,7 @@ def as_text(tables: Iterable[Table]) -> str:
 
 def aligned(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
     """Words in columns, a rule below the titles."""
-    titles, rows = _titles(columns), [[_printable(word) for word in words] for words in rows]
+    titles, rows = _titles(columns), [[printable(word) for word in words] for words in rows]
     widths = [max(_width(words[i]) for words in [titles, *rows]) for i in range(len(columns))]
     lines = []
     for words in [titles, ["─" * width for width in widths], *rows]:
@@ -164,15 +169,15 @@ def as_json(rows: Iterable[Row], correlations: Sequence[dict], remarks: Sequence
 
 
 def _titles(columns: Iterable[Column]) -> list[str]:
-    return [f"{column.title} {'' if column.is_published else arrow(column.metric)}".strip() for column in columns]
+    return [f"{column.title} {column.arrow}".strip() for column in columns]
 
 
 def _markdown_line(words: Iterable[str]) -> str:
-    return "| " + " | ".join(_printable(word).replace("|", "\\|") for word in words) + " |"
+    return "| " + " | ".join(printable(word).replace("|", "\\|") for word in words) + " |"
 
 
-def _printable(word: str) -> str:
-    """Without what would steer a terminal."""
+def printable(word: str) -> str:
+    """Without characters that control a terminal or break an XML file."""
     return "".join(c if c.isprintable() else " " for c in word)
 
 

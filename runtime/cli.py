@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from errors import TrainingFailed, UserError
+from runtime.repae_flags import add_repae_flags, settle_repae_flags
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # the run itself failed, e.g. a diverged training
@@ -34,10 +35,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and which takes no abbreviated flags."""
+    """An ArgumentParser whose errors are one line, which takes no abbreviated flags, and which knows REPA-E's flags."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        add_repae_flags(self)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        settle_repae_flags(self, namespace)
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -104,6 +111,16 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
             raise
         print(f"{program}: error: {message}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
+    """Answer ``--help`` and wrong flags at once: a script calls it between its flags and the imports that take seconds.
+
+    Args:
+        parse: reads and checks the flags; a :class:`UserError` ends the script with exit code 2.
+    """
+    if code := run(lambda argv: parse(argv) and EXIT_OK):
+        sys.exit(code)
 
 
 def _one_line(error: Exception) -> str | None:

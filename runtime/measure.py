@@ -6,10 +6,6 @@ import sys
 import torch
 from torch import nn
 
-# Of networks that are built to be measured, without data:
-NUM_CLASSES = 1000  # ImageNet's
-DEFAULT_VAE = "f16d32"
-
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """(all parameters, those that are trained) of a module."""

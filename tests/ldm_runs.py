@@ -12,7 +12,8 @@ from torch import nn
 from formats.vae import load_tokenizer
 from loss.alignment import DenoiserAlignments, TokenGrid
 from loss.alignment.repa import REPA
-from models.denoisers.sit import SiT, SiTConfig
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
 from runtime.checkpoint import CheckpointFolder
 from runtime.files import write_json
 from tests.command_line import argv_of

@@ -11,7 +11,8 @@ from dataset.latents import LatentBatch
 from diffusion.draws import Draws
 from formats.vae import load_tokenizer
 from loss.alignment import TokenGrid, build_denoiser_alignment
-from models.denoisers.sit import SiT, SiTConfig
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
 from training.ldm import LDM, AlignedDenoiser
 from training.method import Metrics
 

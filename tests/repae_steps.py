@@ -15,7 +15,8 @@ from formats.vae import load_tokenizer
 from loss.alignment import TokenGrid, build_denoiser_alignment
 from loss.alignment.denoiser import ThroughDenoiser
 from loss.vae_objective import VAELossConfig, VAEObjective
-from models.denoisers.sit import SiT, SiTConfig
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from tests.sendvae_runs import random_images

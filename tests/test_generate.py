@@ -22,7 +22,8 @@ from errors import UserError
 from formats.vae import load_tokenizer
 from inference.sampling import choose_labels, default_shard_size, preview_rows
 from inference.trained_ldm import open_trained_ldm
-from models.denoisers.sit import SiT, SiTConfig
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
 from runtime import cli
 from tests.ldm_runs import CLASS_NAMES, RESOLUTION, STEP, flags, write_ldm_run
 

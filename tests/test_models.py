@@ -18,8 +18,8 @@ from models.latent_statistics import LatentStatistics
 from models.layers import sincos_positions
 from models.mapper import Mapper, num_heads
 from models.pixels import to_signed, to_uint8
-from models.tokenizers import STATISTICS_FILE, Tokenizer
-from models.tokenizers.kl import CONFIG_DIR, KLTokenizer, Posterior, architecture_names
+from models.tokenizers import CONFIG_DIR, STATISTICS_FILE, Tokenizer, architecture_names
+from models.tokenizers.kl import KLTokenizer, Posterior
 
 F16_CHANNELS = {"f16d16": 16, "f16d32": 32, "f16d64": 64}
 

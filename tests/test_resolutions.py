@@ -23,7 +23,8 @@ from diffusion.draws import Draws
 from loss.alignment import TokenGrid
 from loss.alignment.mapper import MapperAlignment
 from loss.alignment.repa import REPA
-from models.denoisers.sit import SiT, SiTConfig
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
 from models.encoders import build_encoder
 from models.mapper import Mapper
 from models.tokenizers import build_tokenizer

@@ -18,7 +18,8 @@ from diffusion.samplers import (
     sample_sde,
     sde_times,
 )
-from models.denoisers.sit import SiT, SiTConfig
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
 from tests.gaussian_flow import GaussianFlow, gaussian_flow
 
 STEPS = (32, 64, 128, 256)

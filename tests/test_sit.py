@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
-from loss.alignment import REPA, TokenGrid
-from models.denoisers import build_denoiser, denoiser_config
-from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig, model_names
+from loss.alignment import TokenGrid
+from loss.alignment.repa import REPA
+from models.denoisers import denoiser_config
+from models.denoisers.config import PATCH_SIZES, SIT_SIZES, SiTConfig, model_names
+from models.denoisers.sit import SiT
 
 TINY = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)
 
@@ -234,7 +236,7 @@ def test_what_does_not_fit_is_one_line(changes, message):
     with pytest.raises(UserError, match=message):
         SiT(SiTConfig(**values))
     with pytest.raises(UserError, match=message):
-        build_denoiser(denoiser_config(values))
+        denoiser_config(values).build()
 
 
 @pytest.mark.parametrize("depth", [0, 7])

@@ -27,7 +27,8 @@ from formats.sit import Projectors, build_networks, infer_sizes, read_sit
 from formats.vae import load_tokenizer
 from inference.trained_ldm import open_trained_ldm
 from loss.alignment import TokenGrid
-from models.denoisers.sit import PATCH_SIZES, SIT_SIZES, SiT, SiTConfig
+from models.denoisers.config import PATCH_SIZES, SIT_SIZES, SiTConfig
+from models.denoisers.sit import SiT
 from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
 from runtime.checkpoint import Checkpoint, CheckpointFolder

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import generate
 import train_ldm
 from formats.vae import load_tokenizer
-from models.denoisers.sit import SiT, SiTConfig
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
 from runtime.cli import run
 from runtime.measure import count_parameters
 from tests.latent_caches import save_vae

@@ -21,7 +21,8 @@ import train_repae
 from dataset.toy import main as make_toy
 from formats.vae import load_tokenizer
 from inference.trained_ldm import open_trained_ldm
-from models.denoisers.sit import SiT, SiTConfig
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
 from models.tokenizers import Tokenizer
 from preprocessing import main as preprocess
 from runtime.cli import run

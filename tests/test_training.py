@@ -13,7 +13,7 @@ from torch import nn
 from dataset.loader import ImageBatch
 from diffusion.draws import Stream, draw, seeded_generator
 from errors import UserError
-from formats.runs import status_of
+from formats.run_folders import status_of
 from runtime.checkpoint import CheckpointFolder
 from training.arguments import CHANGEABLE
 from training.ema import EMA

@@ -9,9 +9,11 @@ from accelerate import Accelerator
 
 import generate
 from inference.trained_ldm import open_trained_ldm
-from loss.alignment import REPA, VAEREPA, TokenGrid, parse_sum
-from loss.alignment.vae_repa import latent_alignment_error, latent_alignment_loss
-from models.denoisers.sit import SiT, SiTConfig
+from loss.alignment import TokenGrid, parse_sum
+from loss.alignment.repa import REPA
+from loss.alignment.vae_repa import VAEREPA, latent_alignment_error, latent_alignment_loss
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
 from runtime.cli import run
 from tests.distributed_ldm_step import BATCH, batch_draws
 from tests.ldm_steps import CONFIG, accumulate, networks, part_of, random_batch, tiny_trainer

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from loss.alignment import DenoiserAlignment
-from models.denoisers import Denoiser, DenoiserConfig, build_denoiser
+from models.denoisers import Denoiser, DenoiserConfig
 from models.encoders import Encoder
 from runtime.measure import count_parameters
 from training.networks import aligned
@@ -69,7 +69,7 @@ def alignment_cost_lines(
         encoders: VFMs that images are run through.
     """
     with torch.device("meta"):
-        denoiser = build_denoiser(config)
+        denoiser = config.build()
         parts: Mapping[str, DenoiserAlignment] = aligned(args, names, denoiser)
     alone = denoiser_cost(denoiser)
     lines = [f"{config.model} alone: {alone.parameters:,} parameters, {alone.flops / 1e9:.2f} GFLOPs a forward pass"]

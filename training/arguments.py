@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
-from diffusion.flow import PATH_TYPES, WEIGHTINGS
+from diffusion import PATH_TYPES, WEIGHTINGS
 from errors import UserError
 from models.denoisers import DENOISERS
 from runtime.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
-from training.optimizer import SCHEDULES
+from runtime.repae_flags import default_data_dir
+
+SCHEDULES = ("constant", "cosine")
 
 # What may differ when a run is resumed. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
@@ -52,7 +54,9 @@ def add_run_arguments(
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", help="packed dataset of preprocessing.py, or a class-folder tree")
+    group.add_argument(
+        "--data-dir", metavar="DIR", help="packed dataset (default: data, if it is one), or a class-folder tree"
+    )
     group.add_argument(
         "--val-data-dir",
         metavar="DIR",
@@ -271,6 +275,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_image_arguments(args: argparse.Namespace) -> None:
     """What trains on images needs some."""
+    args.data_dir = args.data_dir or (None if args.dry_run else default_data_dir())
     if not args.dry_run and not args.data_dir:
         raise UserError("--data-dir is needed: a packed dataset (preprocessing.py) or a tree of class folders")
 

@@ -15,7 +15,7 @@ from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
 from models.denoisers import Denoiser
 from models.encoders import encoder_names
 from models.tokenizers import STATISTICS_FILE, Tokenizer
-from runtime.measure import DEFAULT_VAE
+from runtime import DEFAULT_VAE
 from runtime.processes import this_process
 from training.networks import vfm_features
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from errors import UserError
-from formats.runs import OWN_STATISTICS, arguments_of, refuse_foreign
+from formats.run_folders import OWN_STATISTICS, arguments_of, refuse_foreign
 from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
 from models.denoisers import DenoiserConfig, denoiser_config
 from models.latent_statistics import LatentStatistics, difference

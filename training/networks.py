@@ -19,7 +19,7 @@ from loss.alignment import (
 )
 from loss.perceptual import build_lpips
 from loss.vae_objective import VAELossConfig, VAEObjective
-from models.denoisers import Denoiser, DenoiserConfig, build_denoiser
+from models.denoisers import Denoiser, DenoiserConfig
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, build_encoders, encoder_names, encoder_spec
 from models.tokenizers import Tokenizer
@@ -103,7 +103,7 @@ def build_aligned_denoiser(
 ) -> tuple[Denoiser, DenoiserAlignments]:
     """Denoiser and projectors on the device; one seed gives the same network, whatever it is aligned with."""
     torch.manual_seed(args.seed)
-    denoiser = build_denoiser(config)
+    denoiser = config.build()
     denoiser.gradient_checkpointing = args.gradient_checkpointing
     alignment = aligned(args, alignments, denoiser)
     return denoiser.to(accelerator.device).train(), alignment.to(accelerator.device).train()

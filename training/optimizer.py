@@ -7,8 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-SCHEDULES = ("constant", "cosine")
-
 
 def build_adamw(
     parameters: Iterable[tuple[str, nn.Parameter]], betas: tuple[float, float], weight_decay: float, eps: float

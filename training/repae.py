@@ -10,7 +10,7 @@ from torch import nn
 from dataset.images import ImageDataset
 from dataset.loader import ImageBatch
 from diffusion.draws import Draws, Stream, draw, seeded_generator
-from formats.runs import OWN_STATISTICS, OWN_VAE
+from formats.run_folders import OWN_STATISTICS, OWN_VAE
 from models.latent_statistics import normalize_by_batch
 from models.tokenizers import Tokenizer
 from training.ema import EMA

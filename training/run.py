@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from errors import UserError
-from formats.runs import arguments_of, status_of
+from formats.run_folders import arguments_of, status_of
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging

@@ -1,45 +1,35 @@
-"""Alignment of latents and of hidden states: one file a method, one line in a registry."""
+"""Alignment of latents and of hidden states: one file a method, one line in a registry.
+
+Names and flags need no torch; modules are imported when they are asked for.
+"""
 
 import argparse
 from collections.abc import Mapping, Sequence
-
-import torch
-from torch import nn
+from importlib import import_module
+from typing import Any
 
 from errors import UserError
-from loss.alignment.base import Alignment, DenoiserAlignment, Terms, TokenGrid, TokenizerAlignment, Weights
-from loss.alignment.mapper import MapperAlignment
-from loss.alignment.repa import REPA
-from loss.alignment.vae_repa import VAEREPA
-from loss.alignment.vf import VFAlignment
-from models.denoisers import Denoiser
+from loss.alignment.flags import (
+    AlignmentFlags,
+    DenoiserAlignmentFlags,
+    MapperFlags,
+    REPAFlags,
+    TokenizerAlignmentFlags,
+    VAEREPAFlags,
+    VFFlags,
+)
 
-__all__ = [
-    "DENOISER_ALIGNMENTS",
-    "NONE",
-    "TOKENIZER_ALIGNMENTS",
-    "Alignment",
-    "DenoiserAlignment",
-    "DenoiserAlignments",
-    "Terms",
-    "TokenGrid",
-    "TokenizerAlignment",
-    "Weights",
-    "build_denoiser_alignment",
-    "parse_sum",
-    "settle_arguments",
-]
+__all__ = ["DenoiserAlignment", "DenoiserAlignments", "TokenGrid", "TokenizerAlignment", "build_denoiser_alignment"]
 
-TOKENIZER_ALIGNMENTS: dict[str, type[TokenizerAlignment]] = {  # --align-loss of train_sendvae.py
-    "cosine": MapperAlignment,
-    "vf": VFAlignment,
-}
-DENOISER_ALIGNMENTS: dict[str, type[DenoiserAlignment]] = {"repa": REPA, "vae": VAEREPA}  # --align of train_ldm.py
+# --align-loss of train_sendvae.py
+TOKENIZER_ALIGNMENTS: dict[str, type[TokenizerAlignmentFlags]] = {"cosine": MapperFlags, "vf": VFFlags}
+# --align of train_ldm.py
+DENOISER_ALIGNMENTS: dict[str, type[DenoiserAlignmentFlags]] = {"repa": REPAFlags, "vae": VAEREPAFlags}
 NONE = "none"
 
 
 def settle_arguments(
-    args: argparse.Namespace, chosen: Sequence[str], registry: Mapping[str, type[Alignment]], flag: str
+    args: argparse.Namespace, chosen: Sequence[str], registry: Mapping[str, type[AlignmentFlags]], flag: str
 ) -> None:
     """Give the flags of the chosen alignments their defaults, and refuse those of others.
 
@@ -85,58 +75,8 @@ def parse_sum(text: str) -> list[str]:
     return [name for name in DENOISER_ALIGNMENTS if name in names]
 
 
-class DenoiserAlignments(nn.ModuleDict):
-    """A sum of alignments of a denoiser, by their names; of none too.
-
-    Args:
-        parts: in the order of their terms.
-    """
-
-    def __init__(self, parts: Mapping[str, DenoiserAlignment]):
-        super().__init__(parts)
-        self.taps = tuple(tap for part in self.values() for tap in part.taps)
-
-    @property
-    def needs_features(self) -> bool:
-        return any(part.needs_features for part in self.values())
-
-    def forward(
-        self, states: Sequence[torch.Tensor], features: Sequence[torch.Tensor], x: torch.Tensor, t: torch.Tensor
-    ) -> Terms:
-        """As :meth:`DenoiserAlignment.forward`; ``states`` are those at :attr:`taps`."""
-        terms: Terms = {}
-        for part in self.values():
-            terms |= part(states[: len(part.taps)], features, x, t)
-            states = states[len(part.taps) :]
-        return terms
-
-    def weights(self, terms: Terms) -> Weights:
-        """Of all terms."""
-        weights: Weights = {}
-        for part in self.values():
-            weights |= part.weights(terms)
-        return weights
-
-    @property
-    def features(self) -> list[TokenGrid]:
-        """The VFMs that the parts compare with, each once."""
-        return list(dict.fromkeys(vfm for part in self.values() for vfm in part.features))
-
-    def describe(self) -> list[str]:
-        return [line for part in self.values() for line in part.describe()]
-
-
-def build_denoiser_alignment(
-    args: argparse.Namespace, names: Sequence[str], denoiser: Denoiser, features: Sequence[TokenGrid]
-) -> DenoiserAlignments:
-    """The sum of these alignments, beside a denoiser.
-
-    Args:
-        args: flags, settled by :func:`settle_arguments`.
-        names: of :data:`DENOISER_ALIGNMENTS`.
-        denoiser: whose hidden states are aligned.
-        features: the VFMs, on the denoiser's grid.
-    """
-    return DenoiserAlignments(
-        {name: DENOISER_ALIGNMENTS[name].from_arguments(args, denoiser, features) for name in names}
-    )
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "sums" if name in ("DenoiserAlignments", "build_denoiser_alignment") else "base"
+    return getattr(import_module(f"{__name__}.{module}"), name)

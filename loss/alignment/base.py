@@ -1,18 +1,19 @@
 """The two seams of alignment: of a tokenizer, and of a denoiser. A method is one class that answers these questions.
 
-Both kinds own their flags, their trainable parts and their weights. The classes are registered by name in
-``loss.alignment``; who trains holds one and never asks which.
+Both kinds own their flags (``loss.alignment.flags``), their trainable parts and their weights. They are registered by
+name in ``loss.alignment``; who trains holds one and never asks which.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from diffusion.draws import Draws
 from loss.alignment.cosine import patch_cosine
+from loss.alignment.flags import DenoiserAlignmentFlags, TokenizerAlignmentFlags
 from models.denoisers import Denoiser
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import Code, Tokenizer
@@ -29,48 +30,14 @@ class TokenGrid(NamedTuple):
     width: int
 
 
-class Alignment(nn.Module):
-    """What both kinds have.
-
-    Attributes:
-        DEFAULTS: of those flags that say nothing unless this alignment is chosen, by their names in ``args``; the flags
-            themselves default to None, so that one which is given to another alignment is noticed.
-    """
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
-
-    @classmethod
-    def add_arguments(cls, group: Any) -> None:
-        """Its flags."""
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        """Refuse what cannot be meant, with its flags settled; may change ``args``."""
-
-    @classmethod
-    def resolve_arguments(cls, args: argparse.Namespace) -> None:
-        """Replace those of its defaults that follow from the data (``args.resolution``)."""
-
-    def describe(self) -> list[str]:
-        """What is aligned with what, for the log."""
-        return []
-
-
-class TokenizerAlignment(Alignment):
+class TokenizerAlignment(nn.Module, TokenizerAlignmentFlags):
     """A term of a tokenizer's objective that makes its latents easy to generate.
 
     Attributes:
-        trains_alone: whether it makes sense with a frozen tokenizer, by parts of its own.
         score_names: what :meth:`scores` gives; empty: it predicts no features.
     """
 
-    trains_alone: ClassVar[bool] = False
     score_names: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
-        """On which token grid the VFMs are wanted, for a latent of ``latent_size`` positions along a side."""
-        raise NotImplementedError
 
     @classmethod
     def from_arguments(
@@ -114,6 +81,10 @@ class TokenizerAlignment(Alignment):
             gradient: (scalar, parameter) → its gradient there, averaged over processes; keeps the graph.
         """
         raise NotImplementedError
+
+    def describe(self) -> list[str]:
+        """What is aligned with what, for the log."""
+        return []
 
     def varying(self, weights: Weights) -> Terms:
         """Those of the weights that change from step to step, by the name under which they are logged."""
@@ -162,27 +133,16 @@ class FeaturePrediction(TokenizerAlignment):
         return ", ".join(f"{vfm.grid}×{vfm.grid} tokens of {vfm.width} ({vfm.name})" for vfm in self.features)
 
 
-class DenoiserAlignment(Alignment):
+class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
     """A term of a denoiser's objective, on hidden states; its projectors lie beside the network, never in its weights.
 
     Attributes:
-        needs_features: whether it compares with VFM features.
-        title: of the method, for the log.
-        FIXED: those of its flags that a run which goes on from another one cannot change.
         taps: blocks whose output it sees, counted from 1.
         features: the VFMs that it compares with.
     """
 
-    needs_features: ClassVar[bool] = False
-    title: ClassVar[str]
-    FIXED: ClassVar[tuple[str, ...]] = ()
     taps: tuple[int, ...]
     features: tuple[TokenGrid, ...] = ()
-
-    @classmethod
-    def weight_of(cls, args: argparse.Namespace) -> float:
-        """Its weight by its flags; with 0 it is left out."""
-        raise NotImplementedError
 
     @classmethod
     def from_arguments(
@@ -203,6 +163,10 @@ class DenoiserAlignment(Alignment):
             t: times in [0, 1], ``[B]``.
         """
         raise NotImplementedError
+
+    def describe(self) -> list[str]:
+        """What is aligned with what, for the log."""
+        return []
 
     def predict(self, states: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """What its projectors make of the hidden states: all that it costs beside the denoiser."""

@@ -1,24 +1,22 @@
 """Send-VAE's alignment (arXiv 2601.05823, section 3): a mapper predicts VFM features from noisy latents."""
 
 import argparse
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from diffusion.draws import Draws
 from diffusion.flow import add_noise
-from errors import UserError
 from loss.alignment.base import FeaturePrediction, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged, patch_cosine_loss
+from loss.alignment.flags import MapperFlags
 from models.latent_statistics import LatentStatistics
 from models.mapper import Mapper
 from models.tokenizers import Code
-from runtime.cli import non_negative_int
 
 
-class MapperAlignment(FeaturePrediction):
+class MapperAlignment(FeaturePrediction, MapperFlags):
     """One mapper for each VFM, on normalised latents, with noise of a random time or without.
 
     Args:
@@ -28,43 +26,11 @@ class MapperAlignment(FeaturePrediction):
         path_type: ``linear`` or ``cosine`` interpolant; None: no noise is added.
     """
 
-    trains_alone = True
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"mapper_depth": 1, "noise_injection": True}
-
     def __init__(
         self, mappers: Sequence[nn.Module], features: Sequence[TokenGrid], weight: float, path_type: str | None
     ):
         super().__init__(mappers, features)
         self.weight, self.path_type = weight, path_type
-
-    @classmethod
-    def add_arguments(cls, group: Any) -> None:
-        group.add_argument(
-            "--mapper-depth",
-            type=non_negative_int,
-            metavar="N",
-            help="cosine only: ViT blocks; 0: MLP only (default: 1)",
-        )
-        group.add_argument(
-            "--noise-injection",
-            action=argparse.BooleanOptionalAction,
-            default=None,
-            help="cosine only: the mapper sees latents with noise of a random time (default: yes)",
-        )
-
-    @classmethod
-    def resolve_arguments(cls, args: argparse.Namespace) -> None:
-        args.mapper_grid = args.mapper_grid or max(1, args.resolution // 16)
-
-    @classmethod
-    def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
-        if latent_size % args.mapper_grid:
-            divisors = ", ".join(str(n) for n in range(1, latent_size + 1) if latent_size % n == 0)
-            raise UserError(
-                f"--mapper-grid {args.mapper_grid} does not divide the {latent_size}×{latent_size} latent; "
-                f"{divisors} do"
-            )
-        return args.mapper_grid
 
     @classmethod
     def from_arguments(

@@ -1,8 +1,7 @@
 """REPA (arXiv 2410.06940): hidden states of a denoiser predict VFM features of the clean image."""
 
 import argparse
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,12 +9,12 @@ from torch import nn
 from errors import UserError
 from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged, patch_cosine_loss
+from loss.alignment.flags import REPAFlags
 from models.denoisers import Denoiser
 from models.layers import projector, xavier_linears
-from runtime.cli import non_negative_float, positive_int
 
 
-class REPA(DenoiserAlignment):
+class REPA(DenoiserAlignment, REPAFlags):
     """A projector for each VFM, after one block.
 
     Args:
@@ -26,11 +25,6 @@ class REPA(DenoiserAlignment):
         weight: of the average over the VFMs.
     """
 
-    needs_features = True
-    title = "REPA"
-    FIXED = ("encoder_depth", "projector_width")
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"proj_coeff": 0.5}
-
     def __init__(self, denoiser: Denoiser, features: Sequence[TokenGrid], depth: int, width: int, weight: float):
         super().__init__()
         if not 1 <= depth <= denoiser.depth:
@@ -40,25 +34,6 @@ class REPA(DenoiserAlignment):
         self.taps, self.features, self.weight = (depth,), tuple(features), weight
         self.projectors = nn.ModuleList(projector(denoiser.width, vfm.width, width) for vfm in features)
         self.projectors.apply(xavier_linears)
-
-    @classmethod
-    def add_arguments(cls, group: Any) -> None:
-        group.add_argument(
-            "--proj-coeff",
-            type=non_negative_float,
-            metavar="X",
-            help="weight of REPA in the denoiser's loss; 0: none (default: 0.5)",
-        )
-        group.add_argument(
-            "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
-        )
-        group.add_argument(
-            "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
-        )
-
-    @classmethod
-    def weight_of(cls, args: argparse.Namespace) -> float:
-        return args.proj_coeff
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[TokenGrid]) -> "REPA":

@@ -1,22 +1,20 @@
 """VAE-REPA (SRA 2, arXiv 2601.17830): hidden states of a diffusion transformer aligned with the VAE's own latents."""
 
 import argparse
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from errors import UserError
 from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
+from loss.alignment.flags import DEEP, DEPTHS, VAEREPAFlags
 from models.denoisers import Denoiser
 from models.layers import projector, unpatchify, xavier_linears
-from runtime.cli import fraction, non_negative_float, positive_int
 
 BETA = 0.05
 LAYERS = 5  # linear ones of the projector
-# Published for B, L and XL; smaller denoisers follow B. The width is not published: this costs XL/2 the published 4 %.
-DEEP, DEPTHS = 12, (2, 8)  # the block, of denoisers of up to so many blocks and of deeper ones
+# The hidden width is not published: this costs XL/2 the published 4 %.
 WIDTH = 2  # in widths of the denoiser
 
 
@@ -53,7 +51,7 @@ def latent_alignment_loss(
     return (latent_alignment_error(predicted, latent) * inside).mean()
 
 
-class VAEREPA(DenoiserAlignment):
+class VAEREPA(DenoiserAlignment, VAEREPAFlags):
     """A projector predicts the clean latent from the hidden state of one block.
 
     Args:
@@ -63,15 +61,6 @@ class VAEREPA(DenoiserAlignment):
         times: lowest and highest time that counts.
         weight: of the term.
     """
-
-    title = "VAE-REPA"
-    FIXED = ("vae_repa_depth", "vae_repa_width")
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "vae_repa_coeff": 1.0,
-        "vae_repa_depth": None,
-        "vae_repa_width": None,
-        "vae_repa_times": [0.0, 1.0],
-    }
 
     def __init__(self, denoiser: Denoiser, depth: int, width: int, times: Sequence[float], weight: float):
         super().__init__()
@@ -85,45 +74,6 @@ class VAEREPA(DenoiserAlignment):
         patch = height // denoiser.grid
         self.projector = projector(denoiser.width, patch * patch * channels, width, LAYERS)
         self.projector.apply(xavier_linears)
-
-    @classmethod
-    def add_arguments(cls, group: Any) -> None:
-        group.add_argument(
-            "--vae-repa-coeff",
-            type=non_negative_float,
-            metavar="X",
-            help="weight of VAE-REPA (default: 1.0; REPA-E's --vae-align-proj-coeff is another thing)",
-        )
-        group.add_argument(
-            "--vae-repa-depth",
-            type=positive_int,
-            metavar="N",
-            help=f"block whose output predicts the clean latent, from 1 (default: {DEPTHS[0]} of up to {DEEP} blocks, "
-            f"else {DEPTHS[1]})",
-        )
-        group.add_argument(
-            "--vae-repa-times",
-            type=fraction,
-            nargs=2,
-            metavar=("LOW", "HIGH"),
-            help="times at which it does, 0 is data, 1 noise (default: 0 1)",
-        )
-        group.add_argument(
-            "--vae-repa-width",
-            type=positive_int,
-            metavar="N",
-            help="hidden width of its projector, five linear layers (default: twice the denoiser's)",
-        )
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        low, high = args.vae_repa_times
-        if low >= high:
-            raise UserError(f"--vae-repa-times {low:g} {high:g}: the lower time comes first, and they differ")
-
-    @classmethod
-    def weight_of(cls, args: argparse.Namespace) -> float:
-        return args.vae_repa_coeff
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[TokenGrid]) -> "VAEREPA":

@@ -2,21 +2,19 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from diffusion.draws import Draws
-from errors import UserError
 from loss.adversarial import adaptive_weight
 from loss.alignment.base import FeaturePrediction, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged
+from loss.alignment.flags import VFFlags
 from models.latent_statistics import LatentStatistics
 from models.mapper import LinearMapper
 from models.tokenizers import Code, Tokenizer
-from runtime.cli import fraction, non_negative_float
 
 LARGEST_WEIGHT = 1e8
 
@@ -67,7 +65,7 @@ def vf_weight(fidelity_gradient: torch.Tensor, alignment_gradient: torch.Tensor,
     return adaptive_weight(summed, alignment_gradient, LARGEST_WEIGHT) / values_per_image
 
 
-class VFAlignment(FeaturePrediction):
+class VFAlignment(FeaturePrediction, VFFlags):
     """Projected latents, un-normalised and without noise, on the VFM's features at every position.
 
     Both parts share one weight, which keeps their gradient in the encoder's last layer at ``weight`` times that of the
@@ -94,45 +92,6 @@ class VFAlignment(FeaturePrediction):
         super().__init__(projections, features)
         self.weight, self.values_per_image = weight, values_per_image
         self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
-
-    @classmethod
-    def add_arguments(cls, group: Any) -> None:
-        group.add_argument(
-            "--vf-weight",
-            type=non_negative_float,
-            default=0.1,
-            metavar="X",
-            help="vf only: its gradient in the encoder's last layer, in units of that of L1 + LPIPS; --align-coeff "
-            "multiplies it",
-        )
-        group.add_argument(
-            "--vf-cosine-margin",
-            type=fraction,
-            default=0.5,
-            metavar="X",
-            help="vf only: cosines above 1 - X are free",
-        )
-        group.add_argument(
-            "--vf-distance-margin",
-            type=fraction,
-            default=0.25,
-            metavar="X",
-            help="vf only: differences of cosines up to X are free",
-        )
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        if not args.vf_weight:
-            args.align_coeff = 0.0
-
-    @classmethod
-    def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
-        if args.mapper_grid not in (None, latent_size):
-            raise UserError(
-                f"--mapper-grid {args.mapper_grid}: --align-loss vf compares every position of the "
-                f"{latent_size}×{latent_size} latent with its feature: leave the flag away"
-            )
-        return latent_size
 
     @classmethod
     def from_arguments(

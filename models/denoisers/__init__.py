@@ -1,25 +1,26 @@
-"""Denoisers: noisy latent, time and class → velocity. One file a kind, one line in the registry."""
+"""Denoisers: noisy latent, time and class → velocity. One file a kind, one line in a registry without torch."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from errors import UserError
-from models.denoisers.base import Denoiser, DenoiserConfig
-from models.denoisers.sit import SiT
+from models.denoisers.config import DenoiserConfig, SiTConfig
 
-__all__ = ["DENOISERS", "Denoiser", "DenoiserConfig", "build_denoiser", "denoiser_config", "denoiser_kind"]
+__all__ = ["DENOISERS", "Denoiser", "DenoiserConfig"]
 
-DENOISERS: dict[str, type[Denoiser]] = {"SiT": SiT}  # by what ``--model`` begins with, before the first hyphen
+# By what ``--model`` begins with, before the first hyphen: the configuration, which builds the network.
+DENOISERS: dict[str, type[DenoiserConfig]] = {"SiT": SiTConfig}
 
 
-def denoiser_kind(model: str) -> type[Denoiser]:
-    """The class of a name of ``--model``.
+def denoiser_kind(model: str) -> type[DenoiserConfig]:
+    """The configuration's class of a name of ``--model``.
 
     Raises:
         UserError: it begins with no known kind.
     """
     kind = model.partition("-")[0]
     if kind not in DENOISERS:
-        known = "; ".join(cls.names for cls in DENOISERS.values())
+        known = "; ".join(config.names for config in DENOISERS.values())
         raise UserError(f"--model {model} is not known; give {known}")
     return DENOISERS[kind]
 
@@ -31,11 +32,14 @@ def denoiser_config(values: Mapping) -> DenoiserConfig:
         KeyError, TypeError: it is something else.
         UserError: a model that is not known here.
     """
-    config = denoiser_kind(values["model"]).Config.from_dict(values)
+    config = denoiser_kind(values["model"]).from_dict(values)
     config.check()
     return config
 
 
-def build_denoiser(config: DenoiserConfig) -> Denoiser:
-    """The network, its weights random."""
-    return denoiser_kind(config.model)(config)
+def __getattr__(name: str) -> Any:
+    if name != "Denoiser":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from models.denoisers.base import Denoiser
+
+    return Denoiser

@@ -1,63 +1,21 @@
 """What every denoiser is: noisy latent, time and class → velocity, and the hidden states on the way."""
 
-import argparse
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from errors import UserError
+from models.denoisers.config import DenoiserConfig
 from models.weight_files import NotWeightsError, one_line, read_state_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers calls them
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """Everything that determines a denoiser's parameters; a kind may add fields. Saved whole, as plain JSON values.
-
-    Attributes:
-        model: its name, which begins with the kind's: ``SiT-XL/1``.
-        latent_channels: C.
-        latent_size: h = w of the latent.
-        num_classes: real classes; the null class of guidance comes on top.
-    """
-
-    model: str
-    latent_channels: int
-    latent_size: int
-    num_classes: int
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of what the denoiser is given."""
-        return self.latent_channels, self.latent_size, self.latent_size
-
-    def check(self) -> None:
-        """Raise :class:`UserError` for a name or a combination that cannot be built."""
-
-    def to_dict(self) -> dict:
-        """Plain JSON values; :meth:`from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "DenoiserConfig":
-        return cls(**values)
-
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, **values: Any) -> "DenoiserConfig":
-        """The fields given, and those of the kind's own flags."""
-        own = {field.name: getattr(args, field.name) for field in fields(cls) if field.name not in values}
-        config = cls(**values | own)
-        config.check()
-        return config
 
 
 class Denoiser(nn.Module, ABC):
@@ -68,22 +26,16 @@ class Denoiser(nn.Module, ABC):
 
     Attributes:
         Config: the kind's :class:`DenoiserConfig`.
-        names: what ``--model`` may be, for its help.
         gradient_checkpointing: recompute activations in the backward pass; the kind's ``forward`` looks at it.
     """
 
-    Config: ClassVar[type[DenoiserConfig]] = DenoiserConfig
-    names: ClassVar[str]
+    Config: ClassVar[type[DenoiserConfig]]
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         config.check()
         self.config = config
         self.gradient_checkpointing = False
-
-    @staticmethod
-    def add_arguments(group: Any) -> None:
-        """Flags of this kind alone; each is a field of :attr:`Config`."""
 
     @property
     @abstractmethod

@@ -3,11 +3,8 @@
 Parameter names are those of the public SiT, REPA and REPA-E code, so that their checkpoints load.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,69 +12,9 @@ from timm.layers import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from errors import UserError
-from models.denoisers.base import Denoiser, DenoiserConfig
+from models.denoisers.base import Denoiser
+from models.denoisers.config import SiTConfig
 from models.layers import sincos_positions, unpatchify, xavier_linears
-
-
-@dataclass(frozen=True)
-class SiTSize:
-    """Depth in blocks, width, attention heads."""
-
-    depth: int
-    width: int
-    heads: int
-
-
-SIT_SIZES = {
-    "Ti": SiTSize(6, 192, 3),
-    "S": SiTSize(12, 384, 6),
-    "B": SiTSize(12, 768, 12),
-    "L": SiTSize(24, 1024, 16),
-    "XL": SiTSize(28, 1152, 16),
-}
-PATCH_SIZES = (1, 2, 4, 8)
-PREFIX = "SiT-"
-
-
-@dataclass(frozen=True)
-class SiTConfig(DenoiserConfig):
-    """Everything that determines a SiT's parameters.
-
-    Attributes:
-        model: ``SiT-SIZE/PATCH``, e.g. ``SiT-XL/1``.
-        qk_norm: LayerNorm on queries and keys.
-    """
-
-    qk_norm: bool = False
-
-    @property
-    def size(self) -> SiTSize:
-        return SIT_SIZES[self.model.removeprefix(PREFIX).partition("/")[0]]
-
-    @property
-    def patch_size(self) -> int:
-        return int(self.model.partition("/")[2])
-
-    @property
-    def grid(self) -> int:
-        """Tokens along a side."""
-        return self.latent_size // self.patch_size
-
-    def check(self) -> None:
-        if self.model not in model_names():
-            sizes, patches = ", ".join(SIT_SIZES), ", ".join(map(str, PATCH_SIZES))
-            raise UserError(f"--model {self.model} is not known; give SiT-SIZE/PATCH with {sizes} and {patches}")
-        if self.latent_size % self.patch_size:
-            raise UserError(
-                f"--model {self.model}: patch {self.patch_size} does not divide the "
-                f"{self.latent_size}×{self.latent_size} latent"
-            )
-
-
-def model_names() -> list[str]:
-    """All sizes with all patches."""
-    return [f"{PREFIX}{size}/{patch}" for size in SIT_SIZES for patch in PATCH_SIZES]
 
 
 class SiT(Denoiser):
@@ -91,7 +28,6 @@ class SiT(Denoiser):
     """
 
     Config = SiTConfig
-    names = f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1, 2, 4 or 8 latent positions"
 
     def __init__(self, config: SiTConfig):
         super().__init__(config)
@@ -103,12 +39,6 @@ class SiT(Denoiser):
         self.blocks = nn.ModuleList(Block(size.width, size.heads, config.qk_norm) for _ in range(size.depth))
         self.final_layer = FinalLayer(size.width, patch * patch * config.latent_channels)
         self._initialise()
-
-    @staticmethod
-    def add_arguments(group: Any) -> None:
-        group.add_argument(
-            "--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="SiT: normalise queries and keys"
-        )
 
     @property
     def depth(self) -> int:

@@ -6,11 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import timm
-import torch
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
-
 from errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -149,6 +144,11 @@ def _timm_spec(enc_type: str) -> EncoderSpec:
 
     Its tokens are what ``forward_features`` gives, after the final norm wherever that sees the tokens.
     """
+    import timm
+    import torch
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
     name = enc_type.removeprefix(TIMM)
     if not timm.is_model(name.split(".")[0]):
         known = timm.list_models() + timm.list_pretrained()

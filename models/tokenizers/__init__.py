@@ -1,20 +1,39 @@
-"""Tokenizers: images ⇄ latents. One file a kind, one line in the registry."""
+"""Tokenizers: images ⇄ latents. One file a kind, one line in the registry; names need no torch.
+
+The classes are imported when they are asked for.
+"""
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from models.tokenizers.base import CONFIG_FILE, STATISTICS_FILE, Code, PlainCode, Tokenizer
-from models.tokenizers.kl import KLTokenizer
+__all__ = ["STATISTICS_FILE", "TOKENIZERS", "Code", "PlainCode", "Tokenizer"]
 
-__all__ = ["STATISTICS_FILE", "TOKENIZERS", "Code", "PlainCode", "Tokenizer", "build_tokenizer", "stored_latent_shape"]
+# By the ``_class_name`` of config.json: a class, or where it is.
+TOKENIZERS: dict[str, Any] = {"AutoencoderKL": "models.tokenizers.kl:KLTokenizer"}
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "vae"
+CONFIG_FILE, STATISTICS_FILE = "config.json", "latents_stats.safetensors"
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"AutoencoderKL": KLTokenizer}  # by the ``_class_name`` of config.json
+
+def tokenizer_kind(name: str) -> "type[Tokenizer]":  # noqa: F821
+    """The class of a name of the registry."""
+    kind = TOKENIZERS[name]
+    if isinstance(kind, str):
+        module, _, attribute = kind.partition(":")
+        kind = getattr(import_module(module), attribute)
+    return kind
 
 
-def build_tokenizer(config: Mapping) -> Tokenizer:
+def build_tokenizer(config: Mapping) -> "Tokenizer":  # noqa: F821
     """One of random weights from ``Tokenizer.architecture``."""
-    return TOKENIZERS[config["_class_name"]].from_architecture(config)
+    return tokenizer_kind(config["_class_name"]).from_architecture(config)
+
+
+def architecture_names() -> list[str]:
+    """The architectures of configs/vae that ``--vae`` knows."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.json"))
 
 
 def stored_latent_shape(folder: Path, stored_shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -25,4 +44,10 @@ def stored_latent_shape(folder: Path, stored_shape: tuple[int, ...]) -> tuple[in
         ValueError: the items are not this tokenizer's, or its config.json is not JSON.
     """
     config = json.loads((Path(folder) / CONFIG_FILE).read_bytes())
-    return TOKENIZERS[config["_class_name"]].latent_shape_of(stored_shape, config)
+    return tokenizer_kind(config["_class_name"]).latent_shape_of(stored_shape, config)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("models.tokenizers.base"), name)

@@ -16,10 +16,10 @@ from torch import nn
 
 from errors import UserError
 from models.latent_statistics import LatentStatistics
+from models.tokenizers import CONFIG_FILE, STATISTICS_FILE
 from models.weight_files import weights_checksum
 
-STATISTICS_FILE = "latents_stats.safetensors"
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers calls them
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # as diffusers calls it
 
 
 class Code(ABC):

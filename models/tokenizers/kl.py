@@ -16,7 +16,6 @@ from models.pixels import to_signed
 from models.tokenizers.base import Code, Tokenizer
 from models.weight_files import weights_checksum
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "vae"
 MOMENTS_ITEMS = 64  # summed at once: part of what the last bits of measured statistics depend on
 # What the layers do, beside what the weights' names and shapes say; a fixed list, because diffusers adds keys.
 _ARCHITECTURE_KEYS = (
@@ -154,11 +153,6 @@ class KLTokenizer(Tokenizer):
             std = statistics["std"].double() * network.config.scaling_factor  # its pipelines divide by it
             network.register_to_config(latents_mean=statistics["mean"].tolist(), latents_std=std.tolist())
         network.save_pretrained(folder, safe_serialization=True)
-
-
-def architecture_names() -> list[str]:
-    """The names that ``--vae`` knows."""
-    return sorted(path.stem for path in CONFIG_DIR.glob("*.json"))
 
 
 def list_or_value(value):

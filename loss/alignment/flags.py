@@ -1,0 +1,260 @@
+"""Flags of the alignments, and what can be said of a method without its networks; needs no torch.
+
+A class here is what the registries of ``loss.alignment`` hold for the methods of this project: it answers for the flags
+and builds the module that has them (:meth:`from_arguments`). A method of your own may be one class with both.
+"""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from errors import UserError
+from runtime.cli import fraction, non_negative_float, non_negative_int, positive_int
+
+# VAE-REPA: published for B, L and XL; smaller denoisers follow B.
+DEEP, DEPTHS = 12, (2, 8)  # the block, of denoisers of up to so many blocks and of deeper ones
+
+
+class AlignmentFlags:
+    """What both kinds have.
+
+    Attributes:
+        DEFAULTS: of those flags that say nothing unless this alignment is chosen, by their names in ``args``; the flags
+            themselves default to None, so that one which is given to another alignment is noticed.
+    """
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def add_arguments(cls, group: Any) -> None:
+        """Its flags."""
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        """Refuse what cannot be meant, with its flags settled; may change ``args``."""
+
+    @classmethod
+    def resolve_arguments(cls, args: argparse.Namespace) -> None:
+        """Replace those of its defaults that follow from the data (``args.resolution``)."""
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
+        """The module, with random weights; ``context`` is told by ``TokenizerAlignment`` and ``DenoiserAlignment``."""
+        raise NotImplementedError
+
+
+class TokenizerAlignmentFlags(AlignmentFlags):
+    """Of an alignment of a tokenizer.
+
+    Attributes:
+        trains_alone: whether it makes sense with a frozen tokenizer, by parts of its own.
+    """
+
+    trains_alone: ClassVar[bool] = False
+
+    @classmethod
+    def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
+        """On which token grid the VFMs are wanted, for a latent of ``latent_size`` positions along a side."""
+        raise NotImplementedError
+
+
+class DenoiserAlignmentFlags(AlignmentFlags):
+    """Of an alignment of a denoiser.
+
+    Attributes:
+        needs_features: whether it compares with VFM features.
+        title: of the method, for the log.
+        FIXED: those of its flags that a run which goes on from another one cannot change.
+    """
+
+    needs_features: ClassVar[bool] = False
+    title: ClassVar[str]
+    FIXED: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def weight_of(cls, args: argparse.Namespace) -> float:
+        """Its weight by its flags; with 0 it is left out."""
+        raise NotImplementedError
+
+
+class MapperFlags(TokenizerAlignmentFlags):
+    """Send-VAE's, through a mapper."""
+
+    trains_alone = True
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"mapper_depth": 1, "noise_injection": True}
+
+    @classmethod
+    def add_arguments(cls, group: Any) -> None:
+        group.add_argument(
+            "--mapper-depth",
+            type=non_negative_int,
+            metavar="N",
+            help="cosine only: ViT blocks; 0: MLP only (default: 1)",
+        )
+        group.add_argument(
+            "--noise-injection",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="cosine only: the mapper sees latents with noise of a random time (default: yes)",
+        )
+
+    @classmethod
+    def resolve_arguments(cls, args: argparse.Namespace) -> None:
+        args.mapper_grid = args.mapper_grid or max(1, args.resolution // 16)
+
+    @classmethod
+    def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
+        if latent_size % args.mapper_grid:
+            divisors = ", ".join(str(n) for n in range(1, latent_size + 1) if latent_size % n == 0)
+            raise UserError(
+                f"--mapper-grid {args.mapper_grid} does not divide the {latent_size}×{latent_size} latent; "
+                f"{divisors} do"
+            )
+        return args.mapper_grid
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
+        from loss.alignment.mapper import MapperAlignment
+
+        return MapperAlignment.from_arguments(args, *context)
+
+
+class VFFlags(TokenizerAlignmentFlags):
+    """VA-VAE's, of projected latents."""
+
+    @classmethod
+    def add_arguments(cls, group: Any) -> None:
+        group.add_argument(
+            "--vf-weight",
+            type=non_negative_float,
+            default=0.1,
+            metavar="X",
+            help="vf only: its gradient in the encoder's last layer, in units of that of L1 + LPIPS; --align-coeff "
+            "multiplies it",
+        )
+        group.add_argument(
+            "--vf-cosine-margin",
+            type=fraction,
+            default=0.5,
+            metavar="X",
+            help="vf only: cosines above 1 - X are free",
+        )
+        group.add_argument(
+            "--vf-distance-margin",
+            type=fraction,
+            default=0.25,
+            metavar="X",
+            help="vf only: differences of cosines up to X are free",
+        )
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        if not args.vf_weight:
+            args.align_coeff = 0.0
+
+    @classmethod
+    def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
+        if args.mapper_grid not in (None, latent_size):
+            raise UserError(
+                f"--mapper-grid {args.mapper_grid}: --align-loss vf compares every position of the "
+                f"{latent_size}×{latent_size} latent with its feature: leave the flag away"
+            )
+        return latent_size
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
+        from loss.alignment.vf import VFAlignment
+
+        return VFAlignment.from_arguments(args, *context)
+
+
+class REPAFlags(DenoiserAlignmentFlags):
+    """REPA's, with VFM features."""
+
+    needs_features = True
+    title = "REPA"
+    FIXED = ("encoder_depth", "projector_width")
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"proj_coeff": 0.5}
+
+    @classmethod
+    def add_arguments(cls, group: Any) -> None:
+        group.add_argument(
+            "--proj-coeff",
+            type=non_negative_float,
+            metavar="X",
+            help="weight of REPA in the denoiser's loss; 0: none (default: 0.5)",
+        )
+        group.add_argument(
+            "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
+        )
+        group.add_argument(
+            "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
+        )
+
+    @classmethod
+    def weight_of(cls, args: argparse.Namespace) -> float:
+        return args.proj_coeff
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
+        from loss.alignment.repa import REPA
+
+        return REPA.from_arguments(args, *context)
+
+
+class VAEREPAFlags(DenoiserAlignmentFlags):
+    """VAE-REPA's, with the clean latent."""
+
+    title = "VAE-REPA"
+    FIXED = ("vae_repa_depth", "vae_repa_width")
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "vae_repa_coeff": 1.0,
+        "vae_repa_depth": None,
+        "vae_repa_width": None,
+        "vae_repa_times": [0.0, 1.0],
+    }
+
+    @classmethod
+    def add_arguments(cls, group: Any) -> None:
+        group.add_argument(
+            "--vae-repa-coeff",
+            type=non_negative_float,
+            metavar="X",
+            help="weight of VAE-REPA (default: 1.0; REPA-E's --vae-align-proj-coeff is another thing)",
+        )
+        group.add_argument(
+            "--vae-repa-depth",
+            type=positive_int,
+            metavar="N",
+            help=f"block whose output predicts the clean latent, from 1 (default: {DEPTHS[0]} of up to {DEEP} blocks, "
+            f"else {DEPTHS[1]})",
+        )
+        group.add_argument(
+            "--vae-repa-times",
+            type=fraction,
+            nargs=2,
+            metavar=("LOW", "HIGH"),
+            help="times at which it does, 0 is data, 1 noise (default: 0 1)",
+        )
+        group.add_argument(
+            "--vae-repa-width",
+            type=positive_int,
+            metavar="N",
+            help="hidden width of its projector, five linear layers (default: twice the denoiser's)",
+        )
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        low, high = args.vae_repa_times
+        if low >= high:
+            raise UserError(f"--vae-repa-times {low:g} {high:g}: the lower time comes first, and they differ")
+
+    @classmethod
+    def weight_of(cls, args: argparse.Namespace) -> float:
+        return args.vae_repa_coeff
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
+        from loss.alignment.vae_repa import VAEREPA
+
+        return VAEREPA.from_arguments(args, *context)

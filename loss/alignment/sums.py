@@ -1,0 +1,68 @@
+"""A sum of alignments of a denoiser."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from loss.alignment import DENOISER_ALIGNMENTS
+from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
+from models.denoisers import Denoiser
+
+
+class DenoiserAlignments(nn.ModuleDict):
+    """A sum of alignments of a denoiser, by their names; of none too.
+
+    Args:
+        parts: in the order of their terms.
+    """
+
+    def __init__(self, parts: Mapping[str, DenoiserAlignment]):
+        super().__init__(parts)
+        self.taps = tuple(tap for part in self.values() for tap in part.taps)
+
+    @property
+    def needs_features(self) -> bool:
+        return any(part.needs_features for part in self.values())
+
+    def forward(
+        self, states: Sequence[torch.Tensor], features: Sequence[torch.Tensor], x: torch.Tensor, t: torch.Tensor
+    ) -> Terms:
+        """As :meth:`DenoiserAlignment.forward`; ``states`` are those at :attr:`taps`."""
+        terms: Terms = {}
+        for part in self.values():
+            terms |= part(states[: len(part.taps)], features, x, t)
+            states = states[len(part.taps) :]
+        return terms
+
+    def weights(self, terms: Terms) -> Weights:
+        """Of all terms."""
+        weights: Weights = {}
+        for part in self.values():
+            weights |= part.weights(terms)
+        return weights
+
+    @property
+    def features(self) -> list[TokenGrid]:
+        """The VFMs that the parts compare with, each once."""
+        return list(dict.fromkeys(vfm for part in self.values() for vfm in part.features))
+
+    def describe(self) -> list[str]:
+        return [line for part in self.values() for line in part.describe()]
+
+
+def build_denoiser_alignment(
+    args: argparse.Namespace, names: Sequence[str], denoiser: Denoiser, features: Sequence[TokenGrid]
+) -> DenoiserAlignments:
+    """The sum of these alignments, beside a denoiser.
+
+    Args:
+        args: flags, settled by :func:`settle_arguments`.
+        names: of :data:`DENOISER_ALIGNMENTS`.
+        denoiser: whose hidden states are aligned.
+        features: the VFMs, on the denoiser's grid.
+    """
+    return DenoiserAlignments(
+        {name: DENOISER_ALIGNMENTS[name].from_arguments(args, denoiser, features) for name in names}
+    )

@@ -1,0 +1,132 @@
+"""Flags of evaluate.py and of what else measures; needs no torch."""
+
+import argparse
+from pathlib import Path
+
+from formats.arguments import add_unfinished_argument, add_vae_source_arguments
+from runtime.cli import add_debug_argument, non_negative_int, positive_int
+
+INCEPTION = "inception"
+FEATURES_FLAG, CHECKPOINT_FLAG = "--features", "--enc-ckpt"
+INCEPTION_FLAG = "--inception-ckpt"
+GENERATION_METRICS = ("fid", "sfid", "is", "pr", "kid")
+RECONSTRUCTION_METRICS = ("rfid", "psnr", "ssim", "lpips-alex", "lpips-vgg")
+LPIPS_FLAGS = {"alex": "--lpips-alex-ckpt", "vgg": "--lpips-ckpt"}
+TRUNK_NAMES = {"alex": "AlexNet", "vgg": "VGG16"}
+GENERATION_HELP = "generated images against a reference: FID, sFID, Inception Score, Precision, Recall, KID"
+GENERATION_DESCRIPTION = """Compare generated images with a reference.
+
+  python evaluate.py generation --samples exps/ldm/samples-… --ref VIRTUAL_imagenet256_labeled.npz
+
+Samples and reference are an .npz (arr_0, uint8 [N, H, W, 3]; of a reference also mu, sigma, mu_s, sigma_s, as ADM's
+have them), a folder of images, a packed dataset, or what generate.py made. Any number of processes share the work. The
+values go into metrics/NAME.json: in a packed folder, beside an .npz. A plain folder of images stays as it is: its
+values go into FOLDER.metrics/NAME.json beside it."""
+RECONSTRUCTION_HELP = "a VAE on held-out images: rFID, PSNR, SSIM, LPIPS"
+RECONSTRUCTION_DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
+
+  python evaluate.py reconstruction --vae exps/sendvae/vae --data data/imagenet256-val
+
+Writes to the VAE's metrics folder (of DIR/FILE: DIR/metrics): NAME.json, NAME.csv (a row an image) and NAME-worst.png
+(originals above their reconstructions, the worst first). Reconstructions are compared as 8-bit images, clamped and
+rounded; the reference of rFID are the originals of the very images that are reconstructed. Any number of processes
+share the work; neither their number nor the batch changes a value."""
+NAME_HELP = (
+    "of the file metrics/NAME.json, which is replaced (default: generation, and --features if given; where that is "
+    "there already, against another reference, the reference's name behind it)"
+)
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    sets = parser.add_argument_group("what is compared")
+    sets.add_argument(
+        "--samples", type=Path, required=True, metavar="PATH", help=".npz, folder, packed dataset, or run with samples"
+    )
+    sets.add_argument("--ref", type=Path, required=True, metavar="PATH", help=".npz, folder or packed dataset")
+    sets.add_argument("--num-samples", type=positive_int, metavar="N", help="the first N images (default: all)")
+    add_metric_arguments(parser.add_argument_group("metrics"))
+    output = parser.add_argument_group("output and speed")
+    output.add_argument("--name", help=NAME_HELP)
+    output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images at once on a process")
+    output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
+    output.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="of KID's subsets")
+    output.add_argument(
+        "--dry-run", action="store_true", help="two batches, random weights if need be; print sizes; write nothing"
+    )
+    add_debug_argument(output)
+
+
+def add_metric_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags that generate.py has too."""
+    group.add_argument(
+        "--metrics", metavar="A,B,…", help=f"of {', '.join(GENERATION_METRICS)} (default: all that --features allows)"
+    )
+    group.add_argument(
+        FEATURES_FLAG,
+        default=INCEPTION,
+        metavar="NAME",
+        help="whose features: inception, a name of --enc-type, or timm/NAME; all but inception give FD-NAME, not FID",
+    )
+    group.add_argument(
+        INCEPTION_FLAG, metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: torch's hub cache)"
+    )
+    group.add_argument(
+        CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)"
+    )
+    group.add_argument(
+        "--ref-cache", type=Path, metavar="DIR", help="keeps the reference's features (default: REF.features beside it)"
+    )
+
+
+def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is compared")
+    add_vae_arguments(group)
+    add = group.add_argument
+    add("--data", "--data-dir", metavar="DIR", help="held-out images: packed dataset, class-folder tree or zip")
+    add("--resolution", type=positive_int, metavar="PX", help="side, pixels (default: the packed dataset's, or 256)")
+    add("--num-images", type=positive_int, metavar="N", help="evenly spread over the set (default: all)")
+    add("--sample", action="store_true", help="reconstruct from a sample of the posterior instead of its mean")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="of the samples' noise")
+    add = parser.add_argument_group("metrics").add_argument
+    add(
+        "--metrics",
+        metavar="A,B,…",
+        help=f"of {', '.join(RECONSTRUCTION_METRICS)} (default: all whose networks have weights)",
+    )
+    add(
+        FEATURES_FLAG,
+        metavar="NAME",
+        help="whose features rFID compares: inception (the default), a name of --enc-type, or timm/NAME; all but "
+        "inception give rFD-NAME",
+    )
+    add(INCEPTION_FLAG, metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: torch's hub cache)")
+    add(CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)")
+    for net, flag in LPIPS_FLAGS.items():
+        add(flag, metavar="FILE", help=f"torchvision's {TRUNK_NAMES[net]} for LPIPS (default: torch's hub cache)")
+    group = parser.add_argument_group("output and speed")
+    add_output_arguments(group)
+    add = group.add_argument
+    add(
+        "--name",
+        help="of the files that are written and replaced (default: reconstruction; beside a VAE's file its name behind "
+        "it; where that is there already, of other --data, their name behind it)",
+    )
+    add("--worst", type=non_negative_int, default=16, metavar="N", help="images in NAME-worst.png; 0: no such file")
+    add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
+    add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the VAE")
+    add("--allow-tf32", action=argparse.BooleanOptionalAction, default=False, help="TF32 on Ampere and up")
+    add("--dry-run", action="store_true", help="two batches; print sizes, seconds and memory; write nothing")
+    add_debug_argument(group)
+
+
+def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
+    """The VAE's flags; random weights (``--vae-ckpt none``) are a baseline, drawn from ``--seed``."""
+    add_vae_source_arguments(parser, default=None)
+    add_unfinished_argument(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output-dir", metavar="DIR", help="write to DIR/metrics (default: beside the VAE: its run's, or its folder's)"
+    )
