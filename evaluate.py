@@ -27,12 +27,12 @@ if __name__ == "__main__":
 
 from metrics import evaluate_generation, evaluate_reconstruction
 
-COMMANDS = {"generation": evaluate_generation.run, "reconstruction": evaluate_reconstruction.run}
+COMMANDS = {"generation": evaluate_generation, "reconstruction": evaluate_reconstruction}
 
 
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
-    return COMMANDS[args.command](args)
+    return COMMANDS[args.command].run(args)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ from formats.layers import State
 from formats.runs import file_checksum
 from formats.statistics import discriminator_beside
 from formats.vae import LoadedVAE, load_vae
+from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError
 from runtime.measure import count_parameters
 
@@ -115,6 +116,8 @@ from runtime.measure import count_parameters
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     loaded = load_vae(args.vae, args.source, args.vae_latents_stats, step=args.train_steps, flag="")
+    if not isinstance(loaded.tokenizer, KLTokenizer):
+        raise UserError(f"{args.source} is a {type(loaded.tokenizer).__name__}, which other software does not read")
     describe(args.source, loaded)
     if args.format == "diffusers":
         export_folder(args, loaded)

@@ -158,7 +158,7 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
         "--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up"
     )
     group.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile SiT and decoder"
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile denoiser and decoder"
     )
 
 
@@ -300,11 +300,13 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
         return open_untrained_ldm(args.model, args.vae, args.resolution, args.path_type)
     trained = open_trained_ldm(args.exp_path, args.train_steps, args.weights, report)
     if args.path_type not in (None, trained.path_type):
-        raise UserError(f"--path-type {args.path_type}: {args.exp_path} was trained on {trained.path_type}; leave it out")
+        raise UserError(
+            f"--path-type {args.path_type}: {args.exp_path} was trained on {trained.path_type}; leave it out"
+        )
     if trained.cfg_prob == 0 and args.cfg_scale != 1:
         raise UserError(
             f"--cfg-scale {args.cfg_scale:g}: {args.exp_path} was trained with --cfg-prob 0, without the null class "
-            "that guidance needs; leave the flag away"
+            "that guidance needs; leave the flag out"
         )
     return trained
 

@@ -117,6 +117,7 @@ from dataset.images import DEFAULT_RESOLUTION
 from dataset.latents import LatentBatch, LatentDataset
 from models.denoisers import DenoiserConfig, denoiser_kind
 from models.tokenizers import Tokenizer
+from models.weight_files import one_line
 from runtime import NUM_CLASSES
 from training import dry_run, ldm_source
 from training.alignment_cost import alignment_cost_lines
@@ -146,15 +147,17 @@ def main(argv: Sequence[str]) -> int:
             return 0
         method = build(args, config, tokenizer, accelerator)
         method.watch(held_out)
-        prepare(this_run, tokenizer, is_new=checkpoint is None)
-        this_run.start(start_step)
-        loop = Loop(method, this_run, latents, args, checkpoint, start_step)
-        if checkpoint is None and source is not None:
-            source.take_over(method)
-        this_run.start_trackers("sendvae-ldm")
-        lines = describe(args, method, latents) + cost_lines(args, method)
-        this_run.describe(args, lines, start_step)
-        return loop.fit()
+        with Loop(method, this_run, latents, args, start_step) as loop:
+            if checkpoint is not None:
+                loop.restore(checkpoint)
+            elif source is not None:
+                source.take_over(method)
+            keep_vae(this_run, tokenizer, is_new=checkpoint is None)
+            this_run.start(start_step)
+            this_run.start_trackers("sendvae-ldm")
+            lines = describe(args, method, latents) + cost_lines(args, method)
+            this_run.describe(args, lines, start_step)
+            return loop.fit()
 
 
 def resolve(args: argparse.Namespace, latents: LatentDataset | None, tokenizer: Tokenizer) -> DenoiserConfig:
@@ -192,13 +195,14 @@ def build(args: argparse.Namespace, config: DenoiserConfig, tokenizer: Tokenizer
     encoders = None
     if alignment.needs_features and args.repa_source != "features":
         encoders = build_vfms(args, denoiser.grid, accelerator)
-    method = LDM(args, accelerator, denoiser, alignment, tokenizer.to(accelerator.device), encoders)
+    tokenizer.requires_grad_(False).to(accelerator.device)
+    method = LDM(args, accelerator, denoiser, alignment, tokenizer, encoders)
     if args.compile:
-        compile_networks(None, denoiser, *(encoders or ()))
+        compile_networks(None, denoiser, alignment, *(encoders or ()))
     return method
 
 
-def prepare(this_run: Run, tokenizer: Tokenizer, is_new: bool) -> None:
+def keep_vae(this_run: Run, tokenizer: Tokenizer, is_new: bool) -> None:
     """Put the VAE into the folder of a run that starts, or that lost it."""
     if this_run.is_main and (is_new or not this_run.has_vae):
         tokenizer.save(this_run.folder / "vae")
@@ -220,7 +224,10 @@ def cost_lines(args: argparse.Namespace, method: LDM) -> list[str]:
     """What the alignment costs, measured; on the main process, which alone has a use for it."""
     if not len(method.alignment) or not method.accelerator.is_main_process:
         return []
-    return alignment_cost_lines(args, method.denoiser.config, [*method.alignment], method.encoders or ())
+    try:
+        return alignment_cost_lines(args, method.denoiser.config, [*method.alignment], method.encoders or ())
+    except (NotImplementedError, RuntimeError) as error:  # of a method of one's own that the meta device does not know
+        return [f"the cost of the alignment was not measured ({one_line(error)})"]
 
 
 def dry_run_step(

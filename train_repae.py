@@ -121,13 +121,15 @@ def main(argv: Sequence[str]) -> int:
             return 0
         method = build(args, loss_config, config, tokenizer, accelerator)
         method.watch(images, held_out)
-        this_run.start(start_step)
-        loop = Loop(method, this_run, LabelledImages(images), args, checkpoint)
-        if checkpoint is None and statistics is None:
-            measure_statistics(method, images)
-        this_run.start_trackers("sendvae-repae")
-        this_run.describe(args, describe(args, method, images), start_step)
-        return loop.fit()
+        with Loop(method, this_run, LabelledImages(images), args, start_step) as loop:
+            if checkpoint is not None:
+                loop.restore(checkpoint)
+            elif statistics is None:
+                measure_statistics(method, images)
+            this_run.start(start_step)
+            this_run.start_trackers("sendvae-repae")
+            this_run.describe(args, describe(args, method, images), start_step)
+            return loop.fit()
 
 
 def resolve(

@@ -139,13 +139,15 @@ def main(argv: Sequence[str]) -> int:
             return 0
         method, statistics = build(args, loss_config, accelerator)
         method.watch(images, held_out)
-        this_run.start(start_step)
-        loop = Loop(method, this_run, LabelledImages(images), args, checkpoint)
-        if checkpoint is None and statistics is None:
-            measure_statistics(method, images)
-        this_run.start_trackers("sendvae")
-        this_run.describe(args, describe(args, method, images), start_step)
-        return loop.fit()
+        with Loop(method, this_run, LabelledImages(images), args, start_step) as loop:
+            if checkpoint is not None:
+                loop.restore(checkpoint)
+            elif statistics is None:
+                measure_statistics(method, images)
+            this_run.start(start_step)
+            this_run.start_trackers("sendvae")
+            this_run.describe(args, describe(args, method, images), start_step)
+            return loop.fit()
 
 
 def resolve(args: argparse.Namespace, images: ImageDataset | None) -> None:
@@ -179,7 +181,9 @@ def build_alignment(
     if not args.align_coeff:
         return None, []
     kind = TOKENIZER_ALIGNMENTS[args.align_loss]
-    encoders = build_vfms(args, kind.features_grid(args, latent_shape[1]), accelerator)
+    encoders: list[Encoder] = []
+    if kind.needs_features:
+        encoders = build_vfms(args, kind.features_grid(args, latent_shape[1]), accelerator)
     features = [TokenGrid(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
     return kind.from_arguments(args, latent_shape, features), encoders
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from errors import UserError
+from formats.run_folders import refuse_unfinished
 from models.tokenizers import CONFIG_FILE, STATISTICS_FILE, TOKENIZERS, Tokenizer, tokenizer_kind
 from models.weight_files import one_line
 
@@ -28,7 +29,14 @@ class OwnKind:
     def build(self) -> Tokenizer:
         """One with random weights."""
         config = {} if self.folder is None else json.loads((self.folder / CONFIG_FILE).read_text())
-        return self.kind.from_architecture(config)
+        try:
+            return self.kind.from_architecture(config)
+        except (KeyError, TypeError, ValueError) as error:
+            name = self.kind.__name__
+            raise UserError(
+                f"--vae {self.folder or name}: no {name} is built from {config} ({one_line(error)}); give a folder "
+                "with its config.json"
+            ) from error
 
     def load(self) -> tuple[Tokenizer, str | None]:
         """The one in the folder, and where its latent statistics come from: None where it has none."""
@@ -48,6 +56,7 @@ def find_own_kind(name: str | None) -> OwnKind | None:
         return None
     folder, kind = None, name
     if Path(name).is_dir():
+        refuse_unfinished(str(Path(name) / "vae"))  # a training that began anew leaves the old one there
         folder = next((path for path in (Path(name), Path(name) / "vae") if (path / CONFIG_FILE).is_file()), None)
         try:
             kind = json.loads((folder / CONFIG_FILE).read_text())["_class_name"] if folder else KL

@@ -119,6 +119,10 @@ def load_vae(
     named, given = find_own_kind(vae), None if checkpoint == RANDOM else find_own_kind(checkpoint)
     if given is not None and vae is not None and (named is None or named.kind != given.kind):
         raise UserError(f"{flag} {checkpoint} is a {given.kind.__name__}, not --vae {vae}: give --vae {checkpoint}")
+    if named is not None and given is None and checkpoint not in (None, RANDOM):
+        raise UserError(f"{flag} {checkpoint} is no {named.kind.__name__}, which --vae {vae} is: give a folder of one")
+    if (named is not None or given is not None) and step is not None:
+        raise UserError(f"--train-steps {step}: of a {(given or named).kind.__name__} only the finished vae/ is read")
     if named is not None or given is not None:
         return _load_own_kind(given or named, checkpoint, statistics)
     wanted = None if vae is None else architecture(vae)

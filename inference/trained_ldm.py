@@ -82,7 +82,7 @@ class TrainedLDM:
         shape, side = tokenizer.latent_shape(self.resolution), self.config.latent_size
         if shape != (self.config.latent_channels, side, side):
             expected = (self.config.latent_channels, side, side)
-            raise UserError(f"{folder} decodes latents {shape}, the SiT makes {expected}: not the VAE of this run")
+            raise UserError(f"{folder} decodes latents {shape}, the denoiser makes {expected}: not the VAE of this run")
         if tokenizer.checksum() != self.vae_checksum:
             raise UserError(
                 f"{folder} holds other weights than the VAE that the run was trained with; copy the right one back"
@@ -223,14 +223,14 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             vae_config=arguments.get("vae_config"),
             cfg_prob=arguments.get("cfg_prob", 0.1),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(
             f"{checkpoint.folder} does not say how its diffusion model was trained ({error} in manifest.json); "
             "give the folder of a train_ldm.py run"
         ) from error
     if len(trained.class_names) != config.num_classes:
         raise UserError(
-            f"{checkpoint.folder}: manifest.json names {len(trained.class_names)} classes for a SiT with "
+            f"{checkpoint.folder}: manifest.json names {len(trained.class_names)} classes for a denoiser with "
             f"{config.num_classes}; it is damaged"
         )
     return trained

@@ -5,11 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import lpips
 import torch
-import torchvision
 from torch import nn
-from torchvision.models.vgg import cfgs, make_layers
 
 from errors import UserError
 from models.weight_files import NotWeightsError, read_state_dict
@@ -36,13 +33,22 @@ class Trunk:
         return self.url.rsplit("/", 1)[1]
 
 
+def _vgg_layers() -> nn.Module:
+    from torchvision.models.vgg import cfgs, make_layers  # seconds, which a loss without LPIPS need not wait
+
+    return make_layers(cfgs["D"])
+
+
+def _alexnet_layers() -> nn.Module:
+    from torchvision.models import alexnet
+
+    return alexnet().features
+
+
+_WEIGHTS = "https://download.pytorch.org/models"
 TRUNKS = {
-    "vgg": Trunk("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", lambda: make_layers(cfgs["D"])),
-    "alex": Trunk(
-        "AlexNet",
-        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-        lambda: torchvision.models.alexnet().features,
-    ),
+    "vgg": Trunk("VGG16", f"{_WEIGHTS}/vgg16-397923af.pth", _vgg_layers),
+    "alex": Trunk("AlexNet", f"{_WEIGHTS}/alexnet-owt-7be5be79.pth", _alexnet_layers),
 }
 
 
@@ -67,6 +73,8 @@ def build_lpips(
     Raises:
         UserError: the weights cannot be had, or are another network's.
     """
+    import lpips
+
     state = None if random_weights else _trunk_state(TRUNKS[net], checkpoint, flag, go_without)
     with warnings.catch_warnings():  # lpips 0.1.4 asks torchvision in an outdated way
         warnings.simplefilter("ignore")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from statistics import correlation, fmean
 
 from metrics.published import Published
@@ -18,41 +19,25 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True)
 class Point:
-    """One VAE: what a probe finds in its latents, and what a SiT trained on them makes.
+    """One VAE: what a probe finds in its latents, and what a SiT trained on them generates."""
 
-    Attributes:
-        vae, sit: names of the runs.
-        checksum: of the VAE.
-        probes: attribute metrics of the VAE, by name.
-        distance: of the SiT's images.
-    """
-
-    vae: str
+    vae: str  # names of the runs
     sit: str
-    checksum: str
-    probes: Mapping[str, float]
-    distance: float
+    checksum: str  # of the VAE
+    probes: Mapping[str, float]  # attribute metrics of the VAE, by name
+    distance: float  # of the SiT's images
 
 
 @dataclass(frozen=True)
 class View:
-    """Points that may be compared: the same probe, the same measure of images, SiTs of one size and length.
+    """Points that may be compared: the same probe, the same measure of images, SiTs of one size and length."""
 
-    Attributes:
-        data: that was probed.
-        metric: of the images, ``FID`` or ``FD-NAME``.
-        guidance: of the samples.
-        reference: that they were compared with.
-        sit: model and steps of the SiTs.
-        points: one for each SiT.
-    """
-
-    data: str
-    metric: str
-    guidance: str
-    reference: str
-    sit: str
-    points: list[Point]
+    data: str  # that was probed
+    metric: str  # of the images, ``FID`` or ``FD-NAME``
+    guidance: str  # of the samples
+    reference: str  # that they were compared with
+    sit: str  # model and steps of the SiTs
+    points: list[Point]  # one for each SiT
 
     @property
     def vaes(self) -> int:
@@ -82,8 +67,8 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float:
 def views(rows: Sequence[Row]) -> list[View]:
     """All comparable sets of points, those of most VAEs first; without guidance before with, FID before others.
 
-    A VAE is told by the checksum in its measurement, whatever run or folder it lies in. One that was probed several
-    times on the same data has the mean of these probes.
+    A VAE is identified by the checksum in its measurement, in whatever folder. Several probes of one VAE on the same
+    data are averaged.
     """
     probed: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -100,9 +85,8 @@ def views(rows: Sequence[Row]) -> list[View]:
             if checksum == made_with:
                 distance = row.cells[row.metric_of_images].value
                 point = Point(same[0].run, row.run, checksum, _mean_probe(same), distance)
-                found.setdefault((data, row.metric_of_images, row.guidance, row.reference, _sit_of(row)), []).append(
-                    point
-                )
+                key = (data, row.metric_of_images, row.guidance, row.reference, _sit_of(row))
+                found.setdefault(key, []).append(point)
     made = [View(*key, points) for key, points in found.items()]
     return sorted(made, key=lambda view: (-view.vaes, view.guidance != "none", view.metric != "FID", view.metric))
 
@@ -138,17 +122,12 @@ def as_markdown(view: View, published: Published) -> str:
 def records(found: Iterable[View]) -> list[dict[str, object]]:
     """One record for each view, for ``--format json``; a correlation of fewer than ``ENOUGH`` VAEs is null."""
     return [
-        {
-            "data": view.data,
-            "metric": view.metric,
-            "guidance": view.guidance,
-            "reference": view.reference,
-            "sit": view.sit,
-            "vaes": view.vaes,
+        asdict(view)
+        | {"vaes": view.vaes}
+        | {
             "pearson": {
-                name: r if view.vaes >= ENOUGH and math.isfinite(r) else None for name, r in view.correlations().items()
-            },
-            "points": [asdict(point) for point in view.points],
+                k: r if view.vaes >= ENOUGH and math.isfinite(r) else None for k, r in view.correlations().items()
+            }
         }
         for view in found
     ]
@@ -188,18 +167,18 @@ def labelled_points(view: View) -> list[tuple[str, float, float]]:
 
 def distinguishing_parts(names: Sequence[str]) -> list[str]:
     """``["study-none-vae", "study-depth1-vae"]`` → ``["none", "depth1"]``: without what all begin or end with."""
-    parts = [name.split("-") for name in names]
-    shortest = min(map(len, parts), default=0)
     if len(set(names)) < 2:
         return list(names)
-    ahead = _shared(parts, shortest - 1)
-    behind = _shared([each[::-1] for each in parts], shortest - 1 - ahead)
+    parts = [name.split("-") for name in names]
+    most = min(map(len, parts)) - 1  # something is always left
+    ahead = min(most, _shared(parts))
+    behind = min(most - ahead, _shared([each[::-1] for each in parts]))
     return ["-".join(each[ahead : len(each) - behind]) for each in parts]
 
 
-def _shared(parts: Sequence[Sequence[str]], most: int) -> int:
-    """How many first parts are the same in all, ``most`` at most."""
-    return next((i for i in range(most) if len({each[i] for each in parts}) > 1), max(most, 0))
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many first parts are the same in all."""
+    return sum(1 for _ in takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False)))
 
 
 def _vae_of(row: Row) -> str | None:

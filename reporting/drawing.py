@@ -29,26 +29,19 @@ COLOURS = ("#2b83da", "#e0752d", "#2f9e63", "#bb5fb1", "#8570d8", "#1f9aa7", "#b
 GREY = "#8390a1"  # readable on white and on black
 STYLE = {  # on top of matplotlib's defaults, whatever the user's matplotlibrc says
     "text.parse_math": False,  # names with dollar signs are names
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text, in the browser's fonts
     "svg.hashsalt": "report",  # the same ids for the same figure
-    "font.family": "sans-serif",
     "font.size": 8,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "axes.xmargin": 0.02,
-    "grid.color": GREY,
     "grid.alpha": 0.3,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
     "ytick.major.size": 0,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
 }
+INK = ("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color", "xtick.color", "ytick.color")
 NO_DATES = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
@@ -101,11 +94,12 @@ def chart_figure(chart: Chart, log: bool) -> tuple[Figure, list[tuple[float, flo
     return figure, points
 
 
-def scatter_figure(view: View, published: Published) -> tuple[Figure, list[tuple[float, float, str]]]:
+def scatter_figure(view: View, published: Published, ink: str = GREY) -> tuple[Figure, list[tuple[float, float, str]]]:
     """Probe against distance: measured points filled, published ones hollow; returns what ``chart_figure`` does."""
-    groups = [("measured", COLOURS[0], labelled_points(view)), ("published", GREY, published_points(view, published))]
+    measured = [point for point in labelled_points(view) if abs(point[2]) < LARGEST]
+    groups = [("measured", COLOURS[0], measured), ("published", ink, published_points(view, published))]
     points = [(*point, colour) for _, colour, these in groups for point in these]
-    with style():
+    with style(ink):
         figure = Figure(figsize=(5.6, 3.6), layout="constrained")
         axes = figure.add_subplot()
         for name, colour, these in groups:
@@ -153,12 +147,12 @@ def drawing(figure: Figure, points: Sequence[tuple[float, float, str]]) -> Drawi
 
 def write_scatter(view: View, published: Published, path: Path) -> None:
     """The scatter as PNG, SVG or PDF, by the file's suffix, with its title and legend."""
-    figure, _ = scatter_figure(view, published)
-    with style():
+    figure, _ = scatter_figure(view, published, ink="0.25")
+    with style(ink="0.25"):
         r = view.correlations()[MAIN_METRIC]
         figure.suptitle(f"{label_of(view.sit)}: Pearson's r = {r:.4f} over {view.vaes} VAEs", fontsize=10)
         if published_points(view, published):
-            figure.axes[0].legend(labelcolor=GREY)
+            figure.axes[0].legend()
         figure.savefig(path, dpi=200, facecolor="white", metadata=NO_DATES[path.suffix])
 
 
@@ -201,8 +195,8 @@ def label_of(text: str) -> str:
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """In it, figures look the same for every user."""
-    with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE]):
+def style(ink: str = GREY) -> Iterator[None]:
+    """In it, figures look the same for every user; axes and words have the colour ``ink``."""
+    with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE | dict.fromkeys(INK, ink)]):
         warnings.filterwarnings("ignore", "Glyph")  # that matplotlib's font lacks; a browser has others
         yield

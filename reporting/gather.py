@@ -12,34 +12,19 @@ from reporting.tables import Table, result_tables
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        runs: the subjects.
-        rows: their measurements, with means over seeds.
-        tables: the same, ready to print.
-        views: probes beside images, see :mod:`reporting.correlation`.
-        notes: what a reader must know.
-        reproduced: the published row of each run that has one, by the run's name.
-        published: all published numbers.
-    """
-
-    runs: list[Run]
-    rows: list[Row]
-    tables: list[Table]
-    views: list[View]
-    notes: list[str]
-    reproduced: dict[str, PublishedRow]
-    published: Published
+    runs: list[Run]  # the subjects
+    rows: list[Row]  # their measurements, with means over seeds
+    tables: list[Table]  # the same, ready to print
+    views: list[View]  # probes against images, see :mod:`reporting.correlation`
+    notes: list[str]  # what a reader must know
+    reproduced: dict[str, PublishedRow]  # the published row of each run that has one, by the run's name
+    published: Published  # all published numbers
 
 
 def gather(paths: Sequence[str], given: Sequence[str] = ()) -> Report:
-    """Read runs and their measurements.
-
-    Args:
-        paths: see :func:`reporting.runs.find_runs`.
-        given: ``RUN=ROW`` each, see :func:`reporting.results.published_rows`.
-    """
+    """Read the runs at these paths (see ``find_runs``) and their measurements; ``given``: ``RUN=ROW`` each."""
     published, runs = load_published(), find_runs(paths)
     reproduced = published_rows(runs, given, published)
     rows = result_rows(runs, reproduced, published)

@@ -1,7 +1,7 @@
-"""Measurements of runs as rows of tables, with the published number beside each measured one.
+"""Measurements of runs as rows of tables, each measured number with the published one to compare it with.
 
-A measured value stands beside a published one of the same name and the same kind only: guided samples beside guided
-ones, and a Fréchet distance of another extractor (``FD-NAME``) never beside an FID.
+Only values of the same name and the same kind are compared: guided samples with guided ones, and the Fréchet distance
+of another extractor (``FD-NAME``) never with an FID.
 """
 
 import math
@@ -30,77 +30,49 @@ ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "rFID", "PSNR", "SSI
          "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5")  # fmt: skip
 GENERIC_NAMES = ("packed", "packed-val", "train", "val", "test")  # of a dataset: its parent's name says more
 BENCHMARKS = ("celeba", "deepfashion", "awa")
-PUBLISHED_F1 = "F1-macro"  # what a published F1 stands beside; its averaging is not published
+PUBLISHED_F1 = "F1-macro"  # compared with the published F1, whose averaging is not published
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A measured figure.
+    """A measured figure."""
 
-    Attributes:
-        value: as measured, or the mean over seeds.
-        std: over seeds (of a sample); for a single measurement, of the estimate (KID's over its subsets), or None.
-        published: of the same name and kind, or None.
-    """
-
-    value: float
-    std: float | None = None
-    published: float | None = None
+    value: float  # as measured, or the mean over seeds
+    std: float | None = None  # over seeds (of a sample), or of the estimate (KID's over its subsets)
+    published: float | None = None  # of the same name and kind
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement.
+    """One measurement, or the mean of several, which has no measurement, owner and samples."""
 
-    Attributes:
-        section: which table it belongs to, see ``SECTIONS``; generated images have a table for each extractor.
-        run: name of the run, or ``PRESET, mean of N``.
-        detail: what of the run was measured and on what: the samples' folder, the data.
-        guidance: ``none``, ``2.5 on [0, 0.75]``, or ``unknown``; empty where there is none to speak of.
-        reference: what generated images were compared with; empty where nobody knows.
-        images: how many were measured.
-        cells: by the metric's name.
-        published: the row whose numbers stand beside, or None.
-        preset: that made the run, or None.
-        changes: flags that were given beside the preset and change what is done.
-        seeds: how many measurements it is the mean of.
-        measurement: it is from; None for a mean.
-        owner: the run; None for a mean.
-        samples: that were measured, or None.
-    """
-
-    section: str
-    run: str
-    detail: str
-    guidance: str
-    reference: str
-    images: int
-    cells: Mapping[str, Cell]
-    published: PublishedRow | None = None
-    preset: str | None = None
-    changes: tuple[str, ...] = ()
-    seeds: int = 1
+    section: str  # the table it belongs to, see ``SECTIONS``; generated images have one table per extractor
+    run: str  # name of the run, or ``PRESET, mean of N``
+    detail: str  # what of the run was measured and on what: the samples' folder, the data
+    guidance: str  # ``none``, ``2.5 on [0, 0.75]`` or ``unknown``; empty if it does not apply
+    reference: str  # what generated images were compared with; empty if unknown
+    images: int  # how many were measured
+    cells: Mapping[str, Cell]  # by the metric's name
+    published: PublishedRow | None = None  # to compare with
+    preset: str | None = None  # that made the run
+    changes: tuple[str, ...] = ()  # flags given in addition to the preset's that change what is done
+    seeds: int = 1  # how many measurements it is the mean of
     measurement: Measurement | None = None
     owner: Run | None = None
     samples: Samples | None = None
 
     @property
     def metric_of_images(self) -> str | None:
-        """The name of the distance between generated and real images that was measured: FID or FD-NAME."""
+        """The measured distance between generated and real images: FID or FD-NAME."""
         if not self.section.startswith(GENERATION):
             return None
         return next((name for name in self.cells if name == "FID" or name.startswith("FD-")), None)
 
 
 def published_rows(runs: Sequence[Run], given: Iterable[str], published: Published) -> dict[str, PublishedRow]:
-    """Which published row each run reproduces, by the run's name: its preset's, unless one is given.
+    """Which published row each run reproduces, by the run's name: its preset's, unless ``RUN=ROW`` gives another.
 
-    Args:
-        runs: of the report.
-        given: ``RUN=ROW`` each, RUN a name or a path.
-
-    Raises:
-        UserError: no such run, no such row.
+    RUN is a name or a path. Raises UserError if there is no such run or row.
     """
     rows = {run.name: published.row(run.preset.published) for run in runs if run.preset and run.preset.published}
     for text in given:
@@ -125,12 +97,10 @@ def result_rows(runs: Sequence[Run], reproduced: Mapping[str, PublishedRow], pub
 
 
 def with_means(rows: Sequence[Row]) -> list[Row]:
-    """Add the mean and standard deviation wherever one preset was run several times (seeds), after its rows.
+    """Add the mean and standard deviation after the rows of a preset that was run several times (seeds).
 
-    Runs with other flags than the preset's are runs of one kind only with each other.
-
-    A run counts once: what was measured under one name, of as many images, against the same; the newest where a run has
-    several of these.
+    Runs that changed flags of the preset are averaged only with runs that changed the same flags. A run counts once,
+    with its newest measurement of that name, number of images and reference.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -148,13 +118,13 @@ def with_means(rows: Sequence[Row]) -> list[Row]:
 
 
 def _usual_name(measurement: Measurement) -> str:
-    """Its name without that of the data, which some of several runs alike may have behind it."""
+    """Its name without that of the data, which only some of the seeds' measurements may have as a suffix."""
     data = (measurement.reference or {}).get("path") or measurement.settings.get("data")
     return measurement.name.removesuffix(f"-{label_of(Path(str(data)))}") if data else measurement.name
 
 
 def _mean(rows: Sequence[Row], changes: Sequence[str]) -> Row:
-    """The mean of runs of one kind; ``changes`` tell it from other kinds of the same preset."""
+    """The mean over seeds; ``changes`` distinguish it from other means of the same preset."""
     cells = {}
     for metric, cell in rows[0].cells.items():
         values = [row.cells[metric].value for row in rows]
@@ -162,8 +132,7 @@ def _mean(rows: Sequence[Row], changes: Sequence[str]) -> Row:
         mean, std = (statistics.fmean(values), statistics.stdev(values)) if finite else (math.nan, math.nan)
         cells[metric] = Cell(mean, std, cell.published)
     name = " ".join([rows[0].preset, *changes]) + f", mean of {len(rows)}"
-    nobody = {"measurement": None, "owner": None, "samples": None}
-    return replace(rows[0], run=name, seeds=len(rows), cells=cells, **nobody)
+    return replace(rows[0], run=name, seeds=len(rows), cells=cells, measurement=None, owner=None, samples=None)
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
@@ -175,23 +144,19 @@ def notes(rows: Iterable[Row]) -> list[str]:
             continue
         used[row.published.id] = row.published
         if row.changes:
-            warnings.append(
-                f"{row.run}: run with {' '.join(row.changes)}, not as its preset {row.preset}: another setting than "
-                "the published one"
-            )
+            how = f"run with {' '.join(row.changes)}, not as its preset {row.preset}"
+            warnings.append(f"{row.run}: {how}: not the published setting")
         usual = row.published.images
         if usual is not None and row.images != usual and not row.section.startswith("Probe"):
             warnings.append(
                 f"{row.run}: measured on {row.images:,} images, published on {usual:,}: not comparable as they stand"
             )
-    tables: dict[tuple[str, str, str], list[PublishedRow]] = {}
+    tables: dict[str, list[str]] = {}
     for row in used.values():
-        tables.setdefault((row.id.partition("/")[0], row.source, row.setting), []).append(row)
-    lines = []
-    for (table, source, setting), found in tables.items():
-        named = [f"{row.id.partition('/')[2]}: {row.label}{f' ({row.note})' if row.note else ''}" for row in found]
-        lines.append(f"published {table}: {source}. {setting}. {'; '.join(named)}")
-    return list(dict.fromkeys(warnings)) + lines
+        table, _, name = row.id.partition("/")
+        label = f"{name}: {row.label}{f' ({row.note})' if row.note else ''}"
+        tables.setdefault(f"published {table}: {row.source}. {row.setting}. ", []).append(label)
+    return list(dict.fromkeys(warnings)) + [source + "; ".join(labels) for source, labels in tables.items()]
 
 
 def records(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -219,7 +184,7 @@ def records(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def metric_order(metric: str) -> tuple[int, str]:
-    """A key that sorts metrics as tables show them; those of other extractors after the usual ones."""
+    """Sorting key: the order of tables, metrics of other extractors after the usual ones."""
     name = short_name(metric)
     return (ORDER.index(name) if name in ORDER else len(ORDER), metric)
 
@@ -231,7 +196,7 @@ def short_name(metric: str) -> str:
 
 
 def dataset_of(measurement: Measurement) -> str:
-    """The name of the data that a VAE was measured on; empty where the record does not tell."""
+    """The name of the data that a VAE was measured on; empty if unknown."""
     places = [measurement.settings.get("data"), (measurement.reference or {}).get("path")]
     path = next((Path(str(place)) for place in places if place), None)
     if path is None:
@@ -260,30 +225,14 @@ def _row(
     cells = {}
     for metric in sorted(measurement.values, key=metric_order):
         if metric.endswith("-std") and metric.removesuffix("-std") in measurement.values:
-            continue  # of the estimate before it
-        value = _figure(run, measurement, metric)
-        beside = _published_value(row, section, guidance, metric, measurement, published) if row else None
-        cells[metric] = Cell(value, _spread(run, measurement, metric), beside)
-    return Row(
-        section=section,
-        run=run.name,
-        detail=detail,
-        guidance=guidance,
-        reference=reference,
-        images=measurement.count,
-        cells=cells,
-        published=row,
-        preset=run.preset.name if run.preset else None,
-        changes=run.preset.changes if run.preset else (),
-        measurement=measurement,
-        owner=run,
-        samples=samples,
-    )
-
-
-def _spread(run: Run, measurement: Measurement, metric: str) -> float | None:
-    there = measurement.values.get(f"{metric}-std") is not None
-    return _figure(run, measurement, f"{metric}-std") if there else None
+            continue  # belongs to the estimate before it
+        known = measurement.values.get(f"{metric}-std") is not None
+        std = _figure(run, measurement, f"{metric}-std") if known else None
+        compared = _published_value(row, section, guidance, metric, measurement, published) if row else None
+        cells[metric] = Cell(_figure(run, measurement, metric), std, compared)
+    preset = (run.preset.name, run.preset.changes) if run.preset else (None, ())
+    what = (section, run.name, detail, guidance, reference, measurement.count)
+    return Row(*what, cells, row, *preset, measurement=measurement, owner=run, samples=samples)
 
 
 def _figure(run: Run, measurement: Measurement, metric: str) -> float:
@@ -309,7 +258,7 @@ def _guidance(measurement: Measurement, samples: Samples | None) -> str:
 
 
 def _generation_section(measurement: Measurement) -> str:
-    """Images compared by another network's features stand in a table of their own."""
+    """Images compared by another network's features have a table of their own."""
     name = next((metric.removeprefix("FD-") for metric in measurement.values if metric.startswith("FD-")), None)
     return GENERATION if name is None else f"{GENERATION}{OTHER_FEATURES}{name}"
 

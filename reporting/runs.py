@@ -1,7 +1,7 @@
-"""What lies in a run's folder, as files only: nothing is loaded, no network built.
+"""What a run's folder holds, read from its files alone: no weights are loaded, no network is built.
 
 A subject of a report is the folder of a training (``args.json``), a VAE's diffusers folder, a folder of generated
-images, a single ``.npz``, or a folder of measurements (``metrics/``, or ``NAME.metrics/`` beside plain images) of
+images, a single ``.npz``, or a folder of measurements (``metrics/``, or ``NAME.metrics/`` next to plain images) of
 something else, such as raw pixels. The folder of an experiment (``preset.json``) stands for its runs, and for what the
 experiment measured into that folder itself.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from dataset.shards import INDEX_NAME
 from errors import UserError
 from metrics.record import FOLDER_NAME, Measurement, folder_beside, metrics_folder, read_measurements
+from models.tokenizers import TOKENIZERS
 from runtime.experiment import PRESET_NAME
 
 PREVIEW_NAME = "preview.png"
@@ -24,35 +25,21 @@ VAE_FOLDER, SAMPLES, MEASURED = "VAE folder", "samples", "measurements"
 
 @dataclass(frozen=True)
 class Preset:
-    """Which preset made a run.
+    """Which preset made a run."""
 
-    Attributes:
-        name: e.g. ``table2/depth1``.
-        published: the row it reproduces, or None.
-        runs: names of the folders that it made.
-        changes: flags that were given beside it and change what is done.
-    """
-
-    name: str
-    published: str | None
-    runs: tuple[str, ...]
-    changes: tuple[str, ...] = ()
+    name: str  # e.g. ``table2/depth1``
+    published: str | None  # the row that it reproduces
+    runs: tuple[str, ...]  # names of the folders that it made
+    changes: tuple[str, ...] = ()  # flags given in addition that change what is done
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A folder (or ``.npz``) of generated images.
-
-    Attributes:
-        path: of it.
-        settings: what ``generate.py`` wrote of how they were made; empty where nobody knows.
-        count: of images; None where nobody knows.
-        measurements: of them.
-    """
+    """A folder (or ``.npz``) of generated images."""
 
     path: Path
-    settings: Mapping[str, Any]
-    count: int | None
+    settings: Mapping[str, Any]  # how they were made, as ``generate.py`` wrote it; empty if unknown
+    count: int | None  # of images; None if unknown
     measurements: list[Measurement]
 
     @property
@@ -63,43 +50,26 @@ class Samples:
 
 @dataclass(frozen=True)
 class Run:
-    """A subject of a report.
-
-    Attributes:
-        folder: where it lies.
-        name: unique in a report.
-        sort: one of ``SORTS``' values, ``VAE_FOLDER``, ``SAMPLES`` or ``MEASURED``.
-        arguments: all resolved flags of a training.
-        command: words of its command line.
-        versions, commit: of what it ran on.
-        status: content of ``status.json``.
-        measurements: of it, those of its samples apart.
-        samples: folders of generated images inside.
-        preset: that made it, if one did.
-    """
+    """A subject of a report."""
 
     folder: Path
-    name: str
-    sort: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # unique in a report
+    sort: str  # one of ``SORTS``' values, ``VAE_FOLDER``, ``SAMPLES`` or ``MEASURED``
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # all resolved flags of a training
     command: tuple[str, ...] = ()
     versions: Mapping[str, Any] = field(default_factory=dict)
     commit: str | None = None
-    status: Mapping[str, Any] = field(default_factory=dict)
-    measurements: list[Measurement] = field(default_factory=list)
-    samples: list[Samples] = field(default_factory=list)
+    status: Mapping[str, Any] = field(default_factory=dict)  # content of ``status.json``
+    measurements: list[Measurement] = field(default_factory=list)  # without those of its samples
+    samples: list[Samples] = field(default_factory=list)  # inside the folder
     preset: Preset | None = None
 
 
 def find_runs(paths: Iterable[str]) -> list[Run]:
     """Read every subject once, in the order given.
 
-    Args:
-        paths: folders; where nothing has that name, a pattern such as ``exps/table2-*``, of which folders that hold
-            nothing to report are passed over.
-
-    Raises:
-        UserError: no such folder, one that is none of ours, or a file in it that is damaged.
+    A path is a folder or, if no folder has that name, a pattern such as ``exps/table2-*``; matches with nothing to
+    report are skipped. Raises UserError if there is no such folder, it is not one of ours, or a file in it is damaged.
     """
     found: dict[Path, Run] = {}
     for text in paths:
@@ -146,11 +116,7 @@ def read_samples(path: Path) -> Samples:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: it is none.
-    """
+    """A JSON object; raises UserError if the file holds anything else."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
@@ -204,7 +170,7 @@ def _is_measured(path: Path) -> bool:
 
 def _is_vae(path: Path) -> bool:
     file = path / "config.json"
-    return file.is_file() and read_json(file).get("_class_name") == "AutoencoderKL"
+    return file.is_file() and read_json(file).get("_class_name") in TOKENIZERS
 
 
 def _is_samples(path: Path) -> bool:

@@ -20,7 +20,7 @@ LOWER_IS_BETTER = ("FID", "sFID", "rFID", "FD", "rFD", "KID", "LPIPS", "gini")
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table; ``metric`` is empty for those of words, ``is_published`` tells the two numbers apart."""
+    """One column of a table; ``metric`` is empty for words, ``is_published`` marks what was not measured here."""
 
     title: str
     metric: str = ""
@@ -83,7 +83,7 @@ def _word(row: Row, column: Column) -> str:
 
 
 def cell_word(metric: str, cell: Cell | None, is_published: bool) -> str:
-    """A figure with the digits that its metric deserves; the published one as it was published."""
+    """A figure with the usual digits of its metric; the published one as it was published."""
     if cell is None or (is_published and cell.published is None):
         return NOTHING
     if is_published:
@@ -99,7 +99,7 @@ def published_word(metric: str, value: float) -> str:
 
 
 def number_word(metric: str, value: float) -> str:
-    """``2.876 → 2.88`` for an FID; 4 significant digits where nothing else is usual."""
+    """``2.876 → 2.88`` for an FID; 4 significant digits by default."""
     if not math.isfinite(value):
         return "not finite"
     family = short_name(metric)
@@ -161,7 +161,7 @@ def as_csv(rows: Iterable[Row]) -> str:
 def as_json(rows: Iterable[Row], correlations: Sequence[dict], remarks: Sequence[str]) -> str:
     """Everything, one record for each figure; what is not finite becomes null."""
     results = [
-        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        {key: value if not isinstance(value, float) or math.isfinite(value) else None for key, value in record.items()}
         for record in records(rows)
     ]
     content = {"results": results, "correlations": list(correlations), "notes": list(remarks)}

@@ -21,7 +21,7 @@ from torch import nn
 from errors import UserError
 from runtime.files import checksum
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: projectors and mappers lay in the networks they belong to
 MANIFEST = "manifest.json"
 
 
@@ -55,7 +55,8 @@ class Checkpoint:
         try:
             manifest = json.loads((self.folder / MANIFEST).read_text())
             if manifest["format_version"] != FORMAT_VERSION:
-                return f"format version {manifest['format_version']}, this code reads {FORMAT_VERSION}"
+                found = manifest["format_version"]
+                return f"written by other code, in format {found} where this code reads {FORMAT_VERSION}"
             names = manifest["files"] if module is None else [f"{module}.safetensors"]
             for name in names:
                 path, entry = self.folder / name, manifest["files"][name]

@@ -1,12 +1,18 @@
-"""What every script does with an error that ends it."""
+"""What every script does with an error that ends it, and how soon it answers for its flags."""
 
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from errors import UserError
 from runtime.cli import EXIT_USER_ERROR, run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def cpu_allocation_that_fails(argv):
@@ -43,3 +49,46 @@ def test_one_line_and_exit_code(main, expected, capsys):
 def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="mat1"):
         run(raising(RuntimeError("mat1 and mat2 cannot be multiplied")), [])
+
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "answer_early(" in path.read_text())
+# Those that import nothing that takes seconds, or only once the flags are read.
+LIGHT_SCRIPTS = ("preprocessing.py", "report.py", "save_vae_weights.py", "train_ldm_only.py")
+LIGHT = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    heavy = sorted({"torch", "timm", "diffusers", "accelerate", "torchvision", "matplotlib"} & sys.modules.keys())
+    print("imported:", heavy, file=sys.stderr)
+"""
+
+
+def light(*words: str) -> subprocess.CompletedProcess:
+    """Run a script; the last line of its stderr says what it imported."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LIGHT, *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_every_script_is_looked_at():
+    others = {"errors.py", *LIGHT_SCRIPTS}
+    assert {*SCRIPTS} | others == {path.name for path in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *LIGHT_SCRIPTS, "runtime/experiment.py"])
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--no-such-flag", 2)])
+def test_flags_are_answered_before_anything_heavy_is_imported(script, flag, code):
+    answer = light(script, flag)
+    assert answer.returncode == code, answer.stderr
+    assert answer.stderr.endswith("imported: []\n")
+    if code:
+        assert answer.stderr.count("\n") == 2 and "--help lists the flags" in answer.stderr
+
+
+def test_a_wrong_value_is_answered_early_too():
+    """Checks that go beyond a single flag, as well."""
+    answer = light("train_ldm.py", "--align", "vae", "--proj-coeff", "0.3", "--dry-run")
+    assert answer.returncode == 2 and answer.stderr.endswith("imported: []\n")
+    assert "--proj-coeff belongs to --align repa" in answer.stderr

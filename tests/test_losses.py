@@ -4,12 +4,12 @@ import math
 import pickle
 from pathlib import Path
 
+import lpips
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 
-import loss.perceptual
 from errors import UserError
 from formats.vae import load_tokenizer
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
@@ -210,7 +210,7 @@ BAD_VGG_FILES = {
 
 @pytest.mark.parametrize("kind", BAD_VGG_FILES)
 def test_a_file_that_is_not_vgg16_is_a_one_line_error(kind, vgg16_state, lpips_network, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss.perceptual.lpips, "LPIPS", lambda **_: lpips_network)  # building it anew takes seconds
+    monkeypatch.setattr(lpips, "LPIPS", lambda **_: lpips_network)  # building it anew takes seconds
     path = tmp_path / "vgg16.pth"
     BAD_VGG_FILES[kind](path, vgg16_state)
     with pytest.raises(UserError) as error:
@@ -224,7 +224,7 @@ def test_without_vgg16_the_error_says_how_to_get_it_or_do_without(lpips_network,
     def no_network(*_, **__):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(loss.perceptual.lpips, "LPIPS", lambda **_: lpips_network)
+    monkeypatch.setattr(lpips, "LPIPS", lambda **_: lpips_network)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     with pytest.raises(UserError) as error:

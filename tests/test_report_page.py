@@ -104,6 +104,13 @@ def test_every_figure_curve_and_picture_is_there(tmp_path):
     assert "30.25" in found.words and "val/psnr" in found.words
 
 
+def test_help_and_refusals_import_nothing_heavy():
+    script = "import sys, report; print(*{'matplotlib', 'jinja2', 'PIL', 'torch'} & set(sys.modules))"
+    root = Path(report.__file__).parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
+
+
 def test_the_page_loads_and_runs_nothing(tmp_path):
     text = page_of(tmp_path, *exps_with_everything(tmp_path / "exps"))
     found = Elements(text)

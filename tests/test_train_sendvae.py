@@ -7,13 +7,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_sendvae
 from dataset.toy import main as make_toy
 from models.discriminator import PatchDiscriminator
 from preprocessing import main as preprocess
 from runtime.cli import EXIT_FAILED, run
+from runtime.files import checksum
 from runtime.measure import count_parameters
 from tests.photographs import PHOTOGRAPHS, needs_photographs
 from tests.sendvae_runs import flags
@@ -153,3 +154,46 @@ class TestPhotographs:
         assert last["alignment"] < 0.95 * first["alignment"]
         assert 10 < held_out["val/psnr"] < 25
         assert 0.2 < held_out["val/align_cosine"] < 1
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Every file of a folder but its log and its lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.txt", ".lock"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_batch_that_cannot_be_split_leaves_no_run(toy, tmp_path, capsys):
+    argv = flags(toy, tmp_path, "run", batch_size=5, gradient_accumulation_steps=2)
+    assert train(*argv) == 2
+    assert "cannot be split" in capsys.readouterr().err
+    assert not contents(tmp_path / "run")
+
+
+@pytest.mark.parametrize("choice", [{}, {"resume_step": 1}])
+def test_a_run_of_earlier_code_is_refused_and_stays_as_it_is(toy, tmp_path, capsys, choice):
+    changes = {"checkpointing_steps": 1, "loss_cfg_path": "configs/l1_kl.yaml", "align_coeff": 0}
+    assert train(*flags(toy, tmp_path, "run", **changes)) == 0
+    for manifest in (tmp_path / "run").glob("checkpoints/*/manifest.json"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 1}))
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    assert train(*flags(toy, tmp_path, "run", **changes | {"max_train_steps": 3} | choice)) == 2
+    assert "written by other code, in format 1" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_cut(toy, tmp_path, capsys):
+    """What is refused while it is restored leaves checkpoints, metrics and arguments."""
+    changes = {"checkpointing_steps": 1, "loss_cfg_path": "configs/l1_kl.yaml", "align_coeff": 0}
+    assert train(*flags(toy, tmp_path, "run", **changes)) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "0000001"
+    weights = load_file(checkpoint / "model.safetensors")
+    weights.pop("statistics.mean")
+    save_file(weights, checkpoint / "model.safetensors")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = checksum(checkpoint / "model.safetensors")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(tmp_path / "run")
+    assert train(*flags(toy, tmp_path, "run", **changes | {"max_train_steps": 3, "resume_step": 1})) == 2
+    assert "does not fit the network" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before

@@ -60,7 +60,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--val-data-dir",
         metavar="DIR",
-        help="held-out set (for a SiT, with a latent cache); none: no validation",
+        help="held-out set (for train_ldm.py, with a latent cache); none: no validation",
     )
     group.add_argument(
         "--resolution",

@@ -126,7 +126,7 @@ def open_tokenizer(args: argparse.Namespace, latents: LatentDataset | None) -> T
         named, _ = load_tokenizer(args.vae, "none")
         if (named.latent_channels, named.downsampling) != (tokenizer.latent_channels, tokenizer.downsampling):
             raise UserError(
-                f"--vae {args.vae} is not the VAE that {latents.folder} was made with: leave the flag away, or give "
+                f"--vae {args.vae} is not the VAE that {latents.folder} was made with: leave the flag out, or give "
                 "the cache of that VAE"
             )
     return tokenizer

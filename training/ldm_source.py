@@ -18,6 +18,7 @@ from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
 from models.denoisers import DenoiserConfig, denoiser_config
 from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import STATISTICS_FILE, Tokenizer
+from models.weight_files import one_line
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.log import logger
 from training import arguments
@@ -75,7 +76,11 @@ class Source:
             self.checkpoint.load_module("ema" if self.state("ema") else "model", method.ema.module)
         if len(method.alignment):
             there = method.alignment.state_dict()  # what is not aligned any more is left
-            method.alignment.load_state_dict({k: v for k, v in self.state("alignment").items() if k in there})
+            state = {key: tensor for key, tensor in self.state("alignment").items() if key in there}
+            try:
+                method.alignment.load_state_dict(state)
+            except RuntimeError as error:
+                raise UserError(f"{self.given} has projectors that do not fit ({one_line(error)})") from error
         self._take_over_moments(method)
         logger.info("going on from %s, step %d", self.checkpoint.folder, self.step)
         if self.statistics is not None:
@@ -215,7 +220,7 @@ def _read(folder: Path, step: int) -> Source:
     facts = checkpoint.manifest()["args"]
     try:
         config = denoiser_config(facts["denoiser"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{FLAG} {folder} holds no diffusion model ({error}): give a run of train_ldm.py") from error
     return Source(f"{FLAG} {folder}", checkpoint, config, facts, _statistics(checkpoint, config.latent_channels))
 

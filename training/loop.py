@@ -31,8 +31,10 @@ class Loop:
         run: its folder.
         dataset: what ``dataset.loader.BatchLoader`` reads.
         args: the flags of ``training.arguments``, resolved.
-        checkpoint: is restored; None: nothing is.
-        start_step: of a run that begins with what another one trained.
+        start_step: steps that are done.
+
+    Raises:
+        UserError: the batch cannot be split evenly, or the dataset has no mirrored copy that is asked for.
     """
 
     def __init__(
@@ -41,32 +43,39 @@ class Loop:
         run: Run,
         dataset: Any,
         args: argparse.Namespace,
-        checkpoint: Checkpoint | None = None,
-        start_step: int = 0,
+        start_step: int,
     ):
         self.method, self.run, self.dataset, self.args = method, run, dataset, args
-        self.max_steps = args.max_train_steps
-        self.start_step = start_step if checkpoint is None else checkpoint.step
+        self.max_steps, self.start_step = args.max_train_steps, start_step
+        self.batches = build_loader(args, dataset, run.accelerator, start_step)
         self.metrics = MeanMetrics()
         self.checkpoints = CheckpointFolder(run.folder)
         self.saved_step = -1
         self.skipped_in_a_row = torch.zeros((), device=run.accelerator.device)
-        if checkpoint is not None:
-            self._restore(checkpoint)
+
+    def __enter__(self) -> "Loop":
+        self.batches.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.batches.__exit__(*exception)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load everything that a checkpoint holds."""
+        for name, module in self._modules().items():
+            checkpoint.load_module(name, module)
+        for name, stateful in self._states().items():
+            stateful.load_state_dict(checkpoint.load_state(name))
+        accelerator = self.run.accelerator
+        state = checkpoint.load_state("metrics")
+        self.metrics.load_state_dict(state, accelerator.process_index, accelerator.num_processes, accelerator.device)
 
     def fit(self) -> int:
         """Train; returns the exit code: 0 when finished, 128 + the number of the signal that stopped it."""
-        with build_loader(self.args, self.dataset, self.run.accelerator, self.start_step) as self.batches:
-            number = self._fit(self.start_step)
-        return 128 + number if number else 0
-
-    def _fit(self, start_step: int) -> int:
-        """0 when finished, or the number of the signal that stopped it."""
-        stop = StopFlag()
-        self.run.set_status("running", start_step, self.max_steps)
-        self.saved_step = start_step if start_step else -1
-        bar = progress_bar(self.max_steps, start_step, self.run.folder.name, "step", self.run.is_main)
-        step = start_step
+        stop, step = StopFlag(), self.start_step
+        self.run.set_status("running", step, self.max_steps)
+        self.saved_step = step if step else -1
+        bar = progress_bar(self.max_steps, step, self.run.folder.name, "step", self.run.is_main)
         try:
             self._start_clock(step)
             while step < self.max_steps:
@@ -79,7 +88,7 @@ class Loop:
                     self.run.set_status("stopped", step, self.max_steps, f"signal {stop.received}")
                     logger.info("stopped by signal %d after step %d; the same command resumes", stop.received, step)
                     self.run.accelerator.wait_for_everyone()  # a launcher kills the rest as soon as one has left
-                    return stop.received
+                    return 128 + stop.received
             self._finish(step)
             return 0
         except Exception as error:
@@ -182,16 +191,6 @@ class Loop:
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.run.log_timing(step, values)
         self._start_clock(step)
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Load everything that a checkpoint holds."""
-        for name, module in self._modules().items():
-            checkpoint.load_module(name, module)
-        for name, stateful in self._states().items():
-            stateful.load_state_dict(checkpoint.load_state(name))
-        accelerator = self.run.accelerator
-        state = checkpoint.load_state("metrics")
-        self.metrics.load_state_dict(state, accelerator.process_index, accelerator.num_processes, accelerator.device)
 
     def _modules(self) -> dict[str, nn.Module]:
         return {name: m for name, m in self.method.modules().items() if m is not None and m.state_dict()}

@@ -148,12 +148,13 @@ class frozen:
     """Context: parameters of modules take no gradient. ``None`` is allowed and does nothing."""
 
     def __init__(self, *modules: nn.Module | None):
-        self.modules = [module for module in modules if module is not None]
+        parameters = [p for module in modules if module is not None for p in module.parameters()]
+        self.trained = [parameter for parameter in parameters if parameter.requires_grad]
 
     def __enter__(self) -> None:
-        for module in self.modules:
-            module.requires_grad_(False)
+        for parameter in self.trained:
+            parameter.requires_grad_(False)
 
     def __exit__(self, *exception) -> None:
-        for module in self.modules:
-            module.requires_grad_(True)
+        for parameter in self.trained:
+            parameter.requires_grad_(True)

@@ -21,7 +21,7 @@ from loss.perceptual import build_lpips
 from loss.vae_objective import VAELossConfig, VAEObjective
 from models.denoisers import Denoiser, DenoiserConfig
 from models.discriminator import PatchDiscriminator
-from models.encoders import Encoder, build_encoders, encoder_names, encoder_spec
+from models.encoders import Encoder, encoder_names, encoder_spec
 from models.tokenizers import Tokenizer
 from training.ema import EMA
 from training.sendvae import SendVAE
@@ -49,6 +49,8 @@ def build_objective(
 
 def build_vfms(args: argparse.Namespace, grid: int, accelerator: Accelerator) -> list[Encoder]:
     """The frozen VFMs of ``--enc-type`` on a grid of tokens, on the device."""
+    from models.encoders import build_encoders  # timm takes seconds, which a training without VFMs need not wait
+
     with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
         encoders = build_encoders(encoder_names(args.enc_type), grid, args.enc_ckpt, args.random_weights)
     for encoder in encoders:

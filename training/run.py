@@ -41,6 +41,7 @@ DERIVED = {
     "class_names": "data of other classes",
     "vae_config": "a VAE of another architecture",
     "denoiser": "a denoiser of another shape (--model, or latents of another size)",
+    "feature_widths": "VFMs of other widths (--enc-type)",
 }
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "diffusers", "lpips", "numpy", "pillow", "safetensors")
 
@@ -148,7 +149,10 @@ class Run:
 
     def is_finished(self, step: int) -> bool:
         """Whether nothing is left to do: it was trained so far, and its VAE is there."""
-        status = status_of(self.folder)
+        try:
+            status = status_of(self.folder)
+        except ValueError as error:
+            raise UserError(f"{self.folder / 'status.json'} is damaged ({error}); delete it") from error
         done = status is not None and status["state"] == "finished" and step >= self.arguments["max_train_steps"]
         if done and self.has_vae:
             logger.info("%s is finished: %d steps", self.folder, step)

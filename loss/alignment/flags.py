@@ -48,9 +48,11 @@ class TokenizerAlignmentFlags(AlignmentFlags):
 
     Attributes:
         trains_alone: whether it makes sense with a frozen tokenizer, by parts of its own.
+        needs_features: whether it compares with VFM features; without, no VFM is built.
     """
 
     trains_alone: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = True
 
     @classmethod
     def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
@@ -157,7 +159,7 @@ class VFFlags(TokenizerAlignmentFlags):
         if args.mapper_grid not in (None, latent_size):
             raise UserError(
                 f"--mapper-grid {args.mapper_grid}: --align-loss vf compares every position of the "
-                f"{latent_size}×{latent_size} latent with its feature: leave the flag away"
+                f"{latent_size}×{latent_size} latent with its feature: leave the flag out"
             )
         return latent_size
 

@@ -10,6 +10,10 @@ __all__ = ["ENCODERS", "Encoder", "EncoderSpec", "build_encoder", "build_encoder
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from models.encoders import encoder
+    if name == "Encoder":
+        from models.encoders.encoder import Encoder
 
-    return getattr(encoder, name)
+        return Encoder
+    from models.encoders import build
+
+    return getattr(build, name)
