@@ -30,7 +30,7 @@ from diffusion import PATH_TYPES
 from errors import UserError
 from formats.arguments import add_foreign_vae_arguments
 from inference import WEIGHTS
-from runtime.cli import ArgumentParser, add_debug_argument, answer_early, positive_int, run
+from runtime.cli import ArgumentParser, add_debug_argument, answer_early, flag_of, positive_int, run
 
 FORMATS = ("diffusers", "repa", "run")
 EXPORTED_FROM = "exported_from"  # in a JSON file of every export, which --overwrite may then replace
@@ -152,10 +152,6 @@ def open_run(args: argparse.Namespace) -> TrainedLDM:
         raise UserError(str(error).replace("--exp-path", "SOURCE")) from error
     print(f"{trained.config.model} of step {trained.step}, {trained.resolution} px")
     return trained
-
-
-def flag_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def open_vae(args: argparse.Namespace, trained: TrainedLDM) -> Tokenizer:

@@ -105,11 +105,11 @@ from formats.architecture import known_names
 from formats.discriminator import named_discriminator, read_discriminator
 from formats.export import ldm_state, repae_files, scaling_config, set_scaling, write_files
 from formats.layers import State
-from formats.runs import file_checksum
 from formats.statistics import discriminator_beside
 from formats.vae import LoadedVAE, load_vae
 from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError
+from runtime.files import checksum
 from runtime.measure import count_parameters
 
 
@@ -210,7 +210,7 @@ def source_discriminator(path: Path, loaded: LoadedVAE, step: int | None) -> Sta
 
 def show_written(paths: Sequence[Path]) -> None:
     for path in paths:
-        print(f"{path}: {path.stat().st_size} bytes, sha256 {file_checksum(path)}")
+        print("{path}: {bytes} bytes, sha256 {sha256}".format(path=path, **checksum(path)))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from runtime.cli import (
     ArgumentParser,
     add_debug_argument,
     answer_early,
+    flag_of,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -216,7 +217,7 @@ def check_untrained(args: argparse.Namespace) -> None:
 
 def given_flags(args: argparse.Namespace, names: Sequence[str]) -> list[tuple[str, str]]:
     """Those that were given, with their values."""
-    values = ((f"--{name.replace('_', '-')}", getattr(args, name)) for name in names)
+    values = ((flag_of(name), getattr(args, name)) for name in names)
     return [(flag, str(value)) for flag, value in values if value is not None]
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dataset.shards import ShardSpec, ShardWriter, read_index, read_record, read_records, remove_leftovers, write_index
 from errors import UserError
+from runtime.cli import flag_of
 from runtime.files import write_atomically
 
 SETTINGS_NAME = "settings.json"
@@ -92,7 +93,7 @@ class PackingJob:
         """Refuse to go on with what was made otherwise."""
         for key, value in self.settings.items():
             if found.get(key) != value:
-                flag = self.flags.get(key, "--" + key.replace("_", "-"))
+                flag = self.flags.get(key, flag_of(key))
                 before, now = _short(found.get(key)), _short(value)
                 raise UserError(
                     f"{self.folder} was begun with another {flag} ({key}: {before}, now {now}); "

@@ -22,7 +22,6 @@ from formats.statistics import Statistics, batch_norm_statistics, own_statistics
 from models.weight_files import NotWeightsError, tensors_by_name
 
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
-HALVES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # What training codes keep beside a VAE under the same prefix.
 IGNORED = ("loss.", "linear_proj.", "foundation_model.", "model_ema.", "quant_norm.", "proj.", "logvar")
 STABLE_DIFFUSION = "first_stage_model."

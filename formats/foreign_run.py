@@ -18,6 +18,7 @@ from formats.statistics import REPA_CHANNELS, REPA_SCALE, repa_statistics
 from formats.vae import load_vae
 from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import Tokenizer, architecture_names
+from runtime.cli import flag_of
 
 FLAGS = ("vae", "vae_ckpt", "vae_latents_stats", "path_type", "resolution")  # of what a checkpoint may not say
 DEFAULT_PATH_TYPE = "linear"  # of every public checkpoint
@@ -186,8 +187,7 @@ def _load_vae(
     if checkpoint.holds_vae:
         for name in ("vae_ckpt", "vae_latents_stats"):
             if getattr(args, name) is not None:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag}: {given} holds the VAE that it was trained with; leave the flag out")
+                raise UserError(f"{flag_of(name)}: {given} holds the VAE that it was trained with; leave the flag out")
         source = str(checkpoint.path)
     else:
         source = args.vae_ckpt or _vae_of_training(checkpoint, given)

@@ -4,7 +4,6 @@
 ``milestones/0001000/``, where the EMA's weights go before those of the last step, as they do in ``vae/``.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import replace
@@ -16,11 +15,11 @@ from formats.checkpoints import FoundVAE, find_vae, vae_prefixes
 from formats.run_folders import ARGUMENTS, MANIFEST, OWN_STATISTICS, is_run, steps
 from formats.statistics import discriminator_beside, statistics_in, vae_files
 from models.weight_files import NotWeightsError, one_line, read_contents
+from runtime.files import checksum
 
 VAE_MODULES = ("vae", "ema", "model")  # of a checkpoint, in the order in which vae/ would hold them
 DISCRIMINATOR = "discriminator.safetensors"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
-_READ_BYTES = 1 << 22
 
 
 def locate_vae(path: Path, step: int | None = None) -> Path:
@@ -91,17 +90,8 @@ def check_file(path: Path, manifest: dict) -> None:
     entry = manifest.get("files", {}).get(path.name)
     if not isinstance(entry, dict):
         raise NotWeightsError(f"{MANIFEST} does not list {path.name}: it is damaged, copy it again")
-    if path.stat().st_size != entry.get("bytes") or file_checksum(path) != entry.get("sha256"):
+    if checksum(path) != {"bytes": entry.get("bytes"), "sha256": entry.get("sha256")}:
         raise NotWeightsError(f"{path.name} is not what {MANIFEST} says (size or checksum): damaged, copy it again")
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _of_run(run: Path, step: int | None) -> Path:

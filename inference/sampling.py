@@ -174,10 +174,6 @@ class ShardMaker:
         self.only_whole_batches = only_whole_batches
         self._device_labels = torch.from_numpy(labels).to(device)
 
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.labels) // self.shard_size)
-
     def items(self, number: int) -> range:
         """Numbers of the images in a shard."""
         return range(number * self.shard_size, min((number + 1) * self.shard_size, len(self.labels)))

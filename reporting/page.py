@@ -17,6 +17,7 @@ from reporting.pictures import inline, pictures_of, spread, step_of
 from reporting.results import Row
 from reporting.runs import MEASURED, SAMPLES, VAE_FOLDER, Run
 from reporting.tables import NOTHING, Column, Table
+from runtime.cli import flag_of
 from runtime.files import write_atomically
 
 MOST_VIEWS = 3
@@ -99,7 +100,7 @@ def _comparison(runs: Sequence[Run], series: Mapping[str, dict[str, Series]]) ->
                 "sort": sort,
                 "runs": [run.name for run in same],
                 "charts": _drawn(compared([(run.name, series[run.name]) for run in same])),
-                "flags": [[_flag(name), *each] for name, each in values.items() if len(set(each)) > 1],
+                "flags": [[flag_of(name), *each] for name, each in values.items() if len(set(each)) > 1],
             }
         )
     return groups
@@ -126,7 +127,7 @@ def _one_run(report: Report, run: Run, series: dict[str, Series]) -> dict[str, A
         "earlier": [(inline(path), step_of(path)) for path in spread(earlier)],
         "earlier_count": len(earlier),
         "charts": _drawn(charts_of(series)),
-        "flags": [[_flag(name), _value(value)] for name, value in sorted(run.arguments.items())],
+        "flags": [[flag_of(name), _value(value)] for name, value in sorted(run.arguments.items())],
         "command": re.sub(r" (?=--)", " \\\n  ", " ".join(map(str, run.command))),
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items() if version) or NOTHING,
         "commit": run.commit or "unknown",
@@ -176,10 +177,6 @@ def _duration(pace: Series | None) -> str:
 
 def _median(series: Series | None, form: str) -> str:
     return form.format(statistics.median(series.values)) if series else NOTHING
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _value(value: object) -> str:

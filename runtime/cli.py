@@ -54,6 +54,11 @@ def add_debug_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error instead of its one line")
 
 
+def flag_of(name: str) -> str:
+    """``batch_size`` → ``--batch-size``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def positive_int(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     value = _number(text, int)

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from errors import UserError
-from runtime.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argument, run
+from runtime.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argument, flag_of, run
 from runtime.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,7 +208,7 @@ def _resolve(
             _set_variable(variables, key, value, name)
     for key, value in variables.items():
         if value == REQUIRED:
-            raise UserError(f"--{key.replace('_', '-')} is needed by {name}")
+            raise UserError(f"{flag_of(key)} is needed by {name}")
     changes = _changes(preset, flags, variables)
     variables = {key: _expand(value, variables) for key, value in variables.items()}
     stages = [
@@ -239,7 +239,7 @@ def _as_flag(key: str, value: Any) -> str:
     if value is None or value is False:
         return f"no --{key}"
     words = [] if value is True else value if isinstance(value, list) else [value]
-    return " ".join([f"--{key.replace('_', '-')}", *map(str, words)])
+    return " ".join([flag_of(key), *map(str, words)])
 
 
 def _run_names(stages: Sequence[Stage], experiment: str) -> tuple[str, ...]:
@@ -250,7 +250,7 @@ def _run_names(stages: Sequence[Stage], experiment: str) -> tuple[str, ...]:
 
 def _set_variable(variables: dict[str, Any], key: str, value: Any, where: str) -> None:
     if key.replace("-", "_") not in variables:
-        known = ", ".join(f"--{variable.replace('_', '-')}" for variable in variables if variable != "exps")
+        known = ", ".join(flag_of(variable) for variable in variables if variable != "exps")
         raise UserError(f"--{key} is not known: flags of stages are --STAGE.FLAG, variables of {where} are {known}")
     variables[key.replace("-", "_")] = value
 
@@ -307,7 +307,7 @@ def dry_run(experiment: Experiment, built: set[tuple[str, ...]]) -> int:
 def _nothing_to_do(preset: str) -> str:
     conditions = [stage.get("if") or [] for stage in load_preset(preset)["stages"].values()]
     names = dict.fromkeys(name for each in conditions for name in ([each] if isinstance(each, str) else each))
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    flags = ", ".join(flag_of(name) for name in names)
     return f"{preset} has nothing to do: give one of {flags}"
 
 

@@ -20,6 +20,7 @@ from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import STATISTICS_FILE, Tokenizer
 from models.weight_files import one_line
 from runtime.checkpoint import Checkpoint, CheckpointFolder
+from runtime.cli import flag_of
 from runtime.log import logger
 from training import arguments
 from training.ldm import LDM
@@ -97,7 +98,7 @@ class Source:
             tokenizer: of the latent cache; None in a dry run without one.
         """
         given = self.given
-        own = {name: f"--{name.replace('_', '-')}" for name in config.to_dict() if name not in SAME}
+        own = {name: flag_of(name) for name in config.to_dict() if name not in SAME}
         for name, what in (SAME | own).items():
             before, now = getattr(self.config, name, None), getattr(config, name)
             if before != now and not (tokenizer is None and name in OF_THE_CACHE):
@@ -131,7 +132,7 @@ class Source:
         for fixed in kind.FIXED:
             before, now = self.facts.get(fixed), getattr(args, fixed)
             if before not in (None, now):
-                flag = f"--{fixed.replace('_', '-')}"
+                flag = flag_of(fixed)
                 raise UserError(f"{self.given} was trained with {flag} {before}, not {now}: give the former")
         before, now = self.facts.get("feature_widths"), args.feature_widths
         if kind.needs_features and before not in (None, now):

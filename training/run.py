@@ -27,6 +27,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from errors import UserError
 from formats.run_folders import arguments_of, status_of
 from runtime.checkpoint import Checkpoint, CheckpointFolder
+from runtime.cli import flag_of
 from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging
 from runtime.processes import agree_on
@@ -277,7 +278,7 @@ def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], f
                     f"{folder} was started with {DERIVED[name]}: give that to resume, or another --exp-name to start "
                     "anew"
                 )
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             raise UserError(
                 f"{folder} was started with {flag} {before}, not {value}: "
                 "give the old value to resume, or another --exp-name to start anew"

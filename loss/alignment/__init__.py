@@ -18,6 +18,7 @@ from loss.alignment.flags import (
     VAEREPAFlags,
     VFFlags,
 )
+from runtime.cli import flag_of
 
 __all__ = ["DenoiserAlignment", "DenoiserAlignments", "TokenGrid", "TokenizerAlignment", "build_denoiser_alignment"]
 
@@ -49,10 +50,9 @@ def settle_arguments(
             # A switch that is off and a weight of 0 ask for nothing; a depth of 0 does.
             asks = value is not None and value is not False and not (isinstance(value, float) and value == 0)
             if name not in owned and asks:
-                given = f"--{name.replace('_', '-')}"
                 raise UserError(
-                    f"{given} belongs to {flag} {key}, not to {flag} {'+'.join(chosen) or NONE}: leave it out, or "
-                    "choose that alignment"
+                    f"{flag_of(name)} belongs to {flag} {key}, not to {flag} {'+'.join(chosen) or NONE}: leave it out, "
+                    "or choose that alignment"
                 )
     for key in chosen:
         for name, default in registry[key].DEFAULTS.items():

@@ -1,6 +1,5 @@
 """A frozen vision foundation model: uint8 images → patch features ``[B, N, D]``."""
 
-
 import torch
 import torch.nn.functional as F
 from torch import nn
