@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 5: generated images against ADM's reference of ImageNet 256 (FID, sFID, IS, Precision, Recall, KID), or with
 # ./evaluate.sh reconstruction a VAE's reconstructions (rFID, PSNR, SSIM, LPIPS). Edit the flags here, set the
-# variables, or append flags. Processes and nodes: see launch.sh. The reference's features are kept beside it.
+# variables, or append flags. Processes and nodes: see launch.sh. The reference's features are kept next to it.
 set -euo pipefail
 cd "$(dirname "$0")"
 

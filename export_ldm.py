@@ -12,11 +12,11 @@ Formats:
   repa        args.json and checkpoints/0400000.pt in the layout of REPA-E (model, ema, vae, args, steps), which
               REPA-E's generate.py reads: --exp-path FOLDER --train-steps 400000
   run         a checkpoint of REPA or REPA-E as a run: generate.py --exp-path OUT samples it, and train_ldm.py
-              --exp-name NEW --continue-train-exp-dir OUT goes on from it, with AdamW's moments and its step
+              --exp-name NEW --continue-train-exp-dir OUT continues from it, with AdamW's moments and its step
 
 SOURCE is a run of train_ldm.py or train_repae.py; for --format run an experiment of REPA or REPA-E with its args.json,
 or a single file of theirs (.pt, .safetensors), with --vae-ckpt where its VAE is neither in the checkpoint nor where its
-args say. Everything is written beside and renamed when it is complete.
+args say. Everything is written under a temporary name and renamed when it is complete.
 """
 
 import argparse
@@ -100,14 +100,14 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         print("nothing was written")
         return 0
-    beside = args.out.with_name(f".{args.out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = args.out.with_name(f".{args.out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write(beside)
+        write(temporary)
         shutil.rmtree(args.out, ignore_errors=True)
-        beside.rename(args.out)
+        temporary.rename(args.out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     for path in sorted(path for path in args.out.rglob("*") if path.is_file()):
         print(f"{path}: {path.stat().st_size:,} bytes")
     return 0

@@ -12,8 +12,8 @@ diffusers  OUT is a folder that AutoencoderKL.from_pretrained and diffusers' pip
            statistics go into config.json as scaling_factor and shift_factor, where channels differ also as latents_mean
            and latents_std, and exactly into latents_stats.safetensors.
 ldm        OUT is one .pt or .safetensors file in latent-diffusion's layout. It has no place for statistics.
-repa-e     OUT is a .pt file X.pt in the same layout; beside it X-latents-stats.pt and, where there is a discriminator
-           in SOURCE, beside it (NAME-discriminator-ckpt.pt) or in --disc-pretrained-ckpt, X-discriminator-ckpt.pt.
+repa-e     OUT is a .pt file X.pt in the same layout; next to it X-latents-stats.pt and, where there is a discriminator
+           in SOURCE, next to it (NAME-discriminator-ckpt.pt) or in --disc-pretrained-ckpt, X-discriminator-ckpt.pt.
 """
 
 import argparse
@@ -50,12 +50,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--vae-latents-stats",
         metavar="FILE",
         help="latent statistics, REPA-E's, LightningDiT's or ours; repa: mean 0 and scale 0.18215 (default: those in "
-        "SOURCE or beside it)",
+        "SOURCE or next to it)",
     )
     add(
         "--disc-pretrained-ckpt",
         metavar="PATH",
-        help="discriminator for --format repa-e: file, run or hub name (default: that in SOURCE or beside it, if any)",
+        help="discriminator for --format repa-e: file, run or hub name (default: that in SOURCE or next to it, if any)",
     )
     add("--overwrite", action="store_true", help="replace what OUT holds (default: refuse)")
     add(
@@ -73,7 +73,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.format == "ldm" and suffix not in SUFFIXES:
         raise UserError(f"{out}: --format ldm writes one file; give a name that ends in {' or '.join(SUFFIXES)}")
     if args.format == "repa-e" and suffix != ".pt":
-        raise UserError(f"{out}: --format repa-e writes X.pt and more beside it; give a name that ends in .pt")
+        raise UserError(f"{out}: --format repa-e writes X.pt and more next to it; give a name that ends in .pt")
     if args.format == "repa-e" and args.out.count(".pt") > 1:
         raise UserError(f"{out}: REPA-E replaces every .pt in the path to find the statistics; let it occur once")
     if args.disc_pretrained_ckpt and args.format != "repa-e":
@@ -196,7 +196,7 @@ def trio(args: argparse.Namespace, out: Path, loaded: LoadedVAE) -> dict[Path, S
 
 
 def source_discriminator(path: Path, loaded: LoadedVAE, step: int | None) -> State | None:
-    """The discriminator in SOURCE, else the one beside the VAE's file, as statistics lie there; None: there is none."""
+    """The discriminator in SOURCE, else the one next to the VAE's file, as statistics are; None: there is none."""
     if path.exists():  # else a name on the hub
         try:
             state = read_discriminator(path, step)
@@ -204,8 +204,8 @@ def source_discriminator(path: Path, loaded: LoadedVAE, step: int | None) -> Sta
             state = None  # the file holds a VAE alone
         if state is not None:
             return state
-    beside = None if loaded.path is None else discriminator_beside(loaded.path)
-    return None if beside is None else read_discriminator(beside)
+    path = None if loaded.path is None else discriminator_beside(loaded.path)
+    return None if path is None else read_discriminator(path)
 
 
 def show_written(paths: Sequence[Path]) -> None:

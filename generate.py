@@ -128,7 +128,7 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         "--npz",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="write samples.npz beside the shards (default: yes, without --evaluate)",
+        help="write samples.npz next to the shards (default: yes, without --evaluate)",
     )
     group.add_argument(
         "--preview", type=non_negative_int, default=64, metavar="N", help="images in preview.png; 0: none"
@@ -201,7 +201,7 @@ def check_source(args: argparse.Namespace) -> None:
     for flag, path in given_flags(args, ("ckpt", "exp_path")):
         refuse_foreign(Path(path), flag, "--exp-path", *words)
     if args.ckpt is not None:
-        raise UserError(f"--ckpt {args.ckpt} is no file: give a run's folder with --exp-path")
+        raise UserError(f"--ckpt {args.ckpt} is not a file: give a run's folder with --exp-path")
     for names, whose in ((("vae", "resolution"), "--model"), (FOREIGN_FLAGS, "export_ldm.py --format run")):
         for flag, _ in given_flags(args, names):
             raise UserError(f"{flag} is for {whose}; {args.exp_path} says it itself: leave the flag out")
@@ -242,7 +242,7 @@ from inference.sampling import (
 )
 from inference.trained_ldm import TrainedLDM, open_trained_ldm
 from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
-from metrics.evaluate_generation import Evaluation, plan, settings_of
+from metrics.evaluate_generation import GenerationEvaluation, plan, settings_of
 from metrics.generation import check_count
 from metrics.sources import open_image_set
 from models.denoisers import Denoiser
@@ -279,7 +279,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def plan_evaluation(args: argparse.Namespace, resolution: int, process: Process) -> Evaluation | None:
+def plan_evaluation(args: argparse.Namespace, resolution: int, process: Process) -> GenerationEvaluation | None:
     """What ``--evaluate`` asks for, checked before hours of sampling."""
     if args.evaluate is None:
         return None
@@ -288,7 +288,7 @@ def plan_evaluation(args: argparse.Namespace, resolution: int, process: Process)
     return plan(args, args.evaluate, "--evaluate", resolution, settings, process)
 
 
-def evaluate_complete(folder: Path, evaluation: Evaluation, process: Process) -> None:
+def evaluate_complete(folder: Path, evaluation: GenerationEvaluation, process: Process) -> None:
     """Measure a complete folder, on one of the processes that find it complete; the others need not wait."""
     with lock_if_free(folder / EVALUATION_LOCK_NAME) as is_ours:
         if is_ours:

@@ -293,7 +293,7 @@ def _start_worker(parent: int, folder: Path, spec: ShardSpec, source: Source, ma
 
 
 def _exit_with(parent: int) -> None:
-    """End this worker when the run was killed: it must not write into the folder beside the next run."""
+    """End this worker when the run was killed: it must not write into the folder alongside the next run."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

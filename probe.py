@@ -11,7 +11,7 @@
   pictures        latents as colours, a map by class, the way from one image to another
   all             all of these that the data allow; a line says why one is left out
 
-The images are encoded once (posterior mean) and stay in memory. Values go into metrics/probe-WHAT.json beside the VAE.
+The images are encoded once (posterior mean) and stay in memory. Values go into metrics/probe-WHAT.json next to the VAE.
 Baselines: --features pixels (no VAE), or a random VAE: --vae f4d4-tiny --vae-ckpt none; both with --output-dir.
 """
 
@@ -63,8 +63,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--name",
         metavar="TEXT",
-        help="in the files' names, probe-WHAT-TEXT, replaced (default: the attributes' layout, if any; beside "
-        "a VAE's file its name behind it; where that is there already, of other --data, their name behind it)",
+        help="in the files' names, probe-WHAT-TEXT, replaced (default: the attributes' layout, if any, for a VAE "
+        "in a file followed by its name; where that exists for other --data, also by theirs)",
     )
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
     add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
@@ -86,7 +86,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.num_pictures < 2:
         raise UserError("--num-pictures 1: the way from one image to another needs 2")
     if args.name is not None and (not args.name or "/" in args.name):
-        raise UserError(f"--name {args.name} is no part of a file's name; give one without slashes")
+        raise UserError(f"--name {args.name} is not part of a file's name; give one without slashes")
     if args.components is not None:
         parts = args.components.split(",")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):

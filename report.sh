@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./report.sh [RUN …] [flags]: what was measured beside what was published, and report.html. All runs of exps/ without a
+# ./report.sh [RUN …] [flags]: what was measured next to what was published, and report.html. All runs of exps/ without a
 # RUN; see report.py --help. One process, no GPU.
 set -euo pipefail
 cd "$(dirname "$0")"

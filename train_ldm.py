@@ -233,7 +233,7 @@ def cost_lines(args: argparse.Namespace, method: LDM) -> list[str]:
 def dry_run_step(
     args: argparse.Namespace,
     config: DenoiserConfig,
-    source: ldm_source.Source | None,
+    source: ldm_source.StartingRun | None,
     tokenizer: Tokenizer,
     accelerator: Accelerator,
 ) -> None:

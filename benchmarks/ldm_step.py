@@ -1,4 +1,4 @@
-"""What a training step costs beside the network: train_ldm.py's whole step against the bare forward and backward.
+"""What a training step costs on top of the network: train_ldm.py's whole step against the bare forward and backward.
 
     python benchmarks/ldm_step.py --model SiT-B/1 --batch-size 4
 

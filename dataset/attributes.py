@@ -68,7 +68,7 @@ def read_attributes(root: str | os.PathLike, kind: str = "auto") -> AttributeTab
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root} is no folder; attributes are read beside photographs: {_layouts()}")
+        raise UserError(f"{root} is not a folder; attributes are read from the folder of the photographs: {_layouts()}")
     if kind == "auto":
         kind = attributes_kind(root) or ""
         if not kind:
@@ -156,7 +156,7 @@ def read_awa2(root: Path) -> AttributeTable:
     matrix = [line.split() for line in _lines(path)]
     if len(matrix) != len(classes) or any(len(row) != len(names) for row in matrix):
         raise UserError(
-            f"{path} is no matrix of {len(classes)} classes × {len(names)} attributes, which classes.txt and "
+            f"{path} is not a matrix of {len(classes)} classes × {len(names)} attributes, which classes.txt and "
             "predicates.txt name; restore it"
         )
     folder = path.parent / "JPEGImages"

@@ -1,4 +1,4 @@
-"""Latents by number: a cache made by cache_latents.py, with what a diffusion transformer is trained on beside them.
+"""Latents by number: a cache made by cache_latents.py, with what a diffusion transformer is trained on as well.
 
 ::
 
@@ -69,13 +69,13 @@ def latents_folder(data_dir: str | os.PathLike | None, name: str) -> Path:
     if os.sep in name or "/" in name:
         return Path(name)
     if name in ("", ".", ".."):
-        raise UserError(f"--vae-latents-name {name!r} is no name; give one, or a path such as ./latents")
+        raise UserError(f"--vae-latents-name {name!r} is not a name; give one, or a path such as ./latents")
     if data_dir is None:
         raise UserError(f"--vae-latents-name {name} is a folder in --data-dir, which is not given; give it, or a path")
     if read_index(data_dir) is None:
         raise UserError(
-            f"--data-dir {data_dir} is no packed dataset that could hold the folder {name}; give --vae-latents-name a "
-            f"path, such as ./{name}"
+            f"--data-dir {data_dir} is not a packed dataset that could hold a folder {name}; give "
+            f"--vae-latents-name a path, such as ./{name}"
         )
     return Path(data_dir) / name
 
@@ -326,4 +326,4 @@ def _explain_missing(folder: Path) -> str:
         return f"{folder} does not exist; {_MAKE}, or correct --vae-latents-name"
     if any(folder.glob("latents-?????.*")) or (folder / "settings.json").exists():
         return f"{folder} is not finished; run the same cache_latents.py command again, it continues"
-    return f"{folder} is no latent cache (it has no index.json); {_MAKE}"
+    return f"{folder} is not a latent cache (it has no index.json); {_MAKE}"

@@ -343,7 +343,7 @@ def stage_dataset(
 
 
 def _packed_sizes(path: Path, folder: str) -> dict[str, int]:
-    """Bytes of the files of a packed folder, the index last: without it the copy is no dataset."""
+    """Bytes of the files of a packed folder, the index last: without it the copy is not a dataset."""
     index = read_index(path / folder)
     if index is None:
         raise UserError(f"{path / folder} is not complete; run the command that made {path} again")

@@ -14,12 +14,12 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first; so that the same images are the s
 
 
 def write_npz(images: ImageDataset, path: Path) -> None:
-    """Stream all images into an uncompressed ``.npz``: written beside, complete or not at all, the same bytes again."""
+    """Stream all images into an uncompressed ``.npz``: complete or not at all, the same bytes again."""
     side = images.resolution
     chunk = max(1, CHUNK_BYTES // (3 * side * side))
     buffer = np.empty((min(chunk, len(images)), 3, side, side), np.uint8)
-    beside = path.with_name(f"{path.name}.tmp")
-    with open(beside, "wb") as file:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
         member = zipfile.ZipInfo("arr_0.npy", _EPOCH)
         with (
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
@@ -33,7 +33,7 @@ def write_npz(images: ImageDataset, path: Path) -> None:
                 array.write(np.ascontiguousarray(out.transpose(0, 2, 3, 1)).reshape(-1))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(temporary, path)
 
 
 def npz_bytes(count: int, resolution: int) -> int:

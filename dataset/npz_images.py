@@ -130,7 +130,7 @@ def open_npz(path: Path) -> zipfile.ZipFile:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; correct the path") from None
     except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is no complete .npz ({error}); copy or make it again") from error
+        raise UserError(f"{path} is not a complete .npz ({error}); copy or make it again") from error
 
 
 def array_names(archive: zipfile.ZipFile) -> list[str]:

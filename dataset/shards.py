@@ -9,7 +9,7 @@
     images-00000-offsets.npy  int64 [n + 1], where each begins and the last ends
 
 A shard covers a fixed count of source files and is shorter where files were rejected, so its bytes depend on nothing
-but the source and the settings. Until the index is written, each complete shard has a record beside it
+but the source and the settings. Until the index is written, each complete shard has a record next to it
 (``images-00000.json``); a writer that was killed skips those. Everything appears under its name only when it is
 complete and on disk.
 """
@@ -243,7 +243,7 @@ def write_index(
 
 
 def remove_leftovers(folder: str | os.PathLike, kind: str) -> None:
-    """Remove the records and temporary files beside a complete dataset."""
+    """Remove the records and temporary files next to a complete dataset."""
     for pattern in (f"{kind}-?????.json", "*.tmp"):
         for path in Path(folder).glob(pattern):
             path.unlink(missing_ok=True)  # another process may tidy up at the same time
@@ -448,7 +448,7 @@ def _explain_no_index(folder: Path) -> str:
         return f"{folder} does not exist; make it with preprocessing.py, or correct the path"
     if is_unfinished(folder):
         return f"{folder} is not finished; run the same preprocessing command again, it continues"
-    return f"{folder} is no packed dataset (it has no {INDEX_NAME}); make one with preprocessing.py"
+    return f"{folder} is not a packed dataset (it has no {INDEX_NAME}); make one with preprocessing.py"
 
 
 def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:

@@ -220,7 +220,7 @@ def _open_zip(path: Path) -> Source:
             base = _common_base(members)
             labels_file = archive.read(base + "dataset.json") if base + "dataset.json" in members else None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is no readable zip file ({error}); copy or download it again") from error
+        raise UserError(f"{path} is not a readable zip file ({error}); copy or download it again") from error
     relative = [name.removeprefix(base) for name in members]
     if labels_file is not None:
         pairs = _parse_dataset_json(labels_file, f"{path}:{base}dataset.json")
@@ -246,7 +246,7 @@ def _open_parquet(path: Path, files: list[str]) -> Source:
                 rows = [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
             raise UserError(
-                f"{path / file} is no readable parquet file ({_first_line(error)}); download it again"
+                f"{path / file} is not a readable parquet file ({_first_line(error)}); download it again"
             ) from error
         if column.null_count:
             raise UserError(f"{path / file} has rows without a label; give files whose rows are all labelled")
@@ -315,7 +315,7 @@ def _parse_dataset_json(text: bytes, where: Path | str) -> list[tuple[str, int]]
     if not pairs:
         raise UserError(f"{where} lists no files; give a dataset with images")
     if not all(type(label) is int and label >= 0 for _, label in pairs):
-        raise UserError(f"{where} has labels that are no class numbers; they must be integers of at least 0")
+        raise UserError(f"{where} has labels that are not class numbers; they must be integers of at least 0")
     return pairs
 
 

@@ -21,7 +21,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 class BadImageError(Exception):
-    """The file is no image that can be used; the message is the reason, without the file's name."""
+    """The file is not an image that can be used; the message is the reason, without the file's name."""
 
 
 def load_image(file: bytes | io.BufferedIOBase, resolution: int, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:

@@ -13,7 +13,7 @@ def guided(velocity: Velocity, scale: float, null_class: int, low: float = 0.0, 
 
     Args:
         velocity: of a model trained with label dropout.
-        scale: 1 is no guidance.
+        scale: 1 means no guidance.
         null_class: the label that means "no class" (``Denoiser.null_class``).
         low: end of the interval near the data.
         high: end of the interval near the noise.

@@ -32,7 +32,7 @@ def infer_config(state: Mapping[str, torch.Tensor]) -> dict:
     """The diffusers configuration of tensors by diffusers names; a known architecture's own file where it fits.
 
     Raises:
-        NotWeightsError: half of it is missing, or it is no KL autoencoder that ``AutoencoderKL`` can be.
+        NotWeightsError: half of it is missing, or it is not a KL autoencoder that ``AutoencoderKL`` can be.
     """
     config = infer_shape(state)
     if names := fitting_names(config):
@@ -169,7 +169,7 @@ def _check_complete(state: Mapping[str, torch.Tensor]) -> None:
     for half, other in (("encoder", "decoder"), ("decoder", "encoder")):
         if not any(name.startswith(f"{half}.") for name in state):
             raise NotWeightsError(
-                f"it is half a VAE: beside the {other}, {missing[0]} and the {half}'s rest are missing"
+                f"it is half a VAE: it has the {other}, but {missing[0]} and the rest of the {half} are missing"
             )
     raise NotWeightsError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
 
@@ -214,7 +214,7 @@ def _width(state: Mapping[str, torch.Tensor], level: str) -> int:
 def _side(state: Mapping[str, torch.Tensor], name: str, dimension: int) -> int:
     """A side of a convolution's weight."""
     if state[name].ndim != 4:
-        raise NotWeightsError(f"{name} of shape {tuple(state[name].shape)} is no convolution's weight")
+        raise NotWeightsError(f"{name} of shape {tuple(state[name].shape)} is not a convolution's weight")
     return state[name].shape[dimension]
 
 

@@ -43,7 +43,7 @@ def add_vae_source_arguments(group: argparse._ActionsContainer, default: str | N
         "--vae-latents-stats",
         metavar="FILE",
         help="its latent statistics, REPA-E's, LightningDiT's or ours; repa: mean 0 and scale 0.18215, which REPA's "
-        "checkpoints assume (default: those in the VAE's file, beside it as X-latents-stats.pt, or in its folder)",
+        "checkpoints assume (default: those in the VAE's file, next to it as X-latents-stats.pt, or in its folder)",
     )
 
 

@@ -1,12 +1,12 @@
 """Whose checkpoint a file is, and which of its tensors are a VAE, a discriminator or latent statistics.
 
 =====================================  ===============================================================================
-LDM file (``.pt``, ``.safetensors``)   ``encoder.down.…``, perhaps beside a projection: REPA-E's sdvae, invae, e2e-…
-Lightning checkpoint (VA-VAE, LDM)     the same under ``state_dict``, beside ``loss.``, ``foundation_model.`` …
-Stable Diffusion checkpoint            the same with the prefix ``first_stage_model.``, beside a U-Net
+LDM file (``.pt``, ``.safetensors``)   ``encoder.down.…``, perhaps with a projection: REPA-E's sdvae, invae, e2e-…
+Lightning checkpoint (VA-VAE, LDM)     the same under ``state_dict``, with ``loss.``, ``foundation_model.`` …
+Stable Diffusion checkpoint            the same with the prefix ``first_stage_model.``, with a U-Net
 diffusers file                         ``encoder.down_blocks.…``, attention in today's or in older names
 REPA-E training checkpoint             ``vae``, ``discriminator``, statistics in ``ema``
-our own checkpoint                     ``tokenizer.network.…`` or ``network.…``, beside ``statistics.…``
+our own checkpoint                     ``tokenizer.network.…`` or ``network.…``, with ``statistics.…``
 =====================================  ===============================================================================
 
 A VAE is found by its first convolution, whatever prefix a training code gave it.
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from formats.layers import State, is_ldm, to_diffusers
-from formats.statistics import Statistics, batch_norm_statistics, own_statistics
+from formats.statistics import FoundStatistics, batch_norm_statistics, own_statistics
 from models.weight_files import NotWeightsError, tensors_by_name
 
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
-# What training codes keep beside a VAE under the same prefix.
+# What training codes keep with a VAE under the same prefix.
 IGNORED = ("loss.", "linear_proj.", "foundation_model.", "model_ema.", "quant_norm.", "proj.", "logvar")
 STABLE_DIFFUSION = "first_stage_model."
 OPTIMIZER_ENTRIES = {
@@ -47,7 +47,7 @@ class FoundVAE:
     state: State
     layout: str
     is_ldm: bool
-    statistics: Statistics | None = None
+    statistics: FoundStatistics | None = None
 
 
 def find_vae(contents: object, source: str) -> FoundVAE:
@@ -130,7 +130,7 @@ def _unnested(contents: object) -> tuple[object, str]:
 
 
 def _tensors(contents: object) -> State:
-    """Those entries that are tensors: training codes leave numbers beside them."""
+    """Those entries that are tensors: training codes leave numbers among them."""
     if not isinstance(contents, Mapping):
         raise NotWeightsError(f"it holds a {type(contents).__name__}, not tensors by name")
     return {name: t for name, t in contents.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}

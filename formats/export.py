@@ -67,19 +67,19 @@ def repae_files(tokenizer: KLTokenizer, path: Path, discriminator: Mapping | Non
 
 
 def write_files(files: Mapping[Path, State]) -> None:
-    """Write tensors by name, as safetensors or with ``torch.save`` by the suffix; all beside, then all renamed."""
-    beside = {path: path.with_name(f".{path.name}.tmp") for path in files}
+    """Write tensors by name, as safetensors or with ``torch.save`` by the suffix; all complete, then all renamed."""
+    temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
     try:
         for path, state in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             # copies: torch.save would write whole storages of which a tensor may be a part
             state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
             if path.suffix == ".safetensors":
-                save_file(state, beside[path])
+                save_file(state, temporary[path])
             else:
-                torch.save(state, beside[path])
-        for path, temporary in beside.items():
-            os.replace(temporary, path)
+                torch.save(state, temporary[path])
+        for path, partial in temporary.items():
+            os.replace(partial, path)
     finally:
-        for temporary in beside.values():
-            temporary.unlink(missing_ok=True)
+        for partial in temporary.values():
+            partial.unlink(missing_ok=True)

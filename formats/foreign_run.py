@@ -127,7 +127,7 @@ def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) 
     if checkpoint.step is None:
         notes.append(f"{given} does not say its step; taking 0")
     if checkpoint.moments is None:
-        notes.append(f"{given} holds no optimizer state: a training that goes on from it begins AdamW anew")
+        notes.append(f"{given} holds no optimizer state: a training that continues from it begins AdamW anew")
     for note in notes:
         report(note)
     return ForeignRun(checkpoint, tokenizer, path_type, resolution)
@@ -161,7 +161,7 @@ def checkpoint_file(source: Path, train_steps: int | None) -> tuple[Path, dict |
     except FileNotFoundError:
         raise UserError(
             f"SOURCE {source} has checkpoints/{path.name} but no args.json, which says how it was trained; copy it "
-            "beside, or give the file itself"
+            "there as well, or give the file itself"
         ) from None
     except ValueError as error:
         raise UserError(f"{source / 'args.json'} is not readable as JSON ({error}); copy it again") from error

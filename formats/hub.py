@@ -20,7 +20,7 @@ _WEIGHTS = tuple(f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether a text can be a hub name, and is no path: nothing lies there, and its first part is no folder here."""
+    """Whether a text can be a hub name and is not a path: nothing is there, and its first part is not a folder here."""
     found = _NAME.fullmatch(text)
     return found is not None and not Path(text).exists() and not Path(text.split("/")[0]).exists()
 

@@ -33,7 +33,7 @@ def arguments_of(folder: Path) -> dict | None:
 
 
 def refuse_unfinished(*paths: str | None) -> None:
-    """Refuse VAEs that lie beside the status of a training that has not finished; other names are passed over."""
+    """Refuse VAEs next to the status of a training that has not finished; other names are passed over."""
     for path in paths:
         if path is None or not Path(path).exists():
             continue
@@ -67,7 +67,7 @@ def refuse_own_file(path: Path, flag: str, instead: str) -> None:
 
 
 def refuse_foreign(path: Path, flag: str, instead: str, *flags: str) -> None:
-    """Refuse a checkpoint of REPA or REPA-E, which is no run yet, naming the command that makes one of it.
+    """Refuse a checkpoint of REPA or REPA-E, which is not a run yet, naming the command that makes one of it.
 
     Args:
         path: that may be one; a single file of a run of ours is refused too.
@@ -83,7 +83,7 @@ def refuse_foreign(path: Path, flag: str, instead: str, *flags: str) -> None:
         run = os.path.join("exps", f"{path.stem if path.is_file() else path.resolve().name}-run")
         command = shlex.join(["python", "export_ldm.py", str(path), run, "--format", "run", *flags])
         raise UserError(
-            f"{flag} {path} is no run of this project: make one of it with {command}, and give {instead} {run}"
+            f"{flag} {path} is not a run of this project: make one of it with {command}, and give {instead} {run}"
         )
 
 

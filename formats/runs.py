@@ -34,7 +34,7 @@ def locate_vae(path: Path, step: int | None = None) -> Path:
     """
     path = Path(path)
     if step is not None and not is_run(path):
-        raise NotWeightsError(f"it is no run (it has no {ARGUMENTS}), so that it has no steps")
+        raise NotWeightsError(f"it is not a run (it has no {ARGUMENTS}), so that it has no steps")
     if not path.is_dir():
         return path
     if (path / "config.json").is_file() or (path / MANIFEST).is_file():

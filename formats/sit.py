@@ -6,7 +6,7 @@
     0400000.pt (REPA)       model, ema, opt, args (an argparse.Namespace), steps
     0400000.pt (REPA-E)     the same, and vae, discriminator, opt_vae, opt_disc where the VAE was trained along
 
-Their networks hold REPA's projectors, ``projectors.N.…``, which here lie beside the denoiser (``loss.alignment``).
+Their networks hold REPA's projectors, ``projectors.N.…``, here kept apart from the denoiser (``loss.alignment``).
 REPA-E's hold the latent statistics too, as ``bn.running_mean`` and ``bn.running_var``. REPA's first checkpoints call
 the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0.
 """
@@ -82,7 +82,7 @@ class SiTCheckpoint:
     Attributes:
         path: of the file.
         config: of the SiT, by its tensors.
-        projectors: beside it, by their tensors; ``encoder_depth`` by the flags of its training.
+        projectors: apart from it, by their tensors; ``encoder_depth`` by the flags of its training.
         weights: by name, ``"ema"`` and ``"model"``, or one of them alone.
         facts: what the flags of its training say (of ``FACTS``), as far as they are known.
         step: it was trained for, or None.
@@ -116,7 +116,7 @@ class SiTCheckpoint:
             numbers = [number for group in self.optimizer["param_groups"] for number in group["params"]]
             state = {number: self.optimizer["state"].get(number) for number in numbers}
         except (KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(f"its optimizer is no state dict of AdamW ({error!r})") from error
+            raise self._damaged(f"its optimizer is not a state dict of AdamW ({error!r})") from error
         if len(numbers) != len(self.optimizer_names):
             raise self._damaged(f"its optimizer has {len(numbers)} parameters, its model {len(self.optimizer_names)}")
         weights = self.weights["model"].denoiser | self.weights["model"].alignment
@@ -135,7 +135,7 @@ class SiTCheckpoint:
             beta1, beta2 = map(float, group["betas"])
             return {"betas": (beta1, beta2), "eps": float(group["eps"]), "weight_decay": float(group["weight_decay"])}
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise self._damaged(f"its optimizer is no state dict of AdamW ({error!r})") from error
+            raise self._damaged(f"its optimizer is not a state dict of AdamW ({error!r})") from error
 
     def _check_moments(self, name: str, moments: object, weight: torch.Tensor) -> None:
         """A parameter's state is AdamW's: a number of steps and two averages of the weight's shape."""
@@ -164,7 +164,7 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
     Args:
         path: a .pt or .safetensors file.
         given: what the user gave it with, for messages, e.g. ``SOURCE last.pt``.
-        json_facts: content of the ``args.json`` beside it.
+        json_facts: content of the ``args.json`` next to it.
 
     Raises:
         UserError: not readable, no SiT, none that this project builds, or flags that contradict its tensors.
@@ -231,7 +231,7 @@ def infer_sizes(
         )
     grid = round(tokens**0.5)
     if grid * grid != tokens:
-        raise UserError(f"{given}: pos_embed has {tokens} tokens, which is no square")
+        raise UserError(f"{given}: pos_embed has {tokens} tokens, which is not a square")
     config = SiTConfig(
         model=f"SiT-{names[0]}/{patch}",
         latent_channels=channels,
@@ -317,12 +317,12 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
         if name in _COMPARED and facts.get(name, value) != value:
             raise UserError(
                 f"{given}: args.json says {name} {value}, the checkpoint {facts[name]}: they do not belong together; "
-                "copy its own args.json beside it"
+                "copy its own args.json next to it"
             )
         facts[name] = value
     for name, value in facts.items():
         if name in NUMBERS and not isinstance(value, int):
-            raise UserError(f"{given}: its args say {name} {value!r}, which is no whole number")
+            raise UserError(f"{given}: its args say {name} {value!r}, which is not a whole number")
         if not isinstance(value, str | int | float):
             raise UserError(f"{given}: its args say {name} {type(value).__name__}, which is neither number nor text")
     return facts
@@ -412,9 +412,9 @@ def _check_fits(state: State, config: SiTConfig, projectors: Projectors, given: 
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     misshapen = [key for key, tensor in state.items() if key in expected and tensor.shape != expected[key].shape]
-    for what, keys in (("lacks", missing), ("has beside it", unexpected), ("has in another shape", misshapen)):
+    for what, keys in (("lacks", missing), ("has in addition", unexpected), ("has in another shape", misshapen)):
         if keys:
-            raise UserError(f"{given} is no complete {config.model}: it {what} {', '.join(keys[:3])}")
+            raise UserError(f"{given} is not a complete {config.model}: it {what} {', '.join(keys[:3])}")
     try:
         check_values(state, expected)
     except NotWeightsError as error:

@@ -33,7 +33,7 @@ REPA_CHANNELS = 4
 
 
 @dataclass(frozen=True)
-class Statistics:
+class FoundStatistics:
     """Per-channel statistics of latents, each ``[C]``, as they were found.
 
     Attributes:
@@ -83,13 +83,13 @@ class Statistics:
             statistics.load(self.mean, self.std, self.var)
 
 
-def repa_statistics() -> Statistics:
+def repa_statistics() -> FoundStatistics:
     """What REPA normalises Stable Diffusion's latents with: no mean, one factor."""
     source = f"REPA (mean 0, scale {REPA_SCALE})"
-    return Statistics(torch.zeros(REPA_CHANNELS), torch.full((REPA_CHANNELS,), 1 / REPA_SCALE), None, source)
+    return FoundStatistics(torch.zeros(REPA_CHANNELS), torch.full((REPA_CHANNELS,), 1 / REPA_SCALE), None, source)
 
 
-def read_statistics(path: Path) -> Statistics:
+def read_statistics(path: Path) -> FoundStatistics:
     """Latent statistics from a file.
 
     Raises:
@@ -105,7 +105,7 @@ def read_statistics(path: Path) -> Statistics:
     return found
 
 
-def statistics_in(contents: object, source: str) -> Statistics | None:
+def statistics_in(contents: object, source: str) -> FoundStatistics | None:
     """Latent statistics among what a file holds, or None.
 
     Raises:
@@ -119,32 +119,32 @@ def statistics_in(contents: object, source: str) -> Statistics | None:
         scale, bias = (_channels(contents, name) for name in ("latents_scale", "latents_bias"))
         if (scale <= 0).any() or not scale.isfinite().all():
             raise NotWeightsError("latents_scale is not positive and finite everywhere")
-        return Statistics(bias, None, scale.double().square().reciprocal().float(), source)
+        return FoundStatistics(bias, None, scale.double().square().reciprocal().float(), source)
     if "mean" in contents and ("std" in contents or "var" in contents):
         std, var = (_channels(contents, name) if name in contents else None for name in ("std", "var"))
-        return Statistics(_channels(contents, "mean"), std, var, source)
+        return FoundStatistics(_channels(contents, "mean"), std, var, source)
     return own_statistics(contents, source)
 
 
-def own_statistics(contents: Mapping, source: str) -> Statistics | None:
-    """Those that our own checkpoints keep beside the network."""
+def own_statistics(contents: Mapping, source: str) -> FoundStatistics | None:
+    """Those that our own checkpoints keep with the network."""
     for prefix in ("tokenizer.statistics.", "statistics."):
         if f"{prefix}mean" in contents and f"{prefix}var" in contents:
             mean, var = (_channels(contents, f"{prefix}{name}") for name in ("mean", "var"))
-            return Statistics(mean, None, var, source)
+            return FoundStatistics(mean, None, var, source)
     return None
 
 
-def batch_norm_statistics(state: Mapping, source: str) -> Statistics | None:
+def batch_norm_statistics(state: Mapping, source: str) -> FoundStatistics | None:
     """Those of a SiT of REPA-E, which keeps them in a BatchNorm called ``bn``."""
     for prefix in ("bn.", "module.bn.", "_orig_mod.bn."):
         if f"{prefix}running_var" in state or f"{prefix}running_mean" in state:
             mean, var = (_channels(state, f"{prefix}running_{name}") for name in ("mean", "var"))
-            return Statistics(mean, None, var, source)
+            return FoundStatistics(mean, None, var, source)
     return None
 
 
-def config_statistics(config: Mapping, source: str) -> Statistics | None:
+def config_statistics(config: Mapping, source: str) -> FoundStatistics | None:
     """Those of a diffusers configuration.
 
     Its pipelines normalise to ``(z − latents_mean) · scaling_factor / latents_std``; so that is the std.
@@ -152,7 +152,7 @@ def config_statistics(config: Mapping, source: str) -> Statistics | None:
     if config.get("latents_mean") is None or config.get("latents_std") is None:
         return None
     mean, std = (torch.tensor(config[name], dtype=torch.float64).flatten() for name in ("latents_mean", "latents_std"))
-    return Statistics(mean, std / config.get("scaling_factor", 1.0), None, source)
+    return FoundStatistics(mean, std / config.get("scaling_factor", 1.0), None, source)
 
 
 def find_beside(path: Path) -> Path | None:
@@ -201,7 +201,7 @@ def _channels(contents: Mapping, name: str) -> torch.Tensor:
     """float32 ``[C]`` from a tensor with singleton dimensions around C."""
     tensor = contents.get(name)
     if not isinstance(tensor, torch.Tensor):
-        raise NotWeightsError(f"{name} is {'missing' if tensor is None else 'no tensor'}")
+        raise NotWeightsError(f"{name} is {'missing' if tensor is None else 'not a tensor'}")
     check_plain(name, tensor)
     if tensor.numel() != max(tensor.shape, default=1):
         raise NotWeightsError(f"{name} of shape {tuple(tensor.shape)} is not one number a channel")

@@ -31,7 +31,7 @@ from formats.run_folders import MANIFEST
 from formats.runs import DIFFUSERS_WEIGHTS, locate_vae, read_checkpoint
 from formats.statistics import (
     REPA,
-    Statistics,
+    FoundStatistics,
     config_statistics,
     find_beside,
     read_statistics,
@@ -107,7 +107,7 @@ def load_vae(
             whose weights too where no ``checkpoint`` is given; None: what the checkpoint says.
         checkpoint: a file, folder, run or hub name with weights; ``"none"`` for random ones.
         statistics: a file with latent statistics, or ``"repa"`` for REPA's; by default those in the checkpoint,
-            beside it, or in its configuration.
+            next to it, or in its configuration.
         step: of the checkpoint, where that is one of our own runs.
         flag: what the user calls ``checkpoint``, for messages.
 
@@ -120,7 +120,9 @@ def load_vae(
     if given is not None and vae is not None and (named is None or named.kind != given.kind):
         raise UserError(f"{flag} {checkpoint} is a {given.kind.__name__}, not --vae {vae}: give --vae {checkpoint}")
     if named is not None and given is None and checkpoint not in (None, RANDOM):
-        raise UserError(f"{flag} {checkpoint} is no {named.kind.__name__}, which --vae {vae} is: give a folder of one")
+        raise UserError(
+            f"{flag} {checkpoint} is not a folder of a {named.kind.__name__}, which --vae {vae} means: give one"
+        )
     if (named is not None or given is not None) and step is not None:
         raise UserError(f"--train-steps {step}: of a {(given or named).kind.__name__} only the finished vae/ is read")
     if named is not None or given is not None:
@@ -141,7 +143,7 @@ def load_vae(
 
 
 def _load_own_kind(own: OwnKind, checkpoint: str | None, statistics: str | None) -> LoadedVAE:
-    """A tokenizer that is no ``AutoencoderKL``."""
+    """A tokenizer that is not an ``AutoencoderKL``."""
     if checkpoint == RANDOM:
         tokenizer, source, layout = own.build(), None, "random"
     else:
@@ -164,7 +166,7 @@ def architecture(vae: str) -> dict:
         names = ", ".join(architecture_names())
         raise UserError(f"--vae {vae}: neither a known architecture ({names}) nor a VAE's file, folder or hub name")
     given = f"--vae {vae}"
-    if (path / "config.json").is_file():  # weights need not lie beside it
+    if (path / "config.json").is_file():  # weights need not be next to it
         return _read_config(path, given)
     return open_vae(vae, "--vae").config
 
@@ -278,7 +280,7 @@ def _load_statistics(tokenizer: Tokenizer, source: VAESource | None, file: str |
     return found.source
 
 
-def _statistics_at(path: Path) -> Statistics:
+def _statistics_at(path: Path) -> FoundStatistics:
     """Those in a file; of a folder, a run or its checkpoint, those that its VAE would be loaded with.
 
     Raises:
@@ -301,8 +303,8 @@ def _statistics_at(path: Path) -> Statistics:
     return found
 
 
-def _of_file(path: Path) -> Statistics:
-    """Those in a file, or beside a VAE's file."""
+def _of_file(path: Path) -> FoundStatistics:
+    """Those in a file, or next to a VAE's file."""
     try:
         return read_statistics(path)
     except NotWeightsError:

@@ -312,7 +312,7 @@ class MeasuredStatistics:
         self._packing, self._tokenizer = packing, tokenizer
 
     def shard(self, number: int) -> np.ndarray:
-        """Additive moments of a complete shard, float64 ``[2C + 1]``; kept beside it until the cache is complete."""
+        """Additive moments of a complete shard, float64 ``[2C + 1]``; kept next to it until the cache is complete."""
         kept = self._kept(number)
         if kept.exists():
             return np.load(kept, allow_pickle=False)
@@ -338,7 +338,7 @@ class MeasuredStatistics:
         return statistics
 
     def tidy_up(self) -> None:
-        """Remove what was kept beside the shards."""
+        """Remove what was kept next to the shards."""
         for path in self._packing.folder.glob(".moments-*.npy"):
             path.unlink(missing_ok=True)
 
@@ -353,7 +353,7 @@ def save_beside(folder: Path, tokenizer: Tokenizer, measured: LatentStatistics, 
         folder: of the cache.
         tokenizer: the VAE; stays as it is.
         measured: over the whole set.
-        keep: store the VAE's own statistics beside it.
+        keep: store the VAE's own statistics with it.
     """
     own = {name: tensor.clone() for name, tensor in tokenizer.statistics.state_dict().items()}
     if not keep:

@@ -272,6 +272,6 @@ def save_preview(path: Path, rows: list[list[int]], images: ImageDataset) -> Non
     out = np.empty((len(rows), len(rows[0]), 3, images.resolution, images.resolution), np.uint8)
     for items, row in zip(rows, out, strict=True):
         images.read_into(items, row)
-    beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    save_grid(list(torch.from_numpy(out)), beside)
-    beside.replace(path)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    save_grid(list(torch.from_numpy(out)), temporary)
+    temporary.replace(path)

@@ -18,7 +18,7 @@ from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discr
 from loss.reconstruction import RECONSTRUCTION_LOSSES, reconstruction_loss
 from loss.total import total
 
-# Keys of REPA-E's file that are no fields here. A KL autoencoder has no quantizer: any weight of it will do. The other
+# Keys of REPA-E's file that are not fields here. A KL autoencoder has no quantizer: any weight of it will do. The other
 # two must be 0, as in REPA-E's file.
 IGNORED_KEY = "quantizer_weight"
 ZERO_KEYS = {
@@ -163,7 +163,7 @@ class VAEObjective(nn.Module):
         last_layer: torch.Tensor,
         gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> dict[str, float | torch.Tensor]:
-        """The weight of each term; what a tokenizer has beside ``kl`` counts once.
+        """The weight of each term; what a tokenizer has besides ``kl`` counts once.
 
         Args:
             terms: from :meth:`generator_terms`.

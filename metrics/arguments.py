@@ -20,8 +20,8 @@ GENERATION_DESCRIPTION = """Compare generated images with a reference.
 
 Samples and reference are an .npz (arr_0, uint8 [N, H, W, 3]; of a reference also mu, sigma, mu_s, sigma_s, as ADM's
 have them), a folder of images, a packed dataset, or what generate.py made. Any number of processes share the work. The
-values go into metrics/NAME.json: in a packed folder, beside an .npz. A plain folder of images stays as it is: its
-values go into FOLDER.metrics/NAME.json beside it."""
+values go into metrics/NAME.json: in a packed folder, or next to an .npz. A plain folder of images stays as it is: its
+values go into FOLDER.metrics/NAME.json next to it."""
 RECONSTRUCTION_HELP = "a VAE on held-out images: rFID, PSNR, SSIM, LPIPS"
 RECONSTRUCTION_DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
 
@@ -74,7 +74,10 @@ def add_metric_arguments(group: argparse._ArgumentGroup) -> None:
         CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)"
     )
     group.add_argument(
-        "--ref-cache", type=Path, metavar="DIR", help="keeps the reference's features (default: REF.features beside it)"
+        "--ref-cache",
+        type=Path,
+        metavar="DIR",
+        help="keeps features of the reference (default: REF.features, next to it)",
     )
 
 
@@ -108,8 +111,8 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--name",
-        help="of the files that are written and replaced (default: reconstruction; beside a VAE's file its name behind "
-        "it; where that is there already, of other --data, their name behind it)",
+        help="of the files that are written and replaced (default: reconstruction, for a VAE in a file "
+        "followed by its name; where that exists for other --data, also by theirs)",
     )
     add("--worst", type=non_negative_int, default=16, metavar="N", help="images in NAME-worst.png; 0: no such file")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
@@ -128,5 +131,5 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output-dir", metavar="DIR", help="write to DIR/metrics (default: beside the VAE: its run's, or its folder's)"
+        "--output-dir", metavar="DIR", help="write to DIR/metrics (default: next to the VAE: that of its run or folder)"
     )

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     process = this_process()
     set_inference_numerics(process, "no", allow_tf32=False)
     if args.name is not None and (not args.name or "/" in args.name or args.name.startswith(".")):
-        raise UserError(f"--name {args.name} is no name of a file; give one without slashes")
+        raise UserError(f"--name {args.name} is not a name of a file; give one without slashes")
     settings = settings_of(
         args, num_samples=args.num_samples, batch_size=args.batch_size, num_workers=args.num_workers, seed=args.seed
     )
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class GenerationEvaluation:
     """A measurement that can be made: the reference fits, the network has its weights."""
 
     reference: ImageSet
@@ -79,11 +79,11 @@ class Evaluation:
 
 def plan(
     args: argparse.Namespace, ref: Path, ref_flag: str, resolution: int, settings: Settings, process: Process
-) -> Evaluation:
+) -> GenerationEvaluation:
     """Open and check all that a measurement of samples of a resolution, in pixels, needs; generate.py does it first."""
     reference = open_image_set(ref, ref_flag)
     check_reference(reference, resolution, settings, args.features)
-    return Evaluation(reference, extractor_of(args, process), settings)
+    return GenerationEvaluation(reference, extractor_of(args, process), settings)
 
 
 def settings_of(args: argparse.Namespace, **others) -> Settings:
@@ -106,7 +106,7 @@ def extractor_of(args: argparse.Namespace, process: Process) -> Extractor:
     return extractor
 
 
-def dry_run(samples: ImageSet, evaluation: Evaluation, process: Process) -> None:
+def dry_run(samples: ImageSet, evaluation: GenerationEvaluation, process: Process) -> None:
     """Two batches of the samples, and how long all would take at that rate."""
     reference, settings = evaluation.reference, evaluation.settings
     extractor = evaluation.extractor.to(process.device)

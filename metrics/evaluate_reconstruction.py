@@ -49,7 +49,7 @@ def _metric_names(text: str) -> list[str]:
 
 
 @dataclass
-class Evaluation:
+class ReconstructionEvaluation:
     """What is needed for a batch.
 
     Attributes:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.data:
         raise UserError("--data is needed: held-out images, a packed dataset, a tree of class folders or a zip")
     if args.name is not None and (not args.name or "/" in args.name or args.name.startswith(".")):
-        raise UserError(f"--name {args.name} is no name of a file; give one without slashes")
+        raise UserError(f"--name {args.name} is not a name of a file; give one without slashes")
     args.metrics = None if args.metrics is None else _metric_names(args.metrics)
     process = this_process()
     set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
@@ -166,10 +166,10 @@ def build_evaluation(
     extractor: Extractor | None,
     process: Process,
     threads: int,
-) -> Evaluation:
+) -> ReconstructionEvaluation:
     count = min(args.num_images or len(images), len(images))
     chunk = chunk_size(images.resolution, process.device)
-    return Evaluation(
+    return ReconstructionEvaluation(
         subject,
         images,
         np.linspace(0, len(images) - 1, count).round().astype(np.int64),
@@ -181,7 +181,7 @@ def build_evaluation(
     )
 
 
-def evaluate(args: argparse.Namespace, evaluation: Evaluation, process: Process) -> None:
+def evaluate(args: argparse.Namespace, evaluation: ReconstructionEvaluation, process: Process) -> None:
     """Measure all images over all processes; the main one writes."""
     items, size = evaluation.items, whole_chunks(args.batch_size, evaluation.vae_worker.chunk)
     places = [np.arange(first, min(first + size, len(items))) for first in range(0, len(items), size)]
@@ -223,7 +223,9 @@ def collect(moments: list[Moments], shares: list[int], process: Process) -> None
                 total.merge(shares[rank], mean, scatter)
 
 
-def write_results(args: argparse.Namespace, evaluation: Evaluation, values: np.ndarray, moments: list[Moments]) -> None:
+def write_results(
+    args: argparse.Namespace, evaluation: ReconstructionEvaluation, values: np.ndarray, moments: list[Moments]
+) -> None:
     """The table on the terminal, the record, the CSV and the grid."""
     names, items = evaluation.scores.names, evaluation.items
     chosen = [place for place, name in enumerate(names) if args.metrics is None or name.lower() in args.metrics]
@@ -266,7 +268,7 @@ def write_results(args: argparse.Namespace, evaluation: Evaluation, values: np.n
     print(f"{len(items)} images of {args.data}; {path}")
 
 
-def save_worst(path: Path, evaluation: Evaluation, places: np.ndarray) -> None:
+def save_worst(path: Path, evaluation: ReconstructionEvaluation, places: np.ndarray) -> None:
     """Originals above reconstructions, the worst first, in rows of eight."""
     items = evaluation.items[places]
     side = evaluation.images.resolution
@@ -279,7 +281,7 @@ def save_worst(path: Path, evaluation: Evaluation, places: np.ndarray) -> None:
     save_grid([row for part in pairs.split(columns) for row in part.chunk(2, 1)], path)
 
 
-def dry_run(args: argparse.Namespace, evaluation: Evaluation, process: Process) -> None:
+def dry_run(args: argparse.Namespace, evaluation: ReconstructionEvaluation, process: Process) -> None:
     """Two batches, and what the whole would take."""
     size = whole_chunks(min(args.batch_size, 4 * evaluation.vae_worker.chunk), evaluation.vae_worker.chunk)
     items = evaluation.items[np.arange(size) % len(evaluation.items)]

@@ -40,7 +40,7 @@ class Settings:
         batch_size: images at once on a process.
         num_workers: reading threads.
         seed: of KID's subsets.
-        ref_cache: folder that keeps the reference's features; None: beside the reference.
+        ref_cache: folder that keeps the reference's features; None: next to the reference.
     """
 
     metrics: tuple[str, ...]
@@ -205,7 +205,7 @@ def measurement(
     settings: Settings,
     name: str,
 ) -> Measurement:
-    """What is written beside the samples."""
+    """What is written next to the samples."""
     stored = [metric for metric in settings.metrics if _brings(reference, metric, extractor.name)]
     images = reference.images
     count = settings.num_samples or len(samples.images)

@@ -84,7 +84,7 @@ def open_probe_data(
     """Open a data set with its classes and, where it has some, its attributes.
 
     Args:
-        path: photographs beside annotation files (``dataset.attributes``), or any images.
+        path: photographs next to annotation files (``dataset.attributes``), or any images.
         resolution: side in pixels; a packed dataset has its own.
         default: of photographs, where no resolution is asked for.
         val_path: images to test on; else a part of ``path``, the data set's own or a random one.

@@ -17,7 +17,7 @@ from metrics.latent_space import PLANE_POINTS, discrimination, uniformity
 from metrics.probe_data import ProbeData
 from metrics.probing import (
     PENALTIES,
-    Features,
+    ProbeFeatures,
     attribute_scores,
     choose_probe,
     class_scores,
@@ -50,7 +50,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``values`` by name, ``settings`` they depend on, and ``files`` to be written beside the record."""
+    """``values`` by name, ``settings`` they depend on, and ``files`` to be written next to the record."""
 
     values: dict[str, float]
     settings: dict = field(default_factory=dict)
@@ -158,7 +158,7 @@ def _probe(latents: Latents, targets: Tensor, outputs: int, name: str) -> tuple[
     data, flat = latents.data, latents.values.flatten(1)
     parts = {code: data.part(code) for code in (TRAIN, VALIDATION, TEST)}
     mean, scale = standardisation(flat, parts[TRAIN])
-    train, validation, test = (Features(flat, places, mean, scale, latents.device) for places in parts.values())
+    train, validation, test = (ProbeFeatures(flat, places, mean, scale, latents.device) for places in parts.values())
     with progress_bar(len(PENALTIES), 0, f"probing {name}", "fit", True) as progress:
         chosen = choose_probe(
             train,

@@ -23,7 +23,7 @@ HISTORY = 10  # gradients that L-BFGS remembers: with 1000 classes and 8192 feat
 MIN_STD = 1e-6  # of a feature; below it, it says nothing and is left out
 
 
-class Features:
+class ProbeFeatures:
     """Standardised feature vectors, a block at a time.
 
     Args:
@@ -76,7 +76,7 @@ class LinearProbe:
     weight: Tensor
     bias: Tensor
 
-    def scores(self, features: Features) -> Tensor:
+    def scores(self, features: ProbeFeatures) -> Tensor:
         """Logits float32 ``[N, A]``, on the CPU."""
         return torch.cat([F.linear(block, self.weight, self.bias).cpu() for block in features.blocks()])
 
@@ -109,7 +109,7 @@ def data_loss(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def fit_probe(
-    features: Features,
+    features: ProbeFeatures,
     targets: Tensor,
     outputs: int,
     penalty: float,
@@ -158,9 +158,9 @@ def fit_probe(
 
 
 def choose_probe(
-    train: Features,
+    train: ProbeFeatures,
     train_targets: Tensor,
-    validation: Features,
+    validation: ProbeFeatures,
     validation_targets: Tensor,
     outputs: int,
     penalties: Sequence[float] = PENALTIES,

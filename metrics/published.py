@@ -90,7 +90,7 @@ def load_published(path: Path = PUBLISHED) -> Published:
     """Read and check the file.
 
     Raises:
-        UserError: unknown keys, a row with too many or too few values, a value that is no number, an id that is not
+        UserError: unknown keys, a row with too many or too few values, a value that is not a number, an id that is not
             there.
     """
     try:
@@ -106,7 +106,7 @@ def load_published(path: Path = PUBLISHED) -> Published:
     for row in rows.values():
         for other in row.see:
             if other not in rows:
-                raise UserError(f"{path}: {row.id}: see names {other}, which is no row")
+                raise UserError(f"{path}: {row.id}: see names {other}, which is not a row")
     correlations = {}
     for name, entry in content["correlations"].items():
         _check_keys(entry, CORRELATION_KEYS, f"{path}: {name}")

@@ -1,4 +1,4 @@
-"""What a measurement leaves behind: ``metrics/NAME.json`` beside what it measured."""
+"""What a measurement leaves behind: ``metrics/NAME.json`` next to what it measured."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from runtime.files import write_atomically
 
 FORMAT_VERSION = 1
 FOLDER_NAME = "metrics"
-DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file raises that is no measurement
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file raises that is not a measurement
 PACKAGES = ("torch", "torchvision", "timm", "torch-fidelity", "torchmetrics", "scikit-learn", "lpips", "numpy", "scipy")
 
 

@@ -184,5 +184,5 @@ def _read_statistics(path: Path, keys: tuple[str, str], dim: int) -> Gaussian:
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise UserError(f"{where} are not finite; make or download the reference again")
     if np.abs(cov - cov.T).max() > ASYMMETRY * np.abs(cov).max() or np.diag(cov).min() < 0:
-        raise UserError(f"{where}: {keys[1]} is no covariance (it must be symmetric); make the reference again")
+        raise UserError(f"{where}: {keys[1]} is not a covariance (it must be symmetric); make the reference again")
     return Gaussian(mean, (cov + cov.T) / 2)

@@ -51,7 +51,7 @@ def open_vae(args: argparse.Namespace, process: Process) -> Subject:
 
 
 def output_subject(args: argparse.Namespace) -> Path:
-    """What the measurements are to lie beside (``metrics.record.metrics_folder``); an error where that is nowhere.
+    """Where the measurements belong (``metrics.record.metrics_folder``); an error where that is nowhere.
 
     Raises:
         UserError: no ``--output-dir`` for a VAE without a place of its own, or one that is a file.

@@ -216,7 +216,7 @@ class SummaryCache:
         return summary
 
     def keep(self, summary: Summary) -> None:
-        """Write what there is; a folder that cannot be written is no error."""
+        """Write what there is; a folder that cannot be written is not an error."""
         if self.folder is None:
             return
         arrays = {
@@ -229,9 +229,9 @@ class SummaryCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, content in arrays.items():
-                beside = self._path(f"{uuid.uuid4().hex[:8]}.tmp")
-                np.savez(beside, **content)
-                os.replace(beside, self._path(name))
+                temporary = self._path(f"{uuid.uuid4().hex[:8]}.tmp")
+                np.savez(temporary, **content)
+                os.replace(temporary, self._path(name))
         except OSError as error:
             print(f"note: the reference's features are not kept ({error}); --ref-cache names a folder", file=sys.stderr)
 

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-NESTED_KEYS = ("state_dict", "model")  # where training codes put the weights beside other things
+NESTED_KEYS = ("state_dict", "model")  # where training codes put the weights among other things
 SNIFFED_BYTES = 512
 
-# Classes and functions that public training checkpoints (Lightning, latent-diffusion, VA-VAE) hold beside tensors. None
+# Classes and functions that public training checkpoints (Lightning, latent-diffusion, VA-VAE) hold, too. None
 # of them is imported: each name gives an inert placeholder. What is not in this list and not torch's own is refused.
 PLACEHOLDER_NAMES = (
     *(
@@ -49,7 +49,7 @@ DICTIONARY_NAMES = (
     *(f"{package}.utilities.data.AttributeDict" for package in ("lightning_fabric", "lightning.fabric")),
 )
 
-# Beginnings of what is no weights, and what to call it.
+# Beginnings of what is not weights, and what to call it.
 _OTHER_KINDS = (
     (rb"version https://git-lfs", "a git-LFS pointer: the weights themselves were not downloaded (run git lfs pull)"),
     (rb"\s*(<\?xml[^>]*>\s*)?<(!doctype )?html", "a web page: the download went wrong"),
@@ -136,7 +136,7 @@ def check_plain(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_values(state: Mapping[str, torch.Tensor], network: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights that are no numbers to compute with; names and shapes are the caller's.
+    """Refuse weights that are not numbers to compute with; names and shapes are the caller's.
 
     Args:
         state: what is to be loaded.
@@ -190,7 +190,7 @@ def one_line(error: Exception) -> str:
 
 
 def _reader(path: Path) -> Callable[[Path], object]:
-    """Who reads this file, by its first bytes; what is no file of weights is named."""
+    """Who reads this file, by its first bytes; what is not a file of weights is named."""
     if path.is_dir():
         raise NotWeightsError("it is a folder")
     if not path.is_file():

@@ -148,7 +148,7 @@ def _subjects(path: Path) -> list[Path]:
         return [path.parent]  # measurements of a run's vae/ lie with the run
     if not _is_subject(path):
         raise UserError(
-            f"{path} is no run (args.json), experiment ({PRESET_NAME}), VAE (config.json) or folder of generated images"
+            f"{path} is not a run (args.json), experiment ({PRESET_NAME}), VAE (config.json) or folder of samples"
             f" ({INDEX_NAME}), and nothing was measured of it ({FOLDER_NAME}/*.json); give one, e.g. exps/NAME"
         )
     return [path]

@@ -132,7 +132,7 @@ class CheckpointFolder:
         return checkpoint
 
     def set_aside_newer(self, step: int) -> Path | None:
-        """Move checkpoints and milestones of later steps out of the way of a run that goes on from ``step``.
+        """Move checkpoints and milestones of later steps out of the way of a run that continues from ``step``.
 
         Left in place they would count as the newest, and what is saved from now on as old.
 
@@ -158,35 +158,35 @@ class CheckpointFolder:
     ) -> Checkpoint:
         """Write the checkpoint of ``step``, replacing a damaged one of the same step."""
         folder = self.whole / f"{step:07d}"
-        beside = self.whole / f".{folder.name}.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        temporary = self.whole / f".{folder.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         for name, module in modules.items():
-            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, beside / f"{name}.safetensors")
+            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary / f"{name}.safetensors")
         for name, state in states.items():
-            torch.save(state, beside / f"{name}.pt")
-        _write_manifest(beside, step, arguments)
+            torch.save(state, temporary / f"{name}.pt")
+        _write_manifest(temporary, step, arguments)
         if folder.exists():
             shutil.rmtree(folder)
-        beside.rename(folder)
+        temporary.rename(folder)
         _fsync(self.whole)
         return Checkpoint(folder)
 
     def keep_milestone(self, checkpoint: Checkpoint, modules: Sequence[str], arguments: Mapping) -> None:
         """Keep some modules of a checkpoint for good, under ``milestones/``: hard links, so that it costs no time."""
         folder = self.milestones / checkpoint.folder.name
-        beside = self.milestones / f".{folder.name}.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        temporary = self.milestones / f".{folder.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         for module in modules:
             source = checkpoint.folder / f"{module}.safetensors"
             try:
-                os.link(source, beside / source.name)
+                os.link(source, temporary / source.name)
             except OSError:  # file systems without hard links
-                shutil.copyfile(source, beside / source.name)
-        _write_manifest(beside, checkpoint.step, arguments)
+                shutil.copyfile(source, temporary / source.name)
+        _write_manifest(temporary, checkpoint.step, arguments)
         shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        temporary.rename(folder)
 
     def prune(self, keep: int) -> None:
         """Delete all whole checkpoints but the newest ``keep``, and what an interrupted save left."""

@@ -3,7 +3,7 @@
   ./run_experiment.sh PRESET [--dry-run] [--STAGE.FLAG VALUE …] [--VARIABLE VALUE …]
 
 Finished stages are skipped, the first failure stops the experiment with the stage's exit code, and the same command
-goes on from there: every stage resumes by itself. --dry-run prints every command and builds every stage at its real
+continues from there: every stage resumes by itself. --dry-run prints every command and builds every stage at its real
 sizes (two steps each) without training anything. A study is a preset that runs other presets, several times each with
 other variables (seeds), one after the other.
 """
@@ -274,7 +274,7 @@ def run_stages(experiment: Experiment) -> int:
         _write_stamps(experiment.folder, stamps)
         code = call(stage.command)
         if code:
-            print(f"{title}: stopped with exit code {code}; the same command goes on from here", file=sys.stderr)
+            print(f"{title}: stopped with exit code {code}; the same command continues from here", file=sys.stderr)
             return code
         if not stage.product.exists():
             raise UserError(f"stage {stage.name} ended well but left no {stage.product}: correct the preset's product")
@@ -471,7 +471,7 @@ def _expand(value: Any, variables: Mapping[str, str]) -> str:
 
     def replace_one(match: re.Match) -> str:
         if match[1] not in variables:
-            raise UserError(f"{value!r} refers to {match[0]}, which is no variable of the preset")
+            raise UserError(f"{value!r} refers to {match[0]}, which is not a variable of the preset")
         return str(variables[match[1]])
 
     text = str(value)

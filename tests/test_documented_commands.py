@@ -154,7 +154,7 @@ def check_experiment(words: list[str]) -> None:
     ],
 )
 def test_as_many_processes_as_visible_gpus(visible, processes, tmp_path):
-    """MIG slices are listed below their GPU and are no GPUs of their own."""
+    """MIG slices are listed below their GPU and are not GPUs of their own."""
     gpus = "".join(f"echo 'GPU {i}: H200 (UUID: GPU-{i})'\n" for i in range(8))
     write_command(tmp_path / "nvidia-smi", f"#!/bin/sh\n{gpus}echo '  MIG 1g.18gb  Device 0: (UUID: MIG-1)'\n")
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
@@ -228,7 +228,7 @@ def test_every_flag_in_the_text_exists(name):
         script = next((script_of(word) for word in words if is_ours(word)), None)
         for flag in (flag.replace("[no-]", "") for flag in flags):
             known = all_flags() if script in (None, EXPERIMENT, *OTHERS) else flags_of(script) | EXAMPLES | HIDDEN
-            assert flag in known, f"`{code}`: {flag} is no flag of {script or 'any script'}"
+            assert flag in known, f"`{code}`: {flag} is not a flag of {script or 'any script'}"
 
 
 @pytest.mark.parametrize("name", NAMES)

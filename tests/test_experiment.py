@@ -139,7 +139,7 @@ def test_overrides_reach_flags_and_variables():
         (["quickstart_photographs"], ("--images is needed",)),
         (["quickstart", "stray"], ("'stray' belongs to no flag",)),
         (["quickstart", "--stages", "ldn"], ("--stages ldn", "samples")),
-        (["quickstart", "--data", "a{0}"], ("a{0}", "no variable")),
+        (["quickstart", "--data", "a{0}"], ("a{0}", "not a variable")),
         (["table8/vavae"], ("table8/vavae has nothing to do", "--celeba, --deepfashion, --awa")),
         ([], ("PRESET",)),
     ],

@@ -103,7 +103,7 @@ class TestDataset:
     def test_no_cache(self, tmp_path, packed):
         with pytest.raises(UserError, match=r"none does not exist; make it with cache_latents\.py"):
             LatentDataset(tmp_path / "none")
-        with pytest.raises(UserError, match="is no latent cache"):
+        with pytest.raises(UserError, match="is not a latent cache"):
             LatentDataset(tmp_path)
         with pytest.raises(UserError, match="holds packed images, not latents"):
             LatentDataset(packed)
@@ -150,10 +150,13 @@ class TestFolder:
         assert latents_folder(None, "/somewhere/sendvae").is_absolute()
 
     def test_a_name_needs_a_packed_dataset(self, tmp_path):
-        for data, message in ((tmp_path, r"no packed dataset.*such as \./x"), (None, "--data-dir, which is not given")):
+        for data, message in (
+            (tmp_path, r"not a packed.*such as \./x"),
+            (None, "--data-dir, which is not given"),
+        ):
             with pytest.raises(UserError, match=message):
                 latents_folder(data, "x")
-        with pytest.raises(UserError, match="is no name"):
+        with pytest.raises(UserError, match="is not a name"):
             latents_folder(tmp_path, "..")
 
 

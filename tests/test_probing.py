@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from metrics.probing import (
-    Features,
+    ProbeFeatures,
     attribute_scores,
     choose_probe,
     class_scores,
@@ -19,11 +19,11 @@ from metrics.probing import (
 CPU = torch.device("cpu")
 
 
-def plain(values: np.ndarray) -> Features:
+def plain(values: np.ndarray) -> ProbeFeatures:
     """Features that are left as they are."""
     tensor = torch.from_numpy(values).float()
     dims = tensor.shape[1]
-    return Features(tensor, np.arange(len(tensor)), torch.zeros(dims), torch.ones(dims), CPU)
+    return ProbeFeatures(tensor, np.arange(len(tensor)), torch.zeros(dims), torch.ones(dims), CPU)
 
 
 def planted(count: int, dims: int, attributes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +77,7 @@ def test_standardised_features_have_zero_mean_and_unit_variance():
     mean, scale = standardisation(tensor, items)
     np.testing.assert_allclose(mean[:3], values[::2, :3].astype(np.float64).mean(0), rtol=1e-6)
     np.testing.assert_allclose(1 / scale[:3], values[::2, :3].astype(np.float64).std(0), rtol=1e-5)
-    found = torch.cat(list(Features(tensor, items, mean, scale, CPU).blocks()))
+    found = torch.cat(list(ProbeFeatures(tensor, items, mean, scale, CPU).blocks()))
     assert found.shape == (4500, 4)
     torch.testing.assert_close(found[:, :3].std(0, correction=0), torch.ones(3), rtol=1e-3, atol=0)
     assert not found[:, 3].any()

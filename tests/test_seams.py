@@ -94,7 +94,7 @@ def tokenizer_run(folder):
 
 
 def test_an_alignment_of_a_vae_trains_with_it(folder, tokenizer_run):
-    """Its head moves, its term is logged and weighted, and it is no part of the tokenizer's weights."""
+    """Its head moves, its term is logged and weighted, and it is not part of the tokenizer's weights."""
     before, after = (checkpoint(tokenizer_run, step, "alignment") for step in (1, 2))
     assert before.keys() == {"heads.0.weight", "heads.0.bias"}
     assert not any(torch.equal(before[key], after[key]) for key in before)

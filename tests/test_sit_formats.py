@@ -464,15 +464,15 @@ def by_their_names(method: LDM) -> dict[str, torch.nn.Parameter]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda opt: opt.pop("param_groups"), "no state dict of AdamW"),
-        (lambda opt: opt.update(param_groups=[{}]), "no state dict of AdamW"),
-        (lambda opt: opt.update(state=[]), "no state dict of AdamW"),
+        (lambda opt: opt.pop("param_groups"), "not a state dict of AdamW"),
+        (lambda opt: opt.update(param_groups=[{}]), "not a state dict of AdamW"),
+        (lambda opt: opt.update(state=[]), "not a state dict of AdamW"),
         (lambda opt: opt["param_groups"][0]["params"].pop(), "parameters, its model"),
         (lambda opt: opt["state"][2].pop("exp_avg_sq"), "has no exp_avg_sq"),
         (lambda opt: opt["state"].update({2: 3}), "has no exp_avg"),
         (lambda opt: opt["state"][2].update(exp_avg=torch.zeros(3)), r"has shape \(3,\), the weight"),
         (lambda opt: opt["state"][2].update(step="7"), "has no step"),
-        (lambda opt: opt["param_groups"][0].pop("betas"), "no state dict of AdamW"),
+        (lambda opt: opt["param_groups"][0].pop("betas"), "not a state dict of AdamW"),
         (lambda opt: opt["state"][2].update(exp_avg=opt["state"][2]["exp_avg"].to_sparse()), "exp_avg is sparse"),
     ],
 )

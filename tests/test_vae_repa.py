@@ -196,8 +196,8 @@ def no_vfm_no_images(monkeypatch):
     def refuse(*args, **kwargs):
         pytest.fail("a VFM was built, or an image opened")
 
-    for place in ("training.networks.build_encoders", "models.encoders.build_encoder", "models.encoders.find_weights"):
-        monkeypatch.setattr(place, refuse)
+    for name in ("build_encoders", "build_encoder", "find_weights"):
+        monkeypatch.setattr(f"models.encoders.build.{name}", refuse)
     for place in ("training.latent_data.open_images", "dataset.images.ImageDataset.read_into", "PIL.Image.open"):
         monkeypatch.setattr(place, refuse)
 

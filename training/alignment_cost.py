@@ -1,4 +1,4 @@
-"""What aligning a denoiser costs beside training it alone: parameters and floating-point operations."""
+"""What aligning a denoiser costs on top of training it alone: parameters and floating-point operations."""
 
 import argparse
 from collections.abc import Mapping, Sequence

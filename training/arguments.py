@@ -234,7 +234,7 @@ def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
         "--report-to",
         choices=("wandb", "tensorboard", "none"),
         default="none",
-        help="tracker beside metrics.jsonl; wandb without a key runs offline",
+        help="tracker in addition to metrics.jsonl; wandb without a key runs offline",
     )
 
 

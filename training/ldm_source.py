@@ -1,4 +1,4 @@
-"""Where a new train_ldm.py run goes on from: a checkpoint of another run.
+"""Where a new train_ldm.py run continues from: a checkpoint of another run.
 
 The source gives weights, their average, projectors, AdamW's moments and the step. Afterwards the new run is one like
 any other: it resumes from its own checkpoints, and the source may go.
@@ -39,8 +39,8 @@ OF_THE_CACHE = ("num_classes", "latent_channels", "latent_size")
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a run goes on from.
+class StartingRun:
+    """What a run continues from.
 
     Attributes:
         given: by the user, for messages.
@@ -83,7 +83,7 @@ class Source:
             except RuntimeError as error:
                 raise UserError(f"{self.given} has projectors that do not fit ({one_line(error)})") from error
         self._take_over_moments(method)
-        logger.info("going on from %s, step %d", self.checkpoint.folder, self.step)
+        logger.info("continuing from %s, step %d", self.checkpoint.folder, self.step)
         if self.statistics is not None:
             differs = difference(method.tokenizer.statistics, self.statistics)
             if differs > MENTIONED_DIFFERENCE:
@@ -156,9 +156,9 @@ class Source:
 
 
 def resolve_folder(args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """The run's folder, and what it goes on from where it is a new one.
+    """The run's folder, and what it continues from where it is a new one.
 
-    ``--continue-train-exp-dir`` alone is a run of this project that goes on in its own folder; beside ``--exp-name``
+    ``--continue-train-exp-dir`` alone is a run of this project that continues in its own folder; with ``--exp-name``
     it is what the run of that name begins with.
     """
     given = args.continue_train_exp_dir
@@ -181,8 +181,8 @@ def open_source(
     origin: str | Path | None,
     folder: Path | None,
     tokenizer: Tokenizer | None,
-) -> Source | None:
-    """What a run goes on from that has no checkpoint of its own yet; noted in ``args``.
+) -> StartingRun | None:
+    """What a run continues from that has no checkpoint of its own yet; noted in ``args``.
 
     Args:
         args: resolved flags; ``resume_step`` chooses the checkpoint, 0 the newest.
@@ -192,7 +192,7 @@ def open_source(
         tokenizer: of the latent cache; None in a dry run without one.
 
     Raises:
-        UserError: no such run or step, damaged, or one that the new run cannot go on from.
+        UserError: no such run or step, damaged, or one that the new run cannot continue from.
     """
     if folder is not None and CheckpointFolder(folder).list():
         before = arguments_of(folder) or {}
@@ -207,7 +207,7 @@ def open_source(
     return source
 
 
-def _read(folder: Path, step: int) -> Source:
+def _read(folder: Path, step: int) -> StartingRun:
     """A checkpoint of another run of train_ldm.py."""
     if not folder.exists():
         raise UserError(f"{FLAG} {folder}: no such folder; give a run")
@@ -223,7 +223,7 @@ def _read(folder: Path, step: int) -> Source:
         config = denoiser_config(facts["denoiser"])
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{FLAG} {folder} holds no diffusion model ({error}): give a run of train_ldm.py") from error
-    return Source(f"{FLAG} {folder}", checkpoint, config, facts, _statistics(checkpoint, config.latent_channels))
+    return StartingRun(f"{FLAG} {folder}", checkpoint, config, facts, _statistics(checkpoint, config.latent_channels))
 
 
 def _statistics(checkpoint: Checkpoint, channels: int) -> LatentStatistics | None:

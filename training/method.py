@@ -14,7 +14,7 @@ Metrics = dict[str, torch.Tensor]  # scalars on the device
 
 
 class Phase:
-    """A part of a step: gradients of every micro-batch, then whoever has gradients moves."""
+    """A part of a step: gradients of every micro-batch, then the optimizers that have gradients step."""
 
     def accumulate(
         self, step: int, micro_step: int, batch: Any, share: float, synchronise: bool
@@ -34,7 +34,7 @@ class Phase:
         raise NotImplementedError
 
     def update(self, step: int, metrics: Metrics, kept: Sequence[Any]) -> Metrics:
-        """Move the optimizers and averages of this phase; fp16's scaler is the caller's.
+        """Step the optimizers and averages of this phase; fp16's scaler is the caller's.
 
         Args:
             step: counted from 0.
@@ -73,11 +73,11 @@ class Method(Phase):
         raise NotImplementedError
 
     def states(self) -> Mapping[str, Any]:
-        """What a checkpoint keeps beside: objects with ``state_dict`` and ``load_state_dict``; None is left out."""
+        """What else a checkpoint keeps: objects with ``state_dict`` and ``load_state_dict``; None is left out."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, object]:
-        """What a checkpoint's manifest says beside the run's arguments; only the main process asks."""
+        """What a checkpoint's manifest says in addition to the run's arguments; only the main process asks."""
         return {}
 
     def networks_by_name(self) -> Mapping[str, nn.Module | None]:

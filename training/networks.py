@@ -61,7 +61,7 @@ def build_vfms(args: argparse.Namespace, grid: int, accelerator: Accelerator) ->
 
 
 def aligned(args: argparse.Namespace, alignments: Sequence[str], denoiser: Denoiser) -> DenoiserAlignments:
-    """The alignments of these names beside a denoiser; no VFM is built for it."""
+    """The alignments of these names for a denoiser; no VFM is built for it."""
     needed = any(DENOISER_ALIGNMENTS[name].needs_features for name in alignments)
     features = vfm_features(args.enc_type, denoiser.grid) if needed else []
     return build_denoiser_alignment(args, alignments, denoiser, features)

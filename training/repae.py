@@ -94,7 +94,7 @@ class Repae(Method):
         self.args, self.accelerator, self.vae, self.ldm = ldm.args, ldm.accelerator, vae, ldm
         # belongs to the denoiser's average, whose latents it normalises
         self.statistics_ema = None if ldm.ema is None else EMA(vae.statistics, ldm.args.ema_decay)
-        # generate.py needs the VAE of the same step beside the denoiser
+        # generate.py needs the VAE of the same step as the denoiser
         self.milestone = ("model", OWN_VAE) if ldm.ema is None else ("ema", OWN_VAE, OWN_STATISTICS)
 
     @property

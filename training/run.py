@@ -1,4 +1,4 @@
-"""A run: its processes, its folder, its log, its trackers, and where it goes on.
+"""A run: its processes, its folder, its log, its trackers, and where it continues.
 
 Rank checks live here. The folder ``OUTPUT_DIR/EXP_NAME`` holds ``args.json``, ``log.txt``, ``metrics.jsonl`` (only what
 is reproducible), ``timing.jsonl`` (what is not), ``samples/``, ``checkpoints/`` and ``status.json``.
@@ -135,7 +135,7 @@ class Run:
         """
         folder, step = CheckpointFolder(self.folder), -1
         if self.is_main:
-            # The same --resume-step again, e.g. of a requeued job, goes on with what was trained from that step.
+            # The same --resume-step again, e.g. of a requeued job, continues with what was trained from that step.
             resumed_already = resume_step and (arguments_of(self.folder) or {}).get("resume_step") == resume_step
             if resume_step and not resumed_already:
                 found = folder.at_step(resume_step)
@@ -169,7 +169,7 @@ class Run:
         """Record the arguments; set aside, or drop, what an earlier process left of later steps, which are done again.
 
         Args:
-            step: that the run goes on from; 0: it begins.
+            step: that the run continues from; 0: it begins.
         """
         if not self.is_main:
             return

@@ -73,7 +73,7 @@ def validate_tokenizer(
 
     Returns:
         ``psnr`` (dB, without randomness, uint8 images), ``l1`` (in [-1, 1] units), and what the alignment scores:
-        ``align_cosine`` (as in training), ``align_cosine_clean`` (without noise), beside ``constant_cosine`` (the best
+        ``align_cosine`` (as in training), ``align_cosine_clean`` (without noise), next to ``constant_cosine`` (the best
         image-independent prediction, fitted on these very images). With several VFMs these are averages, and those of
         each are called ``align_cosine/NAME`` and so on.
     """

@@ -134,7 +134,7 @@ class FeaturePrediction(TokenizerAlignment):
 
 
 class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
-    """A term of a denoiser's objective, on hidden states; its projectors lie beside the network, never in its weights.
+    """A term of a denoiser's objective, on hidden states; its projectors are kept apart from the network's weights.
 
     Attributes:
         taps: blocks whose output it sees, counted from 1.
@@ -169,7 +169,7 @@ class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
         return []
 
     def predict(self, states: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """What its projectors make of the hidden states: all that it costs beside the denoiser."""
+        """What its projectors make of the hidden states: all that it costs on top of the denoiser."""
         raise NotImplementedError
 
     def weights(self, terms: Terms) -> Weights:

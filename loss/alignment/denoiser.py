@@ -17,7 +17,7 @@ class ThroughDenoiser(TokenizerAlignment):
     """The first blocks and the projectors of a denoiser that trains along; nothing of it is trained by this loss.
 
     No label is dropped, and latents are normalised by the running statistics as constants. The denoiser belongs to its
-    own optimizer, so that it is no submodule here; who calls freezes it.
+    own optimizer, so that it is not a submodule here; the caller freezes it.
 
     Args:
         denoiser: the network.

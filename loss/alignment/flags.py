@@ -66,7 +66,7 @@ class DenoiserAlignmentFlags(AlignmentFlags):
     Attributes:
         needs_features: whether it compares with VFM features.
         title: of the method, for the log.
-        FIXED: those of its flags that a run which goes on from another one cannot change.
+        FIXED: those of its flags that a run which continues from another one cannot change.
     """
 
     needs_features: ClassVar[bool] = False

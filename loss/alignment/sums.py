@@ -55,7 +55,7 @@ class DenoiserAlignments(nn.ModuleDict):
 def build_denoiser_alignment(
     args: argparse.Namespace, names: Sequence[str], denoiser: Denoiser, features: Sequence[TokenGrid]
 ) -> DenoiserAlignments:
-    """The sum of these alignments, beside a denoiser.
+    """The sum of these alignments, for a denoiser.
 
     Args:
         args: flags, settled by :func:`settle_arguments`.

@@ -19,7 +19,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 class Denoiser(nn.Module, ABC):
-    """A network on latents. Nothing of an alignment is part of it: projectors lie beside (``loss.alignment``).
+    """A network on latents. Nothing of an alignment is part of it: projectors are kept apart (``loss.alignment``).
 
     Args:
         config: an instance of :attr:`Config`.
@@ -91,14 +91,14 @@ class Denoiser(nn.Module, ABC):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and the weights as safetensors, complete or not at all; replaces the folder."""
         folder = Path(folder)
-        beside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         content = {"_class_name": type(self).__name__} | self.config.to_dict()
-        (beside / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-        save_file({key: tensor.contiguous() for key, tensor in self.state_dict().items()}, beside / WEIGHTS_FILE)
+        (temporary / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        save_file({key: tensor.contiguous() for key, tensor in self.state_dict().items()}, temporary / WEIGHTS_FILE)
         shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        temporary.rename(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Denoiser":
@@ -116,5 +116,5 @@ class Denoiser(nn.Module, ABC):
             model = cls(config)
             model.load_state_dict(read_state_dict(folder / WEIGHTS_FILE))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, NotWeightsError, RuntimeError) as error:
-            raise UserError(f"{folder} is no complete folder of a {cls.__name__} ({one_line(error)})") from error
+            raise UserError(f"{folder} is not a complete folder of a {cls.__name__} ({one_line(error)})") from error
         return model.eval()

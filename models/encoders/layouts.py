@@ -12,7 +12,7 @@ import torch
 # encoder (as REPA takes it).
 NESTED_KEYS = ("state_dict", "model", "teacher", "student", "encoder", "target_encoder")
 
-# What networks are wrapped in or stand beside; taken off in this order, and only what is inside is kept.
+# What networks are wrapped in or accompanied by; taken off in this order, and only what is inside is kept.
 PREFIXES = ("_orig_mod.", "module.", "teacher.", "base_encoder.", "visual.", "trunk.", "backbone.")
 
 CLIP_NAMES = (
@@ -74,7 +74,7 @@ def _clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _dinov2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm keeps no position of the class token beside registers: it is added to the token."""
+    """timm keeps no position of the class token when there are registers: it is added to the token."""
     has_registers = "register_tokens" in state
     state = _renamed(state, DINOV2_NAMES)
     if has_registers:

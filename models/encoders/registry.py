@@ -116,7 +116,7 @@ def encoder_spec(enc_type: str) -> EncoderSpec:
     """The table's row for a name of ``--enc-type``, or one made for ``timm/NAME``; nothing is built at full size.
 
     Raises:
-        UserError: an unknown name, with the nearest known ones; a timm model that is no vision transformer.
+        UserError: an unknown name, with the nearest known ones; a timm model that is not a vision transformer.
     """
     if enc_type.startswith(TIMM):
         return _timm_spec(enc_type)

@@ -166,18 +166,18 @@ class Tokenizer(nn.Module, ABC):
         return digest.hexdigest()
 
     def save(self, folder: Path, with_statistics: bool = True) -> None:
-        """Write a folder with the latent statistics beside the weights, complete or not at all."""
+        """Write a folder with the latent statistics next to the weights, complete or not at all."""
         folder = Path(folder)
-        beside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        self.write_network(beside)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.write_network(temporary)
         if with_statistics:
-            save_file(self.statistics.tensors(), beside / STATISTICS_FILE)
+            save_file(self.statistics.tensors(), temporary / STATISTICS_FILE)
         replaced = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             folder.rename(replaced)  # so that no half-deleted folder ever has the name
-        beside.rename(folder)
+        temporary.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def write_network(self, folder: Path) -> None:
@@ -188,7 +188,7 @@ class Tokenizer(nn.Module, ABC):
 
     @classmethod
     def load(cls, folder: Path) -> tuple["Tokenizer", bool]:
-        """What :meth:`save` wrote, in eval mode, and whether statistics lay beside it."""
+        """What :meth:`save` wrote, in eval mode, and whether statistics came with it."""
         folder = Path(folder)
         tokenizer = cls.from_architecture(json.loads((folder / CONFIG_FILE).read_text()))
         state = load_file(folder / WEIGHTS_FILE) | {

@@ -17,7 +17,7 @@ from models.tokenizers.base import Code, Tokenizer
 from models.weight_files import weights_checksum
 
 MOMENTS_ITEMS = 64  # summed at once: part of what the last bits of measured statistics depend on
-# What the layers do, beside what the weights' names and shapes say; a fixed list, because diffusers adds keys.
+# What the layers do, apart from what the weights' names and shapes say; a fixed list, because diffusers adds keys.
 _ARCHITECTURE_KEYS = (
     *("in_channels", "out_channels", "latent_channels", "block_out_channels", "down_block_types", "up_block_types"),
     *("layers_per_block", "act_fn", "norm_num_groups", "mid_block_add_attention"),

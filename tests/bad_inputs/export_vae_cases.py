@@ -161,7 +161,7 @@ CASES = [
     Case("vector-quantised", given(saved(changed(quantize__embedding__weight=torch.zeros(8, 4)))), ("quantize",)),
     Case("another architecture", given(saved(tiny_ldm_state()), "vae.pt", "--vae", "f8d4"), ("--vae f8d4", "vae.pt")),
     Case("folder without config", given(folder_of(None), "folder"), ("folder", "config.json")),
-    Case("config that is no JSON", given(folder_of("{"), "folder"), ("folder", "config.json")),
+    Case("config that is not JSON", given(folder_of("{"), "folder"), ("folder", "config.json")),
     Case("config of another class", given(folder_of(OTHER_CLASS), "folder"), ("UNet2DModel",)),
     Case("statistics of other channels", given(of_statistics(moments(7)), *STATISTICS), ("statistics.pt", "7")),
     Case(
@@ -193,9 +193,9 @@ CASES = [
     Case("int8", spoiled(torch.ones(WEIGHT, dtype=torch.int8), "--vae", "f4d4-tiny"), ("torch.int8", "unquantised")),
     Case("NaN", spoiled(torch.full(WEIGHT, torch.nan), "--vae", "f4d4-tiny"), ("conv_in.weight is not finite",)),
     Case(
-        "a mean that is no tensor",
+        "a mean that is not a tensor",
         given(saved(tiny_ldm_state() | {"statistics.mean": [0], "statistics.var": torch.ones(4)}), "vae.pt"),
-        ("statistics.mean is no tensor",),
+        ("statistics.mean is not a tensor",),
     ),
     Case(
         "variances of zero",

@@ -193,7 +193,7 @@ CASES = [
     Case("random VAE without a place", with_flags(vae="f4d4-tiny", vae_ckpt="none"), ("--output-dir is needed",)),
     Case("output is a file", with_flags(output_dir=written("out", "x")), ("--output-dir", "is a file")),
     Case("too many components", with_flags("discrimination", components="400"), ("--components 400", "21 training")),
-    Case("components are no numbers", with_flags("discrimination", components="4,x"), ("--components 4,x",)),
+    Case("components are not numbers", with_flags("discrimination", components="4,x"), ("--components 4,x",)),
     Case("too few images for a mixture", with_flags("discrimination", max_images=12), ("8 training images",)),
     Case("one picture", with_flags("pictures", num_pictures=1), ("--num-pictures 1",)),
     Case("not enough memory", little_memory, ("GB of memory", "--max-images")),

@@ -68,14 +68,14 @@ def locked_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 CASES = [
-    Case("no run", runs(), ("RUN",)),
+    Case("not a run", runs(), ("RUN",)),
     Case("no such folder", runs("@/nothing"), ("nothing: no such run", "exps/NAME")),
     Case("pattern without match", runs("@/table9-*"), ("table9-*: no such run",)),
-    Case("empty name", runs(""), ("no run", "args.json")),
-    Case("folder of something else", of_a_folder(lambda f: (f / "thesis.tex").touch()), ("no run (args.json)", "VAE")),
-    Case("a transformer", of_a_folder(lambda f: (f / "config.json").write_text('{"_class_name": "SiT"}')), ("no run",)),
+    Case("empty name", runs(""), ("not a run", "args.json")),
+    Case("folder of something else", of_a_folder(lambda f: (f / "thesis.tex").touch()), ("not a run", "args.json")),
+    Case("a SiT", of_a_folder(lambda f: (f / "config.json").write_text('{"_class_name": "SiT"}')), ("not a run",)),
     Case("packed photographs", of_a_folder(lambda f: (f / "index.json").write_text('{"kind": "images", "source": {}}')),
-         ("no run",)),
+         ("not a run",)),
     Case("experiment that has not begun", experiment_without_runs, ("no such run",)),
     Case("preset damaged", of_a_folder(lambda f: (f / "preset.json").write_text("{}")), ("preset.json is damaged",)),
     Case("args.json damaged", with_flags(change=replaced("args.json", "{")), ("args.json is damaged", "leave")),

@@ -102,7 +102,7 @@ def damaged_vae_weights(data: Path) -> None:
 
 
 def continuing(facts: dict | None = None, spoil=lambda run: None, **changes):
-    """A new run that goes on from step 7 of another one, which was trained with ``facts``."""
+    """A new run that continues from step 7 of another one, which was trained with ``facts``."""
 
     def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         folder = tmp_path / "theirs"
@@ -133,7 +133,7 @@ def no_checkpoints(run: Path) -> None:
 
 
 def foreign(**changes):
-    """A new run that is to go on from REPA-E's experiment itself."""
+    """A new run that is to continue from REPA-E's experiment itself."""
 
     def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         folder = write_experiment(tmp_path / "theirs", *(PublicSiT(seed=seed) for seed in (1, 2)), public_args())
@@ -151,7 +151,7 @@ CASES = [
     Case("no experiment name", with_flags(exp_name=None), ("--exp-name is needed",)),
     Case("no latents name", with_flags(vae_latents_name=None), ("--vae-latents-name is needed", "cache_latents.py")),
     Case("name without data", with_flags(data_dir=None), ("--vae-latents-name latents", "--data-dir")),
-    Case("no such data folder", with_flags(data_dir=lambda p: p / "nowhere"), ("nowhere", "no packed dataset")),
+    Case("no such data folder", with_flags(data_dir=lambda p: p / "nowhere"), ("nowhere", "not a packed dataset")),
     Case("no such cache", with_flags(no_latents), ("latents does not exist", "cache_latents.py")),
     Case("unfinished cache", with_flags(unfinished_latents), ("latents is not finished", "cache_latents.py")),
     Case("cut shard", with_flags(cut_shard), ("latents-00000.npy", "bytes")),
@@ -159,7 +159,7 @@ CASES = [
     Case("cache of another VAE", with_flags(vae_of_other_channels), ("posterior means", "8 latent channels")),
     Case("damaged statistics", with_flags(damaged_statistics), ("latents_stats.safetensors cannot be read",)),
     Case("damaged VAE weights", with_flags(damaged_vae_weights), ("vae", "weights do not load")),
-    Case("images taken for latents", with_flags(vae_latents_name="./tests"), ("tests is no latent cache",)),
+    Case("images taken for latents", with_flags(vae_latents_name="./tests"), ("tests is not a latent cache",)),
     Case("no such model", with_flags(model="SiT-XXL/2"), ("--model SiT-XXL/2", "Ti, S, B, L, XL")),
     Case("patch too large", with_flags(model="SiT-Ti/16"), ("--model SiT-Ti/16",)),
     Case("depth beyond the model", with_flags(encoder_depth=7), ("--encoder-depth 7", "blocks 1 to 6")),
@@ -241,33 +241,33 @@ CASES = [
     Case("unknown weighting", with_flags(weighting="logit"), ("--weighting", "lognormal")),
     Case("abbreviated flag", lambda tmp_path, monkeypatch: ["--mod", "SiT-B/2"], ("--mod",)),
     Case("random weights for a real run", with_flags(random_weights=True), ("--random-weights is for --dry-run",)),
-    Case("going on from nothing", with_flags(continue_train_exp_dir="nowhere"), ("nowhere: no such folder", "a run")),
-    Case("going on from no run", with_flags(continue_train_exp_dir="docs"), ("docs is not a run", "args.json")),
+    Case("continuing from nothing", with_flags(continue_train_exp_dir="nowhere"), ("nowhere: no such folder", "a run")),
+    Case("continuing from no run", with_flags(continue_train_exp_dir="docs"), ("docs is not a run", "args.json")),
     Case(
-        "going on from a text",
+        "continuing from a text",
         with_flags(continue_train_exp_dir="README.md"),
         ("README.md is a file, and none of weights",),
     ),
     Case(
-        "going on from REPA-E's experiment",
+        "continuing from REPA-E's experiment",
         foreign(),
-        ("theirs is no run of this project", "export_ldm.py", "--format run"),
+        ("theirs is not a run of this project", "export_ldm.py", "--format run"),
     ),
     Case(
         "the same, without a name",
         foreign(exp_name=None),
-        ("theirs is no run of this project", "export_ldm.py", "--format run"),
+        ("theirs is not a run of this project", "export_ldm.py", "--format run"),
     ),
     Case(
-        "going on from REPA-E's file",
+        "continuing from REPA-E's file",
         with_flags(continue_train_exp_dir=foreign_file),
-        (".pt is no run of this project", "export_ldm.py", "--format run"),
+        (".pt is not a run of this project", "export_ldm.py", "--format run"),
     ),
     Case(
-        "going on from a run that has not begun", continuing(spoil=no_checkpoints), ("theirs has no checkpoints yet",)
+        "continuing from a run that has not begun", continuing(spoil=no_checkpoints), ("theirs has no checkpoints yet",)
     ),
-    Case("going on from a VAE's run", continuing({"denoiser": None}), ("theirs holds no diffusion model",)),
-    Case("going on from another step", continuing(resume_step=8), ("step 8", "there are: 7")),
+    Case("continuing from a VAE's run", continuing({"denoiser": None}), ("theirs holds no diffusion model",)),
+    Case("continuing from another step", continuing(resume_step=8), ("step 8", "there are: 7")),
     Case("going on with another model", continuing(model="SiT-S/2"), ("model SiT-Ti/2, not SiT-S/2", "--model")),
     Case("going on with another attention", continuing(qk_norm=True), ("qk_norm False, not True", "--qk-norm")),
     Case(
