@@ -254,6 +254,14 @@ def test_a_chart_draws_its_series():
     assert chart_figure(Chart("loss", [Series("loss", [1], [float("inf")])]), log=False) is None
 
 
+@pytest.mark.parametrize("values", [(1e-3, 1e-3), (99_980.0, 100_010.0), (-2e-4, -1.9e-4)])
+def test_the_longest_label_of_a_scale_fits_into_the_figure(values):
+    figure, _ = chart_figure(Chart("lr", [Series("lr", [0, 100], list(values))]), log=False)
+    figure.draw_without_rendering()
+    labels = [label.get_window_extent() for label in figure.axes[0].get_yticklabels() if label.get_text()]
+    assert len(labels) > 2 and min(label.x0 for label in labels) >= 0
+
+
 def test_a_value_is_shown_where_its_point_is():
     figure, points = chart_figure(Chart("loss", [Series("loss", [0, 100], [1.0, 3.0])]), log=False)
     axes = figure.axes[0]
