@@ -222,11 +222,11 @@ def test_a_vae_is_taken_out_of_their_checkpoint(here, capsys):
         capsys.readouterr().out
     )
 
-    saved = {name: torch.load(f"exps/e2e-vavae/e2e-vavae{name}.pt") for name in ("", "-latents-stats")}
-    saved_discriminator = torch.load("exps/e2e-vavae/e2e-vavae-discriminator-ckpt.pt")
+    names = ("", "-latents-stats", "-discriminator-ckpt")
+    saved = {name: torch.load(f"exps/e2e-vavae/e2e-vavae{name}.pt", weights_only=True) for name in names}
     assert all(torch.equal(saved[""][name], tensor) for name, tensor in vae.items())
     assert torch.equal(saved["-latents-stats"]["latents_bias"], mean.view(1, 4, 1, 1))
-    assert all(torch.equal(saved_discriminator[name], tensor) for name, tensor in discriminator.items())
+    assert all(torch.equal(saved["-discriminator-ckpt"][name], tensor) for name, tensor in discriminator.items())
     with pytest.raises(UserError, match="--overwrite"):
         save_vae_weights.main(SAVE_VAE_WEIGHTS.split())
     assert save_vae_weights.main([*SAVE_VAE_WEIGHTS.split(), "--overwrite"]) == 0
