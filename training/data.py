@@ -5,8 +5,9 @@ import argparse
 from accelerate import Accelerator
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
-from dataset.loader import LabelledImages, stage_dataset
+from dataset.loader import LabelledImages
 from runtime.log import logger
+from training.latent_data import stage_once
 from training.loop import build_loader
 from training.repae import Repae
 from training.sendvae import SendVAE
@@ -18,10 +19,7 @@ def open_image_data(
     """Training and held-out images; None where they are not given (a dry run needs none)."""
     path = args.data_dir
     if path and args.stage_dir and not args.dry_run:
-        if accelerator.is_local_main_process:
-            stage_dataset(path, args.stage_dir)
-        accelerator.wait_for_everyone()
-        path = stage_dataset(path, args.stage_dir)
+        path = stage_once(path, "images", None, args, accelerator)
     images = open_images(path, args.resolution, default=DEFAULT_RESOLUTION) if path else None
     resolution = images.resolution if images is not None else args.resolution
     held_out = open_images(args.val_data_dir, resolution, default=DEFAULT_RESOLUTION) if args.val_data_dir else None
