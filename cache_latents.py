@@ -236,7 +236,7 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
     if args.compile:
         tokenizer.compile_encoder()
         for encoder in encoders:
-            encoder.network.compile()
+            encoder.compile()
     return Networks(tokenizer, statistics, statistics is not None and args.statistics == "vae", encoders)
 
 

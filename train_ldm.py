@@ -15,6 +15,7 @@ stop. Runs under python, torchrun and accelerate launch. Exit codes: 0 finished,
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from errors import UserError
 from formats.arguments import add_encoder_arguments
@@ -124,6 +125,7 @@ from training.alignment_cost import alignment_cost_lines
 from training.latent_data import check_features, open_latents, open_tokenizer
 from training.ldm import LDM
 from training.loop import Loop
+from training.micro_batch import Trial
 from training.networks import aligned, build_aligned_denoiser, build_vfms, compile_networks
 from training.run import Run, begin, open_run
 
@@ -136,8 +138,10 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = open_tokenizer(args, latents)
     config = resolve(args, latents, tokenizer)
     source = ldm_source.open_source(args, config, origin, folder, None if latents is None else tokenizer)
+    trial = Trial(partial(build, args, config, tokenizer, accelerator), partial(random_batch, args))
     if args.dry_run:
-        dry_run_step(args, config, source, tokenizer, accelerator)
+        trial.find(args, accelerator)
+        dry_run_step(args, source, trial.build())
         return 0
     with open_run(folder, accelerator, vars(args)) as this_run:
         # of a run that begins elsewhere, --resume-step chose a checkpoint there
@@ -145,7 +149,8 @@ def main(argv: Sequence[str]) -> int:
         start_step = checkpoint.step if checkpoint is not None else 0 if source is None else source.step
         if this_run.is_finished(start_step):
             return 0
-        method = build(args, config, tokenizer, accelerator)
+        trial.find_for_run(args, this_run, checkpoint)
+        method = trial.build()
         method.watch(held_out)
         with Loop(method, this_run, latents, args, start_step) as loop:
             if checkpoint is not None:
@@ -230,15 +235,8 @@ def cost_lines(args: argparse.Namespace, method: LDM) -> list[str]:
         return [f"the cost of the alignment was not measured ({one_line(error)})"]
 
 
-def dry_run_step(
-    args: argparse.Namespace,
-    config: DenoiserConfig,
-    source: ldm_source.StartingRun | None,
-    tokenizer: Tokenizer,
-    accelerator: Accelerator,
-) -> None:
-    """Two steps at the real shapes: a small batch on each process, of random latents."""
-    method = build(args, config, tokenizer, accelerator)
+def dry_run_step(args: argparse.Namespace, source: ldm_source.StartingRun | None, method: LDM) -> None:
+    """Two steps at the real shapes: a micro-batch on each process (on a CPU two images), of random latents."""
     if source is not None:
         source.take_over(method)
     for line in cost_lines(args, method):

@@ -13,6 +13,7 @@ makes 1 of it).
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -88,6 +89,7 @@ from training import dry_run
 from training.data import measure_statistics, open_image_data
 from training.ldm import LDM
 from training.loop import Loop
+from training.micro_batch import Trial
 from training.networks import (
     aligned,
     build_aligned_denoiser,
@@ -108,17 +110,25 @@ def main(argv: Sequence[str]) -> int:
     images, held_out = open_image_data(args, accelerator)
     tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
     config = resolve(args, images, held_out, tokenizer)
+    trial = Trial(
+        build=lambda: build(
+            args, loss_config, config, copy.deepcopy(tokenizer), accelerator
+        ),  # it trains the tokenizer
+        batch_of=lambda method, count: dry_run.image_batch(images, count, args.resolution, config.num_classes),
+        step=loss_config.discriminator_start,  # so that the discriminator takes part
+    )
     if args.dry_run:
-        method = build(args, loss_config, config, tokenizer, accelerator)
+        trial.find(args, accelerator)
+        method = trial.build()
         count = dry_run.batch_size(args, method)
-        batch = dry_run.image_batch(images, count, args.resolution, config.num_classes)
-        dry_run.dry_run(method, batch, count, loss_config.discriminator_start)  # so that the discriminator takes part
+        dry_run.dry_run(method, trial.batch_of(method, count), count, trial.step)
         return 0
     with open_run(folder, accelerator, vars(args) | {"loss": asdict(loss_config)}) as this_run:
         checkpoint = this_run.checkpoint(args.resume_step)
         start_step = 0 if checkpoint is None else checkpoint.step
         if this_run.is_finished(start_step):
             return 0
+        trial.find_for_run(args, this_run, checkpoint)
         method = build(args, loss_config, config, tokenizer, accelerator)
         method.watch(images, held_out)
         with Loop(method, this_run, LabelledImages(images), args, start_step) as loop:
@@ -178,7 +188,6 @@ def build(
     method = Repae(vae, LDM(args, accelerator, denoiser, alignment, tokenizer, None))
     if args.compile:
         compile_networks(tokenizer, discriminator, objective.perceptual, denoiser, *encoders)
-        denoiser.hidden_states = torch.compile(denoiser.hidden_states)
     return method
 
 

@@ -114,6 +114,7 @@ from runtime import NUM_CLASSES
 from training import dry_run
 from training.data import measure_statistics, open_image_data
 from training.loop import Loop
+from training.micro_batch import Trial
 from training.networks import build_objective, build_sendvae, build_vfms, compile_networks
 from training.run import begin, open_run
 from training.sendvae import SendVAE
@@ -126,17 +127,23 @@ def main(argv: Sequence[str]) -> int:
     accelerator = begin(args, folder)
     images, held_out = open_image_data(args, accelerator)
     resolve(args, images)
+    trial = Trial(
+        build=lambda: build(args, loss_config, accelerator)[0],
+        batch_of=lambda method, count: dry_run.image_batch(images, count, args.resolution, NUM_CLASSES),
+        step=loss_config.discriminator_start,  # so that the discriminator takes part
+    )
     if args.dry_run:
-        method, _ = build(args, loss_config, accelerator)
+        trial.find(args, accelerator)
+        method = trial.build()
         count = dry_run.batch_size(args, method)
-        batch = dry_run.image_batch(images, count, args.resolution, NUM_CLASSES)
-        dry_run.dry_run(method, batch, count, loss_config.discriminator_start)  # so that the discriminator takes part
+        dry_run.dry_run(method, trial.batch_of(method, count), count, trial.step)
         return 0
     with open_run(folder, accelerator, vars(args) | {"loss": asdict(loss_config)}) as this_run:
         checkpoint = this_run.checkpoint(args.resume_step)
         start_step = 0 if checkpoint is None else checkpoint.step
         if this_run.is_finished(start_step):
             return 0
+        trial.find_for_run(args, this_run, checkpoint)
         method, statistics = build(args, loss_config, accelerator)
         method.watch(images, held_out)
         with Loop(method, this_run, LabelledImages(images), args, start_step) as loop:

@@ -1,5 +1,6 @@
 """LPIPS through the ``lpips`` package, with the trunk taken from a local file, torch's cache or its download."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,9 +80,31 @@ def build_lpips(
     with warnings.catch_warnings():  # lpips 0.1.4 asks torchvision in an outdated way
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
+    if torch.are_deterministic_algorithms_enabled():
+        _pool_deterministically(network)
     if state is not None:
         _load_trunk(network, state)
     return network.requires_grad_(False).eval()
+
+
+class DisjointMaxPool(nn.Module):
+    """``MaxPool2d(2)``, values and gradients bit for bit, of operations that torch knows to be deterministic.
+
+    torch's own backward pass counts as non-deterministic on CUDA, which it is where windows overlap.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., H, W]`` → ``[..., H // 2, W // 2]``."""
+        height, width = (side // 2 * 2 for side in x.shape[-2:])
+        corners = [x[..., row:height:2, column:width:2] for row in (0, 1) for column in (0, 1)]
+        return functools.reduce(lambda most, corner: torch.where(corner > most, corner, most), corners)
+
+
+def _pool_deterministically(network: nn.Module) -> None:
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.MaxPool2d) and child.kernel_size == child.stride == 2:
+                setattr(module, name, DisjointMaxPool())
 
 
 def _trunk_state(trunk: Trunk, checkpoint: str | None, flag: str, go_without: str) -> dict[str, torch.Tensor]:

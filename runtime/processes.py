@@ -117,5 +117,14 @@ def agree_on(value: int, device: torch.device) -> int:
     return int(tensor.item())
 
 
+def least_of(value: int, device: torch.device) -> int:
+    """The smallest of the processes' integers, on every process."""
+    if not _several():
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return int(tensor.item())
+
+
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

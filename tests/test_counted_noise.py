@@ -100,16 +100,3 @@ def test_integers_pass_over_words_that_favour_small_numbers():
     labels = counted_integers(1, torch.arange(50_000), bound)
     assert stats.kstest(labels.double().numpy() / bound, "uniform").pvalue > 1e-3
     assert torch.equal(labels[7:9], counted_integers(1, torch.tensor([7, 8]), bound))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_devices_agree():
-    """The words bit for bit; normal numbers to float64's rounding."""
-    items = torch.arange(5)
-    counter = (torch.arange(1000), torch.tensor(3), torch.tensor(7), torch.tensor(0))
-    words = philox(counter, (1, 2))
-    others = philox(tuple(word.cuda() for word in counter), (1, 2))
-    assert all(torch.equal(word, other.cpu()) for word, other in zip(words, others, strict=True))
-    normal = counted_normal(9, items, 4, (64,), dtype=torch.float64)
-    assert (counted_normal(9, items.cuda(), 4, (64,), dtype=torch.float64).cpu() - normal).abs().max() < 1e-12
-    assert torch.equal(counted_integers(9, items.cuda(), 1000).cpu(), counted_integers(9, items, 1000))

@@ -18,7 +18,7 @@ CHANGEABLE = frozenset(
         *("num_workers", "prefetch", "stage_dir", "data_dir", "vae_latents_name", "val_vae_latents_name"),
         *("log_steps", "val_steps", "sampling_steps", "checkpointing_steps", "keep_checkpoints", "milestone_steps"),
         *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
-        *("num_processes", "gradient_checkpointing"),
+        *("num_processes", "gradient_checkpointing", "micro_batch_size"),
     }
 )
 
@@ -159,6 +159,13 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
         metavar="N",
         help="micro-batches a step; each has batch-size / (processes · N) images a process",
     )
+    group.add_argument(
+        "--micro-batch-size",
+        type=micro_batch_size,
+        metavar="N",
+        help="images at once on a process, in place of --gradient-accumulation-steps; auto: the most that fits on the "
+        "GPU, found by a few steps (a resumed run keeps what was found)",
+    )
     group.add_argument("--epochs", type=positive_int, default=epochs, metavar="N", help="passes over the data")
     group.add_argument(
         "--max-train-steps",
@@ -181,6 +188,11 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
     )
 
 
+def micro_batch_size(text: str) -> int | str:
+    """A positive number, or ``auto``."""
+    return text if text == "auto" else positive_int(text)
+
+
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("precision and speed")
     group.add_argument(
@@ -193,7 +205,10 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up"
     )
     group.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile the networks, a minute or two at the start (default: on CUDA)",
     )
     group.add_argument(
         "--channels-last",
@@ -278,6 +293,34 @@ def check_image_arguments(args: argparse.Namespace) -> None:
     args.data_dir = args.data_dir or (None if args.dry_run else default_data_dir())
     if not args.dry_run and not args.data_dir:
         raise UserError("--data-dir is needed: a packed dataset (preprocessing.py) or a tree of class folders")
+
+
+def settle_micro_batch(args: argparse.Namespace, processes: int) -> None:
+    """Make ``--micro-batch-size N`` accumulation steps; ``auto`` is settled by trial (``training.micro_batch``).
+
+    Raises:
+        UserError: the batch has no whole number of such parts, or accumulation is given too.
+    """
+    if args.micro_batch_size is not None and args.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"--gradient-accumulation-steps {args.gradient_accumulation_steps} follows from --micro-batch-size "
+            f"{args.micro_batch_size}: give one of them"
+        )
+    share = args.batch_size // processes
+    if args.micro_batch_size in (None, "auto"):
+        return
+    if args.batch_size % processes or share % args.micro_batch_size:
+        raise UserError(
+            f"--micro-batch-size {args.micro_batch_size} does not divide the {share} images of each process "
+            f"(--batch-size {args.batch_size} on {processes}); take one of "
+            f"{', '.join(map(str, divisors(share)))}"
+        )
+    args.gradient_accumulation_steps = share // args.micro_batch_size
+
+
+def divisors(number: int) -> list[int]:
+    """In ascending order."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def resolve_max_steps(args: argparse.Namespace, images: int) -> int:

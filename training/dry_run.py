@@ -44,16 +44,17 @@ def dry_run(method: Method, batch: Any, images: int, start_step: int = 0, steps:
 
 
 def batch_size(args: argparse.Namespace, method: Method) -> int:
-    """Images at once on a process in a dry run: 2, or 1 where a training has no more."""
-    return max(1, min(2, micro_batch_size(args, method.accelerator)))
+    """Images at once on a process in a dry run: a training's on a GPU, to see whether they fit, at most 2 on a CPU."""
+    images = max(1, micro_batch_size(args, method.accelerator))
+    return images if method.accelerator.device.type == "cuda" else min(2, images)
 
 
 def image_batch(images: ImageDataset | None, count: int, resolution: int, num_classes: int) -> ImageBatch:
-    """Real images where there are some, else random ones."""
+    """Real images where there are some, spread over the set, else random ones."""
     pixels = torch.randint(0, 256, (count, 3, resolution, resolution), dtype=torch.uint8)
-    labels = torch.tensor([0, num_classes - 1][:count])
+    labels = torch.linspace(0, num_classes - 1, count).long()
     if images is not None:
-        items = np.array([0, len(images) - 1][:count])
+        items = np.linspace(0, len(images) - 1, count).astype(np.int64)
         images.read_into(items, pixels.numpy())
         labels = torch.from_numpy(images.labels[items])
     return ImageBatch(pixels, labels)

@@ -31,7 +31,7 @@ from runtime.cli import flag_of
 from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging
 from runtime.processes import agree_on
-from training.arguments import CHANGEABLE
+from training.arguments import CHANGEABLE, settle_micro_batch
 from training.method import micro_batch_size
 
 # What follows from flags and data, in words for the user.
@@ -84,6 +84,9 @@ def begin(args: argparse.Namespace, folder: Path | None) -> Accelerator:
     args.mixed_precision = accelerator.mixed_precision
     if args.channels_last is None:
         args.channels_last = accelerator.device.type == "cpu"
+    if args.compile is None:
+        args.compile = accelerator.device.type == "cuda"
+    settle_micro_batch(args, accelerator.num_processes)
     set_numerics(args.seed, args.allow_tf32, args.deterministic)
     return accelerator
 
@@ -96,10 +99,10 @@ def set_numerics(seed: int, allow_tf32: bool, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass is not deterministic
-        # Warnings only: torch calls max pooling's backward pass non-deterministic, which it is where windows overlap;
-        # those of LPIPS do not.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # neither's backward pass is deterministic
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # Strictly: with warn_only flash attention keeps its faster backward pass, whose sums come in any order.
+        torch.use_deterministic_algorithms(True)
 
 
 class Run:

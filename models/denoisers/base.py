@@ -88,6 +88,10 @@ class Denoiser(nn.Module, ABC):
         """The hidden states alone; a kind that can leaves out the blocks after the last tap."""
         return self(x, t, y, taps)[1]
 
+    def compile(self, *args, **options) -> None:
+        """``torch.compile`` in place. A kind of equal blocks compiles these: one takes as long as all of them."""
+        super().compile(*args, **options)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and the weights as safetensors, complete or not at all; replaces the folder."""
         folder = Path(folder)

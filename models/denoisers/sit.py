@@ -64,6 +64,11 @@ class SiT(Denoiser):
     ) -> tuple[torch.Tensor, ...]:
         return self._through_blocks(x, t, y, taps, max(taps))[2]
 
+    def compile(self, *args, **options) -> None:
+        """Each block on its own: they share their code, and checkpointing and DDP stay outside of it."""
+        for part in (*self.blocks, self.final_layer):
+            part.compile(*args, **options)
+
     def _through_blocks(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int], last: int
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:

@@ -51,6 +51,14 @@ class Encoder(nn.Module):
         """Stays in eval mode: a frozen network whose statistics must not move."""
         return super().train(False)
 
+    def compile(self, *args, **options) -> None:
+        """``torch.compile`` in place; of a vision transformer each block, as they share their code."""
+        if self.spec.kind == "cnn":
+            super().compile(*args, **options)
+        else:
+            for block in self.network.blocks:
+                block.compile(*args, **options)
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images ``[B, 3, H, W]`` → float32 patch features ``[B, grid², D]``, row-major."""

@@ -1,0 +1,423 @@
+"""What one GPU does with the work of every stage, against its own ceilings and against plain code, in one run.
+
+    python benchmarks/gpu.py --output gpu.json            # real sizes, random weights: under 25 minutes on an H100
+    python benchmarks/gpu.py --parts ldm,sampling         # some of it
+    python benchmarks/gpu.py --rehearse                   # tiny networks, any device: does it run at all?
+
+Ceilings: a large matrix product in bf16 and a large copy. Then SiT-XL/1 with REPA from images, Send-VAE on f16d32,
+caching and guided sampling, each built by the real script from its real flags, on random data that lies on the device.
+``plain`` is the same work as public code writes it: eager, AdamW and EMA one tensor at a time, every loss fetched in
+every step, VAE in float32. MFU counts the floating-point operations of the eager step (torch's counter, also of what
+is frozen) against the matrix product that was measured. Medians of ``--repeats`` timings.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cache_latents
+import generate
+import train_ldm
+import train_sendvae
+from inference.latent_cache import ChunkEncoder, Target, autocast_for, chunk_size, latents_encoder
+from loss.vae_objective import load_loss_config
+from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
+from runtime.processes import set_inference_numerics, this_process
+from training import dry_run
+from training.method import Method, to_device, train_step
+from training.run import begin
+
+PUBLISHED_IMAGES, PUBLISHED_STEPS = 50_000, 250
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: flags of the scripts, and batches.
+
+    Attributes:
+        matrix: side of the matrix product.
+        copy: bytes of the copy.
+        ldm, sendvae, cache, sample: flags.
+        ldm_batches: images at once, of each timing.
+        sendvae_batch, cache_batch, sample_batch: images at once.
+        sample_steps: of the sampler whose outcome is compared with float32's.
+    """
+
+    matrix: int = 8192
+    copy: int = 4 << 30
+    ldm: tuple[str, ...] = ("--vae", "f16d32", "--model", "SiT-XL/1", "--enc-type", "dinov2-vit-b")
+    ldm_batches: tuple[int, ...] = (64, 128)
+    sendvae: tuple[str, ...] = ("--vae", "f16d32", "--vae-ckpt", "none", "--enc-type", "dinov2-vit-b")
+    sendvae_batch: int = 32
+    cache: tuple[str, ...] = ("--vae", "f16d32", "--vae-ckpt", "none")
+    cache_batch: int = 256
+    sample: tuple[str, ...] = ("--model", "SiT-XL/1", "--vae", "f16d32", "--cfg-scale", "2.5")
+    sample_batch: int = 64
+    sample_steps: int = 20
+
+
+TINY_NETWORKS = ("--vae", "f4d4-tiny", "--resolution", "32")
+TINY = Sizes(
+    matrix=256,
+    copy=1 << 20,
+    ldm=(*TINY_NETWORKS, "--model", "SiT-Ti/2", "--enc-type", "efficientnet-lite0", "--encoder-depth", "4"),
+    ldm_batches=(2, 4),
+    sendvae=(
+        *(*TINY_NETWORKS, "--vae-ckpt", "none", "--enc-type", "efficientnet-lite0", "--mapper-grid", "2"),
+        *("--loss-cfg-path", "configs/l1_kl_gan.yaml"),
+    ),
+    sendvae_batch=2,
+    cache=(*TINY_NETWORKS, "--vae-ckpt", "none"),
+    cache_batch=16,
+    sample=(*TINY_NETWORKS, "--model", "SiT-Ti/2", "--cfg-scale", "2.5"),
+    sample_batch=2,
+    sample_steps=2,
+)
+
+
+@dataclass
+class Report:
+    """Rows as they are measured, printed at once."""
+
+    repeats: int
+    device: torch.device
+    rows: list[dict] = field(default_factory=list)
+    ceilings: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, function: Callable[[], object], warm_up: int = 2, times: int = 1) -> float:
+        """Median of one call."""
+        for _ in range(warm_up):
+            function()
+        taken = []
+        for _ in range(self.repeats):
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(times):
+                function()
+            self.wait()
+            taken.append((time.perf_counter() - start) / times)
+        return statistics.median(taken)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def forget_peak(self) -> None:
+        """Give back what the last network held."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def add(self, part: str, what: str, seconds: float, images: int, flops: float = 0.0, **more: object) -> None:
+        """Record a timing.
+
+        Args:
+            part: of the work.
+            what: which variant.
+            seconds: for ``images`` images.
+            images: at once.
+            flops: floating-point operations of an image; 0: not counted.
+            more: further figures.
+        """
+        row = {"part": part, "what": what, "images": images, "seconds": seconds, "images_per_second": images / seconds}
+        if flops and "matrix_flops" in self.ceilings:
+            row["mfu"] = flops * images / seconds / self.ceilings["matrix_flops"]
+            row["tflop_per_second"] = flops * images / seconds / 1e12
+        if self.device.type == "cuda":
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.rows.append(row | more)
+        figures = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items())
+        mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        peak = f"  {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
+        rate = f"{1000 * seconds:9.1f} ms{images / seconds:10.1f} images/s"
+        print(f"{part:9} {what:34}{images:5}{rate}{mfu}{peak}  {figures}", flush=True)
+
+
+def measure_ceilings(report: Report, sizes: Sizes) -> None:
+    """The matrix product and the copy that the rest is compared with."""
+    device, side = report.device, sizes.matrix
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = report.seconds(lambda: a @ b, times=10)
+    report.ceilings["matrix_flops"] = 2 * side**3 / seconds
+    source = torch.empty(sizes.copy, dtype=torch.uint8, device=device).random_(0, 256)
+    target = torch.empty_like(source)
+    seconds = report.seconds(lambda: target.copy_(source))
+    report.ceilings["copy_bytes"] = 2 * sizes.copy / seconds
+    print(
+        f"ceilings: {report.ceilings['matrix_flops'] / 1e12:.0f} TFLOP/s in a bf16 matrix product of {side}, "
+        f"{report.ceilings['copy_bytes'] / 1e12:.2f} TB/s copying"
+    )
+
+
+# -- training
+
+LDM_VARIANTS = {
+    "plain": ("--no-compile",),
+    "eager": ("--no-compile",),
+    "eager, checkpointing": ("--no-compile", "--gradient-checkpointing"),
+    "compiled": ("--compile",),
+}
+SENDVAE_VARIANTS = {
+    "plain, VAE in float32": ("--no-compile", "--mixed-precision", "no"),
+    "eager": ("--no-compile",),
+    "eager, channels_last": ("--no-compile", "--channels-last"),
+    "compiled": ("--compile",),
+    "compiled, channels_last": ("--compile", "--channels-last"),
+}
+
+
+def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
+    """SiT with REPA from images: whole steps, and their parts."""
+    for what in variants:
+        batches = sizes.ldm_batches[:1] if what == "plain" else sizes.ldm_batches
+        args, method = build_ldm([*sizes.ldm, *LDM_VARIANTS[what]])
+        flops = flops_of_step(method, train_ldm.random_batch(args, method, 2))
+        for images in batches:
+            batch = to_device(train_ldm.random_batch(args, method, images), report.device)
+            step = plain_ldm_step(method, batch) if what == "plain" else lambda b=batch, m=method: train_step(m, 0, [b])
+            time_training(report, "ldm", what, step, images, flops)
+            if what != "plain" and images == batches[0]:
+                show_parts(report, what, method, batch, images)
+        del method, step, batch
+
+
+DRY = ("--dry-run", "--random-weights", "--max-train-steps", "1000")
+
+
+def build_ldm(flags: Sequence[str]) -> tuple[argparse.Namespace, Method]:
+    args = train_ldm.parse_arguments([*DRY, *flags])
+    accelerator = begin_anew(args)
+    tokenizer = train_ldm.open_tokenizer(args, None)
+    config = train_ldm.resolve(args, None, tokenizer)
+    return args, train_ldm.build(args, config, tokenizer, accelerator)
+
+
+def begin_anew(args: argparse.Namespace) -> Accelerator:
+    """Precision and numerics; accelerate remembers those of the process's first training."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.compiler.reset()
+    return begin(args, None)
+
+
+def plain_ldm_step(method: Method, batch) -> Callable[[], None]:
+    """The same network and losses with clipping, AdamW and EMA one tensor at a time, and a synchronisation a step."""
+    parameters = list(method.networks.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, foreach=False)
+    average = {name: p.detach().clone() for name, p in method.denoiser.named_parameters()}
+
+    def step() -> None:
+        values, _ = method.accumulate(0, 0, batch, 1.0, True)
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in method.denoiser.named_parameters():
+                average[name].mul_(0.9999).add_(parameter, alpha=1e-4)
+        for value in values.values():
+            value.item()
+
+    return step
+
+
+def show_parts(report: Report, what: str, method: Method, batch, images: int) -> None:
+    """The share of VFM, denoiser and optimizer in a step."""
+    draws = method.draws(0, 0, batch)
+    x, features = method.normalised(batch, draws), method.features(batch)
+
+    def update() -> None:
+        for parameter in method.networks.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        method.update(0, {}, [])
+
+    def backward() -> None:
+        method.backward(x, draws, batch.labels, features, 1.0, True)
+
+    report.add("ldm", f"{what}: VFM", report.seconds(lambda: method.features(batch)), images)
+    report.add("ldm", f"{what}: forward and backward", report.seconds(backward), images)
+    report.add("ldm", f"{what}: clip, AdamW, EMA", report.seconds(update), images)
+
+
+def measure_sendvae(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
+    """A VAE with its VFM, mapper, LPIPS and discriminator."""
+    for what in variants:
+        args = train_sendvae.parse_arguments([*DRY, *sizes.sendvae, *SENDVAE_VARIANTS[what]])
+        loss = load_loss_config(args.loss_cfg_path, args.loss_override)
+        accelerator = begin_anew(args)
+        train_sendvae.resolve(args, None)
+        method, _ = train_sendvae.build(args, loss, accelerator)
+        images, resolution = sizes.sendvae_batch, args.resolution
+        flops = flops_of_step(method, dry_run.image_batch(None, 2, resolution, 1000), loss.discriminator_start)
+        batch = to_device(dry_run.image_batch(None, images, resolution, 1000), report.device)
+
+        def step(method=method, batch=batch, start=loss.discriminator_start, what=what) -> None:
+            values = train_step(method, start, [batch])
+            if what.startswith("plain"):
+                for value in values.values():
+                    value.item()
+
+        time_training(report, "sendvae", what, step, images, flops)
+        del method, step, batch
+
+
+def time_training(report: Report, part: str, what: str, step: Callable[[], object], images: int, flops: float) -> None:
+    """A step after its first, whose seconds are shown too: kernels are compiled there."""
+    report.forget_peak()
+    start = time.perf_counter()
+    try:
+        step()
+        report.wait()
+        first = time.perf_counter() - start
+        seconds = report.seconds(step)
+    except torch.OutOfMemoryError:
+        print(f"{part:9} {what:34}{images:5}  out of memory", flush=True)
+        report.rows.append({"part": part, "what": what, "images": images, "out_of_memory": True})
+        return
+    report.add(part, what, seconds, images, flops, first_step_seconds=first)
+
+
+def flops_of_step(method: Method, batch, step: int = 0) -> float:
+    """Of an image, in an uncompiled step."""
+    images = len(batch[0])
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        train_step(method, step, [to_device(batch, method.accelerator.device)])
+    return counter.get_total_flops() / images
+
+
+# -- inference
+
+INFERENCE_VARIANTS = {
+    "float32": ("--no-allow-tf32",),
+    "TF32": (),
+    "TF32, compiled": ("--compile",),
+    "bf16": ("--mixed-precision", "bf16"),
+    "bf16, compiled": ("--mixed-precision", "bf16", "--compile"),
+    "bf16, compiled, channels_last": ("--mixed-precision", "bf16", "--compile", "--channels-last"),
+}
+
+
+def measure_caching(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
+    """Images from the host through the VAE's encoder and back, in the fixed chunks of cache_latents.py."""
+    process, exact = this_process(), None
+    for what in variants:
+        flags = ["--dry-run", *sizes.cache, *INFERENCE_VARIANTS[what]]
+        args = cache_latents.parse_arguments(flags)
+        args.resolution = args.resolution or 256
+        set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
+        torch.compiler.reset()
+        torch.manual_seed(0)  # the same random weights for all
+        networks = cache_latents.build_networks(args, process)
+        autocast = autocast_for(process.device, args.mixed_precision)
+        worker = ChunkEncoder(process.device, chunk_size(args.resolution, process.device), 1, autocast)
+        target = Target("latents", None, latents_encoder(networks.tokenizer, torch.float16), False, ())
+        shape = (sizes.cache_batch, 3, args.resolution, args.resolution)
+        batch = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        if process.device.type == "cuda":
+            batch = batch.pin_memory()
+        report.forget_peak()
+        seconds = report.seconds(lambda w=worker, b=batch, t=target: w.start(b, [t])(), warm_up=1)
+        found = torch.from_numpy(worker.start(batch, [target])()[0]).float()
+        exact = found if exact is None else exact
+        report.add("caching", what, seconds, len(batch), difference=relative(found, exact))
+        worker.close()
+        del networks, worker, target
+
+
+def measure_sampling(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
+    """A guided evaluation of the denoiser, the decoder, and what all published samples would take."""
+    process, exact = this_process(), None
+    for what in variants:
+        args = generate.parse_arguments(["--dry-run", *sizes.sample, *INFERENCE_VARIANTS[what]])
+        set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
+        torch.compiler.reset()
+        torch.manual_seed(0)  # the same random weights for all
+        trained = generate.open_model(args, print)
+        args.mode, args.num_steps = "ode", sizes.sample_steps
+        sampler, model = generate.build_sampler(args, trained, trained.load_autoencoder(), process)
+        with torch.no_grad():
+            for parameter in model.parameters():  # what starts at zero would make a velocity of zero
+                if not parameter.any():
+                    parameter.normal_(std=0.02)
+        items = torch.arange(sizes.sample_batch, device=process.device)
+        labels = items % len(trained.class_names)
+        report.forget_peak()
+        with torch.inference_mode():
+            noise = sampler.noise(items, 0)
+            evaluation = report.seconds(lambda s=sampler, x=noise, y=labels: s.velocity(x, 0.5, y), times=3)
+            z = sampler.latents(items, labels)
+            decoding = report.seconds(lambda s=sampler, z=z: [s.decode(part) for part in z.split(s.decode_batch)])
+        exact = z if exact is None else exact
+        seconds = PUBLISHED_IMAGES / len(items) * (PUBLISHED_STEPS * evaluation + decoding)
+        figures = {"hours_50k": seconds / 3600, "decode_seconds": decoding, "difference": relative(z, exact)}
+        report.add("sampling", what, evaluation, len(items), **figures)
+        del sampler, model
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖."""
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+PARTS = {
+    "ldm": (measure_ldm, tuple(LDM_VARIANTS)),
+    "sendvae": (measure_sendvae, tuple(SENDVAE_VARIANTS)),
+    "caching": (measure_caching, tuple(INFERENCE_VARIANTS)),
+    "sampling": (measure_sampling, tuple(name for name in INFERENCE_VARIANTS if "channels_last" not in name)),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_arguments(argv)
+    process = this_process()
+    if process.device.type != "cuda" and not args.rehearse:
+        print("benchmarks/gpu.py: no CUDA device; --rehearse runs it with tiny networks on a CPU", file=sys.stderr)
+        return 2
+    report = Report(args.repeats, process.device)
+    name = torch.cuda.get_device_name() if process.device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}")
+    sizes = TINY if args.rehearse else Sizes()
+    measure_ceilings(report, sizes)
+    for part in args.parts:
+        measure, variants = PARTS[part]
+        chosen = [variant for variant in variants if args.compile or "compiled" not in variant]
+        measure(report, sizes, [variant for variant in chosen if args.only is None or variant in args.only.split("; ")])
+        report.forget_peak()
+    if args.output:
+        content = {"device": name, "torch": torch.__version__, "ceilings": report.ceilings, "rows": report.rows}
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)}, separated by commas")
+    add("--only", metavar="'A; B'", help="of the variants, by their names in the table, separated by '; '")
+    add("--repeats", type=positive_int, default=5, metavar="N", help="timings of each")
+    add("--rehearse", action="store_true", help="tiny networks, on a CPU too")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled networks too")
+    add("--output", type=Path, metavar="FILE", help="write all figures as JSON")
+    add_debug_argument(parser)
+    args = parser.parse_args(argv)
+    args.parts = args.parts.split(",")
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        parser.error(f"--parts {unknown[0]}: there are {', '.join(PARTS)}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

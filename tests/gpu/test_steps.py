@@ -1,0 +1,76 @@
+"""Training steps on a GPU: nothing synchronises, overflow skips, compiled networks are the same."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.gpu import needs_gpu
+from tests.gpu.trainings import NAMES, tiny_training
+from training.method import train_step
+from training.metrics import MeanMetrics
+
+pytestmark = needs_gpu
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_does_not_synchronise(name, precision):
+    """Only launches kernels, with accumulation, clipping, AdamW, averages, statistics and metrics."""
+    training = tiny_training(name, "--no-compile", "--mixed-precision", precision)
+    batches, metrics = [training.batch(4), training.batch(4)], MeanMetrics()
+    for step in range(2):  # AdamW makes its moments in the first
+        metrics.update(train_step(training.method, training.step + step, batches))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metrics.update(train_step(training.method, training.step + 2, batches))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    means, non_finite = metrics.pop()
+    assert means["loss"] > 0
+    assert not non_finite
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale(name):
+    """With two or three optimizers and one scaler; the next steps go on."""
+    training = tiny_training(name, "--no-compile", "--mixed-precision", "fp16")
+    method, batch = training.method, training.batch(4)
+    train_step(method, training.step, [batch])
+    scaler = method.accelerator.scaler
+    before = {f"{m}.{n}": p.clone() for m, module in method.modules().items() if module is not None and m != "lecam"
+              for n, p in module.named_parameters()}  # fmt: skip
+    scaler._scale.fill_(2.0**120)  # of a loss near 1 this is beyond fp16 in every gradient
+    values = train_step(method, training.step + 1, [batch])
+    assert values["skipped"].item() == 1
+    if "vae_skipped" in values:
+        assert values["vae_skipped"].item() == 1
+    after = {f"{m}.{n}": p for m, module in method.modules().items() if module is not None and m != "lecam"
+             for n, p in module.named_parameters()}  # fmt: skip
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert scaler.get_scale() == 2.0**119
+    scaler._scale.fill_(1024.0)
+    values = train_step(method, training.step + 2, [batch])
+    assert values["skipped"].item() == 0
+    assert values["loss"].isfinite()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_networks_give_the_same_step(name):
+    """Losses and gradient norms of float32 steps; no graph breaks, no compilation after the first step."""
+    values = {}
+    for flag in ("--no-compile", "--compile"):
+        torch.compiler.reset()
+        counters.clear()
+        training = tiny_training(name, flag, "--mixed-precision", "no", "--no-allow-tf32")
+        batch = training.batch(4)
+        train_step(training.method, training.step, [batch])
+        graphs = counters["stats"]["unique_graphs"]
+        values[flag] = train_step(training.method, training.step + 1, [batch])
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+        assert (graphs > 0) == (flag == "--compile")
+        print(f"{name} {flag}: {graphs} graphs")
+    for key, eager in values["--no-compile"].items():
+        torch.testing.assert_close(
+            values["--compile"][key], eager, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )

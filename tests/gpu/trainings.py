@@ -1,0 +1,64 @@
+"""Tiny trainings on the GPU, built by the scripts themselves from their flags, with random weights and data."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.state import AcceleratorState
+
+import train_ldm
+import train_repae
+import train_sendvae
+from formats.vae import load_tokenizer
+from loss.vae_objective import load_loss_config
+from training import dry_run
+from training.method import Method, to_device
+from training.run import begin
+
+COMMON = ("--dry-run", "--random-weights", "--vae", "f4d4-tiny", "--enc-type", "dinov2-vit-s", "--resolution", "64")
+DENOISER = ("--model", "SiT-Ti/2", "--encoder-depth", "2", "--projector-width", "32")
+NAMES = ("sendvae", "ldm", "repae")
+
+
+class Training(NamedTuple):
+    """A method and a way to a batch of so many images on its device."""
+
+    method: Method
+    batch: Callable[[int], Any]
+    step: int = 0
+
+
+def tiny_training(name: str, *flags: str) -> Training:
+    """One of :data:`NAMES`; ``flags`` come last."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    steps = ("--max-train-steps", "100")
+    if name == "ldm":
+        args = train_ldm.parse_arguments([*COMMON, *DENOISER, *steps, *flags])
+        accelerator = begin(args, None)
+        tokenizer = train_ldm.open_tokenizer(args, None)
+        config = train_ldm.resolve(args, None, tokenizer)
+        method = train_ldm.build(args, config, tokenizer, accelerator)
+        return Training(method, lambda count: on_device(method, train_ldm.random_batch(args, method, count)))
+    losses = ("--loss-cfg-path", "configs/l1_lpips_kl_gan.yaml", "--vae-ckpt", "none")
+    if name == "sendvae":
+        args = train_sendvae.parse_arguments([*COMMON, *losses, *steps, *flags])
+        loss, accelerator = load_loss_config(args.loss_cfg_path, args.loss_override), begin(args, None)
+        train_sendvae.resolve(args, None)
+        method, _ = train_sendvae.build(args, loss, accelerator)
+    else:
+        args = train_repae.parse_arguments([*COMMON, *losses, *DENOISER, *steps, *flags])
+        loss, accelerator = load_loss_config(args.loss_cfg_path, args.loss_override), begin(args, None)
+        tokenizer, _ = load_tokenizer(args.vae, args.vae_ckpt)
+        config = train_repae.resolve(args, None, None, tokenizer)
+        method = train_repae.build(args, loss, config, tokenizer, accelerator)
+
+    def batch(count: int):
+        return on_device(method, dry_run.image_batch(None, count, args.resolution, 1000))
+
+    return Training(method, batch, loss.discriminator_start)
+
+
+def on_device(method: Method, batch: Any) -> Any:
+    """Drawn on the CPU, the same every time."""
+    torch.manual_seed(1)
+    return to_device(batch, method.accelerator.device)
