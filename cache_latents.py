@@ -234,9 +234,8 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
         if channels_last:
             network.to(memory_format=torch.channels_last)
     if args.compile:
-        tokenizer.compile_encoder()
-        for encoder in encoders:
-            encoder.compile()
+        for network in (tokenizer, *encoders):
+            network.compile()
     return Networks(tokenizer, statistics, statistics is not None and args.statistics == "vae", encoders)
 
 

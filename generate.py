@@ -402,7 +402,7 @@ def build_sampler(
         tokenizer.to(memory_format=torch.channels_last)
     if args.compile:
         model.compile(dynamic=False)  # two sizes: with and without guidance
-        tokenizer.compile_decoder(dynamic=False)
+        tokenizer.compile(dynamic=False)
     sampler = ImageSampler(
         model,
         tokenizer,

@@ -203,7 +203,7 @@ def build(args: argparse.Namespace, config: DenoiserConfig, tokenizer: Tokenizer
     tokenizer.requires_grad_(False).to(accelerator.device)
     method = LDM(args, accelerator, denoiser, alignment, tokenizer, encoders)
     if args.compile:
-        compile_networks(None, denoiser, alignment, *(encoders or ()))
+        compile_networks(denoiser, *(encoders or ()))
     return method
 
 

@@ -187,7 +187,7 @@ def build(
     vae = build_sendvae(args, accelerator, tokenizer, through, encoders, objective, discriminator)
     method = Repae(vae, LDM(args, accelerator, denoiser, alignment, tokenizer, None))
     if args.compile:
-        compile_networks(tokenizer, discriminator, objective.perceptual, denoiser, *encoders)
+        compile_networks(tokenizer, denoiser, *encoders)
     return method
 
 

@@ -177,7 +177,7 @@ def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Acc
     networks = tokenizer, alignment, encoders, objective, discriminator
     method = build_sendvae(args, accelerator, *networks, ema_decay=args.ema_decay)
     if args.compile:
-        compile_networks(tokenizer, alignment, *encoders, discriminator, objective.perceptual)
+        compile_networks(tokenizer, *encoders)
     return method, statistics
 
 

@@ -141,11 +141,8 @@ class Tokenizer(nn.Module, ABC):
             f"{type(self).__name__} cannot recompute its activations: train it without gradient checkpointing"
         )
 
-    def compile_encoder(self, **options) -> None:
-        """``torch.compile`` in place, so that names of tensors stay; nothing by default."""
-
-    def compile_decoder(self, **options) -> None:
-        """``torch.compile`` in place, so that names of tensors stay; nothing by default."""
+    def compile(self, *args, **options) -> None:
+        """``torch.compile`` its parts in place, so that names of tensors stay; nothing by default."""
 
     def with_statistics(self, statistics: LatentStatistics) -> "Tokenizer":
         """The same networks, not copied, with other latent statistics."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from models.pixels import to_signed
@@ -17,6 +18,9 @@ from models.tokenizers.base import Code, Tokenizer
 from models.weight_files import weights_checksum
 
 MOMENTS_ITEMS = 64  # summed at once: part of what the last bits of measured statistics depend on
+MOST_GRAPHS = (
+    128  # of a residual block: f16d32 has 9 kinds, each once with and once without gradients, and a batch's rest
+)
 # What the layers do, apart from what the weights' names and shapes say; a fixed list, because diffusers adds keys.
 _ARCHITECTURE_KEYS = (
     *("in_channels", "out_channels", "latent_channels", "block_out_channels", "down_block_types", "up_block_types"),
@@ -131,11 +135,14 @@ class KLTokenizer(Tokenizer):
     def enable_gradient_checkpointing(self) -> None:
         self.network.enable_gradient_checkpointing()
 
-    def compile_encoder(self, **options) -> None:
-        self.network.encoder.compile(**options)
+    def compile(self, *args, **options) -> None:
+        """Each residual block: they share their code, and a graph serves all of the same width and resolution."""
+        import torch._dynamo.config as limits  # seconds, which nobody waits for who does not compile
 
-    def compile_decoder(self, **options) -> None:
-        self.network.decoder.compile(**options)
+        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+        for module in self.network.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.compile(*args, **options | {"dynamic": False})
 
     def checksum(self) -> str:
         """SHA-256 of architecture and weights: which VAE this is, whatever its statistics, scaling factor or folder."""
