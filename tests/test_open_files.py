@@ -189,6 +189,18 @@ def test_forked_and_pickled_readers_read_on_while_threads_read(root, bound):
             future.result()
 
 
+def test_a_process_forked_while_another_thread_holds_the_lock(root):
+    readers = [PackedReader(root / kind, kind) for kind in KINDS]
+    process = multiprocessing.get_context("fork").Process(target=check_items, args=(readers, 0))
+    with open_files._lock:
+        process.start()
+    process.join(60)
+    try:
+        assert process.exitcode == 0  # None where it still waits
+    finally:
+        process.kill()
+
+
 _FORKED: list[PackedReader] = []  # of a forked process, inherited and not pickled
 
 
