@@ -71,7 +71,7 @@ class SampleOrder:
 
     def _hold(self, key: tuple[int, ...], make: Callable[..., np.ndarray]) -> np.ndarray:
         if key not in self._held:
-            while len(self._held) >= 2:  # a batch spans at most two epochs of any dataset worth caching
+            while len(self._held) >= 2:  # a batch spans at most two epochs, or windows, worth holding
                 del self._held[min(self._held)]
             self._held[key] = make(*key)
         return self._held[key]
