@@ -335,8 +335,11 @@ def stage_dataset(
             temporary = target / f"{name}.tmp"
             temporary.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path / name, temporary)
-            if temporary.stat().st_size != size:
-                raise UserError(f"{path / name} changed while it was copied; run the same command again")
+            if (copied := temporary.stat().st_size) != size:
+                raise UserError(
+                    f"{path / name} has {copied} bytes instead of {size}; if it changed while it was copied, run the "
+                    "same command again, else make or copy the dataset again"
+                )
             os.replace(temporary, target / name)
             progress.update(size)
     return target

@@ -22,15 +22,14 @@ import itertools
 import json
 import math
 import os
-import resource
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from dataset.open_files import OpenShards, ShardFile
 from errors import UserError
 from runtime.files import checksum, write_atomically
 
@@ -39,6 +38,10 @@ INDEX_NAME = "index.json"
 LABELS_NAME = "labels.npy"
 REJECTED_NAME = "rejected.csv"
 _READ_BYTES = 1 << 22
+# Up to this many files a dataset is measured when it is opened, so that a damaged copy is found before hours of work
+# and not after (all of ImageNet: seconds on a slow file server). Every process doing so with those of 100 million
+# images would keep the server busy for minutes: of those the names are checked, and the sizes as shards are opened.
+MOST_FILES_MEASURED = 4096
 
 
 @dataclass(frozen=True)
@@ -290,7 +293,8 @@ class PackedReader:
         class_names: label ``c`` means ``class_names[c]``.
 
     Raises:
-        UserError: no such dataset, another kind, or shards missing or cut short.
+        UserError: no such dataset, another kind, or shards missing or cut short (of more than
+            ``MOST_FILES_MEASURED`` files, those cut short are found when they are read).
     """
 
     def __init__(self, folder: str | os.PathLike, kind: str = "images") -> None:
@@ -304,13 +308,13 @@ class PackedReader:
         self.spec = ShardSpec(index["kind"], tuple(index["shape"]), index["dtype"], index["codec"])
         self.class_names: list[str] = index["class_names"]
         self._starts = np.cumsum([0] + [shard["count"] for shard in index["shards"]]).tolist()
-        self._check_sizes()
+        self._check_files()
         self.labels = np.load(self.folder / LABELS_NAME, allow_pickle=False)
         if self.labels.shape != (len(self),):
             raise UserError(
                 f"{self.folder / LABELS_NAME} has {len(self.labels)} labels for {len(self)} items; {self._rerun}"
             )
-        self._reset()
+        self._shards = OpenShards(len(index["shards"]))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -325,19 +329,19 @@ class PackedReader:
     def read_into(self, item: int, out: np.ndarray) -> None:
         """Read an item of a raw dataset into a contiguous array of its shape and type."""
         shard, place = self.locate(item)
-        descriptor, start, _ = self._open(shard)
+        file = self._open(shard)
         size = self.spec.item_bytes
         if out.nbytes != size or not out.flags.c_contiguous:
             raise ValueError(f"a contiguous array of {size} bytes is needed, got {out.shape} of {out.dtype}")
-        if os.preadv(descriptor, (out,), start + place * size) != size:
-            self._read_rest(shard, memoryview(out.reshape(-1).view(np.uint8)), start + place * size)
+        if os.preadv(file.descriptor, (out,), file.start + place * size) != size:
+            self._read_rest(shard, file, memoryview(out.reshape(-1).view(np.uint8)), place * size)
 
     def read_bytes(self, item: int) -> bytes:
         """Read the encoded bytes of an item of a png dataset."""
         shard, place = self.locate(item)
-        descriptor, start, offsets = self._open(shard)
-        begin, end = int(offsets[place]), int(offsets[place + 1])
-        data = os.pread(descriptor, end - begin, start + begin)
+        file = self._open(shard)
+        begin, end = int(file.offsets[place]), int(file.offsets[place + 1])
+        data = os.pread(file.descriptor, end - begin, file.start + begin)
         if len(data) != end - begin:
             raise UserError(f"{self._shard_path(shard)} is cut short; {self._rerun}")
         return data
@@ -346,8 +350,8 @@ class PackedReader:
         """Read a whole raw dataset into a contiguous array ``[N, *shape]``; ``progress`` is told the bytes read."""
         for shard, (first, last) in enumerate(itertools.pairwise(self._starts)):
             if last > first:
-                _, start, _ = self._open(shard)
-                self._read_rest(shard, memoryview(out[first:last].reshape(-1).view(np.uint8)), start)
+                data = memoryview(out[first:last].reshape(-1).view(np.uint8))
+                self._read_rest(shard, self._open_shard(shard), data, 0)  # once, so it need not stay open
                 if progress is not None:
                     progress((last - first) * self.spec.item_bytes)
 
@@ -361,45 +365,44 @@ class PackedReader:
             if checksum(self.folder / name) != expected:
                 raise UserError(f"{self.folder / name} differs from its checksum; delete it, then {self._rerun}")
 
-    def close(self) -> None:
-        """Close the shards that were opened."""
-        for opened in self._opened:
-            if opened is not None:
-                os.close(opened[0])
-        self._reset()
+    def _open(self, shard: int) -> ShardFile:
+        """A shard, opened unless it is open; hold on to it while reading."""
+        return self._shards.get(shard) or self._shards.add(shard, self._open_shard(shard))
 
-    def _open(self, shard: int) -> tuple[int, int, np.ndarray | None]:
-        """Descriptor, offset of the first item and, of encoded shards, the offsets; opened at the first use."""
-        opened = self._opened[shard]
-        if opened is not None:
-            return opened
-        with self._lock:
-            if self._opened[shard] is None:
-                self._opened[shard] = self._open_shard(shard)
-            return self._opened[shard]
-
-    def _open_shard(self, shard: int) -> tuple[int, int, np.ndarray | None]:
+    def _open_shard(self, shard: int) -> ShardFile:
         path = self._shard_path(shard)
         count = self.index["shards"][shard]["count"]
-        with open(path, "rb") as file:
-            shape, dtype, start = _read_npy_header(file)
         offsets = None
         if self.spec.codec == "raw":
             expected = ((count, *self.spec.shape), np.dtype(self.spec.dtype))
         else:
-            offsets = np.load(self.folder / self.spec.offsets_name(shard), allow_pickle=False)
+            with self._open_file(shard, self.spec.offsets_name(shard)) as file:
+                offsets = np.load(file, allow_pickle=False)
             expected = ((int(offsets[-1]),), np.dtype(np.uint8))
-        if (shape, dtype) != expected or (offsets is not None and len(offsets) != count + 1):
-            raise UserError(
-                f"{path} holds {shape} of {dtype}, the index says {expected[0]} of {expected[1]}; {self._rerun}"
-            )
-        return os.open(path, os.O_RDONLY), start, offsets
+        with self._open_file(shard, path.name) as file:
+            shape, dtype, start = _read_npy_header(file)
+            if (shape, dtype) != expected or (offsets is not None and len(offsets) != count + 1):
+                raise UserError(
+                    f"{path} holds {shape} of {dtype}, the index says {expected[0]} of {expected[1]}; {self._rerun}"
+                )
+            return ShardFile(os.dup(file.fileno()), start, offsets)
 
-    def _read_rest(self, shard: int, out: memoryview, offset: int) -> None:
-        """What preadv may do on a network file system: return less than was asked for."""
+    @contextmanager
+    def _open_file(self, shard: int, name: str) -> Iterator[io.BufferedReader]:
+        """One of a shard's files, measured, because it may have been too many to do so when the dataset was opened."""
+        try:
+            file = open(self.folder / name, "rb")  # noqa: SIM115  closed below
+        except FileNotFoundError:
+            raise self._missing(name) from None
+        with file:
+            self._check_size(name, os.fstat(file.fileno()).st_size, self.index["shards"][shard]["files"][name])
+            yield file
+
+    def _read_rest(self, shard: int, file: ShardFile, out: memoryview, offset: int) -> None:
+        """Read on where preadv gave less than was asked for, which it may do on a network file system."""
         done = 0
         while done < out.nbytes:
-            count = os.preadv(self._opened[shard][0], (out[done:],), offset + done)
+            count = os.preadv(file.descriptor, (out[done:],), file.start + offset + done)
             if not count:
                 raise UserError(f"{self._shard_path(shard)} is cut short; {self._rerun}")
             done += count
@@ -416,26 +419,33 @@ class PackedReader:
         for shard in self.index["shards"]:
             yield from shard["files"].items()
 
-    def _check_sizes(self) -> None:
-        for name, expected in self._files():
+    def _check_files(self) -> None:
+        """Refuse a dataset with files missing, or cut short as far as that takes no time."""
+        files = dict(self._files())
+        if len(files) > MOST_FILES_MEASURED:
+            present = set(os.listdir(self.folder))
+            if (missing := next((name for name in files if name not in present), None)) is not None:
+                raise self._missing(missing)
+            files = self.index["labels"]
+        for name, expected in files.items():
             try:
                 size = (self.folder / name).stat().st_size
             except FileNotFoundError:
-                raise UserError(f"{self.folder / name} is missing; {self._rerun}") from None
-            if size != expected["bytes"]:
-                raise UserError(f"{self.folder / name} has {size} bytes instead of {expected['bytes']}; {self._rerun}")
+                raise self._missing(name) from None
+            self._check_size(name, size, expected)
 
-    def _reset(self) -> None:
-        self._opened: list[tuple[int, int, np.ndarray | None] | None] = [None] * len(self.index["shards"])
-        self._lock = threading.Lock()
-        _allow_open_files(len(self._opened))
+    def _check_size(self, name: str, size: int, expected: dict) -> None:
+        if size != expected["bytes"]:
+            raise UserError(f"{self.folder / name} has {size} bytes instead of {expected['bytes']}; {self._rerun}")
+
+    def _missing(self, name: str) -> UserError:
+        return UserError(f"{self.folder / name} is missing; {self._rerun}")
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_opened", "_lock")}
+        return {key: value for key, value in self.__dict__.items() if key != "_shards"}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._reset()
+        self.__dict__.update(state, _shards=OpenShards(len(state["index"]["shards"])))
 
 
 def _rerun(kind: str | None) -> str:
@@ -474,13 +484,3 @@ def _read_npy_header(file: io.BufferedReader) -> tuple[tuple[int, ...], np.dtype
 
 def _json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode()
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the soft limit to hold a descriptor per shard: ImageNet at 512 px has 1251, a usual limit is 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))

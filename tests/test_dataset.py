@@ -1,6 +1,7 @@
 import os
 import pickle
 import threading
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 
 import preprocessing
 from dataset import loader as loader_module
+from dataset import order as order_module
 from dataset.images import open_images
 from dataset.loader import BatchLoader, LabelledImages, sequential_batches, stage_dataset
-from dataset.order import SampleOrder, flip_mask
+from dataset.order import SampleOrder, flip_mask, permuted
 from dataset.shards import PackedReader, ShardSpec, ShardWriter, read_records, write_index
 from errors import UserError
 from tests.photographs import write_class_folders
@@ -123,6 +125,13 @@ def test_latent_shards(tmp_path, dtype):
 
 
 class TestOrder:
+    @pytest.fixture(params=["held", "computed"])
+    def most_held(self, request, monkeypatch):
+        """Both ways to an order, at sizes at which one would be held."""
+        if request.param == "computed":
+            monkeypatch.setattr(order_module, "MOST_HELD", 0)
+
+    @pytest.mark.usefixtures("most_held")
     @pytest.mark.parametrize("shuffle", ["full", "window", "none"])
     def test_each_item_once_an_epoch_and_nothing_dropped(self, shuffle):
         order = SampleOrder(1003, seed=3, shuffle=shuffle, window=128, block=16)
@@ -131,8 +140,8 @@ class TestOrder:
         for epoch in epochs:
             np.testing.assert_array_equal(np.sort(epoch), np.arange(1003))
         assert (epochs[0] == epochs[1]).all() == (shuffle == "none")
-        assert [order.epoch_of(position) for position in (0, 1002, 1003, 3009)] == [0, 0, 1, 3]
 
+    @pytest.mark.usefixtures("most_held")
     @pytest.mark.parametrize("shuffle", ["full", "window"])
     def test_any_access_gives_the_same(self, shuffle):
         forward, jumping = (SampleOrder(500, 7, shuffle, window=64, block=8) for _ in range(2))
@@ -150,6 +159,47 @@ class TestOrder:
         assert SampleOrder(10, 0).indices(0, 12).tolist() == ORDER
         assert np.flatnonzero(flip_mask(0, 0, np.arange(16))).tolist() == FLIPS
 
+        assert permuted(np.arange(10), 10, 0, 0).tolist() == COMPUTED
+        assert permuted(np.arange(3), 10**8, 0, 5).tolist() == COMPUTED_OF_MANY
+        assert order_module.MOST_HELD == 2**24  # above it, the computed ones are used
+
+    @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 100, 1024, 1025, 65_537, 300_007])
+    def test_computed_permutations_are_permutations(self, length):
+        for seed, epoch in ((0, 0), (0, 1), (2**40, 0)):
+            items = permuted(np.arange(length), length, seed, epoch)
+            np.testing.assert_array_equal(np.sort(items), np.arange(length))
+
+    def test_computed_permutations_look_random(self):
+        """χ² of 63 and of 225 degrees of freedom within 4.5 standard deviations, correlations within 4.5 / √N."""
+        count, buckets = 1_000_003, 64
+        first, *others = (permuted(np.arange(count), count, *key) for key in ((0, 0), (0, 1), (1, 0)))
+        part = count // 16
+        for start in range(0, count - part, 3 * part):
+            for number in (first[start : start + part] * buckets // count, first[start : start + part] % buckets):
+                # drawn without replacement, counts vary less by the share that is left
+                square = chi_square(np.bincount(number, minlength=buckets)) * (count - 1) / (count - part)
+                assert abs(square - 63) < 4.5 * (2 * 63) ** 0.5
+        pairs = np.bincount(16 * (first[:-1] * 16 // count) + first[1:] * 16 // count, minlength=256)
+        assert abs(chi_square(pairs) - 225) < 4.5 * (2 * 225) ** 0.5
+        for lag in (1, 2, 3, 8, 4096):
+            assert abs(np.corrcoef(first[:-lag], first[lag:])[0, 1]) < 4.5 / count**0.5
+        for other in (np.arange(count), *others):
+            assert abs(np.corrcoef(first, other)[0, 1]) < 4.5 / count**0.5
+            assert (first == other).sum() < 8  # one is expected
+
+    @pytest.mark.parametrize("shuffle", ["full", "window", "none"])
+    def test_the_order_of_many_items_is_not_stored(self, shuffle):
+        """8 GB of numbers of 1,000 million items; computed as they are asked for, far less than 100 MB."""
+        order = SampleOrder(10**9, 0, shuffle)
+        tracemalloc.start()
+        items = np.concatenate([order.indices(start, 1000) for start in (0, 10**9 - 500, 5 * 10**9)])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1e8
+        assert items.min() >= 0 and items.max() < 10**9
+        assert len(np.unique(items[:1000])) == 1000
+
+    @pytest.mark.usefixtures("most_held")
     def test_windows_stay_within_their_blocks(self):
         order = SampleOrder(4096, 0, "window", window=256, block=32)
         for first in range(0, 4096, 256):
@@ -169,7 +219,14 @@ class TestOrder:
 
 
 ORDER = [4, 6, 2, 7, 3, 5, 9, 0, 8, 1, 9, 1]
+COMPUTED = [3, 1, 7, 9, 0, 6, 5, 4, 2, 8]
+COMPUTED_OF_MANY = [70075599, 90882375, 73272188]
 FLIPS = [0, 5, 6, 7, 9, 10, 12, 13, 14]
+
+
+def chi_square(counts: np.ndarray) -> float:
+    """Pearson's, of counts that are expected to be equal."""
+    return float((np.square(counts - counts.mean()) / counts.mean()).sum())
 
 
 class TestLoader:
