@@ -93,3 +93,13 @@ def test_wrong_input_on_two_processes_is_one_line(tmp_path):
     lines = [line for line in answer.stderr.splitlines() if line.startswith("train_sendvae.py: error")]
     assert lines
     assert "missing" in lines[0]
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_the_main_process_longer_than_their_group_would(tmp_path):
+    """And it alone verifies the checkpoint."""
+    data = write_class_folders(tmp_path / "images", per_class=4)
+    argv = flags(data, tmp_path / "exps", batch_size=4, sampling_steps=2)
+    torchrun("train_sendvae.py", *argv, "--max-train-steps", "1")
+    torchrun("tests/slow_main_process.py", *argv, "--max-train-steps", "2")
+    assert json.loads((tmp_path / "exps" / "run" / "status.json").read_text())["state"] == "finished"

@@ -30,7 +30,6 @@ from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
 from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging
-from runtime.processes import agree_on
 from training.arguments import CHANGEABLE
 from training.method import micro_batch_size
 
@@ -133,20 +132,13 @@ class Run:
         Raises:
             UserError: the folder holds another run, no such checkpoint, or none that is intact.
         """
-        folder, step = CheckpointFolder(self.folder), -1
-        if self.is_main:
-            # The same --resume-step again, e.g. of a requeued job, continues with what was trained from that step.
-            resumed_already = resume_step and (arguments_of(self.folder) or {}).get("resume_step") == resume_step
-            if resume_step and not resumed_already:
-                found = folder.at_step(resume_step)
-            else:
-                found = folder.newest_good(logger.warning)
-            step = -1 if found is None else found.step
-        step = agree_on(step, self.accelerator.device)
-        if step < 0:
-            return None
-        self._check_same()
-        return Checkpoint(folder.whole / f"{step:07d}")
+        # The same --resume-step again, e.g. of a requeued job, continues with what was trained from that step.
+        resumed_already = resume_step and (arguments_of(self.folder) or {}).get("resume_step") == resume_step
+        folder = CheckpointFolder(self.folder)
+        checkpoint = folder.intact(0 if resumed_already else resume_step, logger.warning)
+        if checkpoint is not None:
+            self._check_same()
+        return checkpoint
 
     def is_finished(self, step: int) -> bool:
         """Whether nothing is left to do: it was trained so far, and its VAE is there."""
