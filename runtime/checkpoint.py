@@ -47,6 +47,10 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder / MANIFEST} is not readable ({error})") from error
 
+    def states(self) -> set[str]:
+        """Names of the states that it holds."""
+        return {name.removesuffix(".pt") for name in self.manifest()["files"] if name.endswith(".pt")}
+
     def fault(self, module: str | None = None) -> str | None:
         """What is wrong with it (a missing file, a wrong size or checksum), or None. Reads every byte.
 
@@ -84,7 +88,8 @@ class Checkpoint:
         """Load ``name.pt``: tensors, numbers, strings and containers of them, nothing else."""
         path = self.folder / f"{name}.pt"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: processes of one machine share what is read of it
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(f"{path} does not load ({' '.join(str(error).split())[:200]})") from error
 

@@ -62,11 +62,17 @@ class Loop:
         self.batches.__exit__(*exception)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Load everything that a checkpoint holds."""
+        """Load everything that a checkpoint holds; a scaler only where the run was fp16 and is."""
         for name, module in self._modules().items():
             checkpoint.load_module(name, module)
-        for name, stateful in self._states().items():
-            stateful.load_state_dict(checkpoint.load_state(name))
+        states, there = self._states(), checkpoint.states() - {"metrics"}
+        for name, stateful in states.items():
+            if name in there:
+                stateful.load_state_dict(checkpoint.load_state(name))
+            else:
+                logger.warning("%s has no state of the %s: it begins anew", checkpoint.folder, name)
+        for name in sorted(there - states.keys()):
+            logger.warning("%s has a state of a %s, which this run has no use for", checkpoint.folder, name)
         accelerator = self.run.accelerator
         state = checkpoint.load_state("metrics")
         self.metrics.load_state_dict(state, accelerator.process_index, accelerator.num_processes, accelerator.device)

@@ -30,7 +30,7 @@ from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
 from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging
-from training.arguments import CHANGEABLE
+from training.arguments import CHANGEABLE, MENTIONED
 from training.method import micro_batch_size
 
 # What follows from flags and data, in words for the user.
@@ -219,14 +219,16 @@ class Run:
             write_json(self.folder / "status.json", status)
 
     def _check_same(self) -> None:
-        """A folder that was begun holds the same run, or its first differing flag is named."""
+        """A folder that was begun holds the same run, or its first differing flag is named; says what else differs."""
         old = arguments_of(self.folder)
         if old is None:
             return
         refuse_changed_arguments(old, self.arguments, CHANGEABLE, self.folder)
-        before, now = old.get("num_processes"), self.arguments["num_processes"]
-        if before not in (None, now):
-            logger.warning("%s processes before, %d now: from here on the noise is drawn otherwise", before, now)
+        for name, effect in MENTIONED.items():
+            before, now = old.get(name), self.arguments.get(name)
+            if before not in (None, now):
+                what = "number of processes" if name == "num_processes" else flag_of(name)
+                logger.warning("%s %s before, %s now: from here on %s", what, before, now, effect)
 
     def finish(self) -> None:
         self.accelerator.end_training()
