@@ -20,6 +20,7 @@ from torch import nn
 
 from errors import UserError
 from runtime.files import checksum
+from runtime.processes import agree_on
 
 FORMAT_VERSION = 2  # 1: projectors and mappers lay in the networks they belong to
 MANIFEST = "manifest.json"
@@ -45,6 +46,10 @@ class Checkpoint:
             return json.loads((self.folder / MANIFEST).read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder / MANIFEST} is not readable ({error})") from error
+
+    def states(self) -> set[str]:
+        """Names of the states that it holds."""
+        return {name.removesuffix(".pt") for name in self.manifest()["files"] if name.endswith(".pt")}
 
     def fault(self, module: str | None = None) -> str | None:
         """What is wrong with it (a missing file, a wrong size or checksum), or None. Reads every byte.
@@ -83,7 +88,8 @@ class Checkpoint:
         """Load ``name.pt``: tensors, numbers, strings and containers of them, nothing else."""
         path = self.folder / f"{name}.pt"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: processes of one machine share what is read of it
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(f"{path} does not load ({' '.join(str(error).split())[:200]})") from error
 
@@ -130,6 +136,20 @@ class CheckpointFolder:
         if fault := checkpoint.fault():
             raise UserError(f"--resume-step {step}: {checkpoint.folder} is damaged ({fault})")
         return checkpoint
+
+    def intact(self, step: int, report: Callable[[str], object]) -> Checkpoint | None:
+        """That of a step, or for 0 the newest good one. The main process alone verifies; all processes get its answer.
+
+        Raises:
+            UserError: as :meth:`at_step` and :meth:`newest_good`, in the main process.
+        """
+
+        def find() -> int:
+            found = self.at_step(step) if step else self.newest_good(report)
+            return -1 if found is None else found.step
+
+        found = agree_on(find)
+        return None if found < 0 else Checkpoint(self.whole / f"{found:07d}")
 
     def set_aside_newer(self, step: int) -> Path | None:
         """Move checkpoints and milestones of later steps out of the way of a run that continues from ``step``.

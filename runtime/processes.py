@@ -1,10 +1,11 @@
 """The processes of a job: who this one is, and the few numbers that they exchange."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -108,13 +109,45 @@ def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def agree_on(value: int, device: torch.device) -> int:
-    """The main process's integer, on every process."""
-    if not _several():
-        return value
-    tensor = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.broadcast(tensor, src=0)
-    return int(tensor.item())
+def agree_on(find: Callable[[], int]) -> int:
+    """What the main process finds, on every process; the others do not look."""
+    group = cpu_group()
+    if group is None:
+        return find()
+    answer = torch.tensor([find() if dist.get_rank() == 0 else 0])
+    dist.broadcast(answer, src=0, group=group)
+    return int(answer.item())
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here: for what one of them alone takes long for, to hash, write, sample or copy.
+
+    On the CPU, for up to ``GROUP_TIMEOUT``. A barrier of NCCL would keep the GPUs of those that wait busy, and end the
+    training after NCCL's limit.
+    """
+    group = cpu_group()
+    if group is not None:
+        dist.barrier(group=group)
+
+
+@contextmanager
+def goes_first(is_first: bool) -> Iterator[None]:
+    """Context: the process that goes first, one on each machine, is done before the others begin."""
+    if not is_first:
+        wait_for_all()
+    yield
+    if is_first:
+        wait_for_all()
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """All processes, over gloo, whatever they train on; None for one alone. The first call is every process's."""
+    return _gloo_beside(dist.group.WORLD) if _several() else None
+
+
+@lru_cache(maxsize=1)
+def _gloo_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
 
 
 def least_of(value: int, device: torch.device) -> int:

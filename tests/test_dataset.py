@@ -266,11 +266,13 @@ class TestLoader:
             assert 0 < mask.sum() < 16
             assert torch.equal(flipped[step], torch.where(mask[:, None, None, None], plain[step].flip(3), plain[step]))
 
-    def test_ranks_tile_the_global_batch(self, packed):
-        images = open_images(packed)
+    @pytest.mark.parametrize(("processes", "accumulation"), [(4, 2), (2, 1), (1, 4)])
+    def test_ranks_and_micro_steps_tile_the_global_batch(self, packed, processes, accumulation):
+        """Also from a step on that others came to: a run resumes on another number of processes."""
+        images, split = open_images(packed), {"world_size": processes, "accumulation": accumulation}
         expected = self.batches(images)
-        ranks = [self.batches(images, rank=rank, world_size=4, accumulation=2) for rank in range(4)]
-        for step, batch in enumerate(expected):
+        ranks = [self.batches(images, steps=4, start_step=2, rank=rank, **split) for rank in range(processes)]
+        for step, batch in enumerate(expected[2:]):
             assert torch.equal(torch.cat([rank[step] for rank in ranks]), batch)
 
     def test_accumulation_splits_the_batch(self, packed):

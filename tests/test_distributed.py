@@ -93,3 +93,36 @@ def test_wrong_input_on_two_processes_is_one_line(tmp_path):
     lines = [line for line in answer.stderr.splitlines() if line.startswith("train_sendvae.py: error")]
     assert lines
     assert "missing" in lines[0]
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_the_main_process_longer_than_their_group_would(tmp_path):
+    """And it alone verifies the checkpoint."""
+    data = write_class_folders(tmp_path / "images", per_class=4)
+    argv = flags(data, tmp_path / "exps", batch_size=4, sampling_steps=2)
+    torchrun("train_sendvae.py", *argv, "--max-train-steps", "1")
+    torchrun("tests/slow_main_process.py", *argv, "--max-train-steps", "2")
+    assert json.loads((tmp_path / "exps" / "run" / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_continues_on_one_with_twice_the_micro_steps(tmp_path):
+    data = write_class_folders(tmp_path / "images", per_class=4)
+    # the sums of a log line are begun by two processes and ended by one
+    argv = flags(data, tmp_path / "exps", batch_size=4, max_train_steps=3, log_steps=3, checkpointing_steps=2)
+    torchrun("train_sendvae.py", *argv, "--mixed-precision", "bf16")
+    run = tmp_path / "exps" / "run"
+    two = json.loads((run / "metrics.jsonl").read_text())
+    changes = "--gradient-accumulation-steps", "2", "--mixed-precision", "no"
+    command = [sys.executable, "train_sendvae.py", *argv, *changes, "--resume-step", "2"]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    one = json.loads((run / "metrics.jsonl").read_text())
+    assert one["reconstruction"] != two["reconstruction"]  # another noise, in the last step of three
+    assert one["reconstruction"] == pytest.approx(two["reconstruction"], rel=0.02)
+    log = (run / "log.txt").read_text()
+    for change in (
+        "number of processes 2 before, 1 now: from here on noise is drawn otherwise",
+        "--gradient-accumulation-steps 1 before, 2 now: from here on noise is drawn otherwise",
+        "--mixed-precision bf16 before, no now: from here on results are rounded otherwise",
+    ):
+        assert log.count(change) == 1

@@ -1,4 +1,4 @@
-"""Real processes, really killed: the same command continues bit for bit."""
+"""Real processes, really killed: the same command continues bit for bit; and a signal in the middle of a save."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runtime.checkpoint import CheckpointFolder
 from tests.photographs import write_class_folders
 from tests.sendvae_runs import flags
 
@@ -60,13 +61,17 @@ def start(data: Path, name: str, **changes) -> subprocess.Popen:
 
 def kill_when(process: subprocess.Popen, path: Path, number: int) -> int:
     """Send a signal as soon as a file appears; returns the exit code."""
+    wait_for(path, process)
+    os.kill(process.pid, number)
+    return process.wait(timeout=60)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, "the training ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, number)
-    return process.wait(timeout=60)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -110,3 +115,29 @@ def test_sigterm_saves_stops_and_resumes_exactly(data, straight):
     assert not (folder / "vae").exists()
     assert start(data, "stopped").wait() == 0
     assert_same_run(straight, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_during_a_save_ends_the_run_after_it(data, tmp_path, processes):
+    argv = flags(data, tmp_path, "run", batch_size=4, max_train_steps=40, checkpointing_steps=2)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "tests/paused_save.py", str(tmp_path), *argv],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(tmp_path / "saving", process)
+        os.kill(int((tmp_path / "saving").read_text()), signal.SIGTERM)
+        (tmp_path / "go-on").touch()
+        assert process.wait(timeout=120) == (1 if launcher else 128 + signal.SIGTERM)
+    finally:
+        process.kill()
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("stopped", 2)
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()  # nothing half-written beside it
+    assert folder.name == "0000002"
+    assert CheckpointFolder(tmp_path / "run").newest_good().step == 2

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ import train_sendvae
 from dataset.toy import main as make_toy
 from models.discriminator import PatchDiscriminator
 from preprocessing import main as preprocess
-from runtime.cli import EXIT_FAILED, run
+from runtime.cli import EXIT_FAILED, EXIT_USER_ERROR, run
 from runtime.files import checksum
 from runtime.measure import count_parameters
 from tests.photographs import PHOTOGRAPHS, needs_photographs
@@ -197,3 +198,45 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_cut(toy, tmp_pat
     assert train(*flags(toy, tmp_path, "run", **changes | {"max_train_steps": 3, "resume_step": 1})) == 2
     assert "does not fit the network" in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
+
+
+def test_what_changes_no_mathematics_may_change_on_resume(toy, tmp_path, capsys):
+    same = {"checkpointing_steps": 2, "max_train_steps": 2}
+    before = {"gradient_accumulation_steps": 2, "mixed_precision": "bf16", "channels_last": True}
+    now = {"no_channels_last": True, "mixed_precision": "no", "no_allow_tf32": True}
+    assert train(*flags(toy, tmp_path, **same | before)) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train(*flags(toy, tmp_path, **same | now, batch_size=8)) == EXIT_USER_ERROR
+    assert "--batch-size 4, not 8" in capsys.readouterr().err
+    assert train(*flags(toy, tmp_path, **same | now | {"max_train_steps": 4})) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    noise, rounding = "from here on noise is drawn otherwise", "from here on results are rounded otherwise"
+    for change in (
+        f"--gradient-accumulation-steps 2 before, 1 now: {noise}",
+        f"--mixed-precision bf16 before, no now: {rounding}",
+        f"--channels-last True before, False now: {rounding}",
+        f"--allow-tf32 True before, False now: {rounding}",
+    ):
+        assert log[: log.rindex("step 3/4")].count(change) == 1
+    assert "number of processes" not in log
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_fp16_may_begin_and_end_on_resume(toy, tmp_path, monkeypatch):
+    """A CPU has no fp16; the scaler, which is what of it is saved, works here too."""
+    begin = train_sendvae.begin
+
+    def begin_with_scaler(*arguments):
+        accelerator = begin(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    monkeypatch.setattr(train_sendvae, "begin", begin_with_scaler)
+    assert train(*flags(toy, tmp_path)) == 0
+    assert (tmp_path / "run" / "checkpoints" / "0000002" / "scaler.pt").is_file()
+    monkeypatch.setattr(train_sendvae, "begin", begin)
+    assert train(*flags(toy, tmp_path, max_train_steps=4)) == 0
+    assert "has a state of a scaler, which this run has no use for" in (tmp_path / "run" / "log.txt").read_text()
+    monkeypatch.setattr(train_sendvae, "begin", begin_with_scaler)
+    assert train(*flags(toy, tmp_path, max_train_steps=6)) == 0
+    assert "has no state of the scaler: it begins anew" in (tmp_path / "run" / "log.txt").read_text()

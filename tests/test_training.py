@@ -227,6 +227,22 @@ def test_adamw_knows_its_parameters_by_name_and_leaves_frozen_ones_out():
     assert group["param_names"] == ["1.weight", "1.bias", "2.weight", "2.bias"]
 
 
+def test_moments_are_laid_out_as_the_parameters_that_they_are_loaded_for():
+    """A run may resume with or without --channels-last."""
+    before = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    now = nn.Conv2d(4, 8, 3)
+    optimizers = [build_adamw(module.named_parameters(), (0.9, 0.999), 0.0, 1e-8) for module in (before, now)]
+    images = torch.randn(2, 4, 5, 5)
+    before(images).square().sum().backward()
+    optimizer_step(optimizers[0], 1e-2, 0.0)
+    now.load_state_dict(before.state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for module, optimizer in zip((before, now), optimizers, strict=True):
+        module(2 * images).square().sum().backward()
+        optimizer_step(optimizer, 1e-2, 0.0)
+    torch.testing.assert_close(now.weight, before.weight, rtol=1e-5, atol=1e-6)
+
+
 def test_no_clipping():
     """0 is no clipping, not a gradient of 0; a gradient that is not finite changes nothing all the same."""
     parameter = nn.Parameter(torch.zeros(2))
@@ -271,6 +287,20 @@ def test_metrics_continue_from_their_state():
     for metrics in (straight, resumed):
         metrics.update({"a": torch.tensor(0.3)})
     assert straight.pop() == resumed.pop()
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_metrics_continue_on_another_number_of_processes(world_size):
+    """Two summed a step of 1 and 3, one of them also a NaN; then there is a step of 5."""
+    state = {"a": torch.tensor([[[1.0], [1.0], [0.0]], [[3.0], [1.0], [1.0]]], dtype=torch.float64)}
+    sums = torch.zeros(3, 1, dtype=torch.float64)
+    for rank in range(world_size):
+        metrics = MeanMetrics()
+        metrics.load_state_dict(state, rank, world_size, torch.device("cpu"))
+        metrics.update({"a": torch.tensor(5.0)})
+        sums += metrics.state_dict()["a"][0]
+    total, finite, non_finite = sums.flatten().tolist()
+    assert (total / finite, non_finite) == ((2 + 5) / 2, 1)
 
 
 def test_generators_are_functions_of_their_counters():

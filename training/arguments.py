@@ -11,14 +11,26 @@ from runtime.repae_flags import default_data_dir
 
 SCHEDULES = ("constant", "cosine")
 
-# What may differ when a run is resumed. The data's path may, because its content is compared.
+# What may differ when a run is resumed, with a word in the log on what changes: neither objective nor global batch.
+DRAWN_OTHERWISE = "noise is drawn otherwise, and a PatchGAN's BatchNorm may see micro-batches of another size"
+ROUNDED_OTHERWISE = "results are rounded otherwise"
+MENTIONED = {
+    "num_processes": DRAWN_OTHERWISE,
+    "gradient_accumulation_steps": DRAWN_OTHERWISE,
+    "mixed_precision": ROUNDED_OTHERWISE,
+    "allow_tf32": ROUNDED_OTHERWISE,
+    "compile": ROUNDED_OTHERWISE,
+    "channels_last": ROUNDED_OTHERWISE,
+    "deterministic": ROUNDED_OTHERWISE,
+}
+# All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
     {
         *("max_train_steps", "epochs"),
         *("num_workers", "prefetch", "stage_dir", "data_dir", "vae_latents_name", "val_vae_latents_name"),
         *("log_steps", "val_steps", "sampling_steps", "checkpointing_steps", "keep_checkpoints", "milestone_steps"),
         *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
-        *("num_processes", "gradient_checkpointing", "micro_batch_size"),
+        *("gradient_checkpointing", "micro_batch_size", *MENTIONED),
     }
 )
 

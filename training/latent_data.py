@@ -16,7 +16,7 @@ from models.denoisers import Denoiser
 from models.encoders import encoder_names
 from models.tokenizers import STATISTICS_FILE, Tokenizer
 from runtime import DEFAULT_VAE
-from runtime.processes import this_process
+from runtime.processes import goes_first, this_process
 from training.networks import vfm_features
 
 
@@ -56,10 +56,8 @@ def stage_once(
     folder: Path, kind: str, parts: list[str] | None, args: argparse.Namespace, accelerator: Accelerator
 ) -> Path:
     """Copy a packed folder to --stage-dir, by one process on each machine."""
-    if accelerator.is_local_main_process:
-        stage_dataset(folder, args.stage_dir, kind=kind, parts=parts)
-    accelerator.wait_for_everyone()
-    return stage_dataset(folder, args.stage_dir, kind=kind, parts=parts)
+    with goes_first(accelerator.is_local_main_process):
+        return stage_dataset(folder, args.stage_dir, kind=kind, parts=parts)
 
 
 def held_out_folder(args: argparse.Namespace) -> Path:

@@ -214,8 +214,7 @@ def _read(folder: Path, step: int) -> StartingRun:
     refuse_foreign(folder, FLAG, FLAG, *chosen_step(step))
     if arguments_of(folder) is None:
         raise UserError(f"{FLAG} {folder} is not a run: it has no args.json")
-    checkpoints = CheckpointFolder(folder)
-    checkpoint = checkpoints.at_step(step) if step else checkpoints.newest_good(logger.warning)
+    checkpoint = CheckpointFolder(folder).intact(step, logger.warning)
     if checkpoint is None:
         raise UserError(f"{FLAG} {folder} has no checkpoints yet: let it train, or choose another run")
     facts = checkpoint.manifest()["args"]

@@ -14,6 +14,7 @@ from dataset.order import SampleOrder
 from errors import TrainingFailed
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.log import logger, progress_bar
+from runtime.processes import wait_for_all
 from training.method import Method, train_step
 from training.metrics import MeanMetrics
 from training.run import Run
@@ -61,11 +62,17 @@ class Loop:
         self.batches.__exit__(*exception)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Load everything that a checkpoint holds."""
+        """Load everything that a checkpoint holds; a scaler only where the run was fp16 and is."""
         for name, module in self._modules().items():
             checkpoint.load_module(name, module)
-        for name, stateful in self._states().items():
-            stateful.load_state_dict(checkpoint.load_state(name))
+        states, there = self._states(), checkpoint.states() - {"metrics"}
+        for name, stateful in states.items():
+            if name in there:
+                stateful.load_state_dict(checkpoint.load_state(name))
+            else:
+                logger.warning("%s has no state of the %s: it begins anew", checkpoint.folder, name)
+        for name in sorted(there - states.keys()):
+            logger.warning("%s has a state of a %s, which this run has no use for", checkpoint.folder, name)
         accelerator = self.run.accelerator
         state = checkpoint.load_state("metrics")
         self.metrics.load_state_dict(state, accelerator.process_index, accelerator.num_processes, accelerator.device)
@@ -77,17 +84,21 @@ class Loop:
         self.saved_step = step if step else -1
         bar = progress_bar(self.max_steps, step, self.run.folder.name, "step", self.run.is_main)
         try:
+            wait_for_all()  # the main process began the run's folder, its trackers, its copy of a VAE
             self._start_clock(step)
             while step < self.max_steps:
                 self._step(step)
                 step += 1
                 bar.update()
                 self._after_step(step, bar)
-                if stop.poll() and step < self.max_steps:
+                stopping = stop.poll()
+                if self.saved_step == step:  # a signal during the save counts now, not after a step that is saved again
+                    stopping = stop.poll() or stopping
+                if stopping and step < self.max_steps:
                     self._save(step)
                     self.run.set_status("stopped", step, self.max_steps, f"signal {stop.received}")
                     logger.info("stopped by signal %d after step %d; the same command resumes", stop.received, step)
-                    self.run.accelerator.wait_for_everyone()  # a launcher kills the rest as soon as one has left
+                    wait_for_all()  # a launcher kills the rest as soon as one has left
                     return 128 + stop.received
             self._finish(step)
             return 0
@@ -113,8 +124,10 @@ class Loop:
             pause = time.perf_counter()
         if step % self.args.val_steps == 0 or last:
             self._validate(step)
-        if self.run.is_main and (step % self.args.sampling_steps == 0 or last):
-            self.method.sample(self.run.samples / f"{step:07d}.png")
+        if step % self.args.sampling_steps == 0 or last:
+            if self.run.is_main:
+                self.method.sample(self.run.samples / f"{step:07d}.png")
+            wait_for_all()
         if step % self.args.checkpointing_steps == 0 or last:
             self._save(step)
         self._paused += time.perf_counter() - pause
@@ -166,12 +179,12 @@ class Loop:
             self.checkpoints.prune(self.args.keep_checkpoints)
         self.saved_step = step
         self.run.set_status("running", step, self.max_steps)
-        self.run.accelerator.wait_for_everyone()
+        wait_for_all()
 
     def _finish(self, step: int) -> None:
         if self.run.is_main:
             self.method.finish(self.run.folder)
-        self.run.accelerator.wait_for_everyone()
+        wait_for_all()
         self.run.set_status("finished", step, self.max_steps)
 
     def _start_clock(self, step: int) -> None:

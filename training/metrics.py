@@ -58,11 +58,16 @@ class MeanMetrics:
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor], rank: int, world_size: int, device: torch.device) -> None:
-        """Take up this process's sums; with another number of processes, the first one takes them all."""
+        """Take up this process's sums; with another number of processes, the first one takes them all.
+
+        It then takes them as if so many had summed: steps before and after count the same in the mean.
+        """
         self._tables = {}
         for names, tables in state.items():
             if len(tables) == world_size:
                 table = tables[rank]
             else:
-                table = tables.sum(0) if rank == 0 else torch.zeros_like(tables[0])
+                share = world_size / len(tables)
+                shares = tables.new_tensor([[share], [share], [1.0]])  # non-finite values are told one by one
+                table = tables.sum(0) * shares if rank == 0 else torch.zeros_like(tables[0])
             self._tables[tuple(names.split(","))] = table.to(device)

@@ -42,7 +42,7 @@ class Trial:
         """:meth:`find` for a run, which records what was found; resumed on as many processes it keeps that."""
         recorded = {} if checkpoint is None else checkpoint.manifest()["args"]
         if args.micro_batch_size == "auto" and recorded.get("num_processes") == this_run.accelerator.num_processes:
-            args.gradient_accumulation_steps = recorded["gradient_accumulation_steps"]
+            args.gradient_accumulation_steps = recorded["gradient_accumulation_steps"]  # which the noise depends on
         else:
             self.find(args, this_run.accelerator)
         this_run.arguments["gradient_accumulation_steps"] = args.gradient_accumulation_steps

@@ -22,6 +22,7 @@ from models.denoisers import Denoiser, DenoiserConfig
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, encoder_names, encoder_spec
 from models.tokenizers import Tokenizer
+from runtime.processes import goes_first
 from training.ema import EMA
 from training.sendvae import SendVAE
 
@@ -41,7 +42,7 @@ def build_objective(
         if args.disc_pretrained_ckpt:
             load_discriminator(discriminator, args.disc_pretrained_ckpt)
     if loss_config.perceptual_weight:
-        with accelerator.local_main_process_first():
+        with goes_first(accelerator.is_local_main_process):
             perceptual = build_lpips(args.lpips_ckpt, args.random_weights)
     return VAEObjective(loss_config, perceptual), discriminator
 
@@ -50,7 +51,7 @@ def build_vfms(args: argparse.Namespace, grid: int, accelerator: Accelerator) ->
     """The frozen VFMs of ``--enc-type`` on a grid of tokens, on the device."""
     from models.encoders import build_encoders  # timm takes seconds, which a training without VFMs need not wait
 
-    with accelerator.local_main_process_first():  # who downloads; the others find the file in the cache
+    with goes_first(accelerator.is_local_main_process):  # who downloads; the others find the file in the cache
         encoders = build_encoders(encoder_names(args.enc_type), grid, args.enc_ckpt, args.random_weights)
     for encoder in encoders:
         encoder.to(accelerator.device)

@@ -16,7 +16,17 @@ def build_adamw(
     Its state dict knows their names, by which a run of other parts takes the moments over.
     """
     trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
+    return optimizer
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Fused AdamW goes through memory, where moments saved in NHWC order (--channels-last) are in another order."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.AdamW:

@@ -30,8 +30,7 @@ from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
 from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging
-from runtime.processes import agree_on
-from training.arguments import CHANGEABLE, settle_micro_batch
+from training.arguments import CHANGEABLE, MENTIONED, settle_micro_batch
 from training.method import micro_batch_size
 
 # What follows from flags and data, in words for the user.
@@ -136,20 +135,13 @@ class Run:
         Raises:
             UserError: the folder holds another run, no such checkpoint, or none that is intact.
         """
-        folder, step = CheckpointFolder(self.folder), -1
-        if self.is_main:
-            # The same --resume-step again, e.g. of a requeued job, continues with what was trained from that step.
-            resumed_already = resume_step and (arguments_of(self.folder) or {}).get("resume_step") == resume_step
-            if resume_step and not resumed_already:
-                found = folder.at_step(resume_step)
-            else:
-                found = folder.newest_good(logger.warning)
-            step = -1 if found is None else found.step
-        step = agree_on(step, self.accelerator.device)
-        if step < 0:
-            return None
-        self._check_same()
-        return Checkpoint(folder.whole / f"{step:07d}")
+        # The same --resume-step again, e.g. of a requeued job, continues with what was trained from that step.
+        resumed_already = resume_step and (arguments_of(self.folder) or {}).get("resume_step") == resume_step
+        folder = CheckpointFolder(self.folder)
+        checkpoint = folder.intact(0 if resumed_already else resume_step, logger.warning)
+        if checkpoint is not None:
+            self._check_same()
+        return checkpoint
 
     def is_finished(self, step: int) -> bool:
         """Whether nothing is left to do: it was trained so far, and its VAE is there."""
@@ -230,14 +222,17 @@ class Run:
             write_json(self.folder / "status.json", status)
 
     def _check_same(self) -> None:
-        """A folder that was begun holds the same run, or its first differing flag is named."""
+        """A folder that was begun holds the same run, or its first differing flag is named; says what else differs."""
         old = arguments_of(self.folder)
         if old is None:
             return
         refuse_changed_arguments(old, self.arguments, CHANGEABLE, self.folder)
-        before, now = old.get("num_processes"), self.arguments["num_processes"]
-        if before not in (None, now):
-            logger.warning("%s processes before, %d now: from here on the noise is drawn otherwise", before, now)
+        for name, effect in MENTIONED.items():
+            before, now = old.get(name), self.arguments.get(name)
+            is_found_later = name == "gradient_accumulation_steps" and self.arguments.get("micro_batch_size") == "auto"
+            if before not in (None, now) and not is_found_later:
+                what = "number of processes" if name == "num_processes" else flag_of(name)
+                logger.warning("%s %s before, %s now: from here on %s", what, before, now, effect)
 
     def finish(self) -> None:
         self.accelerator.end_training()

@@ -5,26 +5,27 @@ import signal
 import torch
 import torch.distributed as dist
 
+from runtime.processes import cpu_group
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
     """Remembers a signal and agrees on it with the other processes one step later.
 
-    The flag travels over a gloo group of its own, on the CPU, so that the wait is for a message sent a whole step ago.
+    The flag travels on the CPU, so that the wait is for a message sent a whole step ago.
     A second Ctrl-C stops at once.
     """
 
     def __init__(self):
         self.received: int | None = None
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        self._distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if self._distributed else None
+        self._group = cpu_group()
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def poll(self) -> bool:
         """Whether to stop now; the same answer on every process. Call once a step."""
-        if not self._distributed:
+        if self._group is None:
             return self.received is not None
         stop = False
         if self._pending is not None:

@@ -1,0 +1,32 @@
+"""train_sendvae.py whose first save waits halfway, until it is let go on: python tests/paused_save.py FOLDER [flags].
+
+FOLDER/saving then holds the number of the process that saves; a file FOLDER/go-on ends the wait.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import train_sendvae
+from runtime import checkpoint
+from runtime.cli import run
+from runtime.files import write_atomically
+
+save_file = checkpoint.save_file
+
+
+def main(folder: Path, argv: list[str]) -> int:
+    def paused(tensors, path) -> None:
+        save_file(tensors, path)
+        if not (folder / "saving").exists():
+            write_atomically(folder / "saving", str(os.getpid()).encode())
+            while not (folder / "go-on").exists():
+                time.sleep(0.01)
+
+    checkpoint.save_file = paused
+    return run(train_sendvae.main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
