@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The test command: installs what is missing (into .venv where no environment is active), then ruff and pytest.
 # Arguments go to pytest: ./test.sh -k resume
+# ./test.sh --gpu runs what needs a GPU, and nothing else; all other tests do not see one.
 # Files of tests are shared among processes, one a core and 8 at the most; TEST_PROCESSES says how many, 0 is this one.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -20,5 +21,11 @@ python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the networks of tests are small: threads would only wait for each other
+if [[ "${1:-}" == --gpu ]]; then
+    shift
+    set -- tests/gpu "$@"
+else
+    export CUDA_VISIBLE_DEVICES="" # tests assert a CPU's numbers
+fi
 exec python -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --maxprocesses 8 \
     --dist loadfile --no-loadscope-reorder "$@"

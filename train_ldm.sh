@@ -18,6 +18,7 @@ exec ./launch.sh train_ldm.py \
     --weighting uniform \
     --cfg-prob 0.1 \
     --batch-size 256 \
+    --micro-batch-size auto \
     --epochs 80 \
     --learning-rate 1e-4 \
     --ema-decay 0.9999 \

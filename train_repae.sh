@@ -22,6 +22,7 @@ exec ./launch.sh train_repae.py \
     --cfg-prob 0.1 \
     --loss-cfg-path configs/l1_lpips_kl_gan.yaml \
     --batch-size 256 \
+    --micro-batch-size auto \
     --epochs 80 \
     --learning-rate 1e-4 \
     --vae-learning-rate 1e-4 \

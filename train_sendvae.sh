@@ -18,6 +18,7 @@ exec ./launch.sh train_sendvae.py \
     --path-type linear \
     --loss-cfg-path configs/l1_lpips_kl_gan.yaml \
     --batch-size 1024 \
+    --micro-batch-size auto \
     --epochs 80 \
     --vae-learning-rate 3e-4 \
     --disc-learning-rate 1e-4 \

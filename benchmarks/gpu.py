@@ -35,7 +35,7 @@ import train_ldm
 import train_sendvae
 from inference.latent_cache import ChunkEncoder, Target, autocast_for, chunk_size, latents_encoder
 from loss.vae_objective import load_loss_config
-from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
+from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
 from runtime.processes import set_inference_numerics, this_process
 from training import dry_run
 from training.method import Method, to_device, train_step
@@ -95,6 +95,7 @@ class Report:
 
     repeats: int
     device: torch.device
+    kernels: int = 0
     rows: list[dict] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
 
@@ -183,10 +184,11 @@ SENDVAE_VARIANTS = {
 
 def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
     """SiT with REPA from images: whole steps, and their parts."""
+    flops = 0.0
     for what in variants:
         batches = sizes.ldm_batches[:1] if what == "plain" else sizes.ldm_batches
         args, method = build_ldm([*sizes.ldm, *LDM_VARIANTS[what]])
-        flops = flops_of_step(method, train_ldm.random_batch(args, method, 2))
+        flops = flops or flops_of_step(method, train_ldm.random_batch(args, method, 2))
         for images in batches:
             batch = to_device(train_ldm.random_batch(args, method, images), report.device)
             step = plain_ldm_step(method, batch) if what == "plain" else lambda b=batch, m=method: train_step(m, 0, [b])
@@ -254,6 +256,7 @@ def show_parts(report: Report, what: str, method: Method, batch, images: int) ->
 
 def measure_sendvae(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
     """A VAE with its VFM, mapper, LPIPS and discriminator."""
+    flops = 0.0
     for what in variants:
         args = train_sendvae.parse_arguments([*DRY, *sizes.sendvae, *SENDVAE_VARIANTS[what]])
         loss = load_loss_config(args.loss_cfg_path, args.loss_override)
@@ -261,7 +264,7 @@ def measure_sendvae(report: Report, sizes: Sizes, variants: Sequence[str]) -> No
         train_sendvae.resolve(args, None)
         method, _ = train_sendvae.build(args, loss, accelerator)
         images, resolution = sizes.sendvae_batch, args.resolution
-        flops = flops_of_step(method, dry_run.image_batch(None, 2, resolution, 1000), loss.discriminator_start)
+        flops = flops or flops_of_step(method, dry_run.image_batch(None, 2, resolution, 1000), loss.discriminator_start)
         batch = to_device(dry_run.image_batch(None, images, resolution, 1000), report.device)
 
         def step(method=method, batch=batch, start=loss.discriminator_start, what=what) -> None:
@@ -288,6 +291,19 @@ def time_training(report: Report, part: str, what: str, step: Callable[[], objec
         report.rows.append({"part": part, "what": what, "images": images, "out_of_memory": True})
         return
     report.add(part, what, seconds, images, flops, first_step_seconds=first)
+    if report.kernels:
+        show_kernels(step, report.kernels)
+
+
+def show_kernels(step: Callable[[], object], most: int) -> None:
+    """The kernels of a step that take longest."""
+    with torch.profiler.profile() as profile:
+        step()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    for event in events[:most]:
+        milliseconds, share = event.self_device_time_total / 1000, event.self_device_time_total / max(total, 1)
+        print(f"{milliseconds:12.2f} ms {share:6.1%} {event.count:6} × {event.key[:90]}")
 
 
 def flops_of_step(method: Method, batch, step: int = 0) -> float:
@@ -386,7 +402,7 @@ def main(argv: Sequence[str]) -> int:
     if process.device.type != "cuda" and not args.rehearse:
         print("benchmarks/gpu.py: no CUDA device; --rehearse runs it with tiny networks on a CPU", file=sys.stderr)
         return 2
-    report = Report(args.repeats, process.device)
+    report = Report(args.repeats, process.device, args.kernels)
     name = torch.cuda.get_device_name() if process.device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}")
     sizes = TINY if args.rehearse else Sizes()
@@ -408,6 +424,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)}, separated by commas")
     add("--only", metavar="'A; B'", help="of the variants, by their names in the table, separated by '; '")
     add("--repeats", type=positive_int, default=5, metavar="N", help="timings of each")
+    add("--kernels", type=non_negative_int, default=0, metavar="N", help="show the N longest kernels of each step")
     add("--rehearse", action="store_true", help="tiny networks, on a CPU too")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled networks too")
     add("--output", type=Path, metavar="FILE", help="write all figures as JSON")

@@ -13,7 +13,7 @@ import torchvision
 from errors import UserError
 from formats.vae import load_tokenizer
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
-from loss.perceptual import build_lpips
+from loss.perceptual import DisjointMaxPool, build_lpips
 from loss.reconstruction import reconstruction_loss
 from loss.total import total
 from loss.vae_objective import VAELossConfig, VAEObjective, gradient_at, load_loss_config
@@ -575,3 +575,35 @@ def test_terms_of_half_precision_inputs_are_float32(dtype):
     ):
         assert value.dtype == torch.float32
         assert value.isfinite()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 2, 7, 9)])
+def test_deterministic_pooling_is_max_pooling(shape):
+    """Values and gradients bit for bit, also where several values are the largest."""
+    x = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(0)).float()
+    results = []
+    for pool in (DisjointMaxPool(), torch.nn.MaxPool2d(2)):
+        given = x.clone().requires_grad_()
+        pooled = pool(given)
+        (gradient,) = torch.autograd.grad((pooled * torch.arange(pooled.numel()).view_as(pooled)).sum(), given)
+        results.append((pooled, gradient))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_lpips_pools_deterministically_where_that_is_asked_for():
+    """The same distance and gradient; torch refuses its own max pooling on CUDA then."""
+    x, y = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    results = []
+    for strict in (False, True):
+        torch.manual_seed(0)
+        torch.use_deterministic_algorithms(strict)
+        try:
+            network = build_lpips(random_weights=True)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert any(isinstance(module, torch.nn.MaxPool2d) for module in network.modules()) != strict
+        given = x.clone().requires_grad_()
+        distance = network(given, y)
+        results.append((distance, *torch.autograd.grad(distance.sum(), given)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -311,9 +311,13 @@ def settle_micro_batch(args: argparse.Namespace, processes: int) -> None:
     """Make ``--micro-batch-size N`` accumulation steps; ``auto`` is settled by trial (``training.micro_batch``).
 
     Raises:
-        UserError: the batch has no whole number of such parts, or accumulation is given too.
+        UserError: the batch has no whole number of such parts, or another accumulation is given too.
     """
-    if args.micro_batch_size is not None and args.gradient_accumulation_steps != 1:
+    if (
+        args.gradient_accumulation_steps != 1 and args.micro_batch_size == "auto"
+    ):  # of a wrapper: nothing is left to find
+        args.micro_batch_size = None
+    if args.gradient_accumulation_steps != 1 and args.micro_batch_size is not None:
         raise UserError(
             f"--gradient-accumulation-steps {args.gradient_accumulation_steps} follows from --micro-batch-size "
             f"{args.micro_batch_size}: give one of them"

@@ -234,8 +234,13 @@ class Run:
                 what = "number of processes" if name == "num_processes" else flag_of(name)
                 logger.warning("%s %s before, %s now: from here on %s", what, before, now, effect)
 
-    def finish(self) -> None:
-        self.accelerator.end_training()
+    def finish(self, is_good: bool = True) -> None:
+        """Give everything back. After an error processes are not disbanded: others may be waiting for this one."""
+        if is_good:
+            self.accelerator.end_training()
+        else:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         if self._lock is not None:
             self._lock.close()
 
@@ -255,15 +260,17 @@ class Run:
 def open_run(folder: Path, accelerator: Accelerator, arguments: dict[str, Any]) -> Iterator[Run]:
     """A run, given back at the end whatever happens."""
     run = Run(folder, accelerator, arguments | {"num_processes": accelerator.num_processes})
+    is_good = False
     try:
         yield run
+        is_good = True
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory ({str(error).splitlines()[0]}): raise --gradient-accumulation-steps, which keeps the "
-            "global batch, or add --gradient-checkpointing"
+            f"out of memory ({str(error).splitlines()[0]}): add --micro-batch-size auto, which keeps the global batch, "
+            "or --gradient-checkpointing"
         ) from error
     finally:
-        run.finish()
+        run.finish(is_good)
 
 
 def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:

@@ -1,0 +1,82 @@
+"""Compiled in place: one graph for equal blocks, no graph breaks, the same numbers. Backend eager: tracing alone."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from formats.vae import load_tokenizer
+from models.denoisers.config import SiTConfig
+from models.denoisers.sit import SiT
+from models.encoders import build_encoder
+from tests.ldm_runs import random_weights
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    network.compile(backend="eager")
+    return network
+
+
+def graphs() -> int:
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_blocks_of_a_denoiser_share_a_graph(checkpointing):
+    """One of the block and one of the final layer, however deep; gradients as without."""
+    torch.manual_seed(0)
+    network = SiT(SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)).train()
+    random_weights(network, 0)
+    network.gradient_checkpointing = checkpointing
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 5])
+    results = []
+    for net in (network, compiled(network)):
+        velocity, (state,) = net(x, t, y, taps=(2,))
+        gradients = torch.autograd.grad((velocity.square().mean() + state.mean()), list(net.parameters()))
+        results.append((velocity, state, *gradients))
+    assert graphs() == 2
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain)
+
+
+def test_the_blocks_of_a_vfm_share_a_graph():
+    encoder = build_encoder("dinov2-vit-s", 4, random_weights=True)
+    images = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    plain = encoder(images)
+    torch.testing.assert_close(compiled(encoder)(images), plain)
+    assert graphs() == 1
+
+
+def test_a_convolutional_vfm_is_one_graph():
+    encoder = build_encoder("efficientnet-lite0", 2, random_weights=True)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    plain = encoder(images)
+    torch.testing.assert_close(compiled(encoder)(images), plain)
+    assert graphs() == 1
+
+
+def test_residual_blocks_of_a_vae_share_graphs():
+    """About one for each width and resolution, in encoder and decoder together."""
+    torch.manual_seed(0)
+    tokenizer, _ = load_tokenizer("f16d32", "none")
+    blocks = [m for m in tokenizer.network.modules() if type(m).__name__ == "ResnetBlock2D"]
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+
+    def reconstructed() -> torch.Tensor:
+        with torch.no_grad():
+            return tokenizer.decode(tokenizer.encode(images).mode)
+
+    plain = reconstructed()
+    compiled(tokenizer)
+    torch.testing.assert_close(reconstructed(), plain)
+    print(f"{graphs()} graphs for {len(blocks)} residual blocks")
+    assert graphs() < len(blocks) * 2 / 3
