@@ -299,7 +299,8 @@ def show_kernels(step: Callable[[], object], most: int) -> None:
     """The kernels of a step that take longest."""
     with torch.profiler.profile() as profile:
         step()
-    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    kernels = [event for event in profile.key_averages() if event.device_type.name == "CUDA"]
+    events = sorted(kernels, key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events)
     for event in events[:most]:
         milliseconds, share = event.self_device_time_total / 1000, event.self_device_time_total / max(total, 1)
