@@ -81,7 +81,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
     add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the networks; a cache is made only once")
     add("--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile the networks (default: on CUDA, except in a dry run)",
+    )
     add(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
@@ -233,7 +238,7 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
         network.requires_grad_(False).to(process.device)
         if channels_last:
             network.to(memory_format=torch.channels_last)
-    if args.compile:
+    if args.compile or (args.compile is None and process.device.type == "cuda" and not args.dry_run):
         for network in (tokenizer, *encoders):
             network.compile()
     return Networks(tokenizer, statistics, statistics is not None and args.statistics == "vae", encoders)
