@@ -29,6 +29,7 @@ import save_vae_weights
 import train_ldm
 import train_repae
 import train_sendvae
+from benchmarks import gpu
 from runtime import experiment
 from runtime.repae_flags import REPAE_FLAGS
 
@@ -39,7 +40,7 @@ SCRIPTS = {
         *(cache_latents, evaluate, export_ldm, export_vae, generate, preprocessing, probe, report),
         *(save_vae_weights, train_ldm, train_repae, train_sendvae),
     )
-} | {"train_ldm_only.py": train_ldm}
+} | {"train_ldm_only.py": train_ldm, "benchmarks/gpu.py": gpu}
 WRAPPERS = sorted(
     path.name
     for path in ROOT.glob("*.sh")

@@ -139,7 +139,8 @@ class KLTokenizer(Tokenizer):
         """Each residual block: they share their code, and a graph serves all of the same width and resolution."""
         import torch._dynamo.config as limits  # seconds, which nobody waits for who does not compile
 
-        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+        limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # torch 2.6
+        setattr(limits, limit, max(getattr(limits, limit), MOST_GRAPHS))
         for module in self.network.modules():
             if isinstance(module, ResnetBlock2D):
                 module.compile(*args, **options | {"dynamic": False})
