@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-import torch._functorch.config
 from accelerate import Accelerator
 
 from errors import UserError
@@ -117,7 +116,12 @@ def compile_networks(*networks: Tokenizer | Denoiser | Encoder) -> None:
     Discriminator, LPIPS and mappers stay as they are: they are a few per cent of a step, and mostly convolutions and
     matrix products, which a compiler leaves alone.
     """
+    import torch._dynamo.config  # a second, which nobody waits for who does not compile
+    import torch._functorch.config
+
     # Adaptive weights take gradients through a graph that is kept; a compiled one must then not give its buffers away.
     torch._functorch.config.donated_buffer = False
+    # Blocks are smaller than DDP's buckets, and one that it split would be recomputed unsplit: torch 2.6 refuses that.
+    torch._dynamo.config.optimize_ddp = False
     for network in networks:
         network.compile()
