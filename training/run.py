@@ -141,6 +141,8 @@ class Run:
         checkpoint = folder.intact(0 if resumed_already else resume_step, logger.warning)
         if checkpoint is not None:
             self._check_same()
+        accelerator = self.accelerator
+        logger.info("device %s, precision %s", accelerator.device, accelerator.mixed_precision)
         return checkpoint
 
     def is_finished(self, step: int) -> bool:
@@ -201,7 +203,6 @@ class Run:
             logger.info("%s", line)
         parts = accelerator.num_processes, args.gradient_accumulation_steps, micro_batch_size(args, accelerator)
         logger.info("batch %d = %d processes × %d micro-steps × %d images", args.batch_size, *parts)
-        logger.info("device %s, precision %s", accelerator.device, accelerator.mixed_precision)
         verb = f"resuming after step {start_step}" if start_step else "starting"
         logger.info("%s; %d steps in all", verb, args.max_train_steps)
 
