@@ -48,7 +48,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--resolution",
         type=positive_int,
         metavar="PX",
-        help="side of the images, pixels (default: the packed dataset's, or 256)",
+        help="image size, pixels (default: the packed dataset's, or 256)",
     )
     add_vae_source_arguments(parser, default="f16d32")
     add(
@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="folder to make: a name is a folder in the packed --data-dir, anything with a / is a path "
         "(default: latents- and the name of the VAE's run or folder)",
     )
-    add("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
+    add("--dtype", choices=("float16", "float32"), default="float16", help="type of what is stored")
     add(
         "--statistics",
         choices=("vae", "measured"),
@@ -78,8 +78,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="images that a process reads and writes at once, rounded up to the fixed chunks that are encoded; "
         "changes no byte",
     )
-    add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
-    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the networks; a cache is made only once")
+    add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads per process")
+    add(
+        "--mixed-precision",
+        choices=("no", "bf16"),
+        default="no",
+        help="precision of the networks; a cache is made only once",
+    )
     add("--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up")
     add(
         "--compile",

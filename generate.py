@@ -113,7 +113,7 @@ def add_label_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--classes", metavar="A,B,…", help="only these, by number or name (default: all)")
     group.add_argument(
-        "--seed", "--global-seed", type=non_negative_int, default=0, metavar="N", help="of labels and noise"
+        "--seed", "--global-seed", type=non_negative_int, default=0, metavar="N", help="seed of labels and noise"
     )
 
 
@@ -134,7 +134,10 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         "--preview", type=non_negative_int, default=64, metavar="N", help="images in preview.png; 0: none"
     )
     group.add_argument(
-        "--rounding", choices=ROUNDINGS, default="round", help="of pixel values; REPA-E and its numbers: truncate"
+        "--rounding",
+        choices=ROUNDINGS,
+        default="round",
+        help="how pixel values become integers; REPA-E and its numbers: truncate",
     )
     group.add_argument(
         "--shard-size",
@@ -153,7 +156,10 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
         "--pproc-batch-size", type=positive_int, default=64, metavar="N", help="images at once on a process"
     )
     group.add_argument(
-        "--mixed-precision", choices=("no", "bf16"), default="no", help="of the networks; published numbers: no (TF32)"
+        "--mixed-precision",
+        choices=("no", "bf16"),
+        default="no",
+        help="precision of the networks; published numbers: no (TF32)",
     )
     group.add_argument(
         "--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up"

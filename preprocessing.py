@@ -1,8 +1,8 @@
 """Photographs → packed image dataset: decoded once, centre-cropped as ADM does, in a few large files that read fast.
 
 Takes class folders (ImageNet's layout), a folder with a dataset.json, a .zip of either, or a folder of Hugging Face
-.parquet files. A run that was stopped, however, continues when the same command is run again, and ends with the same
-bytes. Files that cannot be used are listed, with the reason, in rejected.csv.
+.parquet files. A run that was stopped continues when the same command is run again, and ends with the same bytes.
+Files that cannot be used are listed, with the reason, in rejected.csv.
 """
 
 import argparse

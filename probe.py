@@ -44,7 +44,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--attributes", choices=("auto", *READERS), default="auto", help="layout of the annotation files in --data")
     add("--resolution", type=positive_int, metavar="PX", help="side, pixels (default: the packed dataset's, or 256)")
     add("--max-images", type=positive_int, metavar="N", help="evenly spread over the data (default: all)")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="of random splits, positions, a random VAE")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of random splits, positions, a random VAE")
     add = parser.add_argument_group("details").add_argument
     add(
         "--num-points",
@@ -54,7 +54,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="images in uniformity (3 at least) and mixtures",
     )
     add("--tsne", action=argparse.BooleanOptionalAction, default=True, help="uniformity over a t-SNE, as VA-VAE's")
-    add("--components", metavar="K,K,…", help="of mixtures (default: 10, 50, 100 and the classes, as data suffice)")
+    add(
+        "--components",
+        metavar="K,K,…",
+        help="components of the mixtures (default: 10, 50, 100 and the classes, as data suffice)",
+    )
     add("--num-pictures", type=positive_int, default=16, metavar="N", help="images in pictures, at least 2")
     add("--steps", type=positive_int, default=8, metavar="N", help="decoded images from one to another")
     group = parser.add_argument_group("output and speed")
@@ -68,7 +72,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
     add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
-    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the VAE")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the VAE")
     add("--allow-tf32", action=argparse.BooleanOptionalAction, default=False, help="TF32 on Ampere and up")
     add("--dry-run", action="store_true", help="encode two batches; print sizes, bytes, seconds; write nothing")
     add_debug_argument(group)

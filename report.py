@@ -30,7 +30,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="report.py", usage="%(prog)s RUN [RUN …] [flags]", description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders of runs, or patterns such as 'exps/table2-*'")
-    add("--format", choices=FORMATS, default="text", help="of the table; csv and json give one record per figure")
+    add(
+        "--format", choices=FORMATS, default="text", help="layout of the table; csv and json give one record per figure"
+    )
     add(
         "--published",
         action="append",

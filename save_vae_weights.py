@@ -18,7 +18,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="save_vae_weights.py", description=__doc__)
     add = parser.add_argument
     add("--repae-ckpt", required=True, metavar="FILE", help="checkpoint of REPA-E's train_repae.py")
-    add("--vae-name", default="e2e-vae", metavar="NAME", help="of the folder to make, and of its files")
+    add("--vae-name", default="e2e-vae", metavar="NAME", help="name of the folder to make, and of its files")
     add("--save-dir", default="exps", metavar="DIR", help="where that folder goes")
     add("--overwrite", action="store_true", help="replace files that are there (default: refuse)")
     add("--dry-run", action="store_true", help="read everything, print what would be written, write nothing")

@@ -64,7 +64,7 @@ def add_latent_arguments(parser: argparse.ArgumentParser) -> None:
         help="latent cache: a folder inside --data-dir (and inside --val-data-dir), or a path",
     )
     group.add_argument(
-        "--val-vae-latents-name", metavar="NAME", help="held-out cache, where it is called otherwise or is a path"
+        "--val-vae-latents-name", metavar="NAME", help="held-out cache, if it has another name or is a path"
     )
     group.add_argument(
         "--vae",
@@ -80,8 +80,8 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         "--align",
         default="repa",
         metavar="NAME",
-        help=f"of hidden states, one of {', '.join(DENOISER_ALIGNMENTS)}, a sum such as repa+vae, or {NONE}: repa with "
-        "VFM features, vae with the clean latents (VAE-REPA; no VFM, no images)",
+        help=f"what hidden states are aligned with: {', '.join(DENOISER_ALIGNMENTS)}, a sum such as repa+vae, or "
+        f"{NONE}; repa: VFM features, vae: the clean latents (VAE-REPA; no VFM, no images)",
     )
     add_encoder_arguments(group, default="dinov2-vit-b")
     group.add_argument(

@@ -51,7 +51,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("VAE and its losses")
     add_vae_source_arguments(group, default="f8d4")
-    group.add_argument("--vae-learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of the VAE")
+    group.add_argument(
+        "--vae-learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="learning rate of the VAE"
+    )
     arguments.add_vae_loss_arguments(group)
 
 
@@ -67,7 +69,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     REPAFlags.add_arguments(group)
     add_encoder_arguments(group, default="dinov2-vit-b")
     group.add_argument(
-        "--bn-momentum", type=fraction, default=0.1, metavar="X", help="of the latent statistics, a step"
+        "--bn-momentum", type=fraction, default=0.1, metavar="X", help="momentum of the running latent statistics"
     )
 
 

@@ -53,10 +53,14 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--freeze-vae",
         action="store_true",
-        help="train the mapper alone: how well can a VAE that stays as it is be read?",
+        help="train the mapper alone, to see how well the features can be read from a VAE as it is",
     )
     group.add_argument(
-        "--vae-learning-rate", type=non_negative_float, default=3e-4, metavar="X", help="of VAE and mapper"
+        "--vae-learning-rate",
+        type=non_negative_float,
+        default=3e-4,
+        metavar="X",
+        help="learning rate of VAE and mapper",
     )
     arguments.add_vae_loss_arguments(group)
     group.add_argument(
@@ -93,7 +97,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="how noise is mixed in")
     group.add_argument(
-        "--bn-momentum", type=fraction, default=0.1, metavar="X", help="of the latent statistics, a step"
+        "--bn-momentum", type=fraction, default=0.1, metavar="X", help="momentum of the running latent statistics"
     )
     for alignment in TOKENIZER_ALIGNMENTS.values():
         alignment.add_arguments(group)

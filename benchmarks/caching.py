@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     add("--shard-size", type=positive_int, default=64, help="images")
     add("--pproc-batch-size", type=positive_int, default=64, help="images")
     add("--num-workers", type=positive_int, default=4, help="reading threads")
-    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the VAE")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the VAE")
     add("--repeats", type=positive_int, default=3, help="runs of each")
     add_debug_argument(parser)
     args = parser.parse_args(argv)

@@ -422,8 +422,8 @@ def main(argv: Sequence[str]) -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)}, separated by commas")
-    add("--only", metavar="'A; B'", help="of the variants, by their names in the table, separated by '; '")
+    add("--parts", default=",".join(PARTS), metavar="A,B", help=f"some of {', '.join(PARTS)}, separated by commas")
+    add("--only", metavar="'A; B'", help="variants to measure, by their names in the table, separated by '; '")
     add("--repeats", type=positive_int, default=5, metavar="N", help="timings of each")
     add("--kernels", type=non_negative_int, default=0, metavar="N", help="show the N longest kernels of each step")
     add("--rehearse", action="store_true", help="tiny networks, on a CPU too")

@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     add("--batch-size", type=positive_int, default=4, help="latents")
     add("--steps", type=positive_int, default=1, help="in a run")
     add("--repeats", type=positive_int, default=5, help="runs of each")
-    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the networks")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the networks")
     add_debug_argument(parser)
     args = parser.parse_args(argv)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision)

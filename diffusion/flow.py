@@ -69,17 +69,6 @@ def score_from_velocity(v: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, pat
     return -noise / sigma
 
 
-def velocity_from_score(
-    score: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, path_type: str = "linear"
-) -> torch.Tensor:
-    """The inverse of :func:`score_from_velocity`; needs ``α_t > 0``, so not ``t = 1``."""
-    time = _per_sample(t, x_t)
-    alpha, sigma = interpolant(time, path_type)
-    alpha_rate, sigma_rate = interpolant_rate(time, path_type)
-    noise = -sigma * score
-    return alpha_rate * (x_t - sigma * noise) / alpha + sigma_rate * noise
-
-
 def training_times(draws: torch.Tensor, weighting: str, path_type: str = "linear") -> torch.Tensor:
     """Times to train at, in [0, 1].
 

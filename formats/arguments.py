@@ -17,8 +17,8 @@ def add_encoder_arguments(group: argparse._ArgumentGroup, default: str | None) -
     group.add_argument(
         "--enc-ckpt",
         metavar="FILE",
-        help="its weights; of several VFMs one file each, in the same order, separated by commas, nothing for one that "
-        "is to be looked for (default: looked for in $VFM_DIR, timm's cache, the hub)",
+        help="its weights; for several VFMs one file each, in the same order, separated by commas (an empty entry is "
+        "searched for) (default: searched for in $VFM_DIR, timm's cache, the hub)",
     )
 
 

@@ -49,7 +49,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--name", help=NAME_HELP)
     output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images at once on a process")
     output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
-    output.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="of KID's subsets")
+    output.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="seed of KID's subsets")
     output.add_argument(
         "--dry-run", action="store_true", help="two batches, random weights if need be; print sizes; write nothing"
     )
@@ -59,7 +59,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 def add_metric_arguments(group: argparse._ArgumentGroup) -> None:
     """The flags that generate.py has too."""
     group.add_argument(
-        "--metrics", metavar="A,B,…", help=f"of {', '.join(GENERATION_METRICS)} (default: all that --features allows)"
+        "--metrics",
+        metavar="A,B,…",
+        help=f"some of {', '.join(GENERATION_METRICS)} (default: all that --features allows)",
     )
     group.add_argument(
         FEATURES_FLAG,
@@ -89,12 +91,12 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resolution", type=positive_int, metavar="PX", help="side, pixels (default: the packed dataset's, or 256)")
     add("--num-images", type=positive_int, metavar="N", help="evenly spread over the set (default: all)")
     add("--sample", action="store_true", help="reconstruct from a sample of the posterior instead of its mean")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="of the samples' noise")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of the samples' noise")
     add = parser.add_argument_group("metrics").add_argument
     add(
         "--metrics",
         metavar="A,B,…",
-        help=f"of {', '.join(RECONSTRUCTION_METRICS)} (default: all whose networks have weights)",
+        help=f"some of {', '.join(RECONSTRUCTION_METRICS)} (default: all whose networks have weights)",
     )
     add(
         FEATURES_FLAG,
@@ -111,13 +113,13 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--name",
-        help="of the files that are written and replaced (default: reconstruction, for a VAE in a file "
+        help="name of the files that are written or replaced (default: reconstruction, for a VAE in a file "
         "followed by its name; where that exists for other --data, also by theirs)",
     )
     add("--worst", type=non_negative_int, default=16, metavar="N", help="images in NAME-worst.png; 0: no such file")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
     add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
-    add("--mixed-precision", choices=("no", "bf16"), default="no", help="of the VAE")
+    add("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the VAE")
     add("--allow-tf32", action=argparse.BooleanOptionalAction, default=False, help="TF32 on Ampere and up")
     add("--dry-run", action="store_true", help="two batches; print sizes, seconds and memory; write nothing")
     add_debug_argument(group)

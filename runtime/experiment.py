@@ -513,10 +513,11 @@ def _minutes(seconds: float) -> str:
 
 
 def _describe_presets() -> str:
-    lines = ["presets:"]
-    for name in preset_names():
+    lines, names = ["presets:"], preset_names()
+    width = max(map(len, names)) + 2
+    for name in names:
         description = load_preset(name).get("description", "").strip().splitlines()
-        lines.append(f"  {name:24}{description[0] if description else ''}")
+        lines.append(f"  {name:{width}}{description[0] if description else ''}")
     return "\n".join(lines)
 
 

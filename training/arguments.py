@@ -49,12 +49,14 @@ def add_run_arguments(
         metavar="N",
         help="resume from the checkpoint of step N, setting later ones aside; 0: the newest intact one",
     )
-    group.add_argument("--seed", type=non_negative_int, default=0, help="of weights, data order and all noise")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of weights, data order and all noise")
     group.add_argument(
-        "--deterministic", action="store_true", help="the same bits again on CUDA too, slower (a CPU needs no flag)"
+        "--deterministic", action="store_true", help="bit-for-bit reproducible on CUDA too, slower (a CPU always is)"
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="build all, run two steps, print sizes, memory and seconds, keep nothing"
+        "--dry-run",
+        action="store_true",
+        help="build everything, run two steps, print sizes, memory and seconds, keep nothing",
     )
     group.add_argument(
         "--random-weights",
@@ -78,9 +80,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolution",
         type=positive_int,
         metavar="PX",
-        help="side of the images, pixels (default: the packed dataset's, or 256)",
+        help="image size, pixels (default: the packed dataset's, or 256)",
     )
-    group.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads a process")
+    group.add_argument(
+        "--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads per process"
+    )
     group.add_argument("--prefetch", type=positive_int, default=2, metavar="N", help="batches read ahead")
     group.add_argument(
         "--shuffle",
@@ -95,7 +99,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_vae_loss_arguments(group: argparse._ArgumentGroup) -> None:
     """Flags of the VAE's losses and of its discriminator."""
     group.add_argument(
-        "--disc-learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of the discriminator"
+        "--disc-learning-rate",
+        type=non_negative_float,
+        default=1e-4,
+        metavar="X",
+        help="learning rate of the discriminator",
     )
     group.add_argument(
         "--disc-pretrained-ckpt",
@@ -114,7 +122,7 @@ def add_vae_loss_arguments(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="replace lines of that file, e.g. perceptual_weight=0 discriminator_start=5000",
+        help="override entries of that file, e.g. perceptual_weight=0 discriminator_start=5000",
     )
     group.add_argument("--lpips-ckpt", metavar="FILE", help="torchvision's VGG16 weights (default: torch's cache, hub)")
 
@@ -137,9 +145,11 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     group.add_argument(
         "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"
     )
-    group.add_argument("--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="of AdamW")
     group.add_argument(
-        "--ema-decay", type=fraction, default=0.9999, metavar="X", help="of the averaged weights; 0: no EMA"
+        "--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="AdamW's learning rate"
+    )
+    group.add_argument(
+        "--ema-decay", type=fraction, default=0.9999, metavar="X", help="decay of the averaged weights; 0: no EMA"
     )
 
 
@@ -162,14 +172,14 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
         type=positive_int,
         default=batch_size,
         metavar="N",
-        help="images a step, over all processes and accumulation",
+        help="images per step, over all processes and micro-batches",
     )
     group.add_argument(
         "--gradient-accumulation-steps",
         type=positive_int,
         default=1,
         metavar="N",
-        help="micro-batches a step; each has batch-size / (processes · N) images a process",
+        help="micro-batches per step; each has batch-size / (processes · N) images on a process",
     )
     group.add_argument(
         "--micro-batch-size",
@@ -232,24 +242,28 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="recompute activations backward: less memory, more time",
+        help="recompute activations in the backward pass: less memory, more time",
     )
 
 
 def add_interval_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("logging, validation and checkpoints (intervals in steps)")
+    group = parser.add_argument_group("logging, validation and checkpoints")
     group.add_argument(
-        "--log-steps", type=positive_int, default=100, metavar="N", help="between lines of metrics.jsonl"
+        "--log-steps", type=positive_int, default=100, metavar="N", help="steps between lines of metrics.jsonl"
     )
-    group.add_argument("--val-steps", type=positive_int, default=5000, metavar="N", help="between validations")
+    group.add_argument("--val-steps", type=positive_int, default=5000, metavar="N", help="steps between validations")
     group.add_argument(
-        "--max-val-images", type=positive_int, default=1000, metavar="N", help="images a validation uses"
+        "--max-val-images", type=positive_int, default=1000, metavar="N", help="images used in a validation"
     )
-    group.add_argument("--sampling-steps", type=positive_int, default=10000, metavar="N", help="between image grids")
     group.add_argument(
-        "--checkpointing-steps", type=positive_int, default=10000, metavar="N", help="between checkpoints"
+        "--sampling-steps", type=positive_int, default=10000, metavar="N", help="steps between image grids"
     )
-    group.add_argument("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="newest ones kept whole")
+    group.add_argument(
+        "--checkpointing-steps", type=positive_int, default=10000, metavar="N", help="steps between checkpoints"
+    )
+    group.add_argument(
+        "--keep-checkpoints", type=positive_int, default=2, metavar="N", help="newest checkpoints, kept whole"
+    )
     group.add_argument(
         "--milestone-steps",
         type=non_negative_int,

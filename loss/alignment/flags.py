@@ -139,14 +139,14 @@ class VFFlags(TokenizerAlignmentFlags):
             type=fraction,
             default=0.5,
             metavar="X",
-            help="vf only: cosines above 1 - X are free",
+            help="vf only: cosines above 1 - X cost nothing",
         )
         group.add_argument(
             "--vf-distance-margin",
             type=fraction,
             default=0.25,
             metavar="X",
-            help="vf only: differences of cosines up to X are free",
+            help="vf only: differences of cosines up to X cost nothing",
         )
 
     @classmethod
@@ -236,7 +236,7 @@ class VAEREPAFlags(DenoiserAlignmentFlags):
             type=fraction,
             nargs=2,
             metavar=("LOW", "HIGH"),
-            help="times at which it does, 0 is data, 1 noise (default: 0 1)",
+            help="range of times at which it is predicted; 0 is data, 1 noise (default: 0 1)",
         )
         group.add_argument(
             "--vae-repa-width",
