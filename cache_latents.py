@@ -32,6 +32,7 @@ FLAGS = {  # which flag a setting comes from
     "dataset": "--data-dir",
     "vae": "--vae-ckpt",
     "precision": "--mixed-precision",
+    "compiled": "--compile",
     "encoder": "--enc-ckpt",
     "grid": "--features-grid",
     "enc_type": "--enc-type",
@@ -243,7 +244,9 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
         network.requires_grad_(False).to(process.device)
         if channels_last:
             network.to(memory_format=torch.channels_last)
-    if args.compile or (args.compile is None and process.device.type == "cuda" and not args.dry_run):
+    if args.compile is None:
+        args.compile = process.device.type == "cuda" and not args.dry_run
+    if args.compile:
         for network in (tokenizer, *encoders):
             network.compile()
     return Networks(tokenizer, statistics, statistics is not None and args.statistics == "vae", encoders)
@@ -259,6 +262,7 @@ def build_targets(
         "resolution": args.resolution,
         "dtype": args.dtype,
         "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if tf32 else "float32",
+        **({"compiled": True} if args.compile else {}),  # other last bits
     }
     dtype, vae, shards = getattr(torch, args.dtype), networks.tokenizer, len(images.shard_counts)
     specs, checksum = build_specs(args, networks), vae.checksum()

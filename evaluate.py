@@ -19,15 +19,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "reconstruction", help=arguments.RECONSTRUCTION_HELP, description=arguments.RECONSTRUCTION_DESCRIPTION
     )
     arguments.add_reconstruction_arguments(reconstruction)
+    reading = commands.add_parser("reading", help=arguments.READING_HELP, description=arguments.READING_DESCRIPTION)
+    arguments.add_reading_arguments(reading)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     answer_early(parse_arguments)
 
-from metrics import evaluate_generation, evaluate_reconstruction
+from metrics import evaluate_generation, evaluate_reading, evaluate_reconstruction
 
-COMMANDS = {"generation": evaluate_generation, "reconstruction": evaluate_reconstruction}
+COMMANDS = {
+    "generation": evaluate_generation,
+    "reconstruction": evaluate_reconstruction,
+    "reading": evaluate_reading,
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -113,9 +113,8 @@ def main(argv: Sequence[str]) -> int:
     tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
     config = resolve(args, images, held_out, tokenizer)
     trial = Trial(
-        build=lambda: build(
-            args, loss_config, config, copy.deepcopy(tokenizer), accelerator
-        ),  # it trains the tokenizer
+        # a copy, because it is trained
+        build=lambda: build(args, loss_config, config, copy.deepcopy(tokenizer), accelerator),
         batch_of=lambda method, count: dry_run.image_batch(images, count, args.resolution, config.num_classes),
         step=loss_config.discriminator_start,  # so that the discriminator takes part
     )

@@ -192,8 +192,8 @@ def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
         for images in batches:
             batch = to_device(train_ldm.random_batch(args, method, images), report.device)
             step = plain_ldm_step(method, batch) if what == "plain" else lambda b=batch, m=method: train_step(m, 0, [b])
-            time_training(report, "ldm", what, step, images, flops)
-            if what != "plain" and images == batches[0]:
+            fits = time_training(report, "ldm", what, step, images, flops)
+            if fits and what != "plain" and images == batches[0]:
                 show_parts(report, what, method, batch, images)
         del method, step, batch
 
@@ -241,9 +241,12 @@ def show_parts(report: Report, what: str, method: Method, batch, images: int) ->
     draws = method.draws(0, 0, batch)
     x, features = method.normalised(batch, draws), method.features(batch)
 
+    parameters = list(method.networks.parameters())
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+
     def update() -> None:
-        for parameter in method.networks.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for parameter, gradient in zip(parameters, gradients, strict=True):  # the update drops them
+            parameter.grad = gradient
         method.update(0, {}, [])
 
     def backward() -> None:
@@ -289,10 +292,11 @@ def time_training(report: Report, part: str, what: str, step: Callable[[], objec
     except torch.OutOfMemoryError:
         print(f"{part:9} {what:34}{images:5}  out of memory", flush=True)
         report.rows.append({"part": part, "what": what, "images": images, "out_of_memory": True})
-        return
+        return False
     report.add(part, what, seconds, images, flops, first_step_seconds=first)
     if report.kernels:
         show_kernels(step, report.kernels)
+    return True
 
 
 def show_kernels(step: Callable[[], object], most: int) -> None:
@@ -410,13 +414,20 @@ def main(argv: Sequence[str]) -> int:
     measure_ceilings(report, sizes)
     for part in args.parts:
         measure, variants = PARTS[part]
-        chosen = [variant for variant in variants if args.compile or "compiled" not in variant]
-        measure(report, sizes, [variant for variant in chosen if args.only is None or variant in args.only.split("; ")])
+        try:
+            measure(report, sizes, [what for what in variants if is_wanted(what, args)])
+        except torch.OutOfMemoryError as error:
+            print(f"{part}: out of memory, the rest of it is left out ({str(error).splitlines()[0]})", flush=True)
         report.forget_peak()
-    if args.output:
-        content = {"device": name, "torch": torch.__version__, "ceilings": report.ceilings, "rows": report.rows}
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
+        if args.output:
+            content = {"device": name, "torch": torch.__version__, "ceilings": report.ceilings, "rows": report.rows}
+            args.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0
+
+
+def is_wanted(what: str, args: argparse.Namespace) -> bool:
+    """Whether a variant is to be measured."""
+    return (args.compile or "compiled" not in what) and (args.only is None or what in args.only)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -434,6 +445,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.parts = args.parts.split(",")
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"--parts {unknown[0]}: there are {', '.join(PARTS)}")
+    if args.only is not None:
+        args.only, known = args.only.split("; "), [what for part in args.parts for what in PARTS[part][1]]
+        if unknown := [what for what in args.only if what not in known]:
+            parser.error(f"--only '{unknown[0]}': there are {'; '.join(dict.fromkeys(known))}")
     return args
 
 

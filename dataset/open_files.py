@@ -42,9 +42,9 @@ class ShardFile:
 class OpenShards:
     """The open shards of one reader, by number. Any number of threads may use it.
 
-    The bound is on those of all readers together. Beyond it a shard makes room that was not read for long: the oldest
-    in a queue, in which one that was read meanwhile goes to the end instead (the "clock" form of LRU, whose hits need
-    no lock). A forked process goes on with its parent's; a reader that is gone has closed its own.
+    The bound is on those of all readers together. Beyond it the oldest in a queue is closed, unless it was read since
+    it came there: then it goes to the end of the queue (the "clock" form of LRU, whose hits need no lock). A forked
+    process goes on with its parent's; a reader that is gone has closed its own.
     """
 
     def __init__(self, count: int) -> None:

@@ -420,7 +420,7 @@ class PackedReader:
             yield from shard["files"].items()
 
     def _check_files(self) -> None:
-        """Refuse a dataset with files missing, or cut short as far as that takes no time."""
+        """Refuse a dataset with files missing, and, unless there are very many, with files cut short."""
         files = dict(self._files())
         if len(files) > MOST_FILES_MEASURED:
             present = set(os.listdir(self.folder))

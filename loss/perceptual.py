@@ -88,7 +88,7 @@ def build_lpips(
 
 
 class DisjointMaxPool(nn.Module):
-    """``MaxPool2d(2)``, values and gradients bit for bit, of operations that torch knows to be deterministic.
+    """``MaxPool2d(2)`` of finite values and its gradient, bit for bit, of operations that torch calls deterministic.
 
     torch's own backward pass counts as non-deterministic on CUDA, which it is where windows overlap.
     """

@@ -31,6 +31,15 @@ Writes to the VAE's metrics folder (of DIR/FILE: DIR/metrics): NAME.json, NAME.c
 (originals above their reconstructions, the worst first). Reconstructions are compared as 8-bit images, clamped and
 rounded; the reference of rFID are the originals of the very images that are reconstructed. Any number of processes
 share the work; neither their number nor the batch changes a value."""
+READING_HELP = "what a linear reader finds in generated images: the class asked for, clear attributes"
+READING_DESCRIPTION = """Read generated images with linear probes trained on labelled real ones.
+
+  python evaluate.py reading --samples exps/ldm/samples-… --data data/toy --features efficientnet-lite0
+
+--data are real images with classes or attributes (attributes.csv, CelebA, DeepFashion, AwA2). A probe on a VFM's patch
+features is fitted to each column, and its accuracy on held-out real images printed. Of the samples: the share whose
+class is read as it was asked for, and of each column the share whose value is read as surely as in 99 % of real images.
+The values go into metrics/NAME.json, in or next to the samples."""
 NAME_HELP = (
     "of the file metrics/NAME.json, which is replaced (default: generation, and --features if given; where that is "
     "there already, against another reference, the reference's name behind it)"
@@ -53,6 +62,28 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--dry-run", action="store_true", help="two batches, random weights if need be; print sizes; write nothing"
     )
+    add_debug_argument(output)
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    sets = parser.add_argument_group("what is read")
+    sets.add_argument(
+        "--samples", type=Path, required=True, metavar="PATH", help=".npz, folder, packed dataset, or run with samples"
+    )
+    sets.add_argument("--data", type=Path, required=True, metavar="DIR", help="real images with classes or attributes")
+    sets.add_argument("--num-samples", type=positive_int, metavar="N", help="the first N samples (default: all)")
+    sets.add_argument("--max-images", type=positive_int, metavar="N", help="of --data, evenly spread (default: all)")
+    reader = parser.add_argument_group("reader")
+    reader.add_argument(FEATURES_FLAG, default="dinov2-vit-b", metavar="NAME", help="VFM, a name of --enc-type")
+    reader.add_argument("--features-grid", type=positive_int, default=4, metavar="N", help="its tokens along a side")
+    reader.add_argument(CHECKPOINT_FLAG, metavar="FILE", help="its weights (default: searched)")
+    reader.add_argument(
+        "--seed", type=non_negative_int, default=0, metavar="N", help="seed of the split, where --data has none"
+    )
+    output = parser.add_argument_group("output and speed")
+    output.add_argument("--name", help="name of the file metrics/NAME.json (default: reading-FEATURES)")
+    output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once")
+    output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
     add_debug_argument(output)
 
 

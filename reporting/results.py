@@ -17,7 +17,7 @@ from metrics.published import Published, PublishedRow
 from metrics.record import Measurement, label_of
 from reporting.runs import Run, Samples
 
-GENERATION, RECONSTRUCTION = "Generated images", "Reconstruction"
+GENERATION, READING, RECONSTRUCTION = "Generated images", "Generated images, read", "Reconstruction"
 OTHER_FEATURES = ", features of "
 PROBES = {
     "attributes": "Probe: attributes",
@@ -25,7 +25,7 @@ PROBES = {
     "uniformity": "Probe: uniformity of latents",
     "discrimination": "Probe: discrimination of latents",
 }
-SECTIONS = (GENERATION, RECONSTRUCTION, *PROBES.values())
+SECTIONS = (GENERATION, READING, RECONSTRUCTION, *PROBES.values())
 ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "rFID", "PSNR", "SSIM", "LPIPS-alex", "LPIPS-vgg",
          "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5")  # fmt: skip
 GENERIC_NAMES = ("packed", "packed-val", "train", "val", "test")  # of a dataset: its parent's name says more
@@ -217,6 +217,9 @@ def _row(
     section, guidance, detail, reference = RECONSTRUCTION, "", dataset_of(measurement), ""
     if measurement.kind == "generation":
         section, guidance = _generation_section(measurement), _guidance(measurement, samples)
+        detail, reference = samples.path.name if samples else "", detail
+    elif measurement.kind == "reading":
+        section, guidance = READING, _guidance(measurement, samples)
         detail, reference = samples.path.name if samples else "", detail
     elif measurement.kind == "probe":
         section = _probe_section(measurement)

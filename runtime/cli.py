@@ -140,7 +140,7 @@ def _one_line(error: Exception) -> str | None:
         return f"{str(error.filename)[:300]}: {_WRONG_PATHS[error.errno]}"
     if _is_out_of_memory(error):
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return f"out of memory: take a smaller batch or, in training, --gradient-checkpointing ({first[:200]})"
+        return f"out of memory: take a smaller batch or, in training, --micro-batch-size auto ({first[:200]})"
     return None
 
 

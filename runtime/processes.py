@@ -150,14 +150,5 @@ def _gloo_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
 
 
-def least_of(value: int, device: torch.device) -> int:
-    """The smallest of the processes' integers, on every process."""
-    if not _several():
-        return value
-    tensor = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MIN)
-    return int(tensor.item())
-
-
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

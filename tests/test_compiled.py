@@ -20,7 +20,8 @@ from training.networks import compile_networks
 def forget_graphs():
     torch.compiler.reset()
     counters.clear()
-    yield
+    with torch._dynamo.config.patch(), torch._functorch.config.patch():  # what compiling changes is given back
+        yield
     torch.compiler.reset()
 
 
@@ -52,6 +53,7 @@ def test_checkpointed_blocks_under_ddp(tmp_path, monkeypatch):
         wrapped(x, t, y)[0].square().mean().backward()
     finally:
         dist.destroy_process_group()
+    assert not torch._dynamo.config.optimize_ddp  # newer torch does without, but would split blocks
     assert graphs() == 2
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[name])

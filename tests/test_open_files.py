@@ -189,9 +189,10 @@ def test_forked_and_pickled_readers_read_on_while_threads_read(root, bound):
             future.result()
 
 
-def test_a_process_forked_while_another_thread_holds_the_lock(root):
+def test_a_process_forked_while_the_lock_is_held(root):
     readers = [PackedReader(root / kind, kind) for kind in KINDS]
-    process = multiprocessing.get_context("fork").Process(target=check_items, args=(readers, 0))
+    expected = check_items(readers, 0)
+    process = multiprocessing.get_context("fork").Process(target=_must_check, args=(readers, 0, expected))
     with open_files._lock:
         process.start()
     process.join(60)
@@ -202,6 +203,10 @@ def test_a_process_forked_while_another_thread_holds_the_lock(root):
 
 
 _FORKED: list[PackedReader] = []  # of a forked process, inherited and not pickled
+
+
+def _must_check(readers: list[PackedReader], seed: int, expected: int) -> None:
+    assert check_items(readers, seed) == expected
 
 
 def _check_forked(seed: int) -> int:

@@ -236,7 +236,7 @@ def test_fp16_may_begin_and_end_on_resume(toy, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "0000002" / "scaler.pt").is_file()
     monkeypatch.setattr(train_sendvae, "begin", begin)
     assert train(*flags(toy, tmp_path, max_train_steps=4)) == 0
-    assert "has a state of a scaler, which this run has no use for" in (tmp_path / "run" / "log.txt").read_text()
+    assert "is of an fp16 training, whose loss scale is left out" in (tmp_path / "run" / "log.txt").read_text()
     monkeypatch.setattr(train_sendvae, "begin", begin_with_scaler)
     assert train(*flags(toy, tmp_path, max_train_steps=6)) == 0
-    assert "has no state of the scaler: it begins anew" in (tmp_path / "run" / "log.txt").read_text()
+    assert "is not of an fp16 training: the loss scale begins anew" in (tmp_path / "run" / "log.txt").read_text()

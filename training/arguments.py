@@ -12,7 +12,7 @@ from runtime.repae_flags import default_data_dir
 SCHEDULES = ("constant", "cosine")
 
 # What may differ when a run is resumed, with a word in the log on what changes: neither objective nor global batch.
-DRAWN_OTHERWISE = "noise is drawn otherwise, and a PatchGAN's BatchNorm may see micro-batches of another size"
+DRAWN_OTHERWISE = "noise is drawn otherwise (and a PatchGAN, if any, may see micro-batches of another size)"
 ROUNDED_OTHERWISE = "results are rounded otherwise"
 MENTIONED = {
     "num_processes": DRAWN_OTHERWISE,
@@ -183,10 +183,10 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
     )
     group.add_argument(
         "--micro-batch-size",
-        type=micro_batch_size,
-        metavar="N",
+        type=number_or_auto,
+        metavar="N|auto",
         help="images at once on a process, in place of --gradient-accumulation-steps; auto: the most that fits on the "
-        "GPU, found by a few steps (a resumed run keeps what was found)",
+        "GPU, found by a few steps (a run resumed on as many processes keeps what was found)",
     )
     group.add_argument("--epochs", type=positive_int, default=epochs, metavar="N", help="passes over the data")
     group.add_argument(
@@ -210,7 +210,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
     )
 
 
-def micro_batch_size(text: str) -> int | str:
+def number_or_auto(text: str) -> int | str:
     """A positive number, or ``auto``."""
     return text if text == "auto" else positive_int(text)
 
@@ -327,23 +327,27 @@ def settle_micro_batch(args: argparse.Namespace, processes: int) -> None:
     Raises:
         UserError: the batch has no whole number of such parts, or another accumulation is given too.
     """
-    if (
-        args.gradient_accumulation_steps != 1 and args.micro_batch_size == "auto"
-    ):  # of a wrapper: nothing is left to find
-        args.micro_batch_size = None
-    if args.gradient_accumulation_steps != 1 and args.micro_batch_size is not None:
+    if args.micro_batch_size == "auto" and args.gradient_accumulation_steps != 1:
+        args.micro_batch_size = None  # auto is a wrapper's, accumulation the user's: nothing is left to find
+    if args.micro_batch_size is None:
+        return
+    if args.batch_size % processes:
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be shared evenly by {processes} processes: choose another one, or "
+            "another number of processes"
+        )
+    share = args.batch_size // processes
+    if args.micro_batch_size == "auto":
+        return
+    if args.gradient_accumulation_steps != 1:
         raise UserError(
             f"--gradient-accumulation-steps {args.gradient_accumulation_steps} follows from --micro-batch-size "
             f"{args.micro_batch_size}: give one of them"
         )
-    share = args.batch_size // processes
-    if args.micro_batch_size in (None, "auto"):
-        return
-    if args.batch_size % processes or share % args.micro_batch_size:
+    if share % args.micro_batch_size:
         raise UserError(
             f"--micro-batch-size {args.micro_batch_size} does not divide the {share} images of each process "
-            f"(--batch-size {args.batch_size} on {processes}); take one of "
-            f"{', '.join(map(str, divisors(share)))}"
+            f"(--batch-size {args.batch_size} on {processes}); take one of {', '.join(map(str, divisors(share)))}"
         )
     args.gradient_accumulation_steps = share // args.micro_batch_size
 

@@ -11,6 +11,7 @@ from dataset.images import ImageDataset
 from dataset.loader import ImageBatch
 from runtime.measure import count_parameters, peak_memory
 from training.method import Method, micro_batch_size, train_step
+from training.micro_batch import FOUND
 
 
 def dry_run(method: Method, batch: Any, images: int, start_step: int = 0, steps: int = 2) -> None:
@@ -41,6 +42,8 @@ def dry_run(method: Method, batch: Any, images: int, start_step: int = 0, steps:
         rate = images * accelerator.num_processes / seconds
         show(f"step {number + 1}: {seconds:.2f} s, {rate:.2f} images/s  {values}")
     show(f"peak memory: {peak_memory(accelerator.device)}")
+    if method.args.micro_batch_size == "auto" and accelerator.device.type == "cuda":
+        show(f"{FOUND.format(images)}, {method.args.gradient_accumulation_steps} times a step")
 
 
 def batch_size(args: argparse.Namespace, method: Method) -> int:

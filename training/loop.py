@@ -65,14 +65,14 @@ class Loop:
         """Load everything that a checkpoint holds; a scaler only where the run was fp16 and is."""
         for name, module in self._modules().items():
             checkpoint.load_module(name, module)
-        states, there = self._states(), checkpoint.states() - {"metrics"}
+        states, there = self._states(), checkpoint.states()
+        if "scaler" in states and "scaler" not in there:
+            logger.warning("%s is not of an fp16 training: the loss scale begins anew", checkpoint.folder)
+            del states["scaler"]
+        elif "scaler" in there and "scaler" not in states:
+            logger.warning("%s is of an fp16 training, whose loss scale is left out", checkpoint.folder)
         for name, stateful in states.items():
-            if name in there:
-                stateful.load_state_dict(checkpoint.load_state(name))
-            else:
-                logger.warning("%s has no state of the %s: it begins anew", checkpoint.folder, name)
-        for name in sorted(there - states.keys()):
-            logger.warning("%s has a state of a %s, which this run has no use for", checkpoint.folder, name)
+            stateful.load_state_dict(checkpoint.load_state(name))
         accelerator = self.run.accelerator
         state = checkpoint.load_state("metrics")
         self.metrics.load_state_dict(state, accelerator.process_index, accelerator.num_processes, accelerator.device)

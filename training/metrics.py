@@ -60,7 +60,7 @@ class MeanMetrics:
     def load_state_dict(self, state: dict[str, torch.Tensor], rank: int, world_size: int, device: torch.device) -> None:
         """Take up this process's sums; with another number of processes, the first one takes them all.
 
-        It then takes them as if so many had summed: steps before and after count the same in the mean.
+        They are scaled as if that many processes had summed: steps before and after weigh the same in the mean.
         """
         self._tables = {}
         for names, tables in state.items():

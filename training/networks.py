@@ -116,7 +116,7 @@ def compile_networks(*networks: Tokenizer | Denoiser | Encoder) -> None:
     Discriminator, LPIPS and mappers stay as they are: they are a few per cent of a step, and mostly convolutions and
     matrix products, which a compiler leaves alone.
     """
-    import torch._dynamo.config  # a second, which nobody waits for who does not compile
+    import torch._dynamo.config  # here, because it takes a second
     import torch._functorch.config
 
     # Adaptive weights take gradients through a graph that is kept; a compiled one must then not give its buffers away.

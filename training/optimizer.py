@@ -22,11 +22,14 @@ def build_adamw(
 
 
 def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Fused AdamW goes through memory, where moments saved in NHWC order (--channels-last) are in another order."""
+    """Fused AdamW goes through memory, where moments saved in NHWC order (--channels-last) are in another order.
+
+    What else was loaded is copied too, so that no file stays mapped.
+    """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
+            is_moment = value.shape == parameter.shape
+            state[name] = torch.empty_like(parameter).copy_(value) if is_moment else value.clone()
 
 
 def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.AdamW:

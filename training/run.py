@@ -30,7 +30,8 @@ from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
 from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging
-from training.arguments import CHANGEABLE, MENTIONED, settle_micro_batch
+from runtime.processes import cpu_group
+from training.arguments import CHANGEABLE, MENTIONED, divisors, settle_micro_batch
 from training.method import micro_batch_size
 
 # What follows from flags and data, in words for the user.
@@ -67,7 +68,7 @@ def build_accelerator(mixed_precision: str, report_to: str = "none", logging_dir
         # PatchGAN's BatchNorm buffers stay local, and the latent statistics are reduced by the trainer itself
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=60)),  # rank 0 alone may verify or write a large file
+            InitProcessGroupKwargs(timeout=timedelta(minutes=60)),  # one may compile long after the others
         ],
     )
 
@@ -86,6 +87,7 @@ def begin(args: argparse.Namespace, folder: Path | None) -> Accelerator:
     if args.compile is None:
         args.compile = accelerator.device.type == "cuda"
     settle_micro_batch(args, accelerator.num_processes)
+    cpu_group()  # before anything can fail on one process alone: the others then notice
     set_numerics(args.seed, args.allow_tf32, args.deterministic)
     return accelerator
 
@@ -266,12 +268,17 @@ def open_run(folder: Path, accelerator: Accelerator, arguments: dict[str, Any]) 
         yield run
         is_good = True
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory ({str(error).splitlines()[0]}): add --micro-batch-size auto, which keeps the global batch, "
-            "or --gradient-checkpointing"
-        ) from error
+        raise UserError(f"out of memory ({str(error).splitlines()[0]}): {_less_memory(run.arguments)}") from error
     finally:
         run.finish(is_good)
+
+
+def _less_memory(arguments: dict[str, Any]) -> str:
+    """What to do where a micro-batch does not fit."""
+    images = arguments["batch_size"] // arguments["num_processes"] // arguments["gradient_accumulation_steps"]
+    if images <= 1:
+        return "add --gradient-checkpointing"
+    return f"add --micro-batch-size {divisors(images)[-2]}, which keeps the global batch, or --gradient-checkpointing"
 
 
 def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:

@@ -24,7 +24,7 @@ class StopFlag:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def poll(self) -> bool:
-        """Whether to stop now; the same answer on every process. Call once a step."""
+        """Whether to stop now; the same answer on every process, which all call it equally often."""
         if self._group is None:
             return self.received is not None
         stop = False

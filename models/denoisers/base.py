@@ -89,7 +89,7 @@ class Denoiser(nn.Module, ABC):
         return self(x, t, y, taps)[1]
 
     def compile(self, *args, **options) -> None:
-        """``torch.compile`` in place. A kind of equal blocks compiles these: one takes as long as all of them."""
+        """``torch.compile`` in place. A network of equal blocks compiles them one by one: they share a graph."""
         super().compile(*args, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:

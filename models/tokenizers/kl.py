@@ -18,9 +18,8 @@ from models.tokenizers.base import Code, Tokenizer
 from models.weight_files import weights_checksum
 
 MOMENTS_ITEMS = 64  # summed at once: part of what the last bits of measured statistics depend on
-MOST_GRAPHS = (
-    128  # of a residual block: f16d32 has 9 kinds, each once with and once without gradients, and a batch's rest
-)
+# Compiled residual blocks: f16d32 has 15 kinds, each with and without gradients, for a batch and for its rest.
+MOST_GRAPHS = 128
 # What the layers do, apart from what the weights' names and shapes say; a fixed list, because diffusers adds keys.
 _ARCHITECTURE_KEYS = (
     *("in_channels", "out_channels", "latent_channels", "block_out_channels", "down_block_types", "up_block_types"),
@@ -137,7 +136,7 @@ class KLTokenizer(Tokenizer):
 
     def compile(self, *args, **options) -> None:
         """Each residual block: they share their code, and a graph serves all of the same width and resolution."""
-        import torch._dynamo.config as limits  # seconds, which nobody waits for who does not compile
+        import torch._dynamo.config as limits  # here, because it takes a second
 
         limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # torch 2.6
         setattr(limits, limit, max(getattr(limits, limit), MOST_GRAPHS))
