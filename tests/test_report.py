@@ -367,3 +367,17 @@ def test_damage_in_one_run_of_a_pattern_is_named(tmp_path):
 )
 def test_labels_leave_out_what_all_share(names, short):
     assert distinguishing_parts(names) == short
+
+
+def test_what_was_read_in_samples_has_a_table(tmp_path, capsys):
+    """With guidance and data, each figure better the higher it is; nothing published is compared."""
+    run = write_run(tmp_path / "exps" / "ldm")
+    folder = write_samples(run, {"FD-vfm": 9.0}, cfg_scale=2.5)
+    values = {"asked-class": 0.8125, "clear-class": 0.75, "held-out-class": 0.988, "clear-colour": 1.0}
+    subject, reference = {"path": str(folder)}, {"path": "data/toy", "count": 4000}
+    found = Measurement("reading-vfm", "reading", values, 500, subject, reference)
+    write_measurement(found, folder)
+    assert report.main([str(run), "--no-html"]) == 0
+    table = capsys.readouterr().out.partition("Generated images, read")[2].splitlines()
+    assert all(f"{name} ↑" in table[1] for name in values)
+    assert all(word in table[3] for word in ("ldm", "2.5", "toy", "500", "0.8125", "0.988"))
