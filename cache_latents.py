@@ -31,8 +31,7 @@ OUTPUT_FLAG = "--vae-latents-name"
 FLAGS = {  # which flag a setting comes from
     "dataset": "--data-dir",
     "vae": "--vae-ckpt",
-    "precision": "--mixed-precision",
-    "compiled": "--compile",
+    "precision": "--mixed-precision or --compile",
     "encoder": "--enc-ckpt",
     "grid": "--features-grid",
     "enc_type": "--enc-type",
@@ -257,12 +256,12 @@ def build_targets(
 ) -> list[Target]:
     """The packed folders of the cache, its latents first."""
     tf32 = process.device.type == "cuda" and args.allow_tf32
+    precision = "bf16" if args.mixed_precision == "bf16" else "tf32" if tf32 else "float32"
     common = {
         "dataset": images.fingerprint(),
         "resolution": args.resolution,
         "dtype": args.dtype,
-        "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if tf32 else "float32",
-        **({"compiled": True} if args.compile else {}),  # other last bits
+        "precision": precision + (", compiled" if args.compile else ""),  # which moves last bits
     }
     dtype, vae, shards = getattr(torch, args.dtype), networks.tokenizer, len(images.shard_counts)
     specs, checksum = build_specs(args, networks), vae.checksum()
