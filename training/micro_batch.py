@@ -100,8 +100,9 @@ class Trial:
                     train_step(method, self.step, batches)
                 return torch.cuda.max_memory_allocated()
             except torch.OutOfMemoryError:
-                forget()
-                return math.inf
+                pass  # as long as it is handled, its traceback holds what was computed
+            forget()
+            return math.inf
 
         with torch.compiler.set_stance("force_eager"):
             images = most_that_fit(share, peak, room)
@@ -115,8 +116,9 @@ class Trial:
 
 
 def find_elsewhere(share: int) -> int:
-    """The same by a dry run in a process of its own, on this process's GPU: one of several that runs out of memory
-    would leave the others waiting in a reduction.
+    """The same by a dry run in a process of its own, on this process's GPU.
+
+    One of several processes that runs out of memory would leave the others waiting in a reduction.
 
     Args:
         share: images of a step on a process.
