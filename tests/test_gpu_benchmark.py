@@ -6,18 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks import gpu
+
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-def benchmark(*flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "benchmarks/gpu.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True)
-
-
 def test_a_rehearsal_measures_every_part(tmp_path):
     """All variants that need no compiler; figures are positive, and what is exact differs by nothing."""
-    answer = benchmark("--rehearse", "--no-compile", "--repeats", 1, "--output", tmp_path / "gpu.json", "--kernels", 2)
+    flags = ["--rehearse", "--no-compile", "--repeats", "1", "--kernels", "2", "--output", str(tmp_path / "gpu.json")]
+    command = [sys.executable, "benchmarks/gpu.py", *flags]
+    answer = subprocess.run(command, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-2000:]
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["device"] == "CPU"
@@ -34,13 +35,18 @@ def test_a_rehearsal_measures_every_part(tmp_path):
     assert 0 < rows["caching", "bf16", 16]["difference"] < 0.1
 
 
-def test_some_of_it(tmp_path):
-    answer = benchmark("--rehearse", "--parts", "sampling", "--only", "TF32; bf16", "--repeats", 1)
-    assert answer.returncode == 0, answer.stderr[-2000:]
-    assert [line.split("  ")[0] for line in answer.stdout.splitlines()[2:]] == ["sampling", "sampling"]
+def test_what_is_measured_can_be_chosen(capsys):
+    args = gpu.parse_arguments(["--parts", "sampling", "--only", "TF32; bf16"])
+    _, variants = gpu.PARTS["sampling"]
+    assert [what for what in variants if gpu.is_wanted(what, args)] == ["TF32", "bf16"]
+    for wrong in (["--parts", "vae"], ["--only", "TF23"]):
+        with pytest.raises(SystemExit) as ended:
+            gpu.parse_arguments(wrong)
+        assert ended.value.code == 2
+        assert "there are" in capsys.readouterr().err
 
 
-def test_without_a_gpu_it_says_what_there_is():
-    answer = benchmark()
-    assert answer.returncode == 2
-    assert "--rehearse" in answer.stderr
+def test_without_a_gpu_it_says_what_there_is(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "--rehearse" in capsys.readouterr().err

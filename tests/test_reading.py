@@ -107,7 +107,7 @@ def toy(tmp_path_factory) -> Path:
 
 def read(toy: Path, folder: Path | None = None, **changes) -> dict:
     """The record that is left in the samples' metrics, or in ``folder``."""
-    values = {"samples": toy / "samples", "data": toy / "real", "features": "efficientnet-lite0", "num_workers": 1}
+    values = {"samples": toy / "samples", "data": toy / "real", "features": "efficientnet-lite0", "features_grid": 2}
     assert evaluate.main(["reading", *argv_of(values | changes)]) == 0
     name = changes.get("name", "reading-efficientnet-lite0")
     folder = folder or toy / "samples" / "metrics"
