@@ -107,12 +107,7 @@ def measurement(
         kind=KIND,
         values=values,
         count=count,
-        subject={
-            "path": str(samples.path),
-            "resolution": samples.images.resolution,
-            "fingerprint": samples.images.fingerprint(),
-            "made_by": samples.made_by,
-        },
+        subject=samples.describe(),
         reference={"path": str(args.data), "count": len(data.items), "fingerprint": data.images.fingerprint()},
         extractor={"name": encoder.name, "weights_sha256": encoder.checksum()},
         settings={"grid": encoder.grid, "seed": args.seed, "clear": CLEAR, "split": data.counts()},

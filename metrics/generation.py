@@ -214,12 +214,7 @@ def measurement(
         kind=KIND,
         values=dict(values),
         count=count,
-        subject={
-            "path": str(samples.path),
-            "resolution": samples.images.resolution,
-            "fingerprint": samples.images.fingerprint(),
-            "made_by": samples.made_by,
-        },
+        subject=samples.describe(),
         reference={
             "path": str(reference.path),
             "count": len(images) if images is not None else None,

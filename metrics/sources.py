@@ -45,6 +45,15 @@ class ImageSet:
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
 
+    def describe(self) -> dict:
+        """What a measurement says of the images that were measured."""
+        return {
+            "path": str(self.path),
+            "resolution": self.images.resolution,
+            "fingerprint": self.images.fingerprint(),
+            "made_by": self.made_by,
+        }
+
     @property
     def metrics_folder(self) -> Path:
         """Where what is measured of it goes: nothing is written into a folder of somebody's images."""
