@@ -140,8 +140,7 @@ def main(argv: Sequence[str]) -> int:
     source = ldm_source.open_source(args, config, origin, folder, None if latents is None else tokenizer)
     trial = Trial(partial(build, args, config, tokenizer, accelerator), partial(random_batch, args))
     if args.dry_run:
-        trial.find(args, accelerator)
-        dry_run_step(args, source, trial.build())
+        dry_run.dry_run(args, accelerator, trial, partial(prepare_dry_run, args, source))
         return 0
     with open_run(folder, accelerator, vars(args)) as this_run:
         # of a run that begins elsewhere, --resume-step chose a checkpoint there
@@ -235,14 +234,12 @@ def cost_lines(args: argparse.Namespace, method: LDM) -> list[str]:
         return [f"the cost of the alignment was not measured ({one_line(error)})"]
 
 
-def dry_run_step(args: argparse.Namespace, source: ldm_source.StartingRun | None, method: LDM) -> None:
-    """Two steps at the real shapes: a micro-batch on each process (on a CPU two images), of random latents."""
+def prepare_dry_run(args: argparse.Namespace, source: ldm_source.StartingRun | None, method: LDM) -> None:
+    """Begin where the training would, and say what the alignment costs."""
     if source is not None:
         source.take_over(method)
     for line in cost_lines(args, method):
         print(line)
-    count = dry_run.batch_size(args, method)
-    dry_run.dry_run(method, random_batch(args, method, count), count)
 
 
 def random_batch(args: argparse.Namespace, method: LDM, count: int) -> LatentBatch:

@@ -119,10 +119,7 @@ def main(argv: Sequence[str]) -> int:
         step=loss_config.discriminator_start,  # so that the discriminator takes part
     )
     if args.dry_run:
-        trial.find(args, accelerator)
-        method = trial.build()
-        count = dry_run.batch_size(args, method)
-        dry_run.dry_run(method, trial.batch_of(method, count), count, trial.step)
+        dry_run.dry_run(args, accelerator, trial)
         return 0
     with open_run(folder, accelerator, vars(args) | {"loss": asdict(loss_config)}) as this_run:
         checkpoint = this_run.checkpoint(args.resume_step)

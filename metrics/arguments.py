@@ -48,11 +48,8 @@ NAME_HELP = (
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     sets = parser.add_argument_group("what is compared")
-    sets.add_argument(
-        "--samples", type=Path, required=True, metavar="PATH", help=".npz, folder, packed dataset, or run with samples"
-    )
+    add_samples_arguments(sets)
     sets.add_argument("--ref", type=Path, required=True, metavar="PATH", help=".npz, folder or packed dataset")
-    sets.add_argument("--num-samples", type=positive_int, metavar="N", help="the first N images (default: all)")
     add_metric_arguments(parser.add_argument_group("metrics"))
     output = parser.add_argument_group("output and speed")
     output.add_argument("--name", help=NAME_HELP)
@@ -67,11 +64,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     sets = parser.add_argument_group("what is read")
-    sets.add_argument(
-        "--samples", type=Path, required=True, metavar="PATH", help=".npz, folder, packed dataset, or run with samples"
-    )
+    add_samples_arguments(sets)
     sets.add_argument("--data", type=Path, required=True, metavar="DIR", help="real images with classes or attributes")
-    sets.add_argument("--num-samples", type=positive_int, metavar="N", help="the first N samples (default: all)")
     sets.add_argument("--max-images", type=positive_int, metavar="N", help="of --data, evenly spread (default: all)")
     reader = parser.add_argument_group("reader")
     reader.add_argument(FEATURES_FLAG, default="dinov2-vit-b", metavar="NAME", help="VFM, a name of --enc-type")
@@ -85,6 +79,13 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once")
     output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
     add_debug_argument(output)
+
+
+def add_samples_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--samples", type=Path, required=True, metavar="PATH", help=".npz, folder, packed dataset, or run with samples"
+    )
+    group.add_argument("--num-samples", type=positive_int, metavar="N", help="the first N of them (default: all)")
 
 
 def add_metric_arguments(group: argparse._ArgumentGroup) -> None:

@@ -22,7 +22,7 @@ from metrics.generation import (
     measurement_name,
     table,
 )
-from metrics.record import default_name, write_record
+from metrics.record import check_name, default_name, write_record
 from metrics.sources import ImageSet, open_image_set
 from runtime.measure import count_parameters, peak_memory
 from runtime.processes import Process, process_group, set_inference_numerics, this_process
@@ -33,8 +33,7 @@ FEW_IMAGES = 10_000
 def run(args: argparse.Namespace) -> int:
     process = this_process()
     set_inference_numerics(process, "no", allow_tf32=False)
-    if args.name is not None and (not args.name or "/" in args.name or args.name.startswith(".")):
-        raise UserError(f"--name {args.name} is not a name of a file; give one without slashes")
+    check_name(args.name)
     settings = settings_of(
         args, num_samples=args.num_samples, batch_size=args.batch_size, num_workers=args.num_workers, seed=args.seed
     )
@@ -120,7 +119,7 @@ def dry_run(samples: ImageSet, evaluation: GenerationEvaluation, process: Proces
         seconds.append(time.perf_counter() - begin)
     if not process.is_main:
         return
-    count = settings.num_samples or len(samples.images)
+    count = samples.count(settings.num_samples)
     theirs = 0 if reference.images is None else len(reference.images)
     rate = batch / seconds[-1]
     print(f"samples: {count} images of {samples.images.resolution} px; reference: {theirs} images")

@@ -11,11 +11,12 @@ from dataset.images import ImageDataset
 from errors import UserError
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
 from metrics.encoding import encode_dataset
+from metrics.features import build_vfm
 from metrics.probe_data import ProbeData, open_probe_data
 from metrics.reading import CLEAR, Readers, questions_of
-from metrics.record import Measurement, default_name, write_record
-from metrics.sources import FolderImages, ImageSet, open_image_set
-from models.encoders import Encoder, build_encoder
+from metrics.record import Measurement, check_name, default_name, write_record
+from metrics.sources import ImageSet, open_image_set
+from models.encoders import Encoder
 from runtime.log import progress_bar
 from runtime.processes import Process, set_inference_numerics, this_process
 
@@ -27,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     if process.world_size > 1:
         raise UserError("evaluate.py reading is one process, whatever the number of GPUs: start it with python")
     set_inference_numerics(process, "no", allow_tf32=False)
+    check_name(args.name)
     samples = open_image_set(args.samples, "--samples")
-    if samples.images is None:
-        raise UserError(f"{samples} holds statistics and no images (arr_0); give the images")
+    count = samples.count(args.num_samples)
     resolution = samples.images.resolution
     data = open_probe_data(args.data, None, default=resolution, max_images=args.max_images, seed=args.seed)
     if data.images.resolution != resolution:
@@ -40,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.name or default_name(
         samples.metrics_folder, f"{KIND}-{args.features.replace('/', '-')}", args.data, data.images.fingerprint
     )
-    encoder = build_encoder(args.features, args.features_grid, args.enc_ckpt).to(process.device)
-    count = min(args.num_samples or len(samples.images), len(samples.images))
+    encoder = build_vfm(args.features, args.features_grid, args.enc_ckpt).to(process.device)
     encode = encoder_of(args, encoder, resolution, process)
     readers = Readers(encode(data.images, data.items, "real images"), data, questions, process.device)
     asked = asked_classes(samples, data, count)
@@ -81,7 +81,7 @@ def asked_classes(samples: ImageSet, data: ProbeData, count: int) -> list[str] |
         UserError: classes that --data does not know.
     """
     images = samples.images
-    if isinstance(images, FolderImages) or len(images.class_names) < 2:
+    if len(images.class_names) < 2:
         return None
     if unknown := sorted(set(images.class_names) - set(data.images.class_names)):
         if len(data.images.class_names) < 2:

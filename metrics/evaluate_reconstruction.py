@@ -24,7 +24,7 @@ from metrics.evaluate_generation import FEW_IMAGES, extractor_of
 from metrics.features import Extractor
 from metrics.frechet import Moments, frechet_distance
 from metrics.reconstruction import PairScores, reconstruct, summary, worst, write_table
-from metrics.record import Measurement, default_name, metrics_folder, write_measurement
+from metrics.record import Measurement, check_name, default_name, metrics_folder, write_measurement
 from metrics.subject import (
     Subject,
     file_suffix,
@@ -95,8 +95,7 @@ class ReconstructionEvaluation:
 def run(args: argparse.Namespace) -> int:
     if not args.data:
         raise UserError("--data is needed: held-out images, a packed dataset, a tree of class folders or a zip")
-    if args.name is not None and (not args.name or "/" in args.name or args.name.startswith(".")):
-        raise UserError(f"--name {args.name} is not a name of a file; give one without slashes")
+    check_name(args.name)
     args.metrics = None if args.metrics is None else _metric_names(args.metrics)
     process = this_process()
     set_inference_numerics(process, args.mixed_precision, args.allow_tf32)

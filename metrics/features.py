@@ -149,11 +149,16 @@ def build_extractor(name: str, checkpoint: str | None = None, random_weights: bo
         )
     stride = ENCODERS[name].stride
     grid = GRID if stride <= COARSEST_STRIDE else GRID * COARSEST_STRIDE // stride
+    encoder = build_vfm(name, grid, checkpoint, random_weights)
+    return Extractor(name, TokenMean(encoder), encoder.checksum())
+
+
+def build_vfm(name: str, grid: int, checkpoint: str | None = None, random_weights: bool = False) -> Encoder:
+    """``models.encoders.build_encoder`` for a name of ``--features``."""
     try:
-        encoder = build_encoder(name, grid, checkpoint, random_weights)
+        return build_encoder(name, grid, checkpoint, random_weights)
     except UserError as error:  # the same network, asked for by another flag
         raise UserError(str(error).replace("--enc-type", FLAG)) from error
-    return Extractor(name, TokenMean(encoder), encoder.checksum())
 
 
 def _build_timm(name: str, checkpoint: str | None, random_weights: bool) -> nn.Module:

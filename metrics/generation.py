@@ -68,12 +68,7 @@ def choose_metrics(wanted: Sequence[str] | None, features: str) -> tuple[str, ..
 
 def check_samples(samples: ImageSet, settings: Settings) -> None:
     """Refuse samples that cannot be measured, before any image is read."""
-    if samples.images is None:
-        raise UserError(f"{samples} holds statistics and no images (arr_0); give the images")
-    available, wanted = len(samples.images), settings.num_samples
-    if wanted is not None and wanted > available:
-        raise UserError(f"--num-samples {wanted}: {samples.path} has {available} images")
-    check_count(str(samples), wanted or available, settings)
+    check_count(str(samples), samples.count(settings.num_samples), settings)
 
 
 def check_reference(reference: ImageSet, resolution: int, settings: Settings, features: str) -> None:
@@ -124,7 +119,7 @@ def evaluate(
     )
     ours = summarise(
         samples.images,
-        settings.num_samples or len(samples.images),
+        samples.count(settings.num_samples),
         extractor,
         needs,
         process,
@@ -208,7 +203,7 @@ def measurement(
     """What is written next to the samples."""
     stored = [metric for metric in settings.metrics if _brings(reference, metric, extractor.name)]
     images = reference.images
-    count = settings.num_samples or len(samples.images)
+    count = samples.count(settings.num_samples)
     return Measurement(
         name=name,
         kind=KIND,

@@ -61,6 +61,12 @@ def folder_beside(images: Path) -> Path:
     return images.parent / f"{images.name}.{FOLDER_NAME}"
 
 
+def check_name(name: str | None) -> None:
+    """Refuse what ``--name`` may not be: a path, a hidden file, nothing."""
+    if name is not None and (not name or "/" in name or name.startswith(".")):
+        raise UserError(f"--name {name} is not a name of a file; give one without slashes")
+
+
 def default_name(
     folder: Path, name: str, data: Path, fingerprint: Callable[[], str | None], subject: Mapping | None = None
 ) -> str:

@@ -45,6 +45,18 @@ class ImageSet:
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
 
+    def count(self, wanted: int | None) -> int:
+        """How many images are measured: ``--num-samples``, or all.
+
+        Raises:
+            UserError: there are no images, or fewer.
+        """
+        if self.images is None:
+            raise UserError(f"{self} holds statistics and no images (arr_0); give the images")
+        if wanted is not None and wanted > len(self.images):
+            raise UserError(f"--num-samples {wanted}: {self.path} has {len(self.images)} images")
+        return wanted or len(self.images)
+
     def describe(self) -> dict:
         """What a measurement says of the images that were measured."""
         return {

@@ -77,17 +77,11 @@ def test_the_blocks_of_a_denoiser_share_a_graph(checkpointing):
         torch.testing.assert_close(other, plain)
 
 
-def test_the_blocks_of_a_vfm_share_a_graph():
-    encoder = build_encoder("dinov2-vit-s", 4, random_weights=True)
-    images = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
-    plain = encoder(images)
-    torch.testing.assert_close(compiled(encoder)(images), plain)
-    assert graphs() == 1
-
-
-def test_a_convolutional_vfm_is_one_graph():
-    encoder = build_encoder("efficientnet-lite0", 2, random_weights=True)
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+@pytest.mark.parametrize(("name", "grid", "side"), [("dinov2-vit-s", 4, 56), ("efficientnet-lite0", 2, 32)])
+def test_a_vfm_is_one_graph(name, grid, side):
+    """The blocks of a transformer share it; a convolutional network is compiled whole."""
+    encoder = build_encoder(name, grid, random_weights=True)
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     plain = encoder(images)
     torch.testing.assert_close(compiled(encoder)(images), plain)
     assert graphs() == 1

@@ -105,7 +105,7 @@ def toy(tmp_path_factory) -> Path:
     return folder
 
 
-def read(toy: Path, folder: Path | None = None, **changes) -> dict:
+def read(toy: Path, folder: Path | None = None, **changes: object) -> dict:
     """The record that is left in the samples' metrics, or in ``folder``."""
     values = {"samples": toy / "samples", "data": toy / "real", "features": "efficientnet-lite0", "features_grid": 2}
     assert evaluate.main(["reading", *argv_of(values | changes)]) == 0
@@ -158,9 +158,19 @@ def test_what_does_not_go_together_is_refused(toy, tmp_path, resolution, classes
         read(toy, data=tmp_path / "packed")
 
 
-def test_samples_that_are_not_there_are_refused(toy, tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        read(toy, samples=tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": "nowhere"}, "does not exist"),
+        ({"num_samples": 41}, "--num-samples 41: .* has 40 images"),
+        ({"name": "../elsewhere"}, "not a name of a file"),
+        ({"features": "efficientnet"}, "--features efficientnet"),
+    ],
+)
+def test_wrong_flags_are_refused(toy, changes, message):
+    """Before any image is read; samples are never fewer than was asked for."""
+    with pytest.raises(UserError, match=message):
+        read(toy, **changes)
 
 
 def test_several_processes_are_refused(toy, monkeypatch):

@@ -230,7 +230,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="torch.compile the networks, a minute or two at the start (default: on CUDA)",
+        help="torch.compile the networks; the first step takes longer (default: on CUDA)",
     )
     group.add_argument(
         "--channels-last",

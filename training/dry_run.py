@@ -2,30 +2,44 @@
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from dataset.images import ImageDataset
 from dataset.loader import ImageBatch
 from runtime.measure import count_parameters, peak_memory
-from training.method import Method, micro_batch_size, train_step
-from training.micro_batch import FOUND
+from training.method import micro_batch_size, train_step
+from training.micro_batch import FOUND, Trial
+
+STEPS = 2
 
 
-def dry_run(method: Method, batch: Any, images: int, start_step: int = 0, steps: int = 2) -> None:
-    """Print parameter counts, run ``steps`` steps, print their seconds, metrics and the peak memory.
+def dry_run(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    trial: Trial,
+    prepare: Callable[[Any], object] = lambda method: None,
+) -> None:
+    """Print parameter counts, run ``STEPS`` steps, print their seconds, metrics and the peak memory.
 
     Args:
-        method: what would be trained.
-        batch: a micro-batch of each process.
-        images: in it.
-        start_step: the first of the steps, e.g. one that the discriminator takes part in.
-        steps: how many.
+        args: the flags of ``training.arguments``.
+        accelerator: precision and processes.
+        trial: what would be trained, and on what.
+        prepare: is called with the method before its steps.
     """
-    accelerator = method.accelerator
-    method.args.max_train_steps = method.args.max_train_steps or start_step + steps
+    trial.find(args, accelerator)
+    method = trial.build()
+    prepare(method)
+    args.max_train_steps = args.max_train_steps or trial.step + STEPS
+    images = max(1, micro_batch_size(args, accelerator))
+    if accelerator.device.type != "cuda":  # on a GPU a training's, to see whether they fit
+        images = min(2, images)
+    batch = trial.batch_of(method, images)
     show = print if accelerator.is_main_process else lambda text: None
     networks = {name: network for name, network in method.networks_by_name().items() if network is not None}
     width = max(16, *map(len, networks))
@@ -34,22 +48,16 @@ def dry_run(method: Method, batch: Any, images: int, start_step: int = 0, steps:
         total, trained = count_parameters(network)
         if total:
             show(f"{name:<{width}}{total:>16,}{trained:>16,}")
-    for number in range(steps):
+    for number in range(STEPS):
         begin = time.perf_counter()
-        metrics = {name: value.item() for name, value in train_step(method, start_step + number, [batch]).items()}
+        metrics = {name: value.item() for name, value in train_step(method, trial.step + number, [batch]).items()}
         seconds = time.perf_counter() - begin
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         rate = images * accelerator.num_processes / seconds
         show(f"step {number + 1}: {seconds:.2f} s, {rate:.2f} images/s  {values}")
     show(f"peak memory: {peak_memory(accelerator.device)}")
-    if method.args.micro_batch_size == "auto" and accelerator.device.type == "cuda":
-        show(f"{FOUND.format(images)}, {method.args.gradient_accumulation_steps} times a step")
-
-
-def batch_size(args: argparse.Namespace, method: Method) -> int:
-    """Images at once on a process in a dry run: a training's on a GPU, to see whether they fit, at most 2 on a CPU."""
-    images = max(1, micro_batch_size(args, method.accelerator))
-    return images if method.accelerator.device.type == "cuda" else min(2, images)
+    if args.micro_batch_size == "auto" and accelerator.device.type == "cuda":
+        show(f"{FOUND.format(images)}, {args.gradient_accumulation_steps} times a step")
 
 
 def image_batch(images: ImageDataset | None, count: int, resolution: int, num_classes: int) -> ImageBatch:
