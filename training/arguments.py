@@ -10,6 +10,7 @@ from runtime.cli import add_debug_argument, fraction, non_negative_float, non_ne
 from runtime.repae_flags import default_data_dir
 
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "muon")
 
 # What may differ when a run is resumed, with a word in the log on what changes: neither objective nor global batch.
 DRAWN_OTHERWISE = "noise is drawn otherwise (and a PatchGAN, if any, may see micro-batches of another size)"
@@ -197,6 +198,13 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
     )
     group.add_argument("--lr-schedule", choices=SCHEDULES, default="constant", help="after the warm-up")
     group.add_argument("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="linear warm-up, steps")
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="of all networks but the discriminator; muon: Muon for matrices and convolutions, AdamW for the rest, at "
+        "one learning rate (a small VAE from scratch learns several times faster)",
+    )
     group.add_argument("--adam-beta1", type=fraction, default=0.9, metavar="X", help="AdamW's first beta")
     group.add_argument("--adam-beta2", type=fraction, default=0.999, metavar="X", help="AdamW's second beta")
     group.add_argument("--adam-weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's decay")

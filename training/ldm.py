@@ -81,7 +81,7 @@ class LDM(Method):
         self.args, self.accelerator = args, accelerator
         self.denoiser, self.alignment, self.tokenizer, self.encoders = denoiser, alignment, tokenizer, encoders
         networks = AlignedDenoiser(denoiser, alignment)
-        self.optimizer = build_optimizer(args, networks)
+        self.optimizer = build_optimizer(args, networks, args.optimizer)
         self.ema = EMA(denoiser, args.ema_decay) if args.ema_decay else None
         self.networks = accelerator.prepare_model(networks)
         self.milestone = ("model",) if self.ema is None else ("ema",)

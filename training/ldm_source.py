@@ -5,7 +5,7 @@ any other: it resumes from its own checkpoints, and the source may go.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +103,10 @@ class StartingRun:
             before, now = getattr(self.config, name, None), getattr(config, name)
             if before != now and not (tokenizer is None and name in OF_THE_CACHE):
                 raise UserError(f"{given} was trained with {name} {before}, not {now} ({what}): give what fits it")
-        path_type = self.facts.get("path_type", args.path_type)
-        if path_type != args.path_type:
-            raise UserError(f"{given} was trained with --path-type {path_type}, not {args.path_type}: give the former")
+        for name, unsaid in (("path_type", args.path_type), ("optimizer", "adamw")):
+            before, now = self.facts.get(name, unsaid), getattr(args, name)
+            if before != now:
+                raise UserError(f"{given} was trained with {flag_of(name)} {before}, not {now}: give the former")
         for name in parse_sum(args.align):
             self._check_alignment(name, args)
         if args.max_train_steps is not None and args.max_train_steps <= self.step:
@@ -142,17 +143,22 @@ class StartingRun:
             )
 
     def _take_over_moments(self, method: LDM) -> None:
-        """AdamW's moments by the names of parameters, numbered as the method's optimizer has them."""
+        """Moments by the names of parameters, numbered as the method's optimizer has them."""
         if not (self.checkpoint.folder / "optimizer.pt").is_file():
-            logger.warning("%s holds no optimizer state: AdamW begins anew", self.checkpoint.folder)
+            logger.warning("%s holds no optimizer state: the optimizer begins anew", self.checkpoint.folder)
             return
         theirs, ours = self.checkpoint.load_state("optimizer"), method.optimizer.state_dict()
         if not theirs["state"]:  # of bare weights
-            logger.warning("%s holds no moments: AdamW begins anew", self.checkpoint.folder)
-        names = theirs["param_groups"][0]["param_names"]
-        moments = {name: theirs["state"][number] for number, name in enumerate(names) if number in theirs["state"]}
-        state = {n: moments[name] for n, name in enumerate(ours["param_groups"][0]["param_names"]) if name in moments}
+            logger.warning("%s holds no moments: the optimizer begins anew", self.checkpoint.folder)
+        moments = {name: theirs["state"][number] for name, number in _numbers(theirs) if number in theirs["state"]}
+        state = {number: moments[name] for name, number in _numbers(ours) if name in moments}
         method.optimizer.load_state_dict({"state": state, "param_groups": ours["param_groups"]})
+
+
+def _numbers(state: dict) -> Iterator[tuple[str, int]]:
+    """The names of an optimizer's parameters and their numbers in its state dict."""
+    for group in state["param_groups"]:
+        yield from zip(group["param_names"], group["params"], strict=True)
 
 
 def resolve_folder(args: argparse.Namespace) -> tuple[Path, Path | None]:

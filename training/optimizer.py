@@ -1,4 +1,4 @@
-"""AdamW, learning-rate schedules and an optimizer step that skips non-finite gradients without synchronising."""
+"""AdamW or Muon, learning-rate schedules, and a step that skips non-finite gradients without synchronising."""
 
 import argparse
 import math
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+from training.muon import Muon, matrices
 
 
 def build_adamw(
@@ -32,14 +34,21 @@ def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
             state[name] = torch.empty_like(parameter).copy_(value) if is_moment else value.clone()
 
 
-def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.AdamW:
-    """AdamW over a module's trained parameters, by the flags of ``training.arguments``."""
-    return build_adamw(
-        module.named_parameters(),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+def build_muon(module: nn.Module, betas: tuple[float, float], weight_decay: float, eps: float) -> Muon:
+    """As :func:`build_adamw`, but a module's trained matrices are moved by Muon."""
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    moved = {name: trained.pop(name) for name in matrices(module) if name in trained}
+    optimizer = Muon(moved.items(), trained.items(), betas=betas, weight_decay=weight_decay, eps=eps)
+    optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
+    return optimizer
+
+
+def build_optimizer(args: argparse.Namespace, module: nn.Module, kind: str = "adamw") -> torch.optim.AdamW:
+    """The optimizer ``kind`` of a module's trained parameters, by the flags of ``training.arguments``."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    if kind == "muon":
+        return build_muon(module, betas, args.adam_weight_decay, args.adam_epsilon)
+    return build_adamw(module.named_parameters(), betas, args.adam_weight_decay, args.adam_epsilon)
 
 
 def scheduled_rate(args: argparse.Namespace, base: float, step: int) -> float:
@@ -69,7 +78,7 @@ def optimizer_step(
     updates the scaler once all optimizers have stepped.
 
     Args:
-        optimizer: a fused AdamW with gradients.
+        optimizer: of :func:`build_optimizer`, with gradients.
         rate: learning rate of this step.
         max_grad_norm: gradients are scaled down to this 2-norm; 0: they are left as they are.
         scaler: fp16's gradient scaler.

@@ -105,7 +105,7 @@ class SendVAE(Method):
         self.tokenizer, self.alignment, self.encoders = tokenizer, alignment, encoders
         self.objective, self.discriminator, self.ema = objective, discriminator, ema
         networks = AlignedTokenizer(tokenizer, alignment, is_frozen=args.freeze_vae)
-        self.optimizer = build_optimizer(args, networks)
+        self.optimizer = build_optimizer(args, networks, args.optimizer)
         self.disc_optimizer = None if discriminator is None else build_optimizer(args, discriminator)
         # The wrapped modules are for the forwards that gradients are synchronised through, the plain ones for the rest.
         self.networks = accelerator.prepare_model(networks)
