@@ -134,6 +134,12 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         "--preview", type=non_negative_int, default=64, metavar="N", help="images in preview.png; 0: none"
     )
     group.add_argument(
+        "--preview-beside",
+        type=Path,
+        metavar="DIR",
+        help="real images, packed or in class folders, to be shown in preview.png beside those of the same classes",
+    )
+    group.add_argument(
         "--rounding",
         choices=ROUNDINGS,
         default="round",
@@ -233,6 +239,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from dataset.images import ImageDataset, open_images
 from dataset.npz import npz_bytes
 from dataset.packing import PackingJob, check_space, lock_if_free, sigterm_as_interrupt
 from dataset.shards import ShardSpec
@@ -268,13 +275,14 @@ def main(argv: Sequence[str]) -> int:
     args.shard_size = args.shard_size or default_shard_size(args.num_fid_samples)
     args.sample_dir = args.sample_dir or default_folder(args, trained)
     evaluation = plan_evaluation(args, trained.resolution, process)
+    beside = None if args.preview_beside is None else open_beside(args.preview_beside, trained.resolution)
     tokenizer = trained.load_autoencoder()
     try:
         if args.dry_run:
             dry_run(args, trained, tokenizer, process)
         else:
             with sigterm_as_interrupt():
-                is_complete = generate(args, trained, tokenizer, classes, process)
+                is_complete = generate(args, trained, tokenizer, classes, process, beside)
                 if evaluation is not None and is_complete:
                     evaluate_complete(args.sample_dir, evaluation, process)
     except torch.OutOfMemoryError as error:
@@ -292,6 +300,14 @@ def plan_evaluation(args: argparse.Namespace, resolution: int, process: Process)
     settings = settings_of(args, batch_size=args.pproc_batch_size)
     check_count("--num-fid-samples", args.num_fid_samples, settings)
     return plan(args, args.evaluate, "--evaluate", resolution, settings, process)
+
+
+def open_beside(path: Path, resolution: int) -> ImageDataset:
+    """The real images of ``--preview-beside``."""
+    try:
+        return open_images(path, resolution)
+    except UserError as error:
+        raise UserError(f"--preview-beside {error}") from error
 
 
 def evaluate_complete(folder: Path, evaluation: GenerationEvaluation, process: Process) -> None:
@@ -426,6 +442,7 @@ def generate(
     tokenizer: Tokenizer,
     classes: Sequence[int],
     process: Process,
+    beside: ImageDataset | None = None,
 ) -> bool:
     """Make what is missing of this process's shards, complete what is complete, say what came out.
 
@@ -449,7 +466,7 @@ def generate(
     if not packing.finish(shards, trained.class_names):
         show(f"{args.sample_dir}: this process's shards are complete; whoever comes last completes the folder")
         return False
-    complete(packing, args.npz, args.preview)
+    complete(packing, args.npz, args.preview, beside)
     show(f"{args.sample_dir} is complete: {len(labels)} images" + (f", {NPZ_NAME}" if args.npz else ""))
     return True
 

@@ -28,6 +28,7 @@ PREVIEW_NAME = "preview.png"
 END_SECONDS = 3600.0  # processes that are done leave as soon as one of them has written the .npz
 BATCHES_BEHIND = 2  # computed or computing, but not yet written
 MAX_PREVIEW_ROWS = 16
+BESIDE = 3  # real images of a class in a preview
 
 
 @dataclass(frozen=True)
@@ -238,13 +239,14 @@ def check_finite(first: int, finite: np.ndarray) -> None:
         )
 
 
-def complete(packing: PackingJob, npz: bool, preview: int) -> None:
+def complete(packing: PackingJob, npz: bool, preview: int, beside: ImageDataset | None = None) -> None:
     """Add what a complete folder lacks of ``samples.npz`` and ``preview.png``; one process does it.
 
     Args:
         packing: of a folder that is complete.
         npz: whether to write ``samples.npz``.
         preview: images in ``preview.png``; 0: none.
+        beside: real images, of which some of the same classes are shown in it too.
     """
     folder = packing.folder
     with packing.lock(END_SECONDS):
@@ -252,7 +254,7 @@ def complete(packing: PackingJob, npz: bool, preview: int) -> None:
         if npz and not (folder / NPZ_NAME).exists():
             write_npz(images, folder / NPZ_NAME)
         if preview and not (folder / PREVIEW_NAME).exists():
-            save_preview(folder / PREVIEW_NAME, preview_rows(images.labels, preview), images)
+            save_preview(folder / PREVIEW_NAME, preview_rows(images.labels, preview), images, beside)
 
 
 def preview_rows(labels: np.ndarray, count: int) -> list[list[int]]:
@@ -267,11 +269,37 @@ def preview_rows(labels: np.ndarray, count: int) -> list[list[int]]:
     return [list(range(first, first + columns)) for first in range(0, count - columns + 1, columns)]
 
 
-def save_preview(path: Path, rows: list[list[int]], images: ImageDataset) -> None:
-    """Write a picture of some images of a dataset."""
+def save_preview(path: Path, rows: list[list[int]], images: ImageDataset, beside: ImageDataset | None = None) -> None:
+    """Write a picture of some images of a dataset: a row's class at its left, real images of the class at its right.
+
+    Args:
+        path: of the PNG.
+        rows: numbers of the images.
+        images: the generated ones.
+        beside: real ones; needed where rows are classes and the set has all of them, else left out.
+    """
+    grid, titles = read_rows(images, rows), []
+    is_class = [len({int(images.labels[item]) for item in row}) == 1 for row in rows]
+    names = [images.class_names[images.labels[row[0]]] for row in rows] if all(is_class) else None
+    if beside is not None and names is not None:
+        real = [np.flatnonzero(beside.labels == number)[:BESIDE] for number in _numbers_of(names, beside)]
+        count = min(map(len, real), default=0)
+        if count:
+            titles = [(0, "generated"), (grid.shape[1], "real")]
+            grid = torch.cat([grid, read_rows(beside, [row[:count].tolist() for row in real])], 1)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    save_grid(list(grid), temporary, names=names, titles=titles)
+    temporary.replace(path)
+
+
+def _numbers_of(names: Sequence[str], images: ImageDataset) -> list[int]:
+    """The labels of these classes; -1, which no image has, for one that the set lacks."""
+    return [images.class_names.index(name) if name in images.class_names else -1 for name in names]
+
+
+def read_rows(images: ImageDataset, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Images by number, uint8 ``[R, n, 3, H, W]``."""
     out = np.empty((len(rows), len(rows[0]), 3, images.resolution, images.resolution), np.uint8)
     for items, row in zip(rows, out, strict=True):
-        images.read_into(items, row)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    save_grid(list(torch.from_numpy(out)), temporary)
-    temporary.replace(path)
+        images.read_into(list(items), row)
+    return torch.from_numpy(out)
