@@ -16,7 +16,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,10 +28,11 @@ import yaml
 from errors import UserError
 from runtime.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argument, flag_of, run
 from runtime.files import write_atomically
+from runtime.stage_process import ROOT, Expectation, call, tail
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "experiments"
 STAMPS_NAME = "experiment.json"
+LOGS_NAME = "logs"
 PRESET_NAME = "preset.json"  # which runs it made and what they reproduce
 # Variables that say where things lie and which of several equal runs it is, not what is done.
 PLACES = {"name", "exps", "seed", "images", "val_images", "data", "reference", "celeba", "deepfashion", "awa"}
@@ -41,7 +41,18 @@ REQUIRED = "?"  # a variable that the command line must give
 PRESET_KEYS = {"base", "description", "published", "variables", "stages", "closing"}
 STUDY_KEYS = {"description", "variables", "experiments", "closing"}
 MEMBER_KEYS = {"preset", "each", "variables"}
-STAGE_KEYS = {"script", "flags", "product", "if", "dry_run", "dry_run_needs", "single_process"}
+STAGE_KEYS = {
+    "script",
+    "flags",
+    "product",
+    "if",
+    "dry_run",
+    "dry_run_needs",
+    "single_process",
+    "what",
+    "minutes",
+    "show",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,9 @@ class Stage:
         product: a path that exists once the stage is done.
         dry_command: what a dry run runs; None where that needs the product of an earlier stage that is not there.
         waits_for: that product.
+        what: that it does, in words.
+        minutes: that it takes, where somebody measured it.
+        show: its output is shown even where that of others goes to a file.
     """
 
     name: str
@@ -61,6 +75,9 @@ class Stage:
     product: Path
     dry_command: list[str] | None
     waits_for: str = ""
+    what: str = ""
+    minutes: float | None = None
+    show: bool = False
 
 
 @dataclass(frozen=True)
@@ -255,32 +272,49 @@ def _set_variable(variables: dict[str, Any], key: str, value: Any, where: str) -
     variables[key.replace("-", "_")] = value
 
 
-def run_stages(experiment: Experiment) -> int:
-    """Run what is not finished; returns the exit code of the first stage that fails, or 0."""
+def run_stages(experiment: Experiment, brief: bool = False) -> int:
+    """Run what is not finished; returns the exit code of the first stage that fails, or 0.
+
+    Args:
+        experiment: all of it.
+        brief: one line a stage; what they say goes to ``logs/STAGE.log`` in the experiment's folder.
+    """
     if not experiment.stages:
         raise UserError(_nothing_to_do(experiment.preset))
     stamps = _read_stamps(experiment.folder)
     _write_preset(experiment)
-    begin = time.monotonic()
-    for number, stage in enumerate(experiment.stages, start=1):
-        title = f"[{number}/{len(experiment.stages)}] {stage.name}"
+    begin, stages = time.monotonic(), experiment.stages
+    expectation = Expectation([stage.minutes for stage in stages])
+    for number, stage in enumerate(stages, start=1):
+        title = f"[{number}/{len(stages)}] {stage.name}"
         if stamps.get(stage.name) == stage.command and stage.product.exists():
             print(f"{title}: finished already", flush=True)
             continue
-        print(f"{title}: {shlex.join(stage.command)}", flush=True)
-        stage_begin = time.monotonic()
+        log = experiment.folder / LOGS_NAME / f"{stage.name}.log" if brief else None
+        if brief:
+            title = f"[{number}/{len(stages)}] {stage.what}{_expected(expectation, number - 1)}"
+            print(title, end="", flush=True)
+        else:
+            print(f"{title}: {shlex.join(stage.command)}", flush=True)
+        expectation.begin()
         for later in experiment.stages[number - 1 :]:  # what was made from an earlier result of this stage is stale
             stamps.pop(later.name, None)
         _write_stamps(experiment.folder, stamps)
-        code = call(stage.command)
+        code = call(stage.command, log, title)
         if code:
+            if brief:
+                print(f"\n{tail(log)}", file=sys.stderr)
+                title = f"{shlex.join(stage.command)} ({log})"
             print(f"{title}: stopped with exit code {code}; the same command continues from here", file=sys.stderr)
             return code
         if not stage.product.exists():
             raise UserError(f"stage {stage.name} ended well but left no {stage.product}: correct the preset's product")
         stamps[stage.name] = stage.command
         _write_stamps(experiment.folder, stamps)
-        print(f"{title}: done in {_minutes(time.monotonic() - stage_begin)}", flush=True)
+        took = _minutes(expectation.end(number - 1))
+        print(f": {took}" if brief else f"{title}: done in {took}", flush=True)
+        if brief and stage.show:
+            print(f"\n{log.read_text(errors='replace').strip()}\n", flush=True)
     print(f"{experiment.name}: all stages are finished ({_minutes(time.monotonic() - begin)})", flush=True)
     return EXIT_OK
 
@@ -317,20 +351,6 @@ def _without_names(command: Sequence[str]) -> tuple[str, ...]:
     return tuple(word for i, word in enumerate(command) if i not in named and i - 1 not in named)
 
 
-def call(command: Sequence[str]) -> int:
-    """Run a command from the repository's root; signals go on to it. Returns its exit code, 128 + n for signal n."""
-    process = subprocess.Popen(command, cwd=ROOT)
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    previous = {n: signal.signal(n, lambda received, frame: process.send_signal(received)) for n in numbers}
-    previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the child too
-    try:
-        code = process.wait()
-    finally:
-        for n, handler in previous.items():
-            signal.signal(n, handler)
-    return 128 - code if code < 0 else code
-
-
 def main(argv: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog="run_experiment.sh",
@@ -343,6 +363,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output-dir", default="exps", metavar="DIR", help="folder of all runs")
     parser.add_argument("--stages", metavar="A,B", help="only these, in the preset's order")
+    parser.add_argument(
+        "--brief", action="store_true", help="one line a stage; what they say goes to logs/STAGE.log in its folder"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, build every stage, train nothing")
     add_debug_argument(parser)
     args, overrides = parser.parse_known_args(argv)
@@ -355,7 +378,7 @@ def main(argv: Sequence[str]) -> int:
     for experiment in experiments:
         if len(experiments) > 1:
             print(f"== {experiment.name}", flush=True)
-        if code := dry_run(experiment, built) if args.dry_run else run_stages(experiment):
+        if code := dry_run(experiment, built) if args.dry_run else run_stages(experiment, args.brief):
             return code
     if closing and not args.dry_run:
         print(f"\n{closing.rstrip()}")
@@ -411,7 +434,8 @@ def _stage(name: str, spec: Mapping[str, Any], flags: Mapping[str, Any], variabl
     if not waits_for or (ROOT / waits_for).exists():
         waits_for = ""
         dry = start + _command_line(_merge(flags, spec.get("dry_run") or {}), variables) + ["--dry-run"]
-    return Stage(name, start + _command_line(flags, variables), product, dry, waits_for)
+    command, what = start + _command_line(flags, variables), _expand(spec.get("what", name), variables)
+    return Stage(name, command, product, dry, waits_for, what, spec.get("minutes"), bool(spec.get("show")))
 
 
 def _command_line(flags: Mapping[str, Any], variables: Mapping[str, str]) -> list[str]:
@@ -506,6 +530,15 @@ def _write_preset(experiment: Experiment) -> None:
     names = ("preset", "published", "runs", "changes")
     content = {name: getattr(experiment, name) for name in names}
     write_atomically(experiment.folder / PRESET_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _expected(expectation: Expectation, number: int) -> str:
+    """`` (about 2 min, then 5)``: of a stage and of what follows it."""
+    first, rest = (expectation.left(numbers) for numbers in ([number], range(number + 1, len(expectation.minutes))))
+    if first is None:
+        return ""
+    then = f"; {rest:.0f} min after it" if rest is not None and rest >= 0.5 else ""
+    return f" ({_minutes(60 * first)}{then})"
 
 
 def _minutes(seconds: float) -> str:

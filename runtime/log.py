@@ -1,12 +1,14 @@
 """What a command says while it works: the project's logger, and progress bars that it does not tear."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 logger = logging.getLogger("sendvae")
+PROGRESS_SECONDS = "SENDVAE_PROGRESS_SECONDS"  # variable: between two lines of a progress bar in a file
 
 
 def setup_logging(file: Path | None, level: int = logging.INFO) -> None:
@@ -24,7 +26,7 @@ def setup_logging(file: Path | None, level: int = logging.INFO) -> None:
 
 def progress_bar(total: int, initial: int, description: str, unit: str, shown: bool) -> tqdm:
     """A progress bar with rate and ETA; one line every 30 seconds where the output is a file."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0
+    interval = 0.5 if sys.stderr.isatty() else float(os.environ.get(PROGRESS_SECONDS, 30.0))
     return tqdm(
         total=total,
         initial=initial,

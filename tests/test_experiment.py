@@ -300,7 +300,7 @@ def test_a_signal_reaches_the_stage_and_ends_the_experiment(tmp_path):
         "signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))\n"
         f"pathlib.Path({str(mark)!r}).touch()\ntime.sleep(60)\n"
     )
-    code = f"import sys; from runtime.experiment import call; sys.exit(call([sys.executable, {str(script)!r}]))"
+    code = f"import sys; from runtime.stage_process import call; sys.exit(call([sys.executable, {str(script)!r}]))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     while not mark.exists():
         time.sleep(0.02)
