@@ -37,6 +37,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_arguments(args)
     arguments.check_image_arguments(args)
     settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
+    if args.cached_features is not None and not args.align_coeff:
+        raise UserError("--cached-features with --align-coeff 0: nothing asks for features; leave the flag out")
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")
     if args.freeze_vae and not TOKENIZER_ALIGNMENTS[args.align_loss].trains_alone:
@@ -99,6 +101,12 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bn-momentum", type=fraction, default=0.1, metavar="X", help="momentum of the running latent statistics"
     )
+    group.add_argument(
+        "--cached-features",
+        metavar="NAME",
+        help="read the VFM's features from this latent cache of --data-dir (cache_latents.py --cache-features, of any "
+        "VAE) instead of computing them at every step: for small sets",
+    )
     for alignment in TOKENIZER_ALIGNMENTS.values():
         alignment.add_arguments(group)
 
@@ -116,7 +124,7 @@ from loss.vae_objective import VAELossConfig, load_loss_config
 from models.encoders import Encoder
 from runtime import NUM_CLASSES
 from training import dry_run
-from training.data import measure_statistics, open_image_data
+from training.data import measure_statistics, open_features, open_image_data
 from training.loop import Loop
 from training.micro_batch import Trial
 from training.networks import build_objective, build_sendvae, build_vfms, compile_networks
@@ -147,7 +155,8 @@ def main(argv: Sequence[str]) -> int:
         trial.find_for_run(args, this_run, checkpoint)
         method, statistics = build(args, loss_config, accelerator)
         method.watch(images, held_out)
-        with Loop(method, this_run, LabelledImages(images), args, start_step) as loop:
+        source = LabelledImages(images) if args.cached_features is None else open_features(args, images, method)
+        with Loop(method, this_run, source, args, start_step) as loop:
             if checkpoint is not None:
                 loop.restore(checkpoint)
             elif statistics is None:

@@ -60,8 +60,8 @@ def features_name(enc_type: str, flipped: bool = False) -> str:
     return f"{'features-flipped' if flipped else 'features'}/{enc_type.replace('/', '--')}"
 
 
-def latents_folder(data_dir: str | os.PathLike | None, name: str) -> Path:
-    """The folder that --vae-latents-name means: a name is a folder in a packed dataset, a path is itself.
+def latents_folder(data_dir: str | os.PathLike | None, name: str, flag: str = "--vae-latents-name") -> Path:
+    """The folder that ``flag`` means: a name is a folder in a packed dataset, a path is itself.
 
     Raises:
         UserError: a name without a packed dataset, or no name at all.
@@ -69,13 +69,13 @@ def latents_folder(data_dir: str | os.PathLike | None, name: str) -> Path:
     if os.sep in name or "/" in name:
         return Path(name)
     if name in ("", ".", ".."):
-        raise UserError(f"--vae-latents-name {name!r} is not a name; give one, or a path such as ./latents")
+        raise UserError(f"{flag} {name!r} is not a name; give one, or a path such as ./latents")
     if data_dir is None:
-        raise UserError(f"--vae-latents-name {name} is a folder in --data-dir, which is not given; give it, or a path")
+        raise UserError(f"{flag} {name} is a folder in --data-dir, which is not given; give it, or a path")
     if read_index(data_dir) is None:
         raise UserError(
             f"--data-dir {data_dir} is not a packed dataset that could hold a folder {name}; give "
-            f"--vae-latents-name a path, such as ./{name}"
+            f"{flag} a path, such as ./{name}"
         )
     return Path(data_dir) / name
 
@@ -323,7 +323,7 @@ def _torch_layout(array: _Array) -> tuple[tuple[int, ...], torch.dtype]:
 
 def _explain_missing(folder: Path) -> str:
     if not folder.exists():
-        return f"{folder} does not exist; {_MAKE}, or correct --vae-latents-name"
+        return f"{folder} does not exist; {_MAKE}, or correct the name"
     if any(folder.glob("latents-?????.*")) or (folder / "settings.json").exists():
         return f"{folder} is not finished; run the same cache_latents.py command again, it continues"
     return f"{folder} is not a latent cache (it has no index.json); {_MAKE}"

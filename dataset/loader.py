@@ -65,10 +65,14 @@ class ImageSource:
 
 
 class ImageBatch(NamedTuple):
-    """uint8 ``images`` ``[n, 3, H, W]`` and their classes ``labels``, int64 ``[n]``."""
+    """uint8 ``images`` ``[n, 3, H, W]`` and their classes ``labels``, int64 ``[n]``.
+
+    ``features`` are VFMs' of the images where they came with them (``dataset.latents.LatentBatch``), else None.
+    """
 
     images: Tensor
     labels: Tensor
+    features: tuple[Tensor, ...] | None = None
 
 
 class LabelledImages(ImageSource):

@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_it_promises_and_generate_reads_it(data, tmp_pat
     assert weights(folder, 4, "model").keys() == weights(folder, 4, "ema").keys() == network.keys()
     projector = {f"repa.projectors.0.{layer}.{part}" for layer in (0, 2, 4) for part in ("weight", "bias")}
     assert weights(folder, 4, "alignment").keys() == projector
-    assert Image.open(folder / "samples" / "0000004.png").size == (8 * 34 - 2, 4 * 34 - 2)
+    assert Image.open(folder / "samples" / "0000004.png").size == (8 * 98 - 2, 4 * 98 - 2)
 
     args = json.loads((folder / "args.json").read_text())["args"]
     tokenizer, known = load_tokenizer(str(folder / "vae"))

@@ -100,8 +100,8 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert sorted(path.name for path in (finished / "milestones" / "0000002").iterdir()) == [
         "ema.safetensors", "manifest.json", "statistics_ema.safetensors", "vae.safetensors",
     ]  # fmt: skip
-    assert Image.open(finished / "samples" / "0000004.png").size == (8 * 34 - 2, 4 * 34 - 2)
-    assert Image.open(finished / "samples" / "0000004-reconstructions.png").size == (8 * 34 - 2, 2 * 34 - 2)
+    assert Image.open(finished / "samples" / "0000004.png").size == (8 * 98 - 2, 4 * 98 - 2)
+    assert Image.open(finished / "samples" / "0000004-reconstructions.png").size == (8 * 98 - 2, 2 * 98 - 2)
 
 
 def test_the_tuned_vae_has_the_weights_as_trained_and_the_statistics_of_the_average(finished):

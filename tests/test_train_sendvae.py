@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import cache_latents
 import train_sendvae
 from dataset.toy import main as make_toy
 from models.discriminator import PatchDiscriminator
@@ -17,6 +18,8 @@ from preprocessing import main as preprocess
 from runtime.cli import EXIT_FAILED, EXIT_USER_ERROR, run
 from runtime.files import checksum
 from runtime.measure import count_parameters
+from tests.command_line import argv_of
+from tests.latent_caches import save_vae
 from tests.photographs import PHOTOGRAPHS, needs_photographs
 from tests.sendvae_runs import flags
 
@@ -53,7 +56,7 @@ def test_a_run_leaves_everything_it_promises(toy, tmp_path, capsys):
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0000004"]
     assert sorted(path.name for path in (folder / "milestones").iterdir()) == ["0000002", "0000004"]
-    assert Image.open(folder / "samples" / "0000004.png").size == (8 * 34 - 2, 3 * 34 - 2)
+    assert Image.open(folder / "samples" / "0000004.png").size == (8 * 98 - 2, 3 * 98 - 2)  # enlarged thrice
     assert any("tfevents" in path.name for path in folder.rglob("*"))
 
     vae = AutoencoderKL.from_pretrained(folder / "vae")
@@ -88,6 +91,26 @@ def test_longer_training_continues_a_finished_run(toy, tmp_path):
     assert train(*[a if a != "run" else "straight" for a in argv], "--max-train-steps", "4") == 0
     runs = [metrics(tmp_path / name) for name in ("run", "straight")]
     assert runs[0] == runs[1]
+
+
+def test_cached_features_are_the_features(toy, tmp_path, monkeypatch, capsys):
+    """Two runs that differ in where the features come from; with the cache no VFM runs in a step."""
+    vae = save_vae(tmp_path)
+    cached = {"cache_features": True, "enc_type": "efficientnet-lite0", "features_grid": 2, "dtype": "float32"}
+    cache_flags = argv_of({"data_dir": toy, "vae": vae, "vae_latents_name": "start", "num_workers": 1} | cached)
+    assert run(cache_latents.main, cache_flags) == 0
+    assert train(*flags(toy, tmp_path, "computed", vae=vae, vae_ckpt=None)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("models.encoders.encoder.Encoder.forward", lambda *args: pytest.fail("a VFM ran"))
+        assert train(*flags(toy, tmp_path, "cached", vae=vae, vae_ckpt=None, cached_features="start")) == 0
+    computed, from_cache = metrics(tmp_path / "computed"), metrics(tmp_path / "cached")
+    assert len(computed) == len(from_cache) > 0
+    for ours, theirs in zip(from_cache, computed, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    wrong = flags(toy, tmp_path, "wrong", vae=vae, vae_ckpt=None, cached_features="start", mapper_grid=4)
+    capsys.readouterr()
+    assert train(*wrong) == EXIT_USER_ERROR
+    assert "--features-grid 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("vae", ["f4d4-tiny"])

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dataset.images import ImageDataset
+from dataset.latents import LatentBatch
 from dataset.loader import ImageBatch
 from diffusion.draws import Draws, Stream, draw, seeded_generator
 from loss.alignment import TokenizerAlignment
@@ -120,10 +121,11 @@ class SendVAE(Method):
         return self.tokenizer.statistics
 
     def accumulate(
-        self, step: int, micro_step: int, batch: ImageBatch, share: float, synchronise: bool
+        self, step: int, micro_step: int, batch: ImageBatch | LatentBatch, share: float, synchronise: bool
     ) -> tuple[Metrics, torch.Tensor]:
         """Add the gradients of one micro-batch; also returns its latents, detached and un-normalised."""
-        return self.backward(step, batch, self.draws(step, micro_step, batch), share, synchronise)
+        draws = self.draws(step, micro_step, batch)
+        return self.backward(step, batch, draws, share, synchronise, batch.features)
 
     def draws(self, step: int, micro_step: int, batch: ImageBatch) -> Draws:
         """A function of (seed, step, micro-step, rank)."""
@@ -147,7 +149,7 @@ class SendVAE(Method):
         features: Sequence[torch.Tensor] | None = None,
     ) -> tuple[Metrics, torch.Tensor]:
         """:meth:`accumulate` with given draws, and features where they are known already."""
-        features = self.features(batch.images) if features is None else features
+        features = self.features(batch.images) if features is None else [part.float() for part in features]
         is_gan_active = self.discriminator is not None and self.objective.gan_active(step)
         judge = self.discriminator if is_gan_active else None
 
