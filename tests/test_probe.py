@@ -76,8 +76,8 @@ def test_all_probes_leave_their_records(probed, data, vae):
 def test_pictures_have_their_sizes(probed):
     sizes = {path.stem: Image.open(path).size for path in (probed / "metrics").glob("*.png")}
     # 6 images, then their colours below; 3 pairs with 3 steps between, 2 px apart
-    assert sizes["probe-pictures-colours"] == (6 * 34 - 2, 2 * 34 - 2)
-    assert sizes["probe-pictures-ways"] == (5 * 34 - 2, 3 * 34 - 2)
+    assert sizes["probe-pictures-colours"] == (6 * 98 - 2, 2 * 98 - 2)
+    assert sizes["probe-pictures-ways"] == (5 * 98 - 2, 3 * 98 - 2)
     assert sizes["probe-pictures-map"] == (960, 720)
     assert np.asarray(Image.open(probed / "metrics" / "probe-pictures-map.png").convert("L")).std() > 10
 
