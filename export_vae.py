@@ -6,7 +6,8 @@
 
 SOURCE is anything that --vae-ckpt takes elsewhere: a run of ours (its vae/, or with --train-steps any of its
 checkpoints), an LDM, Lightning, Stable Diffusion or REPA-E file, a diffusers folder or file, a name on the hub. So this
-also turns one public layout into another. Weights are stored in float32 and keep every bit.
+also turns one public layout into another. Weights are stored in float32 and keep every bit, unless --dtype says
+otherwise.
 
 diffusers  OUT is a folder that AutoencoderKL.from_pretrained and diffusers' pipelines use unchanged. The latent
            statistics go into config.json as scaling_factor and shift_factor, where channels differ also as latents_mean
@@ -26,6 +27,7 @@ from runtime.cli import ArgumentParser, add_debug_argument, answer_early, non_ne
 
 FORMATS = ("diffusers", "ldm", "repa-e")
 SUFFIXES = (".pt", ".safetensors")  # of single files
+DTYPES = ("float32", "float16")
 REPAE_ARCHITECTURES = ("f8d4", "f16d32")  # which its code can build
 
 
@@ -57,6 +59,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="discriminator for --format repa-e: file, run or hub name (default: that in SOURCE or next to it, if any)",
     )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="of the weights, for --format diffusers; float16 takes half the space and rounds them",
+    )
     add("--overwrite", action="store_true", help="replace what OUT holds (default: refuse)")
     add(
         "--dry-run", action="store_true", help="read and convert everything, print what would be written, write nothing"
@@ -76,6 +84,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"{out}: --format repa-e writes X.pt and more next to it; give a name that ends in .pt")
     if args.format == "repa-e" and args.out.count(".pt") > 1:
         raise UserError(f"{out}: REPA-E replaces every .pt in the path to find the statistics; let it occur once")
+    if args.dtype != DTYPES[0] and args.format != "diffusers":
+        raise UserError(f"--dtype {args.dtype} is for --format diffusers; leave it out")
     if args.disc_pretrained_ckpt and args.format != "repa-e":
         raise UserError(f"--disc-pretrained-ckpt: --format {args.format} has no place for it; take --format repa-e")
     if args.format == "diffusers" and out.exists():
@@ -148,9 +158,19 @@ def export_folder(args: argparse.Namespace, loaded: LoadedVAE) -> None:
     if args.dry_run:
         print(f"would write {out}; nothing was written")
         return
+    if args.dtype == "float16":
+        round_to_half(vae, args.source)
     out.parent.mkdir(parents=True, exist_ok=True)
     vae.save(out, with_statistics=loaded.statistics_source is not None)
     show_written(sorted(out.iterdir()))
+
+
+def round_to_half(vae: KLTokenizer, source: str) -> None:
+    """Weights in float16, statistics as they are."""
+    vae.network.half()
+    for name, parameter in vae.network.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"--dtype float16: {source} has weights beyond its range ({name}); leave the flag out")
 
 
 def export_files(args: argparse.Namespace, loaded: LoadedVAE) -> None:

@@ -6,7 +6,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+versions=()
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+    versions=(-c constraints.txt) # an environment of the user's keeps its own
     if [[ ! -x .venv/bin/python ]]; then
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
             echo "test.sh: Python 3.10 or later is needed, python3 is $(python3 --version)" >&2
@@ -17,7 +19,7 @@ if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
     # shellcheck disable=SC1091
     source .venv/bin/activate
 fi
-python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+python -m pip install --quiet --disable-pip-version-check -r requirements.txt ${versions[@]+"${versions[@]}"}
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the networks of tests are small: threads would only wait for each other

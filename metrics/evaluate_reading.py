@@ -42,9 +42,14 @@ def run(args: argparse.Namespace) -> int:
         samples.metrics_folder, f"{KIND}-{args.features.replace('/', '-')}", args.data, data.images.fingerprint
     )
     encoder = build_vfm(args.features, args.features_grid, args.enc_ckpt).to(process.device)
+    asked = asked_classes(samples, data, count)
+    if args.dry_run:
+        asking = ", ".join(question.name for question in questions)
+        print(f"{count} images of {samples.path}; {encoder.name} on {len(data.items)} images of {args.data} ({asking})")
+        print(f"would write {name}.json")
+        return 0
     encode = encoder_of(args, encoder, resolution, process)
     readers = Readers(encode(data.images, data.items, "real images"), data, questions, process.device)
-    asked = asked_classes(samples, data, count)
     values = readers.read(encode(samples.images, np.arange(count), "samples"), asked)
     found = measurement(args, name, samples, data, encoder, values, count)
     path = write_record(found, samples.metrics_folder)

@@ -131,6 +131,15 @@ def test_real_images_are_read(toy, capsys):
     assert read(toy, name="again", batch_size=7)["values"] == values
 
 
+def test_a_dry_run_says_what_would_be_read_and_writes_nothing(toy, tmp_path, capsys):
+    argv = {"samples": toy / "samples", "data": toy / "real", "features": "efficientnet-lite0", "name": "dry"}
+    assert evaluate.main(["reading", *argv_of(argv | {"dry_run": True})]) == 0
+    out = capsys.readouterr().out
+    assert "efficientnet-lite0 on 400 images" in out
+    assert "class, shape, colour" in out
+    assert not (toy / "samples" / "metrics" / "dry.json").exists()
+
+
 def test_images_without_classes_are_read_but_not_asked(toy, tmp_path):
     """An .npz: what is in them is read, nothing was asked for."""
     np.savez(tmp_path / "grey.npz", arr_0=np.full((6, 32, 32, 3), 128, np.uint8))

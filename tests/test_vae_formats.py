@@ -555,6 +555,27 @@ def test_ldm_to_diffusers_and_back_keeps_every_bit(suffix, tmp_path):
     assert same_tensors(second.state_dict(), first.state_dict())  # statistics too
 
 
+def test_a_folder_in_float16_is_half_as_large_and_is_read_as_float32(tmp_path, capsys):
+    source = repae_trio(tmp_path / "in")
+    export(source, tmp_path / "whole", "--format", "diffusers")
+    export(source, tmp_path / "half", "--format", "diffusers", "--dtype", "float16")
+    whole, half = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("whole", "half"))
+    assert same_tensors(half, {name: tensor.half() for name, tensor in whole.items()})
+    tokenizer, statistics = load_tokenizer(str(tmp_path / "half"))
+    assert statistics is not None
+    for name, tensor in tokenizer.network.state_dict().items():
+        assert torch.equal(tensor, whole[name].half().float()), name
+    statistics = [load_file(tmp_path / name / "latents_stats.safetensors") for name in ("whole", "half")]
+    assert same_tensors(*statistics)
+    state = tiny_ldm_state(3)
+    state["decoder.conv_out.bias"][0] = 1e5
+    torch.save(state, tmp_path / "large.pt")
+    argv = [tmp_path / "large.pt", tmp_path / "out", "--format", "diffusers", "--dtype", "float16"]
+    assert run(export_vae.main, [str(word) for word in argv]) == 2
+    assert "decoder.conv_out.bias" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_repae_to_diffusers_and_back_keeps_every_bit_of_the_trio(tmp_path):
     source = repae_trio(tmp_path / "in")
     export(source, tmp_path / "vae", "--format", "diffusers")
