@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# ./quickstart.sh [--long | --data DIR] [flags of run_experiment.sh]
+# ./quickstart.sh [--long | --data DIR] [--from-scratch] [flags of run_experiment.sh]
 #
 # From nothing to generated images on any machine with Python 3.10 or later: makes .venv, installs, then runs the preset
-# quickstart of run_experiment.sh. About 11 minutes on 2 CPU cores after the installation. No network but PyPI. The same
-# command goes on where it stopped.
+# quickstart of run_experiment.sh, a line for each stage. No network but PyPI. The same command goes on where it stopped.
 #
-#   --long        the preset quickstart_long: an hour on 2 CPU cores by estimate
-#   --data DIR    the same on your photographs (a folder of class folders) instead of the toy shapes
-#   --dry-run     build every stage, train nothing
+#   --long          more of everything: the preset quickstart_long
+#   --data DIR      the same on your photographs (a folder of class folders) instead of the toy shapes
+#   --from-scratch  train the tiny VAE too, instead of starting from the one in pretrained/tiny_vae
+#   --dry-run       build every stage, train nothing
 set -euo pipefail
 from=$PWD
 cd "$(dirname "$0")"
@@ -19,11 +19,13 @@ fail() {
 }
 
 preset=quickstart
+scratch=false
 flags=()
 while (($#)); do
     case $1 in
         -h | --help) usage; exit 0 ;;
         --long) preset=quickstart_long ;;
+        --from-scratch) scratch=true ;;
         --data)
             [[ -n "${2:-}" ]] || fail "--data needs a folder of photographs"
             [[ "$2" == /* ]] && folder=$2 || folder=$from/$2
@@ -38,7 +40,11 @@ while (($#)); do
     shift
 done
 
+$scratch && [[ $preset != quickstart ]] && fail "--from-scratch goes with the toy shapes, without --long and --data"
+
+versions=()
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+    versions=(-c constraints.txt)
     if [[ ! -x .venv/bin/python ]]; then
         command -v python3 >/dev/null || fail "python3 is not installed; Python 3.10 or later is needed"
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -51,10 +57,14 @@ if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
 fi
 if ! python -c 'import accelerate, diffusers, lpips, safetensors, timm, torch, torchvision, yaml' 2>/dev/null; then
     echo "installing the packages of requirements.txt (PyTorch is large; a few minutes)"
-    python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    python -m pip install --quiet --disable-pip-version-check -r requirements.txt ${versions[@]+"${versions[@]}"}
 fi
 
-./run_experiment.sh "$preset" ${flags[@]+"${flags[@]}"}
+if $scratch; then
+    ./run_experiment.sh tiny_vae --brief ${flags[@]+"${flags[@]}"}
+    flags+=(--start '{exps}/tiny_vae/vae' --name quickstart-from-scratch)
+fi
+./run_experiment.sh "$preset" --brief ${flags[@]+"${flags[@]}"}
 
 cat <<'END'
 

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from models.latent_statistics import latent_moments
 from runtime.processes import sum_over_processes
-from tests.sendvae_runs import draws_for, gradients, image_batch, networks, part_of, tiny_trainer
+from tests.ldm_steps import part_of
+from tests.sendvae_runs import draws_for, gradients, image_batch, networks, tiny_trainer
 
 BATCH = 8
 

@@ -27,6 +27,7 @@ FLAGS = {
     "warmup_steps": 0,
     "max_train_steps": 100,
     "max_grad_norm": 1.0,
+    "optimizer": "adamw",
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_weight_decay": 0.0,

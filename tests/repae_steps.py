@@ -43,6 +43,7 @@ FLAGS = {
     "warmup_steps": 0,
     "max_train_steps": 100,
     "max_grad_norm": CLIP,
+    "optimizer": "adamw",
     "adam_beta1": ADAMW["betas"][0],
     "adam_beta2": ADAMW["betas"][1],
     "adam_weight_decay": ADAMW["weight_decay"],

@@ -16,7 +16,6 @@ from loss.alignment.vf import VFAlignment
 from loss.vae_objective import VAELossConfig, VAEObjective
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, build_encoder
-from models.mapper import Mapper
 from tests.command_line import argv_of
 from training.ema import EMA
 from training.sendvae import AlignedTokenizer, SendVAE
@@ -32,6 +31,7 @@ FLAGS = {
     "align_loss": "cosine",
     "align_coeff": 1.0,
     "mapper_depth": 1,
+    "mapper_width": 64,
     "noise_injection": True,
     "vf_weight": 0.1,
     "vf_cosine_margin": 0.5,
@@ -44,6 +44,7 @@ FLAGS = {
     "warmup_steps": 0,
     "max_train_steps": 100,
     "max_grad_norm": 1.0,
+    "optimizer": "adamw",
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_weight_decay": 0.0,
@@ -106,12 +107,10 @@ def tiny_trainer(
 
 
 def tiny_alignment(args: argparse.Namespace, encoders: Sequence[Encoder]) -> TokenizerAlignment:
-    """That of ``--align-loss``, with narrow mappers."""
+    """That of ``--align-loss``."""
     features = [TokenGrid(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
-    if args.align_loss == "vf":
-        return VFAlignment.from_arguments(args, LATENT, features)
-    mappers = [Mapper(*LATENT[:2], vfm.grid, vfm.width, args.mapper_depth, projector_width=64) for vfm in features]
-    return MapperAlignment(mappers, features, args.align_coeff, args.path_type if args.noise_injection else None)
+    kind = VFAlignment if args.align_loss == "vf" else MapperAlignment
+    return kind.from_arguments(args, LATENT, features)
 
 
 def networks(trainer: SendVAE) -> AlignedTokenizer:
@@ -134,11 +133,6 @@ def image_batch(count: int, seed: int = 1) -> ImageBatch:
 def draws_for(count: int, seed: int = 2) -> Draws:
     """For so many images."""
     return draw((count, *LATENT), torch.Generator().manual_seed(seed))
-
-
-def part_of(batch: tuple, part: slice) -> tuple:
-    """Some items of a batch, or of its draws."""
-    return type(batch)(*(tensor[part] for tensor in batch))
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:

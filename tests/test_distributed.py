@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from models.latent_statistics import latent_moments
 from models.pixels import to_signed
 from tests.distributed_step import BATCH
+from tests.ldm_steps import part_of
 from tests.photographs import write_class_folders
-from tests.sendvae_runs import draws_for, flags, gradients, image_batch, networks, part_of, tiny_trainer
+from tests.sendvae_runs import draws_for, flags, gradients, image_batch, networks, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -9,7 +9,8 @@ import torch
 
 from models.latent_statistics import latent_moments
 from models.pixels import to_signed
-from tests.sendvae_runs import draws_for, gradients, image_batch, networks, part_of, tiny_trainer
+from tests.ldm_steps import part_of
+from tests.sendvae_runs import draws_for, gradients, image_batch, networks, tiny_trainer
 from training.method import train_step
 
 MEAN, STD = [0.3, -0.2, 0.1, 0.0], [1.5, 0.7, 1.0, 2.0]

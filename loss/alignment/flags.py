@@ -83,7 +83,7 @@ class MapperFlags(TokenizerAlignmentFlags):
     """Send-VAE's, through a mapper."""
 
     trains_alone = True
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"mapper_depth": 1, "noise_injection": True}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"mapper_depth": 1, "mapper_width": 2048, "noise_injection": True}
 
     @classmethod
     def add_arguments(cls, group: Any) -> None:
@@ -92,6 +92,12 @@ class MapperFlags(TokenizerAlignmentFlags):
             type=non_negative_int,
             metavar="N",
             help="cosine only: ViT blocks; 0: MLP only (default: 1)",
+        )
+        group.add_argument(
+            "--mapper-width",
+            type=positive_int,
+            metavar="N",
+            help="cosine only: hidden width of the mapper's MLP (default: 2048)",
         )
         group.add_argument(
             "--noise-injection",

@@ -37,7 +37,8 @@ class MapperAlignment(FeaturePrediction, MapperFlags):
         cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[TokenGrid]
     ) -> "MapperAlignment":
         channels, side, _ = latent_shape
-        mappers = [Mapper(channels, side, vfm.grid, vfm.width, args.mapper_depth) for vfm in features]
+        sizes = args.mapper_depth, args.mapper_width
+        mappers = [Mapper(channels, side, vfm.grid, vfm.width, *sizes) for vfm in features]
         return cls(mappers, features, args.align_coeff, args.path_type if args.noise_injection else None)
 
     def forward(

@@ -1,0 +1,59 @@
+"""What the quickstart starts from: the VAE that comes with the code, and the versions that it installs."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.toy import draw_image
+from formats.vae import load_tokenizer
+from loss.reconstruction import psnr
+from models.pixels import to_uint8
+from runtime.files import checksum
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_VAE = ROOT / "pretrained" / "tiny_vae"
+UNSEEN = 1234567  # seed of a set that nothing was trained on
+
+
+def test_the_tiny_vae_reconstructs_shapes_it_has_not_seen():
+    tokenizer, statistics = load_tokenizer(str(TINY_VAE))
+    assert statistics is not None
+    assert tokenizer.latent_shape(32) == (4, 8, 8)
+    assert all(parameter.dtype == torch.float32 for parameter in tokenizer.parameters())
+    images = np.stack([np.asarray(draw_image(UNSEEN, number, 32)[0]).transpose(2, 0, 1) for number in range(200)])
+    images = torch.from_numpy(images)
+    with torch.no_grad():
+        reconstructed = to_uint8(tokenizer.decode(tokenizer.encode(images).mode))
+    assert psnr(images, reconstructed).mean() > 33
+
+
+def test_the_tiny_vae_is_the_one_that_its_page_describes():
+    page = (TINY_VAE / "README.md").read_text()
+    for name in ("diffusion_pytorch_model.safetensors", "latents_stats.safetensors", "config.json"):
+        assert checksum(TINY_VAE / name)["sha256"] in page, name
+    assert sum(path.stat().st_size for path in TINY_VAE.iterdir()) < 2e6
+
+
+def test_every_requirement_has_a_version_that_the_tests_passed_with():
+    def names(file: str) -> dict[str, str]:
+        lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+        pairs = (re.match(r"([\w.-]+)(.*)", line).groups() for line in lines if line)
+        return {re.sub(r"[-_.]+", "-", name).lower(): rest for name, rest in pairs}
+
+    pinned = names("constraints.txt")
+    assert names("requirements.txt").keys() <= pinned.keys()
+    assert all(re.fullmatch(r"==[\w.]+ ; python_version >= .*", rest) for rest in pinned.values())
+
+
+@pytest.mark.parametrize("flag", ["--long", "--data"])
+def test_from_scratch_goes_with_the_toy_shapes(flag, tmp_path):
+    words = [flag, str(tmp_path)] if flag == "--data" else [flag]
+    answer = subprocess.run(
+        ["./quickstart.sh", "--from-scratch", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 2
+    assert "--from-scratch" in answer.stderr
