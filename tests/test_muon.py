@@ -46,6 +46,13 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
         assert values.max() < 1.3
 
 
+def test_directions_that_are_all_but_empty_are_no_worse_in_float32():
+    """Singular values over four decades: an eigenvalue of the Gram matrix is then below its rounding errors."""
+    scales = torch.logspace(0, -4, 48)[:, None]
+    matrix = torch.randn(48, 200, generator=torch.Generator().manual_seed(2)) * scales
+    torch.testing.assert_close(orthogonalised(matrix[None])[0].double(), newton_schulz(matrix), rtol=0, atol=1e-5)
+
+
 def test_three_steps_equal_the_rule_and_adamw_where_there_is_no_matrix():
     module, plain = network(), network()
     optimizer = build_muon(module, **SETTINGS)
