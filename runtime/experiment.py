@@ -28,7 +28,7 @@ import yaml
 from errors import UserError
 from runtime.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argument, flag_of, run
 from runtime.files import write_atomically
-from runtime.stage_process import ROOT, Expectation, call, tail
+from runtime.stage_process import ROOT, Expectation, call, said, tail
 
 PRESETS = ROOT / "configs" / "experiments"
 STAMPS_NAME = "experiment.json"
@@ -314,7 +314,7 @@ def run_stages(experiment: Experiment, brief: bool = False) -> int:
         took = _minutes(expectation.end(number - 1))
         print(f": {took}" if brief else f"{title}: done in {took}", flush=True)
         if brief and stage.show:
-            print(f"\n{log.read_text(errors='replace').strip()}\n", flush=True)
+            print(said(log), flush=True)
     print(f"{experiment.name}: all stages are finished ({_minutes(time.monotonic() - begin)})", flush=True)
     return EXIT_OK
 

@@ -59,6 +59,12 @@ def _keep(process: subprocess.Popen, log: Path, head: str) -> None:
         print(f"\r\x1b[K{head}", end="", flush=True)
 
 
+def said(log: Path) -> str:
+    """A log without its progress bars."""
+    lines = log.read_bytes().decode(errors="replace").split("\n")
+    return "\n".join(line for line in lines if line.strip() and "\r" not in line)
+
+
 def tail(log: Path) -> str:
     """The last lines of a log; of a progress bar its last state."""
     lines = [line.rsplit("\r", 1)[-1] for line in log.read_bytes().decode(errors="replace").split("\n")]
