@@ -13,7 +13,7 @@ from runtime.log import PROGRESS_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_LINES = 15  # of a failed stage's log
-KNOWN_ENOUGH = 0.2  # minutes of finished stages that tell how fast this machine is
+KNOWN_ENOUGH = 1.0  # minutes of finished stages that tell how fast this machine is
 
 
 def call(command: Sequence[str], log: Path | None = None, head: str = "") -> int:

@@ -46,7 +46,7 @@ def test_a_line_for_each_stage_and_the_rest_in_its_log(preset, tmp_path, capfd):
     assert err == ""
     lines = out.splitlines()
     assert re.fullmatch(r"\[1/3\] says a lot \(60 s\): \d+ s", lines[0])  # the third was never measured: no total
-    assert re.fullmatch(r"\[2/3\] the figures \(\d+ s\): \d+ s", lines[1])
+    assert re.fullmatch(r"\[2/3\] the figures \(2.5 min\): \d+ s", lines[1])
     assert lines[2:4] == ["a thousand words", "1.75"]  # without the progress bar
     assert re.fullmatch(r"\[3/3\] third: \d+ s", lines[-2])
     log = (tmp_path / "exps" / "mine" / "logs" / "first.log").read_bytes()
@@ -67,13 +67,16 @@ def test_a_failure_shows_the_end_of_its_log_and_where_the_rest_is(preset, tmp_pa
 
 
 def test_the_rest_is_expected_at_the_pace_of_what_is_done(monkeypatch):
-    clock = iter((0.0, 0.0, 120.0, 120.0, 126.0))
+    clock = iter((0.0, 0.0, 6.0, 6.0, 126.0, 126.0))
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    expectation = Expectation([1.0, 0.1, 3.0])
-    assert expectation.left(range(3)) == pytest.approx(4.1)
+    expectation = Expectation([0.5, 1.0, 3.0])
+    assert expectation.left(range(3)) == pytest.approx(4.5)
     expectation.begin()
-    assert expectation.end(0) == 120.0  # twice as long
-    assert expectation.left([1, 2]) == pytest.approx(6.2)
+    assert expectation.end(0) == 6.0  # five times as fast, but too short to tell
+    assert expectation.left([1, 2]) == pytest.approx(4.0)
+    expectation.begin()
+    assert expectation.end(1) == 120.0
+    assert expectation.left([2]) == pytest.approx(3.0 * 2.1 / 1.5)
     assert Expectation([1.0, None]).left([0, 1]) is None
 
 
