@@ -513,6 +513,8 @@ def test_train_ldm_goes_on_from_their_experiment_and_then_without_it(data, publi
     assert_same_weights(exps / "straight", exps / "itself")
     assert continued(data, tmp_path, "itself", max_train_steps=11, path_type="cosine") == 2
     assert "--path-type linear, not cosine" in capsys.readouterr().err
+    assert continued(data, tmp_path, "itself", max_train_steps=11, optimizer="muon") == 2
+    assert "--optimizer adamw, not muon" in capsys.readouterr().err
 
 
 def assert_same_weights(a: Path, b: Path, step: int = 10) -> None:
@@ -522,11 +524,12 @@ def assert_same_weights(a: Path, b: Path, step: int = 10) -> None:
         assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
 
-def test_train_ldm_goes_on_from_another_run_of_ours(data, tmp_path, capsys):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_train_ldm_goes_on_from_another_run_of_ours(data, tmp_path, capsys, optimizer):
     """The new run's steps are those that the old one would have made; without REPA its projectors are left out."""
-    assert continued(data, tmp_path, "old", max_train_steps=4, checkpointing_steps=2) == 0
+    assert continued(data, tmp_path, "old", max_train_steps=4, checkpointing_steps=2, optimizer=optimizer) == 0
     old = tmp_path / "exps" / "old"
-    flags = {"continue_train_exp_dir": old, "resume_step": 2, "max_train_steps": 4}
+    flags = {"continue_train_exp_dir": old, "resume_step": 2, "max_train_steps": 4, "optimizer": optimizer}
     assert continued(data, tmp_path, "new", **flags) == 0
     a, b = (
         load_file(tmp_path / "exps" / name / "checkpoints" / "0000004" / "ema.safetensors") for name in ("old", "new")
@@ -537,6 +540,9 @@ def test_train_ldm_goes_on_from_another_run_of_ours(data, tmp_path, capsys):
     capsys.readouterr()
     assert continued(data, tmp_path, "done", continue_train_exp_dir=old, max_train_steps=4) == 2
     assert "trained for 4 steps already" in capsys.readouterr().err
+    other = "muon" if optimizer == "adamw" else "adamw"
+    assert continued(data, tmp_path, "other", **(flags | {"optimizer": other})) == 0
+    assert f"was trained with --optimizer {optimizer}" in capsys.readouterr().err
 
 
 def test_train_ldm_begins_with_bare_weights(data, tmp_path, capsys):

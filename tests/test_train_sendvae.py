@@ -84,8 +84,10 @@ def test_the_finished_vae_is_the_next_run_s_checkpoint(toy, tmp_path):
     assert "reconstruction" not in metrics(tmp_path / "second")[0]
 
 
-def test_longer_training_continues_a_finished_run(toy, tmp_path):
-    argv = flags(toy, tmp_path, "run", align_coeff=0, loss_cfg_path="configs/l1_kl.yaml", max_train_steps=None)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_longer_training_continues_a_finished_run(toy, tmp_path, optimizer):
+    plain = {"align_coeff": 0, "loss_cfg_path": "configs/l1_kl.yaml", "optimizer": optimizer}
+    argv = flags(toy, tmp_path, "run", max_train_steps=None, **plain)
     assert train(*argv, "--max-train-steps", "2") == 0
     assert train(*argv, "--max-train-steps", "4") == 0
     assert train(*[a if a != "run" else "straight" for a in argv], "--max-train-steps", "4") == 0

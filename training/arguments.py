@@ -24,6 +24,7 @@ MENTIONED = {
     "channels_last": ROUNDED_OTHERWISE,
     "deterministic": ROUNDED_OTHERWISE,
 }
+UNSAID = {"optimizer": "adamw"}  # by runs that are older than the flag, and by other people's
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
     {
@@ -146,9 +147,7 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     group.add_argument(
         "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"
     )
-    group.add_argument(
-        "--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="AdamW's learning rate"
-    )
+    group.add_argument("--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="learning rate")
     group.add_argument(
         "--ema-decay", type=fraction, default=0.9999, metavar="X", help="decay of the averaged weights; 0: no EMA"
     )

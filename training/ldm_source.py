@@ -103,10 +103,9 @@ class StartingRun:
             before, now = getattr(self.config, name, None), getattr(config, name)
             if before != now and not (tokenizer is None and name in OF_THE_CACHE):
                 raise UserError(f"{given} was trained with {name} {before}, not {now} ({what}): give what fits it")
-        for name, unsaid in (("path_type", args.path_type), ("optimizer", "adamw")):
-            before, now = self.facts.get(name, unsaid), getattr(args, name)
-            if before != now:
-                raise UserError(f"{given} was trained with {flag_of(name)} {before}, not {now}: give the former")
+        path_type = self.facts.get("path_type", args.path_type)
+        if path_type != args.path_type:
+            raise UserError(f"{given} was trained with --path-type {path_type}, not {args.path_type}: give the former")
         for name in parse_sum(args.align):
             self._check_alignment(name, args)
         if args.max_train_steps is not None and args.max_train_steps <= self.step:
@@ -146,6 +145,10 @@ class StartingRun:
         """Moments by the names of parameters, numbered as the method's optimizer has them."""
         if not (self.checkpoint.folder / "optimizer.pt").is_file():
             logger.warning("%s holds no optimizer state: the optimizer begins anew", self.checkpoint.folder)
+            return
+        before = self.facts.get("optimizer", arguments.UNSAID["optimizer"])
+        if before != method.args.optimizer:
+            logger.warning("%s was trained with --optimizer %s: this one begins anew", self.checkpoint.folder, before)
             return
         theirs, ours = self.checkpoint.load_state("optimizer"), method.optimizer.state_dict()
         if not theirs["state"]:  # of bare weights

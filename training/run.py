@@ -31,7 +31,7 @@ from runtime.cli import flag_of
 from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging
 from runtime.processes import cpu_group
-from training.arguments import CHANGEABLE, MENTIONED, divisors, settle_micro_batch
+from training.arguments import CHANGEABLE, MENTIONED, UNSAID, divisors, settle_micro_batch
 from training.method import micro_batch_size
 
 # What follows from flags and data, in words for the user.
@@ -284,7 +284,7 @@ def _less_memory(arguments: dict[str, Any]) -> str:
 def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:
     """A resumed run must be the same run: raise :class:`UserError` naming the first flag that differs."""
     for name, value in new.items():
-        before = old.get(name, value)
+        before = old.get(name, UNSAID.get(name, value))
         if name not in changeable and before != value:
             if name in DERIVED:
                 raise UserError(
