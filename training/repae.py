@@ -165,7 +165,7 @@ class Repae(Method):
     @torch.no_grad()
     def _held_out_latents(self, tokenizer: Tokenizer) -> Iterator[HeldOutLatents]:
         """Latents of held-out images, normalised by the tokenizer's statistics."""
-        for items, (images, labels) in held_out_batches(self, self.vae.held_out):
+        for items, (images, labels, _) in held_out_batches(self, self.vae.held_out):
             generator = seeded_generator(images.device, Stream.VALIDATION, self.args.seed, int(items[0]))
             draws = draw((len(images), *tokenizer.latent_shape(images.shape[-1])), generator)
             with self.accelerator.autocast():
