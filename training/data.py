@@ -7,10 +7,10 @@ from accelerate import Accelerator
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.latents import LatentDataset, latents_folder
 from dataset.loader import LabelledImages
-from errors import UserError
+from loss.alignment import TokenGrid
 from runtime.log import logger
 from runtime.processes import this_process
-from training.latent_data import stage_once
+from training.latent_data import check_feature_shapes, stage_once
 from training.loop import build_loader
 from training.repae import Repae
 from training.sendvae import SendVAE
@@ -36,16 +36,10 @@ def open_features(args: argparse.Namespace, images: ImageDataset, method: SendVA
         UserError: no cache with features of these VFMs, of other images, or on another grid of tokens.
     """
     folder = latents_folder(args.data_dir, args.cached_features, "--cached-features")
-    names = [encoder.name for encoder in method.encoders]
-    share = {"local_processes": this_process().local_size}
-    cache = LatentDataset(folder, hflip=args.hflip, features=names, images=images, **share)
-    for encoder, shape in zip(method.encoders, cache.feature_shapes, strict=True):
-        if shape != (encoder.grid**2, encoder.embed_dim):
-            raise UserError(
-                f"--cached-features {args.cached_features}: the features of {encoder.name} are {shape[0]} tokens of "
-                f"{shape[1]}, the alignment needs {encoder.grid**2} of {encoder.embed_dim}: cache them with "
-                f"--features-grid {encoder.grid}, or choose the grid with --mapper-grid"
-            )
+    needed = [TokenGrid(encoder.name, encoder.grid, encoder.embed_dim) for encoder in method.encoders]
+    names, local = [vfm.name for vfm in needed], this_process().local_size
+    cache = LatentDataset(folder, hflip=args.hflip, features=names, images=images, local_processes=local)
+    check_feature_shapes(cache, needed, "the alignment")
     return cache
 
 

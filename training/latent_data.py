@@ -1,6 +1,7 @@
 """The latent caches of a training, what of them it reads, and the VAE that made them."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,7 +12,7 @@ from dataset.loader import stage_dataset
 from dataset.shards import read_index
 from errors import UserError
 from formats.vae import load_tokenizer
-from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
+from loss.alignment import DENOISER_ALIGNMENTS, TokenGrid, parse_sum
 from models.denoisers import Denoiser
 from models.encoders import encoder_names
 from models.tokenizers import STATISTICS_FILE, Tokenizer
@@ -134,10 +135,14 @@ def check_features(args: argparse.Namespace, denoiser: Denoiser, latents: Latent
     """Cached features must lie on the denoiser's token grid."""
     if args.repa_source != "features":
         return
-    needed = vfm_features(args.enc_type, denoiser.grid)
+    check_feature_shapes(latents, vfm_features(args.enc_type, denoiser.grid), args.model)
+
+
+def check_feature_shapes(latents: LatentDataset, needed: Sequence[TokenGrid], whose: str) -> None:
+    """Refuse cached features on another grid, or of another width, than ``whose`` needs."""
     for (name, grid, width), shape in zip(needed, latents.feature_shapes, strict=True):
         if shape != (grid**2, width):
             raise UserError(
-                f"{latents.folder}: cached features of {name} are {shape[0]} tokens of {shape[1]}, {args.model} needs "
+                f"{latents.folder}: cached features of {name} are {shape[0]} tokens of {shape[1]}, {whose} needs "
                 f"{grid**2} of {width}: cache them with --features-grid {grid}"
             )
