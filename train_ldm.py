@@ -84,6 +84,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         f"{NONE}; repa: VFM features, vae: the clean latents (VAE-REPA; no VFM, no images)",
     )
     add_encoder_arguments(group, default="dinov2-vit-b")
+    arguments.add_feature_norm_argument(group)
     group.add_argument(
         "--repa-source",
         choices=("auto", "images", "features"),
@@ -106,6 +107,8 @@ def settle_alignment(args: argparse.Namespace) -> None:
                     "--align"
                 )
     args.align = "+".join(name for name in names if DENOISER_ALIGNMENTS[name].weight_of(args)) or NONE
+    is_aligned = any(DENOISER_ALIGNMENTS[name].needs_features for name in parse_sum(args.align))
+    arguments.check_feature_norm(args, is_aligned, f"--align {args.align}")
 
 
 if __name__ == "__main__":
@@ -122,11 +125,12 @@ from models.weight_files import one_line
 from runtime import NUM_CLASSES
 from training import dry_run, ldm_source
 from training.alignment_cost import alignment_cost_lines
+from training.data import measure_features
 from training.latent_data import check_features, open_latents, open_tokenizer
 from training.ldm import LDM
 from training.loop import Loop
 from training.micro_batch import Trial
-from training.networks import aligned, build_aligned_denoiser, build_vfms, compile_networks
+from training.networks import aligned, build_aligned_denoiser, build_feature_norm, build_vfms, compile_networks
 from training.run import Run, begin, open_run
 
 
@@ -156,6 +160,8 @@ def main(argv: Sequence[str]) -> int:
                 loop.restore(checkpoint)
             elif source is not None:
                 source.take_over(method)
+            else:
+                measure_features(method, latents)
             keep_vae(this_run, tokenizer, is_new=checkpoint is None)
             this_run.start(start_step)
             this_run.start_trackers("sendvae-ldm")
@@ -200,7 +206,8 @@ def build(args: argparse.Namespace, config: DenoiserConfig, tokenizer: Tokenizer
     if alignment.needs_features and args.repa_source != "features":
         encoders = build_vfms(args, denoiser.grid, accelerator)
     tokenizer.requires_grad_(False).to(accelerator.device)
-    method = LDM(args, accelerator, denoiser, alignment, tokenizer, encoders)
+    norm = build_feature_norm(args, alignment.features, accelerator)
+    method = LDM(args, accelerator, denoiser, alignment, tokenizer, encoders, norm)
     if args.compile:
         compile_networks(denoiser, *(encoders or ()))
     return method

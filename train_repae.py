@@ -45,6 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_image_arguments(args)
     settle_arguments(args, ["repa"], DENOISER_ALIGNMENTS, "--align")
     args.align = "repa" if args.proj_coeff or args.vae_align_proj_coeff else NONE
+    arguments.check_feature_norm(args, args.align != NONE, "--proj-coeff 0 --vae-align-proj-coeff 0")
     return args
 
 
@@ -68,6 +69,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     )
     REPAFlags.add_arguments(group)
     add_encoder_arguments(group, default="dinov2-vit-b")
+    arguments.add_feature_norm_argument(group)
     group.add_argument(
         "--bn-momentum", type=fraction, default=0.1, metavar="X", help="momentum of the running latent statistics"
     )
@@ -88,7 +90,7 @@ from models.denoisers import DenoiserConfig, denoiser_kind
 from models.tokenizers import Tokenizer
 from runtime import NUM_CLASSES
 from training import dry_run
-from training.data import measure_statistics, open_image_data
+from training.data import measure_features, measure_statistics, open_image_data
 from training.ldm import LDM
 from training.loop import Loop
 from training.micro_batch import Trial
@@ -129,11 +131,14 @@ def main(argv: Sequence[str]) -> int:
         trial.find_for_run(args, this_run, checkpoint)
         method = build(args, loss_config, config, tokenizer, accelerator)
         method.watch(images, held_out)
-        with Loop(method, this_run, LabelledImages(images), args, start_step) as loop:
+        source = LabelledImages(images)
+        with Loop(method, this_run, source, args, start_step) as loop:
             if checkpoint is not None:
                 loop.restore(checkpoint)
-            elif statistics is None:
-                measure_statistics(method, images)
+            else:
+                if statistics is None:
+                    measure_statistics(method, images)
+                measure_features(method.vae, source)
             this_run.start(start_step)
             this_run.start_trackers("sendvae-repae")
             this_run.describe(args, describe(args, method, images), start_step)

@@ -39,6 +39,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
     if args.cached_features is not None and not args.align_coeff:
         raise UserError("--cached-features with --align-coeff 0: nothing asks for features; leave the flag out")
+    arguments.check_feature_norm(args, bool(args.align_coeff), "--align-coeff 0")
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")
     if args.freeze_vae and not TOKENIZER_ALIGNMENTS[args.align_loss].trains_alone:
@@ -77,6 +78,7 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
 def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("alignment")
     add_encoder_arguments(group, default="dinov2-vit-b")
+    arguments.add_feature_norm_argument(group)
     group.add_argument(
         "--align-coeff",
         type=non_negative_float,
@@ -119,15 +121,15 @@ from accelerate import Accelerator
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset
 from dataset.loader import LabelledImages
 from formats.vae import load_tokenizer
-from loss.alignment import TokenGrid, TokenizerAlignment
+from loss.alignment import TokenizerAlignment
 from loss.vae_objective import VAELossConfig, load_loss_config
 from models.encoders import Encoder
 from runtime import NUM_CLASSES
 from training import dry_run
-from training.data import measure_statistics, open_features, open_image_data
+from training.data import measure_features, measure_statistics, open_features, open_image_data
 from training.loop import Loop
 from training.micro_batch import Trial
-from training.networks import build_objective, build_sendvae, build_vfms, compile_networks
+from training.networks import build_objective, build_sendvae, build_vfms, compile_networks, token_grids
 from training.run import begin, open_run
 from training.sendvae import SendVAE
 
@@ -159,8 +161,10 @@ def main(argv: Sequence[str]) -> int:
         with Loop(method, this_run, source, args, start_step) as loop:
             if checkpoint is not None:
                 loop.restore(checkpoint)
-            elif statistics is None:
-                measure_statistics(method, images)
+            else:
+                if statistics is None:
+                    measure_statistics(method, images)
+                measure_features(method, source)
             this_run.start(start_step)
             this_run.start_trackers("sendvae")
             this_run.describe(args, describe(args, method, images), start_step)
@@ -201,8 +205,7 @@ def build_alignment(
     encoders: list[Encoder] = []
     if kind.needs_features:
         encoders = build_vfms(args, kind.features_grid(args, latent_shape[1]), accelerator)
-    features = [TokenGrid(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
-    return kind.from_arguments(args, latent_shape, features), encoders
+    return kind.from_arguments(args, latent_shape, token_grids(encoders)), encoders
 
 
 def describe(args: argparse.Namespace, method: SendVAE, images: ImageDataset) -> list[str]:

@@ -137,7 +137,7 @@ def test_the_projection_sees_the_latent_itself():
     """Neither the statistics nor the noise of the path have a say."""
     trainer = vf_trainer()
     batch, draws = image_batch(2), draws_for(2)
-    alignment, statistics, features = trainer.alignment, trainer.statistics, trainer.features(batch.images)
+    alignment, statistics, features = trainer.alignment, trainer.statistics, trainer.features(batch)
     latent = trainer.tokenizer.encode(batch.images).sample(draws.posterior)
     first = alignment(latent, statistics, features, batch.labels, draws)
     statistics.load(torch.full((4,), 3.0), torch.full((4,), 0.1))

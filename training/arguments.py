@@ -9,6 +9,7 @@ from models.denoisers import DENOISERS
 from runtime.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
 from runtime.repae_flags import default_data_dir
 
+FEATURE_NORMS = ("none", "channel", "token")
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 
@@ -24,7 +25,7 @@ MENTIONED = {
     "channels_last": ROUNDED_OTHERWISE,
     "deterministic": ROUNDED_OTHERWISE,
 }
-UNSAID = {"optimizer": "adamw"}  # by runs that are older than the flag, and by other people's
+UNSAID = {"optimizer": "adamw", "feature_norm": "none"}  # by runs that are older than the flag, and by other people's
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
     {
@@ -319,6 +320,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if getattr(args, "cfg_prob", None) == 0:  # without a null class there is nothing to guide with
         args.grid_cfg_scale = 1.0
+
+
+def add_feature_norm_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--feature-norm",
+        choices=FEATURE_NORMS,
+        default="none",
+        help="align with standardised features: each channel, or each channel of each token, has zero mean and unit "
+        "variance over the training's first images; for VFMs whose features are much alike for all images, see "
+        "val/constant_cosine",
+    )
+
+
+def check_feature_norm(args: argparse.Namespace, is_aligned: bool, without: str) -> None:
+    """Refuse a normalisation of features that nothing asks for; ``without`` is the flag that switched them off."""
+    if args.feature_norm != "none" and not is_aligned:
+        raise UserError(f"--feature-norm {args.feature_norm} with {without}: nothing asks for features; leave it out")
 
 
 def check_image_arguments(args: argparse.Namespace) -> None:

@@ -7,11 +7,14 @@ from accelerate import Accelerator
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.latents import LatentDataset, latents_folder
 from dataset.loader import LabelledImages
-from loss.alignment import TokenGrid
 from runtime.log import logger
 from runtime.processes import this_process
+from training.features import MEASURED_IMAGES, measure_feature_norm
 from training.latent_data import check_feature_shapes, stage_once
+from training.ldm import LDM
 from training.loop import build_loader
+from training.method import to_device
+from training.networks import token_grids
 from training.repae import Repae
 from training.sendvae import SendVAE
 
@@ -36,7 +39,7 @@ def open_features(args: argparse.Namespace, images: ImageDataset, method: SendVA
         UserError: no cache with features of these VFMs, of other images, or on another grid of tokens.
     """
     folder = latents_folder(args.data_dir, args.cached_features, "--cached-features")
-    needed = [TokenGrid(encoder.name, encoder.grid, encoder.embed_dim) for encoder in method.encoders]
+    needed = token_grids(method.encoders)
     names, local = [vfm.name for vfm in needed], this_process().local_size
     cache = LatentDataset(folder, hflip=args.hflip, features=names, images=images, local_processes=local)
     check_feature_shapes(cache, needed, "the alignment")
@@ -48,3 +51,15 @@ def measure_statistics(method: SendVAE | Repae, images: ImageDataset) -> None:
     with build_loader(method.args, LabelledImages(images), method.accelerator, 0) as first_batches:
         count = method.measure_statistics(first_batches, len(images))
     logger.info("the VAE has no latent statistics: measured over %d images", count)
+
+
+def measure_features(method: SendVAE | LDM, source: LabelledImages | LatentDataset) -> None:
+    """The statistics of ``--feature-norm``, from the first batches of the training; nothing without it."""
+    if method.feature_norm is None:
+        return
+    args, accelerator = method.args, method.accelerator
+    least = min(MEASURED_IMAGES, len(source))
+    with build_loader(args, source, accelerator, 0) as first_batches:
+        batches = (to_device(micro_batches, accelerator.device) for micro_batches in first_batches)
+        count = measure_feature_norm(method.feature_norm, method.features, batches, args.batch_size, least)
+    logger.info("VFM features are standardised by their statistics over %d images", count)

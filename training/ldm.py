@@ -21,10 +21,12 @@ from loss.denoising import denoising_error
 from loss.total import total
 from models.denoisers import Denoiser
 from models.encoders import Encoder
+from models.feature_norm import FeatureNorm
 from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
 from training.ema import EMA
+from training.features import batch_features
 from training.method import Method, Metrics, micro_batch_size, to_device
 from training.optimizer import build_optimizer, optimizer_step, scheduled_rate
 from training.validation import HeldOutLatents, mean_denoising_error
@@ -67,6 +69,7 @@ class LDM(Method):
         alignment: its projectors train along.
         tokenizer: of the latents; its statistics normalise them.
         encoders: frozen VFMs that images are run through; None where features come with the batch.
+        feature_norm: of the VFMs' features, or None: as they are.
     """
 
     def __init__(
@@ -77,9 +80,11 @@ class LDM(Method):
         alignment: DenoiserAlignments,
         tokenizer: Tokenizer,
         encoders: Sequence[Encoder] | None,
+        feature_norm: FeatureNorm | None = None,
     ):
         self.args, self.accelerator = args, accelerator
         self.denoiser, self.alignment, self.tokenizer, self.encoders = denoiser, alignment, tokenizer, encoders
+        self.feature_norm = feature_norm
         networks = AlignedDenoiser(denoiser, alignment)
         self.optimizer = build_optimizer(args, networks, args.optimizer)
         self.ema = EMA(denoiser, args.ema_decay) if args.ema_decay else None
@@ -110,15 +115,11 @@ class LDM(Method):
         """Samples of what the cache holds, normalised, float32 ``[B, C, h, w]``."""
         return self.tokenizer.statistics.normalize(self.tokenizer.sample(batch.stored, draws.posterior))
 
-    @torch.no_grad()
     def features(self, batch: LatentBatch) -> list[torch.Tensor]:
         """What the alignment compares with, ``[B, N, D]`` for each VFM; empty where it compares with none."""
         if not self.alignment.needs_features:
             return []
-        if self.encoders is None:
-            return list(batch.features)
-        with self.accelerator.autocast():
-            return [encoder(batch.images) for encoder in self.encoders]
+        return batch_features(self.accelerator, self.encoders, self.feature_norm, batch)
 
     def backward(
         self,
@@ -155,7 +156,7 @@ class LDM(Method):
 
     def modules(self) -> dict[str, nn.Module | None]:
         ema = None if self.ema is None else self.ema.module
-        return {"model": self.denoiser, "alignment": self.alignment, "ema": ema}
+        return {"model": self.denoiser, "alignment": self.alignment, "ema": ema, "feature_norm": self.feature_norm}
 
     def states(self) -> dict[str, object]:
         return {"optimizer": self.optimizer, "scaler": self.accelerator.scaler}

@@ -82,6 +82,8 @@ class StartingRun:
                 method.alignment.load_state_dict(state)
             except RuntimeError as error:
                 raise UserError(f"{self.given} has projectors that do not fit ({one_line(error)})") from error
+        if method.feature_norm is not None:
+            self.checkpoint.load_module("feature_norm", method.feature_norm)
         self._take_over_moments(method)
         logger.info("continuing from %s, step %d", self.checkpoint.folder, self.step)
         if self.statistics is not None:
@@ -134,6 +136,9 @@ class StartingRun:
             if before not in (None, now):
                 flag = flag_of(fixed)
                 raise UserError(f"{self.given} was trained with {flag} {before}, not {now}: give the former")
+        before, now = self.facts.get("feature_norm", arguments.UNSAID["feature_norm"]), args.feature_norm
+        if kind.needs_features and before != now:
+            raise UserError(f"{self.given} was trained with --feature-norm {before}, not {now}: give the former")
         before, now = self.facts.get("feature_widths"), args.feature_widths
         if kind.needs_features and before not in (None, now):
             raise UserError(

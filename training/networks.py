@@ -20,6 +20,7 @@ from loss.vae_objective import VAELossConfig, VAEObjective
 from models.denoisers import Denoiser, DenoiserConfig
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, encoder_names, encoder_spec
+from models.feature_norm import FeatureNorm
 from models.tokenizers import Tokenizer
 from runtime.processes import goes_first
 from training.ema import EMA
@@ -59,6 +60,16 @@ def build_vfms(args: argparse.Namespace, grid: int, accelerator: Accelerator) ->
     return encoders
 
 
+def build_feature_norm(
+    args: argparse.Namespace, features: Sequence[TokenGrid], accelerator: Accelerator
+) -> FeatureNorm | None:
+    """The normalisation of ``--feature-norm`` for these VFMs, on the device; statistics are measured later."""
+    if args.feature_norm == "none" or not features:
+        return None
+    shapes = [(vfm.grid**2, vfm.width) for vfm in features]
+    return FeatureNorm(shapes, per_token=args.feature_norm == "token").to(accelerator.device)
+
+
 def aligned(args: argparse.Namespace, alignments: Sequence[str], denoiser: Denoiser) -> DenoiserAlignments:
     """The alignments of these names for a denoiser; no VFM is built for it."""
     needed = any(DENOISER_ALIGNMENTS[name].needs_features for name in alignments)
@@ -69,6 +80,11 @@ def aligned(args: argparse.Namespace, alignments: Sequence[str], denoiser: Denoi
 def vfm_features(enc_type: str, grid: int) -> list[TokenGrid]:
     """What is known of the VFMs of ``--enc-type`` on a grid of tokens; nothing is built."""
     return [TokenGrid(name, grid, encoder_spec(name).embed_dim) for name in encoder_names(enc_type)]
+
+
+def token_grids(encoders: Sequence[Encoder]) -> list[TokenGrid]:
+    """The tokens of VFMs that are built."""
+    return [TokenGrid(encoder.name, encoder.grid, encoder.embed_dim) for encoder in encoders]
 
 
 def build_sendvae(
@@ -93,7 +109,8 @@ def build_sendvae(
     if args.gradient_checkpointing:
         tokenizer.enable_gradient_checkpointing()
     ema = EMA(tokenizer, ema_decay) if ema_decay else None
-    return SendVAE(args, accelerator, tokenizer, alignment, encoders, objective, discriminator, ema)
+    norm = build_feature_norm(args, token_grids(encoders), accelerator)
+    return SendVAE(args, accelerator, tokenizer, alignment, encoders, objective, discriminator, ema, norm)
 
 
 def build_aligned_denoiser(

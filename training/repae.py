@@ -45,7 +45,7 @@ class VAEPhase(Phase):
     def accumulate(
         self, step: int, micro_step: int, batch: ImageBatch, share: float, synchronise: bool
     ) -> tuple[Metrics, Encoded]:
-        draws, features = self.vae.draws(step, micro_step, batch), self.vae.features(batch.images)
+        draws, features = self.vae.draws(step, micro_step, batch), self.vae.features(batch)
         # Frozen until the backward pass is through: gradient checkpointing records the denoiser's blocks again there.
         with frozen(self.ldm.denoiser, self.ldm.alignment):
             metrics, latent = self.vae.backward(step, batch, draws, share, synchronise, features)
@@ -113,7 +113,8 @@ class Repae(Method):
         return self.ldm.rates(step) | {"vae_lr": vae["lr"], "disc_lr": vae["disc_lr"]}
 
     def modules(self) -> dict[str, nn.Module | None]:
-        modules = self.vae.modules() | self.ldm.modules() | {OWN_VAE: self.vae.tokenizer}
+        modules = self.ldm.modules() | {OWN_VAE: self.vae.tokenizer, "feature_norm": self.vae.feature_norm}
+        modules = self.vae.modules() | modules
         if self.statistics_ema is not None:
             modules[OWN_STATISTICS] = self.statistics_ema.module
         return modules

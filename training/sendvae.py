@@ -20,12 +20,14 @@ from loss.total import total
 from loss.vae_objective import VAEObjective, gradient_at
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.encoders import Encoder
+from models.feature_norm import FeatureNorm
 from models.latent_statistics import LatentStatistics, latent_moments
 from models.pixels import to_signed, to_uint8
 from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
 from runtime.processes import mean_over_processes, sum_over_processes
 from training.ema import EMA
+from training.features import batch_features
 from training.method import Method, Metrics, frozen, micro_batch_size
 from training.optimizer import build_optimizer, optimizer_step, scheduled_rate
 from training.validation import SpreadImages, validate_tokenizer
@@ -89,6 +91,7 @@ class SendVAE(Method):
         objective: the VAE's loss.
         discriminator: PatchGAN, or None.
         ema: average of the tokenizer, or None.
+        feature_norm: of the VFMs' features, or None: as they are.
     """
 
     def __init__(
@@ -101,10 +104,12 @@ class SendVAE(Method):
         objective: VAEObjective,
         discriminator: PatchDiscriminator | None,
         ema: EMA | None = None,
+        feature_norm: FeatureNorm | None = None,
     ):
         self.args, self.accelerator = args, accelerator
         self.tokenizer, self.alignment, self.encoders = tokenizer, alignment, encoders
         self.objective, self.discriminator, self.ema = objective, discriminator, ema
+        self.feature_norm = feature_norm
         networks = AlignedTokenizer(tokenizer, alignment, is_frozen=args.freeze_vae)
         self.optimizer = build_optimizer(args, networks, args.optimizer)
         self.disc_optimizer = None if discriminator is None else build_optimizer(args, discriminator)
@@ -124,8 +129,7 @@ class SendVAE(Method):
         self, step: int, micro_step: int, batch: ImageBatch | LatentBatch, share: float, synchronise: bool
     ) -> tuple[Metrics, torch.Tensor]:
         """Add the gradients of one micro-batch; also returns its latents, detached and un-normalised."""
-        draws = self.draws(step, micro_step, batch)
-        return self.backward(step, batch, draws, share, synchronise, batch.features)
+        return self.backward(step, batch, self.draws(step, micro_step, batch), share, synchronise)
 
     def draws(self, step: int, micro_step: int, batch: ImageBatch) -> Draws:
         """A function of (seed, step, micro-step, rank)."""
@@ -134,22 +138,21 @@ class SendVAE(Method):
         shape = self.tokenizer.latent_shape(batch.images.shape[-1])
         return draw((len(batch.images), *shape), generator, self.args.weighting)
 
-    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """``[b, N, D]`` of uint8 images for each VFM."""
-        with self.accelerator.autocast():
-            return [encoder(images) for encoder in self.encoders]
+    def features(self, batch: ImageBatch | LatentBatch) -> list[torch.Tensor]:
+        """Of the images for each VFM, ``[b, N, D]``: those that came with them, or computed."""
+        return batch_features(self.accelerator, self.encoders, self.feature_norm, batch)
 
     def backward(
         self,
         step: int,
-        batch: ImageBatch,
+        batch: ImageBatch | LatentBatch,
         draws: Draws,
         share: float,
         synchronise: bool,
         features: Sequence[torch.Tensor] | None = None,
     ) -> tuple[Metrics, torch.Tensor]:
-        """:meth:`accumulate` with given draws, and features where they are known already."""
-        features = self.features(batch.images) if features is None else [part.float() for part in features]
+        """:meth:`accumulate` with given draws, and :meth:`features` where they are known already."""
+        features = self.features(batch) if features is None else features
         is_gan_active = self.discriminator is not None and self.objective.gan_active(step)
         judge = self.discriminator if is_gan_active else None
 
@@ -218,6 +221,7 @@ class SendVAE(Method):
             "discriminator": self.discriminator,
             "ema": None if self.ema is None else self.ema.module,
             "lecam": self.objective.lecam,
+            "feature_norm": self.feature_norm,
         }
 
     def states(self) -> dict[str, object]:
@@ -244,7 +248,7 @@ class SendVAE(Method):
         was_training, values = self.networks.training, {}
         self.networks.eval()
         for prefix, tokenizer in tokenizers.items():
-            measured = validate_tokenizer(self, tokenizer, self.alignment, self.encoders, self.held_out)
+            measured = validate_tokenizer(self, tokenizer, self.alignment, self.encoders, self.features, self.held_out)
             values |= {f"{prefix}/{name}": value for name, value in measured.items()}
         self.networks.train(was_training)
         return values

@@ -1,6 +1,6 @@
 """Held-out quality: of a tokenizer, reconstruction and alignment; of a denoiser, the error of its velocity."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset.images import ImageDataset
-from dataset.loader import LabelledImages, sequential_batches
+from dataset.loader import ImageBatch, LabelledImages, sequential_batches
 from diffusion.draws import Stream, draw, seeded_generator
 from diffusion.flow import add_noise, velocity
 from loss.alignment import TokenizerAlignment
@@ -60,6 +60,7 @@ def validate_tokenizer(
     tokenizer: Tokenizer,
     alignment: TokenizerAlignment | None,
     encoders: Sequence[Encoder],
+    features_of: Callable[[ImageBatch], Sequence[torch.Tensor]],
     held_out: SpreadImages,
 ) -> dict[str, float]:
     """Measure on held-out images; every process takes a share, all get the result.
@@ -69,6 +70,7 @@ def validate_tokenizer(
         tokenizer: is measured.
         alignment: whose scores are taken too, where it has any; in eval mode.
         encoders: the VFMs that it compares with.
+        features_of: gives their features of a batch, ``[b, N, D]`` each.
         held_out: the images.
 
     Returns:
@@ -92,7 +94,7 @@ def validate_tokenizer(
             reconstruction = tokenizer.decode(code.mode)
             scores = [psnr(images, to_uint8(reconstruction)), _l1(images, reconstruction), images.new_ones(len(images))]
             if names:
-                features = [encoder(images) for encoder in encoders]
+                features = features_of(batch)
                 aligned = alignment.scores(code, tokenizer.statistics, features, draws)
                 scores += [score for name in names for score in aligned[name]]
                 for feature_sum, part in zip(unit_features, features, strict=True):
