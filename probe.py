@@ -12,21 +12,25 @@
   all             all of these that the data allow; a line says why one is left out
 
 The images are encoded once (posterior mean) and stay in memory. Values go into metrics/probe-WHAT.json next to the VAE.
-Baselines: --features pixels (no VAE), or a random VAE: --vae f4d4-tiny --vae-ckpt none; both with --output-dir.
+What latents may be compared with, all with --output-dir: --features pixels, or a VFM's tokens (--features
+dinov2-vit-b), both without a VAE; or a random VAE (--vae f4d4-tiny --vae-ckpt none).
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 
 from dataset.attributes import READERS
 from errors import UserError
-from metrics.arguments import add_output_arguments, add_vae_arguments
+from metrics.arguments import CHECKPOINT_FLAG, add_output_arguments, add_vae_arguments
+from models.encoders import ENCODERS
 from runtime.cli import ArgumentParser, add_debug_argument, answer_early, non_negative_int, positive_int, run
 
+LATENT, PIXELS = "latent", "pixels"
 PROBES = ("attributes", "classes", "uniformity", "discrimination", "pictures")
 MAP_IMAGES = 2000
 MOMENTS_ITEMS = 256  # latents whose moments are summed at once
@@ -38,7 +42,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     group = parser.add_argument_group("what is probed")
     add_vae_arguments(group)
     add = group.add_argument
-    add("--features", choices=("latent", "pixels"), default="latent", help="pixels: raw ones, without a VAE")
+    add(
+        "--features",
+        default=LATENT,
+        metavar="NAME",
+        help="latent, or without a VAE: pixels (raw ones), or the tokens of a VFM, a name of --enc-type (default: "
+        "latent)",
+    )
+    add(
+        "--features-grid",
+        type=positive_int,
+        metavar="N",
+        help="the VFM's tokens along a side (default: resolution / 16)",
+    )
+    add(CHECKPOINT_FLAG, metavar="FILE", help="the VFM's weights (default: searched)")
     add("--data", "--data-dir", metavar="DIR", help="photographs (with their annotation files), or a packed dataset")
     add("--val-data", "--val-data-dir", metavar="DIR", help="images to test on (default: the data's split, or 20 %%)")
     add("--attributes", choices=("auto", *READERS), default="auto", help="layout of the annotation files in --data")
@@ -85,8 +102,16 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is built."""
     if not args.data:
         raise UserError("--data is needed: photographs with their annotation files, or a packed dataset")
-    if args.features == "pixels" and (args.vae or args.vae_ckpt):
-        raise UserError("--features pixels is the baseline without a VAE: leave out --vae and --vae-ckpt")
+    if args.features != LATENT and (args.vae or args.vae_ckpt):
+        raise UserError(f"--features {args.features} are probed without a VAE: leave out --vae and --vae-ckpt")
+    if args.features not in (LATENT, PIXELS, *ENCODERS):
+        close = get_close_matches(args.features, [LATENT, PIXELS, *ENCODERS], 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        names = ", ".join(ENCODERS)
+        raise UserError(f"--features {args.features} is not known; {hint}there are {LATENT}, {PIXELS}, {names}")
+    for flag, given in (("--features-grid", args.features_grid), (CHECKPOINT_FLAG, args.enc_ckpt)):
+        if given is not None and args.features not in ENCODERS:
+            raise UserError(f"{flag} is for a VFM, and --features {args.features} is none: leave it out")
     if args.num_pictures < 2:
         raise UserError("--num-pictures 1: the way from one image to another needs 2")
     if args.name is not None and (not args.name or "/" in args.name):
@@ -108,7 +133,8 @@ import torch
 
 from dataset.images import DEFAULT_RESOLUTION
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
-from metrics.encoding import chunked, encode_dataset, latent_modes, scaled_pixels
+from metrics.encoding import chunked, encode_dataset, latent_modes, scaled_pixels, token_grids
+from metrics.features import build_vfm
 from metrics.latent_pictures import pick, save_colours, save_map, save_ways, ways
 from metrics.probe_data import ProbeData, open_probe_data
 from metrics.probes import (
@@ -151,15 +177,17 @@ def main(argv: Sequence[str]) -> int:
         seed=args.seed,
     )
     args.what = possible_probes(args, data)
-    subject = open_vae(args, process) if args.features == "latent" else None
+    if args.features in ENCODERS:
+        args.features_grid = args.features_grid or max(1, data.images.resolution // 16)
+    subject = open_vae(args, process) if args.features == LATENT else None
     names = {} if args.dry_run else names_of(args, data, subject)
-    function, shape = encoder_of(subject, data.images.resolution)
+    function, shape = encoder_of(args, subject, data.images.resolution, process)
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads:
         autocast = autocast_for(process.device, args.mixed_precision)
         chunk = chunk_size(data.images.resolution, process.device)
         worker = ChunkEncoder(process.device, chunk, threads, autocast)
         if args.dry_run:
-            dry_run(args, data, subject, worker, process)
+            dry_run(args, data, subject, function, shape, worker, process)
         else:
             show_plan(data, shape)
             with progress_bar(len(data.items), 0, "encoding", "img", True) as progress:
@@ -214,20 +242,32 @@ def names_of(args: argparse.Namespace, data: ProbeData, subject: Subject | None)
         names[what] = f"probe-{what}" + (f"-{text}" if text else "")
         if args.name is None:
             usual = f"{names[what]}{file_suffix(args)}"
-            names[what] = default_name(folder, usual, Path(args.data), data.images.fingerprint, description_of(subject))
+            names[what] = default_name(
+                folder, usual, Path(args.data), data.images.fingerprint, description_of(args, subject)
+            )
     return names
 
 
-def description_of(subject: Subject | None) -> dict:
+def description_of(args: argparse.Namespace, subject: Subject | None) -> dict:
     """What is probed, for records."""
-    return subject.description if subject is not None else {"path": "raw pixels"}
+    if subject is not None:
+        return subject.description
+    if args.features == PIXELS:
+        return {"path": "raw pixels"}
+    return {"path": f"{args.features_grid}×{args.features_grid} tokens of {args.features}"}
 
 
-def encoder_of(subject: Subject | None, resolution: int):
-    """What turns images into latents, and the latents' shape (C, h, w); raw pixels without a VAE."""
-    if subject is None:
+def encoder_of(
+    args: argparse.Namespace, subject: Subject | None, resolution: int, process: Process
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]]:
+    """What turns images into latents, and the latents' shape (C, h, w); without a VAE raw pixels, or a VFM's tokens."""
+    if subject is not None:
+        return latent_modes(subject.tokenizer), subject.tokenizer.latent_shape(resolution)
+    if args.features == PIXELS:
         return scaled_pixels, (3, resolution, resolution)
-    return latent_modes(subject.tokenizer), subject.tokenizer.latent_shape(resolution)
+    grid = args.features_grid
+    encoder = build_vfm(args.features, grid, args.enc_ckpt, args.dry_run).to(process.device)
+    return token_grids(encoder), (encoder.embed_dim, grid, grid)
 
 
 def normalise(values: torch.Tensor, subject: Subject | None) -> LatentStatistics:
@@ -291,13 +331,14 @@ def write_outcome(
         kind="probe",
         values={f"{what}/{key}": value for key, value in outcome.values.items()},
         count=len(data.items),
-        subject=description_of(subject),
+        subject=description_of(args, subject),
         settings={
             "data": str(Path(args.data)),
             "val_data": args.val_data,
             "fingerprint": data.images.fingerprint(),
             "resolution": data.images.resolution,
             "features": args.features,
+            "features_grid": args.features_grid,
             "normalised_with": "the VAE's statistics" if has_statistics else "statistics of these images",
             "seed": args.seed,
             **outcome.settings,
@@ -336,10 +377,15 @@ def draw_pictures(
 
 
 def dry_run(
-    args: argparse.Namespace, data: ProbeData, subject: Subject | None, worker: ChunkEncoder, process: Process
+    args: argparse.Namespace,
+    data: ProbeData,
+    subject: Subject | None,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    shape: tuple[int, ...],
+    worker: ChunkEncoder,
+    process: Process,
 ) -> None:
     """Encode two batches and say what the whole would take."""
-    function, shape = encoder_of(subject, data.images.resolution)
     size = min(args.batch_size, 4 * worker.chunk)
     items = data.items[np.arange(size) % len(data.items)]
     images = torch.empty(size, 3, data.images.resolution, data.images.resolution, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""A dataset as vectors: a VAE's latents, or raw pixels, held in memory.
+"""A dataset as vectors: a VAE's latents, a VFM's tokens, or raw pixels, held in memory.
 
 Images are encoded in fixed chunks whose composition follows from the items alone (inference/latent_cache.py says why):
 neither the batch nor the number of reading threads changes a bit.
@@ -16,6 +16,7 @@ from dataset.latents import available_memory
 from dataset.loader import read_batches
 from errors import UserError
 from inference.latent_cache import ChunkEncoder, Target
+from models.encoders import Encoder
 from models.tokenizers import Tokenizer
 
 
@@ -38,6 +39,11 @@ def latent_modes(tokenizer: Tokenizer) -> Callable[[Tensor], Tensor]:
 def scaled_pixels(images: Tensor) -> Tensor:
     """uint8 images ``[n, 3, H, W]`` → float32 in [0, 1], as they are: the baseline without any network."""
     return images.float() / 255.0
+
+
+def token_grids(encoder: Encoder) -> Callable[[Tensor], Tensor]:
+    """uint8 images ``[n, 3, H, W]`` → a VFM's tokens as a latent has them, float32 ``[n, D, grid, grid]``."""
+    return lambda images: encoder(images).transpose(1, 2).unflatten(2, (encoder.grid, encoder.grid))
 
 
 def encode_dataset(

@@ -1,6 +1,7 @@
 """probe.py on the toy set: what it writes, whatever the batch, twice the same."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,18 @@ def test_raw_pixels_tell_the_background(data, tmp_path):
     assert scores["background=white"] > 0.9 and scores["background=black"] > 0.9
     found = values_of(tmp_path)
     assert found["probe-attributes"]["attributes/mAP"] > 0.5 > found["probe-attributes"]["attributes/positives"]
+
+
+def test_tokens_of_a_vfm_tell_the_background(data, tmp_path):
+    for grid in (4, 1):
+        output = tmp_path / str(grid)
+        argv = flags("attributes", data, None, features="efficientnet-lite0", features_grid=grid, output_dir=output)
+        assert probe.main(argv) == 0
+        record = json.loads((output / "metrics" / "probe-attributes.json").read_text())
+        assert record["subject"]["path"] == f"{grid}×{grid} tokens of efficientnet-lite0"
+        rows = list(csv.DictReader((output / "metrics" / "probe-attributes.csv").open()))
+        scores = {row["attribute"]: float(row["F1"]) for row in rows}
+        assert scores["background=white"] > 0.9 and scores["background=black"] > 0.9
 
 
 def test_latents_are_normalised_with_the_vae_s_statistics_or_their_own():
