@@ -84,12 +84,13 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         f"{NONE}; repa: VFM features, vae: the clean latents (VAE-REPA; no VFM, no images)",
     )
     add_encoder_arguments(group, default="dinov2-vit-b")
-    arguments.add_feature_norm_argument(group)
+    arguments.add_feature_arguments(group)
     group.add_argument(
         "--repa-source",
         choices=("auto", "images", "features"),
         default="auto",
-        help="run the VFM on the images, or read cached features; auto: features where the cache has them",
+        help="run the VFM on the images, or read cached features; auto: features where the cache has them, or where "
+        "--cached-features says so",
     )
     for alignment in DENOISER_ALIGNMENTS.values():
         alignment.add_arguments(group)
@@ -106,9 +107,11 @@ def settle_alignment(args: argparse.Namespace) -> None:
                     f"{flag} is for VFM features, and --align {args.align} uses no VFM: leave it out, or add repa to "
                     "--align"
                 )
+    if args.cached_features is not None and args.repa_source == "images":
+        raise UserError("--cached-features are not read with --repa-source images: leave one of them out")
     args.align = "+".join(name for name in names if DENOISER_ALIGNMENTS[name].weight_of(args)) or NONE
     is_aligned = any(DENOISER_ALIGNMENTS[name].needs_features for name in parse_sum(args.align))
-    arguments.check_feature_norm(args, is_aligned, f"--align {args.align}")
+    arguments.check_feature_arguments(args, is_aligned, f"--align {args.align}")
 
 
 if __name__ == "__main__":

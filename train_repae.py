@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_image_arguments(args)
     settle_arguments(args, ["repa"], DENOISER_ALIGNMENTS, "--align")
     args.align = "repa" if args.proj_coeff or args.vae_align_proj_coeff else NONE
-    arguments.check_feature_norm(args, args.align != NONE, "--proj-coeff 0 --vae-align-proj-coeff 0")
+    arguments.check_feature_arguments(args, args.align != NONE, "--proj-coeff 0 --vae-align-proj-coeff 0")
     return args
 
 
@@ -69,7 +69,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     )
     REPAFlags.add_arguments(group)
     add_encoder_arguments(group, default="dinov2-vit-b")
-    arguments.add_feature_norm_argument(group)
+    arguments.add_feature_arguments(group)
     group.add_argument(
         "--bn-momentum", type=fraction, default=0.1, metavar="X", help="momentum of the running latent statistics"
     )
@@ -90,7 +90,7 @@ from models.denoisers import DenoiserConfig, denoiser_kind
 from models.tokenizers import Tokenizer
 from runtime import NUM_CLASSES
 from training import dry_run
-from training.data import measure_features, measure_statistics, open_image_data
+from training.data import measure_features, measure_statistics, open_features, open_image_data
 from training.ldm import LDM
 from training.loop import Loop
 from training.micro_batch import Trial
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
         trial.find_for_run(args, this_run, checkpoint)
         method = build(args, loss_config, config, tokenizer, accelerator)
         method.watch(images, held_out)
-        source = LabelledImages(images)
+        source = LabelledImages(images) if args.cached_features is None else open_features(args, images, method.vae)
         with Loop(method, this_run, source, args, start_step) as loop:
             if checkpoint is not None:
                 loop.restore(checkpoint)

@@ -37,9 +37,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_arguments(args)
     arguments.check_image_arguments(args)
     settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
-    if args.cached_features is not None and not args.align_coeff:
-        raise UserError("--cached-features with --align-coeff 0: nothing asks for features; leave the flag out")
-    arguments.check_feature_norm(args, bool(args.align_coeff), "--align-coeff 0")
+    arguments.check_feature_arguments(args, bool(args.align_coeff), "--align-coeff 0")
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")
     if args.freeze_vae and not TOKENIZER_ALIGNMENTS[args.align_loss].trains_alone:
@@ -78,7 +76,7 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
 def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("alignment")
     add_encoder_arguments(group, default="dinov2-vit-b")
-    arguments.add_feature_norm_argument(group)
+    arguments.add_feature_arguments(group)
     group.add_argument(
         "--align-coeff",
         type=non_negative_float,
@@ -102,12 +100,6 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="how noise is mixed in")
     group.add_argument(
         "--bn-momentum", type=fraction, default=0.1, metavar="X", help="momentum of the running latent statistics"
-    )
-    group.add_argument(
-        "--cached-features",
-        metavar="NAME",
-        help="read the VFM's features from this latent cache of --data-dir (cache_latents.py --cache-features, of any "
-        "VAE) instead of computing them at every step: for small sets",
     )
     for alignment in TOKENIZER_ALIGNMENTS.values():
         alignment.add_arguments(group)

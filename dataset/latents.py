@@ -90,6 +90,7 @@ class LatentDataset:
         folder: of the cache.
         hflip: open the mirrored copy too.
         features: VFMs whose features are read, names of ``--enc-type``.
+        features_folder: another cache of the same images that has them; by default this one.
         images: the dataset that the cache was made from, to read its images too.
         memory_limit: bytes that may be held in memory; by default a quarter of what is available, divided by the
             processes; 0 reads from the files always.
@@ -117,6 +118,7 @@ class LatentDataset:
         *,
         hflip: bool = False,
         features: Sequence[str] = (),
+        features_folder: str | os.PathLike | None = None,
         images: ImageDataset | None = None,
         memory_limit: int | None = None,
         local_processes: int = 1,
@@ -145,7 +147,7 @@ class LatentDataset:
         for enc_type in features:
             names = [features_name(enc_type, flipped) for flipped in ((False, True) if hflip else (False,))]
             flags = f"--cache-features --enc-type {enc_type}{' --hflip' if hflip else ''}"
-            readers = [self._open(name, "features", flags) for name in names]
+            readers = [self._open(name, "features", flags, features_folder) for name in names]
             self._features[names[0]] = _Array(readers, limit - self.held_bytes, show_progress)
         self.feature_shapes = tuple(array.spec.shape for array in self._features.values())
 
@@ -218,14 +220,16 @@ class LatentDataset:
                 "images); give its --data-dir, or make a cache of this one"
             )
 
-    def _open(self, name: str, kind: str, flags: str) -> PackedReader:
-        folder = self.folder / name
+    def _open(self, name: str, kind: str, flags: str, cache: str | os.PathLike | None = None) -> PackedReader:
+        cache = self.folder if cache is None else Path(cache)
+        folder = cache / name
         if read_index(folder) is None:
             raise UserError(
-                f"{self.folder} has no complete {name}/; run the same cache_latents.py command again with {flags}"
+                f"{cache} has no complete {name}/; run the same cache_latents.py command again with {flags}"
             )
         reader = PackedReader(folder, kind)
-        if not np.array_equal(reader.labels, self.labels):
+        is_of_others = cache != self.folder and reader.index["source"].get("dataset") != self.source.get("dataset")
+        if is_of_others or not np.array_equal(reader.labels, self.labels):
             raise UserError(f"{folder} belongs to another dataset than {self.folder}; delete it and make it again")
         return reader
 

@@ -12,9 +12,10 @@ from tests.latent_caches import save_vae
 LATENTS = "latents"
 
 
-def write_data(folder: Path, images: int = 24, hflip: bool = False) -> Path:
+def write_data(folder: Path, images: int = 24, hflip: bool = False, seed: int = 0) -> Path:
     """A packed toy set at 32 px with a latent cache inside, features of efficientnet-lite0 on a 4×4 grid."""
-    make_toy(["--output", str(folder / "images"), "--num-images", str(images), "--resolution", "32"])
+    drawn = ["--num-images", str(images), "--resolution", "32", "--seed", str(seed)]
+    make_toy(["--output", str(folder / "images"), *drawn])
     packed = folder / "packed"
     preprocess(["--imagenet-path", str(folder / "images"), "--output-path", str(packed), "--resolution", "32"])
     vae = save_vae(folder)

@@ -144,6 +144,18 @@ def test_both_halves_of_repae_see_the_same_features(data, tmp_path):
     assert ours["repa"] != theirs["repa"]
 
 
+def test_repae_reads_cached_features(data, tmp_path, monkeypatch):
+    """Which are float16; no VFM runs in a step."""
+    argv = {name: repae_runs.flags(data, tmp_path, name, **PLAIN) for name in ("computed", "cached")}
+    assert run(train_repae.main, argv["computed"]) == 0
+    monkeypatch.setattr("models.encoders.encoder.Encoder.forward", lambda *args: pytest.fail("a VFM ran"))
+    assert run(train_repae.main, [*argv["cached"], "--cached-features", ldm_trainings.LATENTS]) == 0
+    ours, theirs = (metrics(tmp_path / name)[0] for name in ("cached", "computed"))
+    assert ours["reconstruction"] == theirs["reconstruction"]
+    assert ours["alignment"] == pytest.approx(theirs["alignment"], rel=1e-3)
+    assert ours["repa"] == pytest.approx(theirs["repa"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_two_processes_measure_together(data, tmp_path):
     argv = sendvae_runs.flags(data, tmp_path, "two", feature_norm="token", **PLAIN)
@@ -157,6 +169,8 @@ def test_two_processes_measure_together(data, tmp_path):
         (train_sendvae, sendvae_runs.flags("d", "o", feature_norm="token", align_coeff=0)),
         (train_ldm, ldm_trainings.flags("d", "o", feature_norm="token", align="vae")),
         (train_ldm, ldm_trainings.flags("d", "o", feature_norm="channel", proj_coeff=0)),
+        (train_sendvae, sendvae_runs.flags("d", "o", cached_features="latents", align_coeff=0)),
+        (train_ldm, ldm_trainings.flags("d", "o", cached_features="latents", align="none")),
         (train_repae, repae_runs.flags("d", "o", feature_norm="token", proj_coeff=0, vae_align_proj_coeff=0)),
     ],
 )
@@ -164,5 +178,5 @@ def test_without_features_it_is_refused(script, argv, capsys):
     assert run(script.main, argv) == EXIT_USER_ERROR
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "--feature-norm" in error
+    assert "--feature-norm" in error or "--cached-features" in error
     assert "nothing asks for features" in error

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import cache_latents
 import generate
 import train_ldm
 from formats.vae import load_tokenizer
@@ -17,6 +18,7 @@ from models.denoisers.config import SiTConfig
 from models.denoisers.sit import SiT
 from runtime.cli import run
 from runtime.measure import count_parameters
+from tests.latent_caches import flags as cache_flags
 from tests.latent_caches import save_vae
 from tests.ldm_trainings import LATENTS, flags, write_data
 from training.ldm import LDM
@@ -98,6 +100,24 @@ def test_auto_takes_cached_features_and_images_otherwise(data, tmp_path):
         json.loads((tmp_path / name / "args.json").read_text())["args"]["repa_source"] for name in ("auto", "other")
     ]
     assert sources == ["features", "images"]
+
+
+def test_another_cache_s_features_are_as_good_as_one_s_own(data, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    assert cache_latents.main(cache_flags(data, save_vae(tmp_path), bare)) == 0
+    changes = {"vae_latents_name": bare, "enc_type": "efficientnet-lite0"}
+    assert train(*flags(data, tmp_path, "other", cached_features=LATENTS, **changes)) == 0
+    assert train(*flags(data, tmp_path, "images", repa_source="images", **changes)) == 0
+    other, images = (metrics(tmp_path / name)[0] for name in ("other", "images"))
+    assert other["denoise"] == images["denoise"]
+    assert other["repa"] == pytest.approx(images["repa"], rel=1e-3)
+
+    capsys.readouterr()
+    assert train(*flags(data, tmp_path, "x", cached_features=bare, **changes)) == 2
+    assert f"{bare} has no complete features/efficientnet-lite0/" in capsys.readouterr().err
+    strangers = write_data(tmp_path / "strangers", images=24, seed=1)
+    assert train(*flags(data, tmp_path, "x", cached_features=strangers / LATENTS, **changes)) == 2
+    assert f"belongs to another dataset than {bare}" in capsys.readouterr().err
 
 
 def test_without_repa_no_image_is_read_and_a_path_is_enough(data, tmp_path):

@@ -322,7 +322,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.grid_cfg_scale = 1.0
 
 
-def add_feature_norm_argument(group: argparse._ArgumentGroup) -> None:
+def add_feature_arguments(group: argparse._ArgumentGroup) -> None:
+    """Where VFM features come from, and how they are scaled."""
+    group.add_argument(
+        "--cached-features",
+        metavar="NAME",
+        help="read the VFM's features from this latent cache of --data-dir (cache_latents.py --cache-features, of any "
+        "VAE) instead of computing them at every step: for small sets",
+    )
     group.add_argument(
         "--feature-norm",
         choices=FEATURE_NORMS,
@@ -333,10 +340,12 @@ def add_feature_norm_argument(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def check_feature_norm(args: argparse.Namespace, is_aligned: bool, without: str) -> None:
-    """Refuse a normalisation of features that nothing asks for; ``without`` is the flag that switched them off."""
-    if args.feature_norm != "none" and not is_aligned:
-        raise UserError(f"--feature-norm {args.feature_norm} with {without}: nothing asks for features; leave it out")
+def check_feature_arguments(args: argparse.Namespace, is_aligned: bool, without: str) -> None:
+    """Refuse the flags of features that nothing asks for; ``without`` is the flag that switched them off."""
+    given = {"--cached-features": args.cached_features is not None, "--feature-norm": args.feature_norm != "none"}
+    for flag, is_given in given.items():
+        if is_given and not is_aligned:
+            raise UserError(f"{flag} with {without}: nothing asks for features; leave {flag} out")
 
 
 def check_image_arguments(args: argparse.Namespace) -> None:

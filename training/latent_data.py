@@ -28,7 +28,10 @@ def open_latents(
     if not args.vae_latents_name:
         return None, None
     folder = latents_folder(args.data_dir, args.vae_latents_name)
-    args.repa_source = choose_repa_source(args, folder)
+    features_folder = folder  # before the latents are copied elsewhere
+    if args.cached_features is not None:
+        features_folder = latents_folder(args.data_dir, args.cached_features, "--cached-features")
+    args.repa_source = choose_repa_source(args, features_folder)
     images = None
     if args.stage_dir and not args.dry_run:
         folder = stage_once(folder, "latents", used_parts(args), args, accelerator)
@@ -36,7 +39,11 @@ def open_latents(
         images = open_repa_images(args, accelerator)
     share = {"local_processes": this_process().local_size}
     features = encoder_names(args.enc_type) if args.repa_source == "features" else ()
-    latents = LatentDataset(folder, hflip=args.hflip, features=features, images=images, **share)
+    if args.cached_features is None:
+        features_folder = folder
+    latents = LatentDataset(
+        folder, hflip=args.hflip, features=features, features_folder=features_folder, images=images, **share
+    )
     held_out = None
     if args.val_data_dir or args.val_vae_latents_name:
         held_out = LatentDataset(held_out_folder(args), **share)
@@ -48,7 +55,7 @@ def used_parts(args: argparse.Namespace) -> list[str]:
     """The sub-folders of the cache that this training reads."""
     flips = (False, True) if args.hflip else (False,)
     parts = [FLIPPED_NAME] if args.hflip else []
-    if args.repa_source == "features":
+    if args.repa_source == "features" and args.cached_features is None:  # another cache's are read where they are
         parts += [features_name(name, flipped) for name in encoder_names(args.enc_type) for flipped in flips]
     return parts
 
@@ -89,9 +96,11 @@ def needs_features(args: argparse.Namespace) -> bool:
 
 
 def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
-    """Where the features come from: ``none``, ``features`` (cached) or ``images``."""
+    """Where the features come from: ``none``, ``features`` (those in ``folder``) or ``images``."""
     if not needs_features(args):
         return "none"
+    if args.cached_features is not None:
+        return "features"
     if args.repa_source == "auto":
         indices = [read_index(folder / features_name(name)) for name in encoder_names(args.enc_type)]
         return "images" if None in indices else "features"

@@ -119,7 +119,8 @@ def write_source(folder: Path, data: Path, facts: dict) -> None:
     method = tiny_trainer(features=[TokenGrid("efficientnet-lite0", 4, 112)], **given)
     arguments = {"denoiser": CONFIG.to_dict(), "align": "repa", "feature_widths": [112], "path_type": "linear"}
     arguments |= given | facts
-    CheckpointFolder(folder).save(7, method.modules(), {"optimizer": method.optimizer.state_dict()}, arguments)
+    modules = {name: module for name, module in method.modules().items() if module is not None}
+    CheckpointFolder(folder).save(7, modules, {"optimizer": method.optimizer.state_dict()}, arguments)
     write_json(folder / "args.json", {"args": arguments})
     shutil.copytree(data / LATENTS / "vae", folder / "vae")
 
@@ -216,6 +217,11 @@ CASES = [
         "VFM weights without REPA", with_flags(align="vae", enc_ckpt="x.pth"), ("--enc-ckpt", "--align vae", "no VFM")
     ),
     Case("weight of REPA without REPA", with_flags(align="none", proj_coeff=0.5), ("--proj-coeff", "--align none")),
+    Case(
+        "cached features and images",
+        with_flags(cached_features="latents", repa_source="images"),
+        ("--cached-features", "--repa-source images", "leave one"),
+    ),
     Case("source of features without REPA", with_flags(align="vae", repa_source="images"), ("--repa-source", "vae")),
     Case(
         "weight without VAE-REPA",
