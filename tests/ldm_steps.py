@@ -40,6 +40,7 @@ FLAGS = {
     "vae_repa_depth": 2,
     "vae_repa_width": 24,
     "vae_repa_times": (0.0, 1.0),
+    "feature_norm": "none",
 }
 
 
