@@ -41,6 +41,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="compare a run with this published row, e.g. mine=table1/sendvae-80; repeat it for other runs "
         "(default: the row that the run's preset names; all rows: configs/published.yaml)",
     )
+    add(
+        "--baseline",
+        metavar="PRESET",
+        help="also list how the other presets differ from this one, seed by seed: mean and 95 %% interval, e.g. "
+        "miniature/none",
+    )
     add("--html", type=Path, default=Path("report.html"), metavar="FILE", help="where to write the page")
     add("--no-html", action="store_true", help="write no page")
     add("--title", default="Send-VAE report", help="title of the page")
@@ -72,7 +78,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
-    report = gather(args.runs, args.published)
+    report = gather(args.runs, args.published, args.baseline)
     drawn = [view for view in report.views if view.vaes >= correlation.ENOUGH]
     if args.figure1 and not drawn:
         most = max((view.vaes for view in report.views), default=0)
@@ -114,11 +120,14 @@ def formatted(report: Report, form: str) -> str:
         return f"nothing has been measured yet of {names}; run evaluate.py or probe.py first"
     shown = [view for view in report.views if view.vaes >= correlation.ENOUGH]
     if form == "markdown":
-        parts = [as_markdown(report.tables)]
+        parts = [as_markdown(report.tables + report.differences)]
         parts += [correlation.as_markdown(view, report.published) for view in shown]
         parts += ["\n".join(f"- {note}" for note in report.notes)] if report.notes else []
     else:
-        parts = [as_text(report.tables), *(correlation.as_text(view, report.published) for view in shown)]
+        parts = [
+            as_text(report.tables + report.differences),
+            *(correlation.as_text(view, report.published) for view in shown),
+        ]
         parts += ["\n".join(report.notes)] if report.notes else []
     return "\n\n".join(parts)
 

@@ -50,7 +50,7 @@ def page(report: Report, title: str) -> str:
         report=report,
         measured_at=max((str(row.measurement.created)[:10] for row in report.rows if row.measurement), default=""),
         has_published=any(column.is_published for table in report.tables for column in table.columns),
-        tables=[(table, *_marked(table)) for table in report.tables],
+        tables=[(table, *_marked(table)) for table in report.tables + report.differences],
         views=[_scatter(view, report) for view in report.views[:MOST_VIEWS]],
         runs=runs,
         overview=progress,

@@ -58,7 +58,7 @@ def _table(title: str, rows: list[Row]) -> Table:
     columns += [Column("reference", is_number=False)] if any(row.reference for row in rows) else []
     columns += [Column("images")]
     for metric in sorted({metric for row in rows for metric in row.cells}, key=metric_order):
-        columns.append(Column(_column_title(metric, title), metric))
+        columns.append(Column(column_title(metric, title), metric))
         if any(metric in row.cells and row.cells[metric].published is not None for row in rows):
             columns.append(Column(PUBLISHED, metric, is_published=True))
     has_published = any(column.is_published for column in columns)
@@ -66,7 +66,7 @@ def _table(title: str, rows: list[Row]) -> Table:
     return Table(title, columns, [[_word(row, column) for column in columns] for row in rows], rows)
 
 
-def _column_title(metric: str, table: str) -> str:
+def column_title(metric: str, table: str) -> str:
     """Without what the table's title says already."""
     extractor = table.partition(OTHER_FEATURES)[2]
     return short_name(metric).removesuffix(f"-{extractor}" if extractor else "")

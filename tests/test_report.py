@@ -17,6 +17,7 @@ from reporting.gather import gather
 from reporting.results import with_means
 from reporting.runs import find_runs
 from reporting.tables import as_text
+from runtime.cli import run
 from tests.report_runs import (
     UNGUIDED,
     write_preset,
@@ -157,6 +158,37 @@ def test_seeds_have_their_mean_and_standard_deviation(tmp_path, capsys):
     assert mean["std"] == pytest.approx(np.std(values, ddof=1))
     assert (mean["seeds"], mean["published"]) == (3, 8.42)
     assert len(found) == 4
+
+
+def test_presets_differ_from_a_baseline_seed_by_seed(tmp_path, capsys):
+    """Student's t for 2 degrees of freedom has its 97.5 % quantile at 4.302653 (any table of it)."""
+    figures = {"none": {0: 20.0, 1: 24.0, 2: 31.0}, "vavae": {0: 15.0, 1: 18.5, 2: 26.5}, "depth2": {1: 25.0}}
+    for name, by_seed in figures.items():
+        for seed, value in by_seed.items():
+            values = {"FD-dinov2-vit-b": value, "KID-dinov2-vit-b": value / 10}
+            write_samples(write_run(tmp_path / f"{name}-seed{seed}-ldm", seed=seed), values)
+        runs = [f"{name}-seed{seed}-ldm" for seed in by_seed]
+        write_preset(tmp_path, f"miniature/{name}", runs, None, name=name)
+    out = printed(capsys, tmp_path / "*-ldm", "--no-html", "--baseline", "miniature/none")
+    lines = out[out.index("differences to miniature/none of the same seeds") :].splitlines()
+    half = 4.302653 * np.array([-5.0, -5.5, -4.5]).std(ddof=1) / np.sqrt(3)
+    row = next(line for line in lines if line.startswith("miniature/vavae"))
+    expected = f"miniature/vavae 3 -5 ± {half:.4g} * -0.5 ± {half / 10:.4g} *"
+    assert row.split() == expected.split()
+    assert next(line for line in lines if line.startswith("miniature/depth2")).split()[1:] == ["1", "+1", "+0.1"]
+
+    values = {"FD-dinov2-vit-b": 15.0, "KID-dinov2-vit-b": 1.5}
+    write_samples(write_run(tmp_path / "depth2-seed0-ldm", seed=0), values)
+    write_preset(tmp_path, "miniature/depth2", ["depth2-seed0-ldm", "depth2-seed1-ldm"], None, name="depth2")
+    out = printed(capsys, tmp_path / "*-ldm", "--no-html", "--baseline", "miniature/none", "--format", "markdown")
+    row = next(line for line in out.splitlines() if line.startswith("| miniature/depth2 | 2 | -2 ±"))
+    assert "*" not in row  # one is better, one worse
+    page = tmp_path / "page.html"
+    assert report.main([str(tmp_path / "*-ldm"), "--html", str(page), "--baseline", "miniature/none"]) == 0
+    assert "differences to miniature/none" in page.read_text()
+    capsys.readouterr()
+    assert run(report.main, [str(tmp_path / "*-ldm"), "--no-html", "--baseline", "miniature"]) == 2
+    assert "there are miniature/depth2, miniature/none, miniature/vavae" in capsys.readouterr().err
 
 
 def test_runs_with_other_flags_are_no_seeds_of_the_preset_s(tmp_path, capsys):
