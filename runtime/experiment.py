@@ -163,8 +163,8 @@ def resolve_all(name: str, output_dir: str, overrides: Sequence[str]) -> tuple[l
     members = [
         _resolve_member(member_name, member, each, output_dir, variables, flags)
         for member in preset["experiments"]
+        for each in _combinations(member.get("each") or {}, variables)  # every preset with one seed, then the next
         for member_name in ([member["preset"]] if isinstance(member["preset"], str) else member["preset"])
-        for each in _combinations(member.get("each") or {}, variables)
     ]
     for key, _ in flags:
         if not any(key.partition(".")[0] in load_preset(found.preset)["stages"] for found in members):
