@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
+from files import read_safetensors
 from formats.arguments import add_encoder_arguments, add_unfinished_argument, add_vae_source_arguments
 from formats.run_folders import refuse_unfinished
 from models.encoders import ENCODERS
@@ -131,7 +132,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_name, latents_folder
@@ -384,7 +384,7 @@ def report(folder: Path, targets: Sequence[Target], count: int, networks: Networ
         print("the VAE came without latent statistics; the measured ones are stored with the cache's copy of it")
         return
     expected = networks.tokenizer.statistics.tensors()
-    mean, std = differences(load_file(folder / STATISTICS_NAME), expected)
+    mean, std = differences(read_safetensors(folder / STATISTICS_NAME), expected)
     text = f"the VAE's by at most {100 * mean:.2f} % of a std in the mean and {100 * std:.2f} % in the std"
     if not networks.keeps_statistics:
         print(f"training will normalise with the latent statistics of this dataset; they differ from {text}")

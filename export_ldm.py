@@ -21,7 +21,6 @@ args say. Everything is written under a temporary name and renamed when it is co
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,8 +68,8 @@ if __name__ == "__main__":
     answer_early(parse_arguments)
 
 import torch
-from safetensors.torch import load_file
 
+from files import read_safetensors, whole_folder, write_json, write_torch
 from formats.export import ldm_state
 from formats.exported_ldm import INDEX_FILE, repae_checkpoint, repae_facts, what_repae_lacks, write_exported
 from formats.foreign_run import FLAGS, ForeignRun, open_foreign_run
@@ -82,7 +81,6 @@ from models.denoisers.config import SiTConfig
 from models.tokenizers import Tokenizer
 from models.tokenizers.kl import KLTokenizer
 from runtime.checkpoint import Checkpoint, CheckpointFolder
-from runtime.files import write_json
 from runtime.measure import count_parameters
 from training.ldm import AlignedDenoiser
 from training.metrics import MeanMetrics
@@ -100,14 +98,8 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         print("nothing was written")
         return 0
-    temporary = args.out.with_name(f".{args.out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(args.out) as temporary:
         write(temporary)
-        shutil.rmtree(args.out, ignore_errors=True)
-        temporary.rename(args.out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     for path in sorted(path for path in args.out.rglob("*") if path.is_file()):
         print(f"{path}: {path.stat().st_size:,} bytes")
     return 0
@@ -200,7 +192,7 @@ def export_repae(args: argparse.Namespace, trained: TrainedLDM) -> Callable[[Pat
     def write(folder: Path) -> None:
         (folder / "checkpoints").mkdir(parents=True)
         write_json(folder / ARGUMENTS, facts | {EXPORTED_FROM: args.source.name})
-        torch.save(checkpoint, folder / "checkpoints" / f"{trained.step:07d}.pt")
+        write_torch(checkpoint, folder / "checkpoints" / f"{trained.step:07d}.pt")
 
     return write
 
@@ -212,7 +204,7 @@ def load_module(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
         return {}
     if fault := checkpoint.fault(name):
         raise UserError(f"{checkpoint.folder} is damaged ({fault}); choose another with --train-steps")
-    return load_file(path)
+    return read_safetensors(path)
 
 
 def convert(args: argparse.Namespace) -> Callable[[Path], None]:

@@ -111,6 +111,7 @@ def check_folder(out: Path, overwrite: bool) -> None:
 if __name__ == "__main__":
     answer_early(parse_arguments)
 
+from files import checksum
 from formats.architecture import known_names
 from formats.discriminator import named_discriminator, read_discriminator
 from formats.export import ldm_state, repae_files, scaling_config, set_scaling, write_files
@@ -119,7 +120,6 @@ from formats.statistics import discriminator_beside
 from formats.vae import LoadedVAE, load_vae
 from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError
-from runtime.files import checksum
 from runtime.measure import count_parameters
 
 

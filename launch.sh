@@ -17,6 +17,9 @@ if [[ -z "${PYTHON:-}" ]]; then
 fi
 # SIGUSR1 reaches the workers through the launcher too; they save and stop
 export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+# and has this many seconds for them, where 30 are its default: a checkpoint of 11 GB takes longer. A torch that does not
+# know the variable waits 30 s all the same; there, signal the workers themselves, as slurm.sbatch does.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
 machines=${NUM_MACHINES:-1}
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)

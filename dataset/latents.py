@@ -22,13 +22,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from dataset.images import ImageDataset
 from dataset.shards import PackedReader, read_index
 from errors import UserError
+from files import is_out_of_reach, read_safetensors
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import stored_latent_shape
 
@@ -199,6 +199,8 @@ class LatentDataset:
         except ValueError as error:
             raise UserError(f"{self.folder} holds items of shape {shape}; {error}; {_MAKE}") from error
         except (OSError, KeyError, TypeError) as error:
+            if is_out_of_reach(error):
+                raise
             raise UserError(
                 f"{self.vae_folder / 'config.json'} does not say which VAE it is of ({error}); copy the cache again"
             ) from error
@@ -206,10 +208,12 @@ class LatentDataset:
     def _load_statistics(self) -> LatentStatistics:
         path = self.folder / STATISTICS_NAME
         try:
-            tensors = load_file(path)
+            tensors = read_safetensors(path)
             statistics = LatentStatistics(self.latent_shape[0])
             statistics.load(tensors["mean"], tensors["std"], tensors["var"])
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            if is_out_of_reach(error):
+                raise
             raise UserError(f"{path} cannot be read ({error}); copy the whole cache again") from error
         return statistics
 

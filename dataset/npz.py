@@ -1,13 +1,13 @@
 """Images as one ``.npz`` (``arr_0``, uint8 ``[N, H, W, 3]``), which the public evaluators of generated images read."""
 
 import io
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from dataset.images import ImageDataset
+from files import whole_file
 
 CHUNK_BYTES = 1 << 26
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first; so that the same images are the same bytes
@@ -18,8 +18,7 @@ def write_npz(images: ImageDataset, path: Path) -> None:
     side = images.resolution
     chunk = max(1, CHUNK_BYTES // (3 * side * side))
     buffer = np.empty((min(chunk, len(images)), 3, side, side), np.uint8)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         member = zipfile.ZipInfo("arr_0.npy", _EPOCH)
         with (
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
@@ -31,9 +30,6 @@ def write_npz(images: ImageDataset, path: Path) -> None:
                 out = buffer[: len(items)]
                 images.read_into(items, out)
                 array.write(np.ascontiguousarray(out.transpose(0, 2, 3, 1)).reshape(-1))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def npz_bytes(count: int, resolution: int) -> int:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from dataset.shards import ShardSpec, ShardWriter, read_index, read_record, read_records, remove_leftovers, write_index
 from errors import UserError
+from files import write_atomically
 from runtime.cli import flag_of
-from runtime.files import write_atomically
 
 SETTINGS_NAME = "settings.json"
 LOCK_NAME = ".lock"

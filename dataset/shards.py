@@ -31,7 +31,7 @@ import numpy as np
 
 from dataset.open_files import OpenShards, ShardFile
 from errors import UserError
-from runtime.files import checksum, write_atomically
+from files import checksum, write_atomically
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"

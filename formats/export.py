@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from files import write_safetensors, write_torch
 from formats.layers import State, to_ldm
 from formats.statistics import DISCRIMINATOR_SUFFIX, REPAE_SUFFIX, repae_tensors
 from models.latent_statistics import LatentStatistics
@@ -75,9 +75,9 @@ def write_files(files: Mapping[Path, State]) -> None:
             # copies: torch.save would write whole storages of which a tensor may be a part
             state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
             if path.suffix == ".safetensors":
-                save_file(state, temporary[path])
+                write_safetensors(state, temporary[path])
             else:
-                torch.save(state, temporary[path])
+                write_torch(state, temporary[path])
         for path, partial in temporary.items():
             os.replace(partial, path)
     finally:

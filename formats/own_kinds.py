@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from errors import UserError
+from files import is_out_of_reach
 from formats.run_folders import refuse_unfinished
 from models.tokenizers import CONFIG_FILE, STATISTICS_FILE, TOKENIZERS, Tokenizer, tokenizer_kind
 from models.weight_files import one_line
@@ -46,6 +47,8 @@ class OwnKind:
         try:
             tokenizer, has_statistics = self.kind.load(self.folder)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            if is_out_of_reach(error):
+                raise
             raise UserError(f"{self.folder}: no {self.kind.__name__} loads from it ({one_line(error)})") from error
         return tokenizer, str(self.folder / STATISTICS_FILE) if has_statistics else None
 

@@ -16,9 +16,19 @@ WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
 def status_of(folder: Path) -> dict | None:
-    """The content of a run's ``status.json``, or None where there is none."""
+    """The content of a run's ``status.json``, or None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     path = Path(folder) / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    kinds = {"state": str, "step": int, "max_train_steps": int}
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"it does not hold {', '.join(kinds)}")
+    return content
 
 
 def arguments_of(folder: Path) -> dict | None:

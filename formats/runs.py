@@ -11,11 +11,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from files import checksum, is_out_of_reach
 from formats.checkpoints import FoundVAE, find_vae, vae_prefixes
 from formats.run_folders import ARGUMENTS, MANIFEST, OWN_STATISTICS, is_run, steps
 from formats.statistics import discriminator_beside, statistics_in, vae_files
 from models.weight_files import NotWeightsError, one_line, read_contents
-from runtime.files import checksum
 
 VAE_MODULES = ("vae", "ema", "model")  # of a checkpoint, in the order in which vae/ would hold them
 DISCRIMINATOR = "discriminator.safetensors"
@@ -116,9 +116,12 @@ def _of_run(run: Path, step: int | None) -> Path:
 
 def _holds_vae(file: Path) -> bool:
     try:
+        open(file, "rb").close()  # says what safe_open does not: that it may not be read
         with safe_open(file, "pt") as opened:
             return bool(vae_prefixes(opened.keys()))
     except (OSError, SafetensorError) as error:
+        if is_out_of_reach(error):
+            raise
         raise NotWeightsError(f"{file.name} is truncated or damaged ({one_line(error)})") from error
 
 
@@ -126,6 +129,8 @@ def _json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        if is_out_of_reach(error):
+            raise
         raise NotWeightsError(f"{path.name} is not readable ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise NotWeightsError(f"{path.name} is not a JSON object")

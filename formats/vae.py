@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from errors import UserError
+from files import is_out_of_reach
 from formats.architecture import (
     check_config,
     describe_difference,
@@ -319,6 +320,8 @@ def _read_config(folder: Path, given: str) -> dict:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        if is_out_of_reach(error):
+            raise
         raise UserError(f"{given}: config.json is not readable as JSON ({error})") from error
     if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
         found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from dataset.loader import read_batches
 from dataset.packing import PackingJob
 from dataset.shards import ShardWriter
 from errors import UserError
+from files import whole_file, write_safetensors
 from models.encoders import Encoder
 from models.latent_statistics import LatentStatistics, mean_and_variance
 from models.tokenizers import Tokenizer
@@ -360,9 +360,8 @@ def save_beside(folder: Path, tokenizer: Tokenizer, measured: LatentStatistics, 
         tokenizer.statistics.load_state_dict(measured.state_dict())
     tokenizer.save(folder / VAE_NAME)
     tokenizer.statistics.load_state_dict(own)
-    temporary = folder / f"{STATISTICS_NAME}.tmp"
-    save_file(measured.tensors(), temporary)
-    os.replace(temporary, folder / STATISTICS_NAME)
+    with whole_file(folder / STATISTICS_NAME) as temporary:
+        write_safetensors(measured.tensors(), temporary)
 
 
 def differences(measured: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:

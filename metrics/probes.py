@@ -13,6 +13,7 @@ from torch import Tensor
 from dataset.attributes import TEST, TRAIN, VALIDATION
 from diffusion.counted_noise import counted_integers
 from errors import UserError
+from files import write_atomically
 from metrics.latent_space import PLANE_POINTS, discrimination, uniformity
 from metrics.probe_data import ProbeData
 from metrics.probing import (
@@ -24,7 +25,6 @@ from metrics.probing import (
     each_attribute,
     standardisation,
 )
-from runtime.files import write_atomically
 from runtime.log import progress_bar
 
 IMAGES_PER_COMPONENT = 10  # of a mixture, at least

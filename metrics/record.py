@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from errors import UserError
-from runtime.files import write_atomically
+from files import write_atomically
 
 FORMAT_VERSION = 1
 FOLDER_NAME = "metrics"

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from files import is_out_of_reach
+
 NESTED_KEYS = ("state_dict", "model")  # where training codes put the weights among other things
 SNIFFED_BYTES = 512
 
@@ -171,6 +173,8 @@ def read_contents(path: str | Path) -> object:
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise NotWeightsError(_reason(error)) from error
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, SafetensorError) as error:
+        if is_out_of_reach(error):
+            raise
         raise NotWeightsError(f"it is truncated or damaged ({one_line(error)})") from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from files import write_atomically
 from reporting.correlation import ENOUGH, View, correlation_lines, points_table, published_points
 from reporting.curves import HIDDEN, MOST_LINES, Chart, Series, charts_of, compared, final_values, read_series
 from reporting.drawing import Drawing, chart_figure, drawing, scatter_figure
@@ -18,7 +19,6 @@ from reporting.results import Row
 from reporting.runs import MEASURED, SAMPLES, VAE_FOLDER, Run
 from reporting.tables import NOTHING, Column, Table
 from runtime.cli import flag_of
-from runtime.files import write_atomically
 
 MOST_VIEWS = 3
 STATES = ("finished", "running", "stopped", "failed")

@@ -14,6 +14,7 @@ from typing import Any
 
 from dataset.shards import INDEX_NAME
 from errors import UserError
+from files import is_out_of_reach
 from metrics.record import FOLDER_NAME, Measurement, folder_beside, metrics_folder, read_measurements
 from models.tokenizers import TOKENIZERS
 from runtime.experiment import PRESET_NAME
@@ -122,6 +123,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except (ValueError, OSError) as error:
+        if is_out_of_reach(error):
+            raise
         raise UserError(f"{path} is damaged ({error}); restore it, or leave {path.parent} out") from error
     return content
 

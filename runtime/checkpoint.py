@@ -10,16 +10,22 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from errors import UserError
-from runtime.files import checksum
+from files import (
+    checksum,
+    is_out_of_reach,
+    read_safetensors,
+    remove_leftovers,
+    whole_folder,
+    write_safetensors,
+    write_torch,
+)
 from runtime.processes import agree_on
 
 FORMAT_VERSION = 2  # 1: projectors and mappers lay in the networks they belong to
@@ -45,6 +51,8 @@ class Checkpoint:
         try:
             return json.loads((self.folder / MANIFEST).read_text())
         except (OSError, ValueError) as error:
+            if is_out_of_reach(error):
+                raise
             raise UserError(f"{self.folder / MANIFEST} is not readable ({error})") from error
 
     def states(self) -> set[str]:
@@ -56,6 +64,9 @@ class Checkpoint:
 
         Args:
             module: look at this module's weights alone.
+
+        Raises:
+            OSError: it may not be read, or the file system is at fault: nothing is known of it.
         """
         try:
             manifest = json.loads((self.folder / MANIFEST).read_text())
@@ -72,6 +83,8 @@ class Checkpoint:
                 if checksum(path) != entry:
                     return f"{name} has another checksum than when it was written"
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if is_out_of_reach(error):
+                raise
             return f"{MANIFEST} is not readable ({error})"
         return None
 
@@ -79,9 +92,11 @@ class Checkpoint:
         """Load ``name.safetensors``; keys must be exactly the module's, those that begin with ``without`` left out."""
         path = self.folder / f"{name}.safetensors"
         try:
-            weights = load_file(path)
+            weights = read_safetensors(path)
             module.load_state_dict({k: v for k, v in weights.items() if not k.startswith(without)})
         except (OSError, SafetensorError, RuntimeError) as error:
+            if is_out_of_reach(error):
+                raise
             raise UserError(f"{path} does not fit the network ({' '.join(str(error).split())[:200]})") from error
 
     def load_state(self, name: str) -> dict:
@@ -91,6 +106,8 @@ class Checkpoint:
             # mapped: processes of one machine share what is read of it
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            if is_out_of_reach(error):
+                raise
             raise UserError(f"{path} does not load ({' '.join(str(error).split())[:200]})") from error
 
 
@@ -178,35 +195,33 @@ class CheckpointFolder:
     ) -> Checkpoint:
         """Write the checkpoint of ``step``, replacing a damaged one of the same step."""
         folder = self.whole / f"{step:07d}"
-        temporary = self.whole / f".{folder.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, module in modules.items():
-            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary / f"{name}.safetensors")
-        for name, state in states.items():
-            torch.save(state, temporary / f"{name}.pt")
-        _write_manifest(temporary, step, arguments)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        _fsync(self.whole)
+        with whole_folder(folder) as temporary:
+            for name, module in modules.items():
+                write_safetensors(module.state_dict(), temporary / f"{name}.safetensors")
+            for name, state in states.items():
+                write_torch(state, temporary / f"{name}.pt")
+            _write_manifest(temporary, step, arguments)
         return Checkpoint(folder)
 
     def keep_milestone(self, checkpoint: Checkpoint, modules: Sequence[str], arguments: Mapping) -> None:
         """Keep some modules of a checkpoint for good, under ``milestones/``: hard links, so that it costs no time."""
-        folder = self.milestones / checkpoint.folder.name
-        temporary = self.milestones / f".{folder.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for module in modules:
-            source = checkpoint.folder / f"{module}.safetensors"
-            try:
-                os.link(source, temporary / source.name)
-            except OSError:  # file systems without hard links
-                shutil.copyfile(source, temporary / source.name)
-        _write_manifest(temporary, checkpoint.step, arguments)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with whole_folder(self.milestone(checkpoint)) as temporary:
+            for module in modules:
+                source = checkpoint.folder / f"{module}.safetensors"
+                try:
+                    os.link(source, temporary / source.name)
+                except OSError:  # file systems without hard links
+                    shutil.copyfile(source, temporary / source.name)
+            _write_manifest(temporary, checkpoint.step, arguments)
+
+    def milestone(self, checkpoint: Checkpoint) -> Path:
+        """Where that of a checkpoint is kept."""
+        return self.milestones / checkpoint.folder.name
+
+    def remove_leftovers(self) -> None:
+        """Delete what an interrupted save left; of a run that nobody else is writing."""
+        for place in (self.whole, self.milestones):
+            remove_leftovers(place, "[0-9]*")
 
     def prune(self, keep: int) -> None:
         """Delete all whole checkpoints but the newest ``keep``, and what an interrupted save left."""
@@ -214,9 +229,7 @@ class CheckpointFolder:
             # renamed first: half a deleted folder must not look like a damaged checkpoint
             doomed = checkpoint.folder.with_name(f".{checkpoint.folder.name}.old")
             checkpoint.folder.rename(doomed)
-        if self.whole.is_dir():
-            for path in self.whole.glob(".*"):
-                shutil.rmtree(path, ignore_errors=True)
+        self.remove_leftovers()
 
 
 def _checkpoints_in(place: Path) -> list[Checkpoint]:
@@ -231,15 +244,3 @@ def _write_manifest(folder: Path, step: int, arguments: Mapping) -> None:
     files = {path.name: checksum(path) for path in sorted(folder.iterdir())}
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "args": dict(arguments)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in folder.iterdir():
-        _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems cannot flush a directory
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from errors import TrainingFailed, UserError
+from files import OUT_OF_REACH
 from runtime.repae_flags import add_repae_flags, settle_repae_flags
 
 EXIT_OK = 0
@@ -134,8 +135,14 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return f"no space left on the device{where}; free some and run the same command again: what is complete is kept"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"no permission for {error.filename}"
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return f"{error.filename} may not become that large here (ulimit -f, or the file system)"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+        return f"no permission for {error.filename}: let its owner give it to you (chmod), or take another place"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{error.filename} is on a file system that is read-only; take another place"
+    if isinstance(error, OSError) and error.errno in OUT_OF_REACH:
+        return f"{error.filename}: {error.strerror}: the file system is at fault; try again when it is well"
     if isinstance(error, OSError) and error.errno in _WRONG_PATHS and error.filename:
         return f"{str(error.filename)[:300]}: {_WRONG_PATHS[error.errno]}"
     if _is_out_of_memory(error):

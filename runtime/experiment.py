@@ -26,8 +26,8 @@ from typing import Any
 import yaml
 
 from errors import UserError
+from files import write_atomically
 from runtime.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argument, flag_of, run
-from runtime.files import write_atomically
 from runtime.stage_process import ROOT, Expectation, call, said, tail
 
 PRESETS = ROOT / "configs" / "experiments"

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from files import write_json
 from formats.vae import load_tokenizer
 from loss.alignment import DenoiserAlignments, TokenGrid
 from loss.alignment.repa import REPA
 from models.denoisers.config import SiTConfig
 from models.denoisers.sit import SiT
 from runtime.checkpoint import CheckpointFolder
-from runtime.files import write_json
 from tests.command_line import argv_of
 
 RESOLUTION = 32

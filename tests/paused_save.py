@@ -9,22 +9,22 @@ import time
 from pathlib import Path
 
 import train_sendvae
+from files import write_atomically
 from runtime import checkpoint
 from runtime.cli import run
-from runtime.files import write_atomically
 
-save_file = checkpoint.save_file
+write_safetensors = checkpoint.write_safetensors
 
 
 def main(folder: Path, argv: list[str]) -> int:
     def paused(tensors, path) -> None:
-        save_file(tensors, path)
+        write_safetensors(tensors, path)
         if not (folder / "saving").exists():
             write_atomically(folder / "saving", str(os.getpid()).encode())
             while not (folder / "go-on").exists():
                 time.sleep(0.01)
 
-    checkpoint.save_file = paused
+    checkpoint.write_safetensors = paused
     return run(train_sendvae.main, argv)
 
 

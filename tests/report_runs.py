@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from files import write_json
 from metrics.record import Measurement, write_measurement
-from runtime.files import write_json
 
 COMMANDS = {"VAE": "train_sendvae.py", "SiT": "train_ldm.py"}
 UNGUIDED = {"FID": 8.0, "sFID": 5.25, "IS": 110.5, "Precision": 0.741, "Recall": 0.602}

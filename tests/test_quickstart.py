@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dataset.toy import draw_image
+from files import checksum
 from formats.vae import load_tokenizer
 from loss.reconstruction import psnr
 from models.pixels import to_uint8
-from runtime.files import checksum
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_VAE = ROOT / "pretrained" / "tiny_vae"

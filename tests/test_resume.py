@@ -141,3 +141,36 @@ def test_a_signal_during_a_save_ends_the_run_after_it(data, tmp_path, processes)
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()  # nothing half-written beside it
     assert folder.name == "0000002"
     assert CheckpointFolder(tmp_path / "run").newest_good().step == 2
+
+
+@pytest.mark.slow
+def test_killed_between_a_checkpoint_and_its_milestone(data, tmp_path):
+    """What was due at the saved step is made up for, and what the kill left lying about is gone."""
+    due = {"batch_size": 4, "max_train_steps": 4, "checkpointing_steps": 2, "milestone_steps": 2}
+    argv = flags(data, tmp_path, "run", **due, align_coeff=0, loss_cfg_path="configs/l1_kl.yaml")
+    code = (
+        "import os, signal, sys, train_sendvae; from runtime.checkpoint import CheckpointFolder\n"
+        "def die(self, checkpoint, *rest):\n"
+        "    if checkpoint.step == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    keep(self, checkpoint, *rest)\n"
+        "keep, CheckpointFolder.keep_milestone = CheckpointFolder.keep_milestone, die\n"
+        "train_sendvae.main(sys.argv[2:])\n"
+    )
+    folder, quiet = tmp_path / "run", {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for step in (2, 4):  # the last one too: nothing is left to train then
+        killed = subprocess.run([sys.executable, "-c", code, str(step), *argv], cwd=ROOT, env=ENVIRONMENT, **quiet)
+        assert killed.returncode == -signal.SIGKILL
+        assert (folder / "checkpoints" / f"{step:07d}").is_dir()
+        assert not (folder / "milestones" / f"{step:07d}").exists()
+    for leftover in ("checkpoints/.0000001.old", "milestones/.0000004.tmp", ".vae.tmp"):
+        (folder / leftover).mkdir()
+    (folder / "status.json.0a1b2c3d.tmp").touch()
+    assert (
+        subprocess.run([sys.executable, "train_sendvae.py", *argv], cwd=ROOT, env=ENVIRONMENT, **quiet).returncode == 0
+    )
+    for step in (2, 4):
+        kept = load_file(folder / "milestones" / f"{step:07d}" / "model.safetensors")
+        whole = load_file(folder / "checkpoints" / f"{step:07d}" / "model.safetensors")
+        assert all(torch.equal(kept[name], whole[name]) for name in whole)
+    assert not [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".old"))]
+    assert (folder / "vae" / "config.json").is_file()

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 import cache_latents
 import train_sendvae
 from dataset.toy import main as make_toy
+from files import checksum
 from models.discriminator import PatchDiscriminator
 from preprocessing import main as preprocess
 from runtime.cli import EXIT_FAILED, EXIT_USER_ERROR, run
-from runtime.files import checksum
 from runtime.measure import count_parameters
 from tests.command_line import argv_of
 from tests.latent_caches import save_vae
@@ -265,3 +265,27 @@ def test_fp16_may_begin_and_end_on_resume(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(train_sendvae, "begin", begin_with_scaler)
     assert train(*flags(toy, tmp_path, max_train_steps=6)) == 0
     assert "is not of an fp16 training: the loss scale begins anew" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_longer_cosine_run_says_what_becomes_of_the_rate(toy, tmp_path):
+    plain = {"align_coeff": 0, "loss_cfg_path": "configs/l1_kl.yaml", "lr_schedule": "cosine"}
+    argv = flags(toy, tmp_path, "run", max_train_steps=None, **plain)
+    for steps in ("3", "9"):
+        assert train(*argv, "--max-train-steps", steps) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "3 steps in all before, 9 now: the cosine schedule goes on at 0.75 times the peak rate, not 0" in log
+    assert log.index("3 steps in all before") < log.index("step 4/9")
+
+
+def test_the_shell_s_accelerate_settings_change_nothing_and_are_named(toy, tmp_path, monkeypatch):
+    plain = {"align_coeff": 0, "loss_cfg_path": "configs/l1_kl.yaml"}
+    assert train(*flags(toy, tmp_path, "clean", **plain)) == 0
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # what a launcher says
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    assert train(*flags(toy, tmp_path, "shell", **plain)) == 0
+    assert metrics(tmp_path / "shell") == metrics(tmp_path / "clean")
+    log = (tmp_path / "shell" / "log.txt").read_text()
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 in the environment: ignored, the flags decide" in log
+    assert "DYNAMO" not in log
+    assert "NCCL_DEBUG=WARN" in log

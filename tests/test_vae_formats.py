@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import export_vae
 from errors import UserError
+from files import checksum
 from formats.architecture import fitting_names, infer_config, named_config
 from formats.discriminator import load_discriminator
 from formats.hub import choose_files, is_hub_name
@@ -27,7 +28,6 @@ from models.tokenizers import Tokenizer
 from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError
 from runtime.cli import run
-from runtime.files import checksum
 from tests.public_vae import NARROW, TINY, PublicVAE, random_vae
 from tests.vae_files import (
     old_attention,

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from files import write_json
 from models.tokenizers import Tokenizer
 from runtime.checkpoint import CheckpointFolder
-from runtime.files import write_json
 from tests.foreign_classes import foreign_classes
 from tests.public_vae import PublicPatchGAN, random_vae, randomised
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from errors import UserError
+from files import read_safetensors
 from formats.run_folders import OWN_STATISTICS, arguments_of, refuse_foreign
 from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
 from models.denoisers import DenoiserConfig, denoiser_config
@@ -68,7 +68,7 @@ class StartingRun:
     def state(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a module; empty where the checkpoint has none of that name."""
         path = self.checkpoint.folder / f"{name}.safetensors"
-        return load_file(path) if path.is_file() else {}
+        return read_safetensors(path) if path.is_file() else {}
 
     def take_over(self, method: LDM) -> None:
         """Load weights, average, projectors and moments into a method whose configuration :meth:`check` accepted."""
@@ -246,7 +246,7 @@ def _statistics(checkpoint: Checkpoint, channels: int) -> LatentStatistics | Non
     if (checkpoint.folder / f"{OWN_STATISTICS}.safetensors").is_file():
         checkpoint.load_module(OWN_STATISTICS, statistics)
     elif of_run.is_file():
-        statistics.load(**load_file(of_run))
+        statistics.load(**read_safetensors(of_run))
     else:
         return None
     return statistics

@@ -52,6 +52,7 @@ class Loop:
         self.metrics = MeanMetrics()
         self.checkpoints = CheckpointFolder(run.folder)
         self.saved_step = -1
+        self.save_seconds = 0.0  # that the last save took
         self.skipped_in_a_row = torch.zeros((), device=run.accelerator.device)
 
     def __enter__(self) -> "Loop":
@@ -85,6 +86,7 @@ class Loop:
         bar = progress_bar(self.max_steps, step, self.run.folder.name, "step", self.run.is_main)
         try:
             wait_for_all()  # the main process began the run's folder, its trackers, its copy of a VAE
+            self._make_up(step)
             self._start_clock(step)
             while step < self.max_steps:
                 self._step(step)
@@ -95,6 +97,7 @@ class Loop:
                 if self.saved_step == step:  # a signal during the save counts now, not after a step that is saved again
                     stopping = stop.poll() or stopping
                 if stopping and step < self.max_steps:
+                    self._announce_stop(stop.received)
                     self._save(step)
                     self.run.set_status("stopped", step, self.max_steps, f"signal {stop.received}")
                     logger.info("stopped by signal %d after step %d; the same command resumes", stop.received, step)
@@ -165,9 +168,26 @@ class Loop:
             self.run.log_metrics(step, values)
             logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
+    def _announce_stop(self, number: int | None) -> None:
+        """A launcher or a scheduler may not wait as long as it takes: the log then says what happened."""
+        took = f", which took {self.save_seconds:.0f} s the last time" if self.save_seconds else ""
+        logger.info("signal %s: saving%s", number, took)
+
+    def _make_up(self, step: int) -> None:
+        """What was due at the step that the run continues from, and not done when it died after the save."""
+        milestone = self.args.milestone_steps
+        if step and milestone and step % milestone == 0 and self.run.is_main:
+            checkpoint = Checkpoint(self.checkpoints.whole / f"{step:07d}")
+            if checkpoint.folder.is_dir() and not self.checkpoints.milestone(checkpoint).is_dir():
+                self._keep_milestone(checkpoint)
+
+    def _keep_milestone(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints.keep_milestone(checkpoint, self.method.milestone, self.run.arguments | self.method.facts())
+
     def _save(self, step: int) -> None:
         if step == self.saved_step:
             return
+        began = time.perf_counter()
         states = {name: stateful.state_dict() for name, stateful in self._states().items()}
         states["metrics"] = self.metrics.state_dict()
         if self.run.is_main:
@@ -175,11 +195,12 @@ class Loop:
             checkpoint = self.checkpoints.save(step, self._modules(), states, arguments)
             milestone = self.args.milestone_steps
             if milestone and step % milestone == 0:
-                self.checkpoints.keep_milestone(checkpoint, self.method.milestone, arguments)
+                self._keep_milestone(checkpoint)
             self.checkpoints.prune(self.args.keep_checkpoints)
         self.saved_step = step
         self.run.set_status("running", step, self.max_steps)
         wait_for_all()
+        self.save_seconds = time.perf_counter() - began
 
     def _finish(self, step: int) -> None:
         if self.run.is_main:

@@ -7,13 +7,14 @@ is reproducible), ``timing.jsonl`` (what is not), ``samples/``, ``checkpoints/``
 import argparse
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -25,14 +26,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from errors import UserError
+from files import remove_leftovers, write_atomically, write_json
 from formats.run_folders import arguments_of, status_of
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
-from runtime.files import write_atomically, write_json
 from runtime.log import logger, setup_logging
 from runtime.processes import cpu_group
 from training.arguments import CHANGEABLE, MENTIONED, UNSAID, divisors, settle_micro_batch
 from training.method import micro_batch_size
+from training.optimizer import scheduled_rate
 
 # What follows from flags and data, in words for the user.
 DERIVED = {
@@ -45,6 +47,36 @@ DERIVED = {
     "feature_widths": "VFMs of other widths (--enc-type)",
 }
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "diffusers", "lpips", "numpy", "pillow", "safetensors")
+
+
+# What accelerate takes from the environment without a word, and is harmless: devices, affinity, its own messages.
+HARMLESS = (
+    "USE_CPU",
+    "TORCH_DEVICE",
+    "CPU_AFFINITY",
+    "NUM_PROCESSES",
+    "LOG_LEVEL",
+    "ENABLE_RICH",
+    "DEBUG_MODE",
+    "DEBUG_RDV_FILE",
+    "MIXED_PRECISION",
+)  # fmt: skip  (the last is given explicitly)
+NOTHING_ASKED = ("", "0", "1", "no", "false", "none", "default")  # by a launcher's own settings
+IN_FORCE = ("ACCELERATE_", "NCCL_", "PYTORCH_", "TORCH_", "TORCHDYNAMO_", "CUBLAS_", "OMP_NUM_", "MKL_NUM_")  # logged
+
+
+def settle_environment() -> list[str]:
+    """Remove from the environment what would change a training behind its flags; names and values of what asked for it.
+
+    ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4`` in a shell divides every gradient by four, whatever the script says.
+    """
+    prefix, ignored = "ACCELERATE_", []
+    for name in sorted(os.environ):
+        if name.startswith(prefix) and name.removeprefix(prefix) not in HARMLESS:
+            value = os.environ.pop(name)
+            if value.lower() not in NOTHING_ASKED:
+                ignored.append(f"{name}={value}")
+    return ignored
 
 
 def build_accelerator(mixed_precision: str, report_to: str = "none", logging_dir: Path | None = None) -> Accelerator:
@@ -60,7 +92,8 @@ def build_accelerator(mixed_precision: str, report_to: str = "none", logging_dir
         mixed_precision = "bf16" if has_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if mixed_precision == "fp16" and not has_cuda:
         raise UserError("--mixed-precision fp16 needs a CUDA device; use bf16 or no on a CPU")
-    return Accelerator(
+    ignored = settle_environment()
+    accelerator = Accelerator(
         cpu=not has_cuda,
         mixed_precision=mixed_precision,
         log_with=None if report_to == "none" else report_to,
@@ -71,6 +104,8 @@ def build_accelerator(mixed_precision: str, report_to: str = "none", logging_dir
             InitProcessGroupKwargs(timeout=timedelta(minutes=60)),  # one may compile long after the others
         ],
     )
+    accelerator.ignored_environment = ignored
+    return accelerator
 
 
 def begin(args: argparse.Namespace, folder: Path | None) -> Accelerator:
@@ -123,6 +158,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder / ".lock")
         setup_logging(self.folder / "log.txt" if self.is_main else None)
+        if ignored := getattr(accelerator, "ignored_environment", []):
+            logger.warning("%s in the environment: ignored, the flags decide", ", ".join(ignored))
 
     @property
     def samples(self) -> Path:
@@ -142,9 +179,11 @@ class Run:
         folder = CheckpointFolder(self.folder)
         checkpoint = folder.intact(0 if resumed_already else resume_step, logger.warning)
         if checkpoint is not None:
-            self._check_same()
+            self._check_same(checkpoint.step)
         accelerator = self.accelerator
         logger.info("device %s, precision %s", accelerator.device, accelerator.mixed_precision)
+        if settings := [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(IN_FORCE)]:
+            logger.info("environment: %s", ", ".join(settings))
         return checkpoint
 
     def is_finished(self, step: int) -> bool:
@@ -179,6 +218,8 @@ class Run:
         for name in ("metrics.jsonl", "timing.jsonl"):
             _truncate(self.folder / name, step)
         self.samples.mkdir(exist_ok=True)
+        CheckpointFolder(self.folder).remove_leftovers()
+        remove_leftovers(self.folder, "vae", "status.json", "args.json")
 
     def start_trackers(self, project: str) -> None:
         """Start wandb or tensorboard; a resumed run continues the same wandb run."""
@@ -224,8 +265,12 @@ class Run:
             status = {"state": state, "step": step, "max_train_steps": max_steps, "reason": reason}
             write_json(self.folder / "status.json", status)
 
-    def _check_same(self) -> None:
-        """A folder that was begun holds the same run, or its first differing flag is named; says what else differs."""
+    def _check_same(self, step: int) -> None:
+        """A folder that was begun holds the same run, or its first differing flag is named; says what else differs.
+
+        Args:
+            step: that it continues from.
+        """
         old = arguments_of(self.folder)
         if old is None:
             return
@@ -236,6 +281,13 @@ class Run:
             if before not in (None, now) and not is_found_later:
                 what = "number of processes" if name == "num_processes" else flag_of(name)
                 logger.warning("%s %s before, %s now: from here on %s", what, before, now, effect)
+        before, now = (schedule_factor(arguments, step) for arguments in (old, self.arguments))
+        if before is not None and not math.isclose(before, now):
+            logger.warning(
+                "%d steps in all before, %d now: the %s schedule goes on at %.3g times the peak rate, not %.3g",
+                *(arguments["max_train_steps"] for arguments in (old, self.arguments)),
+                self.arguments["lr_schedule"], now, before,
+            )  # fmt: skip
 
     def finish(self, is_good: bool = True) -> None:
         """Give everything back. After an error processes are not disbanded: others may be waiting for this one."""
@@ -279,6 +331,13 @@ def _less_memory(arguments: dict[str, Any]) -> str:
     if images <= 1:
         return "add --gradient-checkpointing"
     return f"add --micro-batch-size {divisors(images)[-2]}, which keeps the global batch, or --gradient-checkpointing"
+
+
+def schedule_factor(arguments: Mapping[str, Any], step: int) -> float | None:
+    """What the learning rate of the step after ``step`` is multiplied by; None where the arguments do not say."""
+    if not {"lr_schedule", "warmup_steps", "max_train_steps"} <= arguments.keys():
+        return None
+    return scheduled_rate(argparse.Namespace(**arguments), 1.0, step)
 
 
 def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:

@@ -1,17 +1,16 @@
 """What every denoiser is: noisy latent, time and class → velocity, and the hidden states on the way."""
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from errors import UserError
+from files import is_out_of_reach, whole_folder, write_safetensors
 from models.denoisers.config import DenoiserConfig
 from models.weight_files import NotWeightsError, one_line, read_state_dict
 
@@ -94,15 +93,10 @@ class Denoiser(nn.Module, ABC):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and the weights as safetensors, complete or not at all; replaces the folder."""
-        folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         content = {"_class_name": type(self).__name__} | self.config.to_dict()
-        (temporary / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-        save_file({key: tensor.contiguous() for key, tensor in self.state_dict().items()}, temporary / WEIGHTS_FILE)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with whole_folder(folder) as temporary:
+            (temporary / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+            write_safetensors(self.state_dict(), temporary / WEIGHTS_FILE)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Denoiser":
@@ -120,5 +114,7 @@ class Denoiser(nn.Module, ABC):
             model = cls(config)
             model.load_state_dict(read_state_dict(folder / WEIGHTS_FILE))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, NotWeightsError, RuntimeError) as error:
+            if is_out_of_reach(error):
+                raise
             raise UserError(f"{folder} is not a complete folder of a {cls.__name__} ({one_line(error)})") from error
         return model.eval()

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from errors import UserError
+from files import read_safetensors, whole_folder, write_safetensors
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import CONFIG_FILE, STATISTICS_FILE
 from models.weight_files import weights_checksum
@@ -164,35 +163,26 @@ class Tokenizer(nn.Module, ABC):
 
     def save(self, folder: Path, with_statistics: bool = True) -> None:
         """Write a folder with the latent statistics next to the weights, complete or not at all."""
-        folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.write_network(temporary)
-        if with_statistics:
-            save_file(self.statistics.tensors(), temporary / STATISTICS_FILE)
-        replaced = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)  # so that no half-deleted folder ever has the name
-        temporary.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with whole_folder(folder) as temporary:
+            self.write_network(temporary)
+            if with_statistics:
+                write_safetensors(self.statistics.tensors(), temporary / STATISTICS_FILE)
 
     def write_network(self, folder: Path) -> None:
-        """Architecture and weights into a new folder."""
-        folder.mkdir(parents=True)
+        """Architecture and weights into an empty folder."""
         (folder / CONFIG_FILE).write_text(json.dumps(self.architecture, indent=2) + "\n")
-        save_file({name: tensor.contiguous() for name, tensor in self.network_state().items()}, folder / WEIGHTS_FILE)
+        write_safetensors(self.network_state(), folder / WEIGHTS_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> tuple["Tokenizer", bool]:
         """What :meth:`save` wrote, in eval mode, and whether statistics came with it."""
         folder = Path(folder)
         tokenizer = cls.from_architecture(json.loads((folder / CONFIG_FILE).read_text()))
-        state = load_file(folder / WEIGHTS_FILE) | {
+        state = read_safetensors(folder / WEIGHTS_FILE) | {
             f"statistics.{name}": tensor for name, tensor in tokenizer.statistics.state_dict().items()
         }
         tokenizer.load_state_dict(state)
         has_statistics = (folder / STATISTICS_FILE).is_file()
         if has_statistics:
-            tokenizer.statistics.load(**load_file(folder / STATISTICS_FILE))
+            tokenizer.statistics.load(**read_safetensors(folder / STATISTICS_FILE))
         return tokenizer.eval(), has_statistics

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
-from runtime.files import checksum, write_json
+from files import checksum, write_json
 from tests.bad_inputs.case import Case
 from tests.image_sets import random_images, write_npz
 from tests.ldm_runs import STEP, flags, write_ldm_run

@@ -8,9 +8,9 @@ import pytest
 from torch import nn
 
 from dataset.latents import VAE_NAME
+from files import write_json
 from loss.alignment import TokenGrid
 from runtime.checkpoint import CheckpointFolder
-from runtime.files import write_json
 from tests.bad_inputs.case import Case
 from tests.latent_caches import save_vae, write_cache
 from tests.ldm_steps import CONFIG, tiny_trainer

@@ -1,0 +1,190 @@
+"""Files and folders that are there whole or not at all, for whom the umask says, and why one cannot be read or written.
+
+Everything that the project writes for later goes through here; needs torch for tensors alone.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_READ_BYTES = 1 << 22
+# Of the file system or of rights: they say nothing of what a file holds.
+OUT_OF_REACH = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO}
+)
+
+
+# writing
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file under another name, of this process alone on any machine; it takes its place when it is complete."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with _as_os_error(temporary):
+            yield temporary
+            flush(temporary)
+    except BaseException:
+        with suppress(OSError):  # a full disk must have room again for what is said of it
+            temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder under another name, ``.NAME.tmp``; it takes its place, and replaces another, when it is complete.
+
+    Its files get the rights of the umask, whatever library wrote them, and are on the disk before it has its name.
+    """
+    folder = Path(folder)
+    temporary, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with _as_os_error(temporary):
+            yield temporary
+            mode = _mode_of_new_files(temporary)
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    path.chmod(mode)
+                flush(path)
+            flush(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)  # so that no half-deleted folder ever has the name
+    temporary.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that, whenever the machine stops, it is there whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Replace a JSON file in one move."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_safetensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
+    """Tensors by name into a file with the rights of the umask; the library's own are the owner's alone.
+
+    Raises:
+        OSError: in the place of safetensors' own error, so that a full disk is told as one.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    mode = _mode_of_new_files(path.parent)
+    with _as_os_error(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(mode)
+
+
+def write_torch(content: object, path: Path) -> None:
+    """``torch.save``.
+
+    Raises:
+        OSError: in the place of the RuntimeError that torch makes of it.
+    """
+    import torch
+
+    # through Python, because torch's own files do not say what went wrong
+    with _as_os_error(path), open(path, "wb") as file:
+        torch.save(content, file)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk; some file systems cannot flush a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(*([OSError] if path.is_dir() else [])):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Delete what interrupted writes left of files and folders of these names; nobody else may be writing them.
+
+    Args:
+        folder: that they lie in; may be absent.
+        names: patterns, e.g. ``vae`` or ``[0-9]*``.
+    """
+    for name in names:
+        for path in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.old"), *folder.glob(f"{name}.*.tmp")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The rights of a file that is made there: the umask's, or a default ACL's."""
+    probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
+
+
+@contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """What the system refused is an OSError with a file's name, whatever the libraries between make of it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # of a write
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+        cause = error.__context__  # torch
+        code = int(number[1]) if number else cause.errno if isinstance(cause, OSError) else None
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+# reading
+
+
+def read_safetensors(path: Path) -> dict[str, "torch.Tensor"]:
+    """``safetensors.torch.load_file``; a file that may not be read is a PermissionError, not an absent one."""
+    from safetensors.torch import load_file
+
+    open(path, "rb").close()
+    return load_file(path)
+
+
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether an error is about rights or the file system, so that the file may be as good as ever."""
+    return isinstance(error, OSError) and error.errno in OUT_OF_REACH
+
+
+def checksum(path: Path) -> dict:
+    """{"bytes": size, "sha256": hexadecimal digest} of a file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
