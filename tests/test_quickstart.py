@@ -15,14 +15,15 @@ from loss.reconstruction import psnr
 from models.pixels import to_uint8
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY_VAE = ROOT / "pretrained" / "tiny_vae"
+SHIPPED = {"tiny_vae": (4, 8, 8), "miniature_vae": (16, 4, 4)}  # latents at 32 px
 UNSEEN = 1234567  # seed of a set that nothing was trained on
 
 
-def test_the_tiny_vae_reconstructs_shapes_it_has_not_seen():
-    tokenizer, statistics = load_tokenizer(str(TINY_VAE))
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_vae_reconstructs_shapes_it_has_not_seen(name):
+    tokenizer, statistics = load_tokenizer(str(ROOT / "pretrained" / name))
     assert statistics is not None
-    assert tokenizer.latent_shape(32) == (4, 8, 8)
+    assert tokenizer.latent_shape(32) == SHIPPED[name]
     assert all(parameter.dtype == torch.float32 for parameter in tokenizer.parameters())
     images = np.stack([np.asarray(draw_image(UNSEEN, number, 32)[0]).transpose(2, 0, 1) for number in range(200)])
     images = torch.from_numpy(images)
@@ -31,11 +32,13 @@ def test_the_tiny_vae_reconstructs_shapes_it_has_not_seen():
     assert psnr(images, reconstructed).mean() > 33
 
 
-def test_the_tiny_vae_is_the_one_that_its_page_describes():
-    page = (TINY_VAE / "README.md").read_text()
-    for name in ("diffusion_pytorch_model.safetensors", "latents_stats.safetensors", "config.json"):
-        assert checksum(TINY_VAE / name)["sha256"] in page, name
-    assert sum(path.stat().st_size for path in TINY_VAE.iterdir()) < 2e6
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_vae_is_the_one_that_its_page_describes(name):
+    folder = ROOT / "pretrained" / name
+    page = (folder / "README.md").read_text()
+    for file in ("diffusion_pytorch_model.safetensors", "latents_stats.safetensors", "config.json"):
+        assert checksum(folder / file)["sha256"] in page, file
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
 
 
 def test_every_requirement_has_a_version_that_the_tests_passed_with():
