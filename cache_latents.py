@@ -135,7 +135,7 @@ import torch
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_name, latents_folder
-from dataset.packing import PackingJob, check_space, sigterm_as_interrupt
+from dataset.packing import PackingJob, check_space, given_back_if_refused, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from formats.run_folders import PLACES as CHECKPOINT_FOLDERS
 from formats.vae import load_tokenizer
@@ -314,6 +314,20 @@ def make_cache(
 ) -> None:
     """Make what is missing of this process's shards, complete what is complete, say what came out."""
     targets = build_targets(args, folder, networks, images, process)
+    with given_back_if_refused(*(target.packing for target in targets)):
+        make_targets(args, folder, networks, images, targets, process, threads)
+
+
+def make_targets(
+    args: argparse.Namespace,
+    folder: Path,
+    networks: Networks,
+    images: ImageDataset,
+    targets: Sequence[Target],
+    process: Process,
+    threads: int,
+) -> None:
+    """:func:`make_cache`, in folders that are given back if nothing comes of it."""
     complete = [target.packing.begin() for target in targets]
     shards = len(images.shard_counts)
     todo = sorted({number for target in targets for number in target.packing.missing(process.share(shards))})

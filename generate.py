@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dataset.images import DEFAULT_RESOLUTION
-from diffusion import MAX_SEED, PATH_TYPES
+from diffusion import PATH_TYPES
 from errors import UserError
 from formats.run_folders import refuse_foreign
 from inference import LABEL_SAMPLINGS, MODES, ROUNDINGS, WEIGHTS
@@ -194,8 +194,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
     if args.cfg_scale == 1:  # nothing is guided, at any time
         args.guidance_low, args.guidance_high = 0.0, 1.0
-    if args.seed > MAX_SEED:
-        raise UserError(f"--seed {args.seed} has more than 64 bits")
     if args.evaluate is None and (args.metrics or args.ref_cache or args.features != INCEPTION):
         raise UserError("--metrics, --features and --ref-cache belong to --evaluate REF; add it, or leave them out")
     if args.sample_dir is not None and args.sample_dir.exists() and not args.sample_dir.is_dir():
@@ -241,7 +239,7 @@ import torch
 
 from dataset.images import ImageDataset, open_images
 from dataset.npz import npz_bytes
-from dataset.packing import PackingJob, check_space, lock_if_free, sigterm_as_interrupt
+from dataset.packing import PackingJob, check_space, given_back_if_refused, lock_if_free, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from inference.latent_cache import autocast_for, chunk_size
 from inference.sampling import (
@@ -454,20 +452,21 @@ def generate(
     flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path")
     packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags)
     show = print if process.is_main else lambda text: None
-    packing.begin()
-    labels = choose_labels(args.num_fid_samples, classes, args.label_sampling, args.seed)
-    shards = -(-len(labels) // args.shard_size)
-    todo = packing.missing(process.share(shards))
-    if process.is_main:
-        show_plan(args, packing, labels, len(classes), shards)
-    if todo:
-        sampler, _ = build_sampler(args, trained, tokenizer, process)
-        make_shards(args, packing, sampler, labels, todo, process)
-    if not packing.finish(shards, trained.class_names):
-        show(f"{args.sample_dir}: this process's shards are complete; whoever comes last completes the folder")
-        return False
-    complete(packing, args.npz, args.preview, beside)
-    show(f"{args.sample_dir} is complete: {len(labels)} images" + (f", {NPZ_NAME}" if args.npz else ""))
+    with given_back_if_refused(packing):
+        packing.begin()
+        labels = choose_labels(args.num_fid_samples, classes, args.label_sampling, args.seed)
+        shards = -(-len(labels) // args.shard_size)
+        todo = packing.missing(process.share(shards))
+        if process.is_main:
+            show_plan(args, packing, labels, len(classes), shards)
+        if todo:
+            sampler, _ = build_sampler(args, trained, tokenizer, process)
+            make_shards(args, packing, sampler, labels, todo, process)
+        if not packing.finish(shards, trained.class_names):
+            show(f"{args.sample_dir}: this process's shards are complete; whoever comes last completes the folder")
+            return False
+        complete(packing, args.npz, args.preview, beside)
+        show(f"{args.sample_dir} is complete: {len(labels)} images" + (f", {NPZ_NAME}" if args.npz else ""))
     return True
 
 

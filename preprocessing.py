@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.packing import PackingJob, check_space, images_per_shard, sigterm_as_interrupt
+from dataset.packing import PackingJob, check_space, given_back_if_refused, images_per_shard, sigterm_as_interrupt
 from dataset.shards import (
     PackedReader,
     ShardRecord,
@@ -84,8 +84,9 @@ def main(argv: Sequence[str]) -> int:
 
     settings = describe(source, len(items), spec, args.max_images, args.max_pixels, shard_size)
     folder = args.output_path
-    folder.mkdir(parents=True, exist_ok=True)
     packing = PackingJob(folder, spec, settings, flags=FLAGS)
+    packing.refuse_strangers()
+    folder.mkdir(parents=True, exist_ok=True)
     with packing.lock(), sigterm_as_interrupt():
         if packing.is_complete():
             print(f"{folder} is complete already: {len(PackedReader(folder))} images")
@@ -101,7 +102,8 @@ def main(argv: Sequence[str]) -> int:
         to_do = [job for job in jobs if job.number not in records]
         needed = bytes_needed(spec, sum(len(job.items) for job in to_do))
         advice = "take --codec png, fewer --max-images or a smaller --resolution"
-        check_space(folder, needed, advice, approximate=spec.codec != "raw")
+        with given_back_if_refused(packing):
+            check_space(folder, needed, advice, approximate=spec.codec != "raw")
         packer = Packer(folder, spec, source, args.max_pixels)
         records.update(packer.run(to_do, args.num_workers))
         finish(packing, [records[job.number] for job in jobs], source, args.allow_rejected)

@@ -5,6 +5,7 @@ passes through a pipe.
 """
 
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.images import ImageDataset
-from dataset.latents import cache_files
+from dataset.latents import available_memory, cache_files
 from dataset.order import SampleOrder
 from dataset.shards import INDEX_NAME, PackedReader, read_index
 from errors import UserError
@@ -160,8 +161,9 @@ class BatchLoader:
         self._source = _as_source(dataset)
         if hflip and not self._source.has_flipped:
             raise UserError("--hflip needs the latents' mirrored copy: run cache_latents.py again with --hflip")
-        self._reader = _BatchReader(self._source, num_workers, pin_memory)
         self._prefetch = prefetch if num_workers else 0
+        self._check_memory()
+        self._reader = _BatchReader(self._source, num_workers, pin_memory)
         self._ahead: deque[_PendingBatch] = deque()
 
     def __iter__(self) -> "BatchLoader":
@@ -187,6 +189,17 @@ class BatchLoader:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+    def _check_memory(self) -> None:
+        """What is read ahead must fit: a slip of the finger would else fill the machine, slowly."""
+        item = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._source.layout.values())
+        needed, available = item * self._local_size * (self._prefetch + 1), available_memory()
+        if needed > available:
+            raise UserError(
+                f"batches of {self._local_size} items a process, {self._prefetch + 1} of them read ahead, need "
+                f"{needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are available: take a smaller "
+                "--batch-size or --prefetch"
+            )
 
     def _start(self, step: int) -> "_PendingBatch":
         first = step * self._batch_size + self._rank * self._local_size

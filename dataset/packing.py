@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,22 +72,36 @@ class PackingJob:
             path.unlink(missing_ok=True)
         return True
 
+    def refuse_strangers(self) -> None:
+        """A folder with other files in it is not taken; asked before anything is written, the lock included."""
+        if not self.folder.is_dir() or (self.folder / SETTINGS_NAME).exists() or read_index(self.folder) is not None:
+            return
+        strangers = sorted(
+            entry.name for entry in self.folder.iterdir() if entry.name != LOCK_NAME and entry.suffix != ".tmp"
+        )
+        if strangers:
+            raise UserError(
+                f"{self.output_flag} {self.folder} holds other files ({strangers[0]}); give an empty or new folder"
+            )
+
     def claim(self) -> None:
         """Note the settings in a new folder, or compare them with those of the run that began there. Under the lock."""
         path = self.folder / SETTINGS_NAME
         if path.exists():
             self.check_settings(json.loads(path.read_bytes()))
             return
-        strangers = sorted(
-            entry.name
-            for entry in self.folder.iterdir()
-            if entry.name not in (LOCK_NAME, path.name) and entry.suffix != ".tmp"
-        )
-        if strangers:
-            raise UserError(
-                f"{self.output_flag} {self.folder} holds other files ({strangers[0]}); give an empty or new folder"
-            )
+        self.refuse_strangers()
         write_atomically(path, (json.dumps(self.settings) + "\n").encode())
+
+    def give_back(self) -> None:
+        """Leave a claimed folder as it was found, if nothing has been made in it."""
+        files = [path for path in self.folder.rglob("*") if not path.is_dir()]
+        if any(path.name != SETTINGS_NAME and path.suffix != LOCK_NAME and path.name != LOCK_NAME for path in files):
+            return
+        for path in files:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # whichever holds something
+            os.removedirs(self.folder)
 
     def check_settings(self, found: dict) -> None:
         """Refuse to go on with what was made otherwise."""
@@ -115,6 +129,7 @@ class PackingJob:
 
     def begin(self) -> bool:
         """Make or join the folder as one of several independent processes; whether it is complete already."""
+        self.refuse_strangers()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.lock(SHARED_LOCK_SECONDS):
             if self.is_complete():
@@ -147,7 +162,11 @@ class PackingJob:
                 path.unlink(missing_ok=True)
                 yield None
             else:
-                yield ShardWriter(self.folder, self.spec, number)
+                writer = ShardWriter(self.folder, self.spec, number)
+                try:
+                    yield writer
+                finally:
+                    writer.discard()  # what is not finished is begun anew; and a full disk has room again
         finally:
             os.close(descriptor)
 
@@ -212,6 +231,17 @@ def check_space(folder: Path, needed: int, advice: str, approximate: bool = Fals
             f"{folder} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; free some, write elsewhere, or "
             f"{advice}"
         )
+
+
+@contextmanager
+def given_back_if_refused(*jobs: PackingJob) -> Iterator[None]:
+    """A command that is refused after it claimed its folders leaves none: its advice can then be followed."""
+    try:
+        yield
+    except UserError:
+        for job in reversed(jobs):
+            job.give_back()
+        raise
 
 
 @contextmanager

@@ -118,6 +118,10 @@ class ShardWriter:
         with open(self._path, "xb") as file:
             file.truncate(self._start + slots * self.spec.slot_bytes)
 
+    def discard(self) -> None:
+        """Remove what was written; whoever makes the shard next begins anew anyway."""
+        self._path.unlink(missing_ok=True)
+
     def __enter__(self) -> "ShardWriter":
         self._descriptor = os.open(self._path, os.O_RDWR)
         return self

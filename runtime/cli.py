@@ -15,7 +15,10 @@ EXIT_OK = 0
 EXIT_FAILED = 1  # the run itself failed, e.g. a diverged training
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+LARGEST = 2**63  # what seeds, counts and steps are kept in
 _WRONG_PATHS = {
+    errno.ENOENT: "no such file or folder, and none can be made there; give another path",
+    errno.ELOOP: "a symbolic link that leads to itself; give another path",
     errno.ENOTDIR: "a part of this path is a file, not a folder; give another path",
     errno.EEXIST: "a file is where a folder is to be made; give another path",
     errno.EISDIR: "it is a folder, not a file; give another path",
@@ -92,11 +95,22 @@ def fraction(text: str) -> float:
     return value
 
 
+def fraction_below_one(text: str) -> float:
+    """An argparse type: a number in [0, 1)."""
+    value = fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("must be less than 1")
+    return value
+
+
 def _number(text: str, kind: type):
     try:
-        return kind(text)
+        value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+    if kind is int and abs(value) >= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be less than {LARGEST}, got {text[:40]}")
+    return value
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -61,6 +61,7 @@ def test_one_line_and_exit_code_2(
 ):
     argv = case.prepare(tmp_path, monkeypatch)
     capsys.readouterr()
+    before = set(tmp_path.rglob("*"))
     try:
         code = run(main, argv)
     except SystemExit as exit_:  # argparse
@@ -71,6 +72,8 @@ def test_one_line_and_exit_code_2(
     for part in case.expect:
         assert part in lines[0]
     assert not list(tmp_path.rglob(export_vae_cases.MARK)), "code in a file was run"
+    left = sorted(str(path.relative_to(tmp_path)) for path in set(tmp_path.rglob("*")) - before)
+    assert not left or case.keeps_work, "a refused command leaves nothing behind"
 
 
 def test_the_pickles_of_the_table_would_run_their_code(tmp_path: Path):

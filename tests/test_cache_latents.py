@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from models.encoders import build_encoder
 from models.latent_statistics import latent_moments
 from models.tokenizers import Tokenizer
 from models.tokenizers.kl import KLTokenizer
+from runtime.cli import EXIT_USER_ERROR, run
 from tests.latent_caches import flags, overflow, save_vae, too_large
 from tests.photographs import random_image
 
@@ -359,3 +361,14 @@ def test_checksum_is_of_weights_and_architecture(vae, tmp_path):
     second.load_state_dict(first.state_dict())
     second.network.register_to_config(act_fn="gelu")
     assert first.checksum() != second.checksum()
+
+
+def test_the_advice_on_a_full_disk_can_be_followed(data, vae, tmp_path, monkeypatch, capsys):
+    """float32 does not fit, float16 does."""
+    usage = SimpleNamespace(free=COUNT * 512 * 3)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    folder = tmp_path / "cache"
+    assert run(cache_latents.main, flags(data, vae, folder, dtype="float32")) == EXIT_USER_ERROR
+    assert "take --dtype float16" in capsys.readouterr().err
+    assert not folder.exists()
+    assert run(cache_latents.main, flags(data, vae, folder, dtype="float16")) == 0

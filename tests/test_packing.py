@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dataset import packing
-from dataset.packing import PackingJob
+from dataset.packing import PackingJob, given_back_if_refused
 from dataset.shards import PackedReader, ShardSpec
 from errors import UserError
 from runtime.processes import this_process
@@ -142,3 +142,29 @@ def test_processes_are_read_from_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "three")
     with pytest.raises(UserError, match="WORLD_SIZE=three"):
         this_process()
+
+
+def test_a_refused_command_gives_its_folder_back(tmp_path):
+    """So that its advice, another setting, is not refused in turn; what was made is kept."""
+    folder = tmp_path / "new" / "cache"
+    with pytest.raises(UserError, match="take less"), given_back_if_refused(job(folder)):
+        job(folder).begin()
+        with job(folder).shard(0) as writer:
+            writer.create(SIZE)
+            raise UserError("take less")
+    assert not list(tmp_path.iterdir())
+    assert not job(folder, dtype="float16").begin()
+    with pytest.raises(UserError), given_back_if_refused(job(folder, dtype="float16")):
+        with job(folder).shard(0) as writer:
+            write(writer)
+        raise UserError("later")
+    # the shard stays, and with it what it was made with
+    with pytest.raises(UserError, match="begun with another"):
+        job(folder, dtype="float32").begin()
+
+
+def test_a_folder_of_others_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
+        job(tmp_path).begin()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

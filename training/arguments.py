@@ -6,7 +6,14 @@ from pathlib import Path
 from diffusion import PATH_TYPES, WEIGHTINGS
 from errors import UserError
 from models.denoisers import DENOISERS
-from runtime.cli import add_debug_argument, fraction, non_negative_float, non_negative_int, positive_int
+from runtime.cli import (
+    add_debug_argument,
+    fraction,
+    fraction_below_one,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+)
 from runtime.repae_flags import default_data_dir
 
 FEATURE_NORMS = ("none", "channel", "token")
@@ -205,8 +212,8 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
         help="of all networks but the discriminator; muon: Muon for matrices and convolutions, AdamW for the rest, at "
         "one learning rate (a small VAE from scratch learns several times faster)",
     )
-    group.add_argument("--adam-beta1", type=fraction, default=0.9, metavar="X", help="AdamW's first beta")
-    group.add_argument("--adam-beta2", type=fraction, default=0.999, metavar="X", help="AdamW's second beta")
+    group.add_argument("--adam-beta1", type=fraction_below_one, default=0.9, metavar="X", help="AdamW's first beta")
+    group.add_argument("--adam-beta2", type=fraction_below_one, default=0.999, metavar="X", help="AdamW's second beta")
     group.add_argument("--adam-weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's decay")
     group.add_argument("--adam-epsilon", type=non_negative_float, default=1e-8, metavar="X", help="AdamW's epsilon")
     group.add_argument(

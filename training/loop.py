@@ -21,6 +21,7 @@ from training.run import Run
 from training.stop import StopFlag
 
 MAX_CONSECUTIVE_SKIPS = 100  # fp16's scaler needs a handful of skipped steps to find its scale
+FEW_SKIPS = 4
 VANISHED_GRADIENT = 1e-7
 
 
@@ -147,7 +148,10 @@ class Loop:
         if non_finite:
             names = ", ".join(f"{name} ({count}×)" for name, count in non_finite.items())
             logger.warning("non-finite values up to step %d: %s; those steps changed nothing", step, names)
-        if in_a_row >= MAX_CONSECUTIVE_SKIPS:
+        allowed = MAX_CONSECUTIVE_SKIPS
+        if step == self.max_steps:  # what ends in skipped steps is not finished, however short it was
+            allowed = min(allowed, max(FEW_SKIPS, (self.max_steps - self.start_step) // 2))
+        if in_a_row >= allowed:
             names = ", ".join(non_finite) or "the gradient"
             raise TrainingFailed(
                 f"the last {in_a_row} steps were skipped: {names} is not finite; the weights are those of the last "

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -154,6 +154,9 @@ class Run:
         self.folder, self.accelerator, self.arguments = Path(folder), accelerator, arguments
         self.is_main = accelerator.is_main_process
         self._lock = None
+        # of what was not there before, nothing stays if the command is refused before it begins
+        self._has_begun = False
+        self._found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder / ".lock")
@@ -209,6 +212,7 @@ class Run:
         Args:
             step: that the run continues from; 0: it begins.
         """
+        self._has_begun = True
         if not self.is_main:
             return
         if step and (aside := CheckpointFolder(self.folder).set_aside_newer(step)):
@@ -296,8 +300,18 @@ class Run:
         else:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+        if not is_good and self.is_main and not self._has_begun:
+            self._leave_nothing()
         if self._lock is not None:
             self._lock.close()
+
+    def _leave_nothing(self) -> None:
+        """A refused command's lock and log, and its folder where that was new."""
+        setup_logging(None)
+        for name in {".lock", "log.txt"} - self._found:
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # whichever holds something
+            os.removedirs(self.folder)
 
     def _append(self, name: str, record: dict) -> None:
         if self.is_main:

@@ -194,7 +194,8 @@ CASES = [
     Case("latents not finite", spoiled_by(overflow), ("images-00000.npy[0]", "not finite")),
     Case("not enough space", patched(with_flags(), shutil__disk_usage=lambda path: no_space),
          ("0.00 GB are free", "--dtype float16", "--hflip")),
-    Case("disk full", patched(with_flags(), dataset__shards__os__pwrite=full), ("no space left", "kept")),
-    Case("folder locked", lock_held, ("another run is writing", "--vae-latents-name")),
+    Case("disk full", patched(with_flags(), dataset__shards__os__pwrite=full), ("no space left", "kept"),
+         keeps_work=True),
+    Case("folder locked", lock_held, ("another run is writing", "--vae-latents-name"), keeps_work=True),
     Case("rank without a world", in_environment(RANK="3"), ("RANK=3", "WORLD_SIZE=1")),
 ]  # fmt: skip

@@ -157,7 +157,7 @@ CASES = [
     Case("parquet damaged", with_source(damaged_parquet), ("not a readable parquet",)),
     Case("packed dataset as the source", packed_source, ("packed dataset already",)),
     Case("too many rejected", lambda path, _: command(class_folders(path / "in", bad=1), path / "out"),
-         ("1 of 5 files (20.0 %)", "rejected.csv", "--allow-rejected")),
+         ("1 of 5 files (20.0 %)", "rejected.csv", "--allow-rejected"), keeps_work=True),
     Case("resolution no multiple of 32", with_flags("--resolution", "100"), ("--resolution", "multiple of 32", "96")),
     Case("no images wanted", with_flags("--max-images", "0"), ("--max-images", "at least 1")),
     Case("no number", with_flags("--num-workers", "many"), ("--num-workers", "not an integer")),
@@ -171,5 +171,5 @@ CASES = [
     Case("other photographs", other_photographs, ("another --imagenet-path", "fingerprint")),
     Case("a shard was deleted", shard_deleted, ("images-00000.npy is missing", "preprocessing")),
     Case("not enough space", full_disk, ("0.00 GB are free", "--codec png")),
-    Case("two runs at once", locked, ("another run is writing",)),
+    Case("two runs at once", locked, ("another run is writing",), keeps_work=True),
 ]  # fmt: skip

@@ -177,7 +177,7 @@ CASES = [
     Case("uniformity of a collapsed VAE", with_flags("uniformity", vae=collapsed), ("has collapsed",)),
     Case("mixtures of a collapsed VAE", with_flags("discrimination", vae=collapsed, components="2"),
          ("latents are constant", "has collapsed")),
-    Case("pictures of a collapsed VAE", with_flags("pictures", vae=collapsed), ("has collapsed",)),
+    Case("pictures of a collapsed VAE", with_flags("pictures", vae=collapsed), ("has collapsed",), keeps_work=True),
     Case("uniformity of two images", with_flags("uniformity", num_points=2), ("--num-points 2", "at least 3")),
     Case("a measurement of another VAE is there", another_vae_was_probed,
          ("probe-uniformity.json", "raw pixels", "--name")),

@@ -65,7 +65,7 @@ def disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "vae.safetensors")
 
-    monkeypatch.setattr("runtime.checkpoint.save_file", full)
+    monkeypatch.setattr("runtime.checkpoint.write_safetensors", full)
     return flags(photographs(tmp_path / "images"), tmp_path / "exps", max_train_steps=1)
 
 
@@ -96,5 +96,5 @@ CASES = [
         ("--vae-align-proj-coeff 1.0, not 1.5", "--exp-name"),
     ),
     Case("another VAE on resume", with_flags(exp_name=begun_run(vae_config={})), ("a VAE of another architecture",)),
-    Case("disk full", disk_full, ("no space left", "vae.safetensors")),
+    Case("disk full", disk_full, ("no space left", "vae.safetensors"), keeps_work=True),
 ]

@@ -121,7 +121,7 @@ def disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "model.safetensors")
 
-    monkeypatch.setattr("runtime.checkpoint.save_file", full)
+    monkeypatch.setattr("runtime.checkpoint.write_safetensors", full)
     return flags(photographs(tmp_path / "images"), tmp_path / "exps", align_coeff=0)
 
 
@@ -208,5 +208,5 @@ CASES = [
     Case("no such checkpoint", with_flags(resume_step=5), ("--resume-step 5",)),
     Case("damaged checkpoints", with_flags(exp_name=damaged_checkpoints), ("checkpoint", "--exp-name")),
     Case("not a run", with_flags(continue_train_exp_dir="configs"), ("--continue-train-exp-dir", "args.json")),
-    Case("disk full", disk_full, ("no space left", "model.safetensors")),
+    Case("disk full", disk_full, ("no space left", "model.safetensors"), keeps_work=True),
 ]
