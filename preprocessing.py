@@ -86,8 +86,7 @@ def main(argv: Sequence[str]) -> int:
     folder = args.output_path
     packing = PackingJob(folder, spec, settings, flags=FLAGS)
     packing.refuse_strangers()
-    folder.mkdir(parents=True, exist_ok=True)
-    with packing.lock(), sigterm_as_interrupt():
+    with given_back_if_refused(packing), packing.lock(), sigterm_as_interrupt():
         if packing.is_complete():
             print(f"{folder} is complete already: {len(PackedReader(folder))} images")
             return 0
@@ -102,8 +101,7 @@ def main(argv: Sequence[str]) -> int:
         to_do = [job for job in jobs if job.number not in records]
         needed = bytes_needed(spec, sum(len(job.items) for job in to_do))
         advice = "take --codec png, fewer --max-images or a smaller --resolution"
-        with given_back_if_refused(packing):
-            check_space(folder, needed, advice, approximate=spec.codec != "raw")
+        check_space(folder, needed, advice, approximate=spec.codec != "raw")
         packer = Packer(folder, spec, source, args.max_pixels)
         records.update(packer.run(to_do, args.num_workers))
         finish(packing, [records[job.number] for job in jobs], source, args.allow_rejected)

@@ -53,6 +53,7 @@ class PackingJob:
     settings: dict
     output_flag: str = "--output-path"
     flags: Mapping[str, str] = field(default_factory=dict)
+    _claimed: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)  # files of this job's
 
     def is_complete(self) -> bool:
         """Whether there is a complete dataset with these settings; tidies up if a run was killed right before its end.
@@ -92,16 +93,25 @@ class PackingJob:
             return
         self.refuse_strangers()
         write_atomically(path, (json.dumps(self.settings) + "\n").encode())
+        self._claimed.append(path)
 
-    def give_back(self) -> None:
-        """Leave a claimed folder as it was found, if nothing has been made in it."""
+    def give_back(self, found: Path) -> None:
+        """Leave a folder that this job claimed as it was, if nothing has been made in it.
+
+        Args:
+            found: the folder, or the nearest one above it that was there before.
+        """
+        if not self._claimed:
+            return
         files = [path for path in self.folder.rglob("*") if not path.is_dir()]
         if any(path.name != SETTINGS_NAME and path.suffix != LOCK_NAME and path.name != LOCK_NAME for path in files):
             return
         for path in files:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # whichever holds something
-            os.removedirs(self.folder)
+        empty = [self.folder, *self.folder.parents]
+        with suppress(OSError):  # one that holds something
+            for path in empty[: empty.index(found)]:
+                path.rmdir()
 
     def check_settings(self, found: dict) -> None:
         """Refuse to go on with what was made otherwise."""
@@ -116,10 +126,11 @@ class PackingJob:
 
     @contextmanager
     def lock(self, seconds: float | None = None) -> Iterator[None]:
-        """Keep other processes out of the folder; one that does not get in for ``seconds`` ends in one line.
+        """Make the folder and keep others out of it; one that does not get in for ``seconds`` ends in one line.
 
         Forked workers hold the lock too: it outlasts a kill until all of them are gone.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         busy = f"another run is writing into {self.folder}; wait for it or give another {self.output_flag}"
         descriptor = _lock_file(self.folder / LOCK_NAME, LOCK_SECONDS if seconds is None else seconds, busy)
         try:
@@ -130,7 +141,6 @@ class PackingJob:
     def begin(self) -> bool:
         """Make or join the folder as one of several independent processes; whether it is complete already."""
         self.refuse_strangers()
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self.lock(SHARED_LOCK_SECONDS):
             if self.is_complete():
                 return True
@@ -236,11 +246,12 @@ def check_space(folder: Path, needed: int, advice: str, approximate: bool = Fals
 @contextmanager
 def given_back_if_refused(*jobs: PackingJob) -> Iterator[None]:
     """A command that is refused after it claimed its folders leaves none: its advice can then be followed."""
+    found = [next(path for path in (job.folder, *job.folder.parents) if path.exists()) for job in jobs]
     try:
         yield
     except UserError:
-        for job in reversed(jobs):
-            job.give_back()
+        for job, place in zip(reversed(jobs), reversed(found), strict=True):
+            job.give_back(place)
         raise
 
 

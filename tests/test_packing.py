@@ -147,15 +147,16 @@ def test_processes_are_read_from_the_environment(monkeypatch):
 def test_a_refused_command_gives_its_folder_back(tmp_path):
     """So that its advice, another setting, is not refused in turn; what was made is kept."""
     folder = tmp_path / "new" / "cache"
-    with pytest.raises(UserError, match="take less"), given_back_if_refused(job(folder)):
-        job(folder).begin()
-        with job(folder).shard(0) as writer:
+    first, second = job(folder), job(folder, dtype="float16")
+    with pytest.raises(UserError, match="take less"), given_back_if_refused(first):
+        first.begin()
+        with first.shard(0) as writer:
             writer.create(SIZE)
             raise UserError("take less")
     assert not list(tmp_path.iterdir())
-    assert not job(folder, dtype="float16").begin()
-    with pytest.raises(UserError), given_back_if_refused(job(folder, dtype="float16")):
-        with job(folder).shard(0) as writer:
+    with pytest.raises(UserError, match="later"), given_back_if_refused(second):
+        assert not second.begin()
+        with second.shard(0) as writer:
             write(writer)
         raise UserError("later")
     # the shard stays, and with it what it was made with

@@ -156,6 +156,7 @@ class Run:
         self._lock = None
         # of what was not there before, nothing stays if the command is refused before it begins
         self._has_begun = False
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self._found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -310,8 +311,9 @@ class Run:
         setup_logging(None)
         for name in {".lock", "log.txt"} - self._found:
             (self.folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # whichever holds something
-            os.removedirs(self.folder)
+        with suppress(OSError):  # whichever holds something, or was there before
+            for path in self._made:
+                path.rmdir()
 
     def _append(self, name: str, record: dict) -> None:
         if self.is_main:
