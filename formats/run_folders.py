@@ -25,7 +25,7 @@ def status_of(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text())
-    kinds = {"state": str, "step": int, "max_train_steps": int}
+    kinds = {"state": str, "step": int}
     if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"it does not hold {', '.join(kinds)}")
     return content

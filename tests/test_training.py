@@ -421,3 +421,12 @@ def test_stop_flag_remembers_a_signal_and_gives_the_handlers_back(number):
     assert flag.received == number
     flag.restore()
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"state": 3, "step": 1}', '{"state": "finished"}'])
+def test_a_damaged_status_is_one_line(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    run = Run(tmp_path, Accelerator(cpu=True), {"max_train_steps": 5})
+    with pytest.raises(UserError, match=r"status.json is damaged .*delete it"):
+        run.is_finished(5)
+    run.finish()
