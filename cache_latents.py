@@ -314,7 +314,8 @@ def make_cache(
 ) -> None:
     """Make what is missing of this process's shards, complete what is complete, say what came out."""
     targets = build_targets(args, folder, networks, images, process)
-    with given_back_if_refused(*(target.packing for target in targets)):
+    alone = process.world_size == 1
+    with given_back_if_refused(*(target.packing for target in targets)) if alone else nullcontext():
         make_targets(args, folder, networks, images, targets, process, threads)
 
 

@@ -35,14 +35,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with _as_os_error(temporary):
-            yield temporary
-            flush(temporary)
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # a full disk must have room again for what is said of it
             temporary.unlink(missing_ok=True)
         raise
-    os.replace(temporary, path)
     flush(path.parent)
 
 
@@ -54,17 +53,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     temporary, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    _put_back(replaced)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with _as_os_error(temporary):
-            yield temporary
-            mode = _mode_of_new_files(temporary)
-            for path in sorted(temporary.rglob("*")):
-                if path.is_file():
-                    path.chmod(mode)
-                flush(path)
-            flush(temporary)
+        yield temporary
+        mode = _mode_of_new_files(temporary)
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                path.chmod(mode)
+            flush(path)
+        flush(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -78,7 +77,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that, whenever the machine stops, it is there whole or not at all."""
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, as_os_error(temporary):
         temporary.write_bytes(data)
 
 
@@ -97,7 +96,7 @@ def write_safetensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None
 
     path = Path(path)
     mode = _mode_of_new_files(path.parent)
-    with _as_os_error(path):
+    with as_os_error(path):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     path.chmod(mode)
 
@@ -111,7 +110,7 @@ def write_torch(content: object, path: Path) -> None:
     import torch
 
     # through Python, because torch's own files do not say what went wrong
-    with _as_os_error(path), open(path, "wb") as file:
+    with as_os_error(path), open(path, "wb") as file:
         torch.save(content, file)
 
 
@@ -133,8 +132,17 @@ def remove_leftovers(folder: Path, *names: str) -> None:
         names: patterns, e.g. ``vae`` or ``[0-9]*``.
     """
     for name in names:
+        for replaced in folder.glob(f".{name}.old"):
+            _put_back(replaced)
         for path in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.old"), *folder.glob(f"{name}.*.tmp")):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _put_back(replaced: Path) -> None:
+    """Killed between its two renames, :func:`whole_folder` leaves the only good copy as ``.NAME.old``."""
+    folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
 
 
 def _mode_of_new_files(folder: Path) -> int:
@@ -147,8 +155,8 @@ def _mode_of_new_files(folder: Path) -> int:
 
 
 @contextmanager
-def _as_os_error(path: Path) -> Iterator[None]:
-    """What the system refused is an OSError with a file's name, whatever the libraries between make of it."""
+def as_os_error(path: Path) -> Iterator[None]:
+    """While a library writes this file or folder: what the system refused is an OSError with its name."""
     try:
         yield
     except OSError as error:
@@ -156,8 +164,8 @@ def _as_os_error(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
-        cause = error.__context__  # torch
+        number = re.search(r"\(os error (\d+)\)", str(error))  # what safetensors says
+        cause = error.__context__ if isinstance(error, RuntimeError) else None  # what torch hides
         code = int(number[1]) if number else cause.errno if isinstance(cause, OSError) else None
         if code is None:
             raise

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     folder = args.output_path
     packing = PackingJob(folder, spec, settings, flags=FLAGS)
     packing.refuse_strangers()
-    with given_back_if_refused(packing), packing.lock(), sigterm_as_interrupt():
+    with packing.lock(), given_back_if_refused(packing), sigterm_as_interrupt():
         if packing.is_complete():
             print(f"{folder} is complete already: {len(PackedReader(folder))} images")
             return 0

@@ -53,7 +53,8 @@ class PackingJob:
     settings: dict
     output_flag: str = "--output-path"
     flags: Mapping[str, str] = field(default_factory=dict)
-    _claimed: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)  # files of this job's
+    _claimed: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)  # the settings, if ours
+    _made: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)  # folders, innermost first
 
     def is_complete(self) -> bool:
         """Whether there is a complete dataset with these settings; tidies up if a run was killed right before its end.
@@ -75,12 +76,13 @@ class PackingJob:
 
     def refuse_strangers(self) -> None:
         """A folder with other files in it is not taken; asked before anything is written, the lock included."""
-        if not self.folder.is_dir() or (self.folder / SETTINGS_NAME).exists() or read_index(self.folder) is not None:
+        if not self.folder.is_dir():
             return
-        strangers = sorted(
-            entry.name for entry in self.folder.iterdir() if entry.name != LOCK_NAME and entry.suffix != ".tmp"
-        )
-        if strangers:
+        # listed before it is asked whether the folder is ours: another process may claim it at this moment
+        entries = [entry for entry in self.folder.iterdir() if entry.suffix not in (".tmp", ".lock")]
+        strangers = sorted(entry.name for entry in entries if entry.name not in (LOCK_NAME, SETTINGS_NAME))
+        is_ours = (self.folder / SETTINGS_NAME).exists() or read_index(self.folder) is not None
+        if strangers and not is_ours:
             raise UserError(
                 f"{self.output_flag} {self.folder} holds other files ({strangers[0]}); give an empty or new folder"
             )
@@ -95,12 +97,8 @@ class PackingJob:
         write_atomically(path, (json.dumps(self.settings) + "\n").encode())
         self._claimed.append(path)
 
-    def give_back(self, found: Path) -> None:
-        """Leave a folder that this job claimed as it was, if nothing has been made in it.
-
-        Args:
-            found: the folder, or the nearest one above it that was there before.
-        """
+    def give_back(self) -> None:
+        """Leave a folder that this job claimed as it was, if nothing has been made in it."""
         if not self._claimed:
             return
         files = [path for path in self.folder.rglob("*") if not path.is_dir()]
@@ -108,9 +106,8 @@ class PackingJob:
             return
         for path in files:
             path.unlink(missing_ok=True)
-        empty = [self.folder, *self.folder.parents]
         with suppress(OSError):  # one that holds something
-            for path in empty[: empty.index(found)]:
+            for path in self._made:
                 path.rmdir()
 
     def check_settings(self, found: dict) -> None:
@@ -130,6 +127,7 @@ class PackingJob:
 
         Forked workers hold the lock too: it outlasts a kill until all of them are gone.
         """
+        self._made.extend(path for path in (self.folder, *self.folder.parents) if not path.exists())
         self.folder.mkdir(parents=True, exist_ok=True)
         busy = f"another run is writing into {self.folder}; wait for it or give another {self.output_flag}"
         descriptor = _lock_file(self.folder / LOCK_NAME, LOCK_SECONDS if seconds is None else seconds, busy)
@@ -245,13 +243,15 @@ def check_space(folder: Path, needed: int, advice: str, approximate: bool = Fals
 
 @contextmanager
 def given_back_if_refused(*jobs: PackingJob) -> Iterator[None]:
-    """A command that is refused after it claimed its folders leaves none: its advice can then be followed."""
-    found = [next(path for path in (job.folder, *job.folder.parents) if path.exists()) for job in jobs]
+    """A command that is refused after it claimed its folders leaves none: its advice can then be followed.
+
+    Not for one of several processes: the others may have joined the folders.
+    """
     try:
         yield
     except UserError:
-        for job, place in zip(reversed(jobs), reversed(found), strict=True):
-            job.give_back(place)
+        for job in reversed(jobs):
+            job.give_back()
         raise
 
 

@@ -46,6 +46,8 @@ def difference_tables(rows: Sequence[Row], baseline: str) -> list[Table]:
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """Mean of the differences of pairs, and half the width of its 95 % interval by Student's t; NaN for one pair."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return math.nan, math.nan
     if len(differences) < 2:
         return differences[0], math.nan
     error = statistics.stdev(differences) / math.sqrt(len(differences))

@@ -227,7 +227,8 @@ class CheckpointFolder:
         """Delete all whole checkpoints but the newest ``keep``, and what an interrupted save left."""
         for checkpoint in self.list()[keep:]:
             # renamed first: half a deleted folder must not look like a damaged checkpoint
-            doomed = checkpoint.folder.with_name(f".{checkpoint.folder.name}.old")
+            doomed = checkpoint.folder.with_name(f".{checkpoint.folder.name}.tmp")
+            shutil.rmtree(doomed, ignore_errors=True)
             checkpoint.folder.rename(doomed)
         self.remove_leftovers()
 

@@ -17,7 +17,7 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 LARGEST = 2**63  # what seeds, counts and steps are kept in
 _WRONG_PATHS = {
-    errno.ENOENT: "no such file or folder, and none can be made there; give another path",
+    errno.ENOENT: "no such file or folder",
     errno.ELOOP: "a symbolic link that leads to itself; give another path",
     errno.ENOTDIR: "a part of this path is a file, not a folder; give another path",
     errno.EEXIST: "a file is where a folder is to be made; give another path",

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,6 +18,7 @@ import torch
 
 import export_vae
 import train_sendvae
+from errors import UserError
 from files import (
     is_out_of_reach,
     read_safetensors,
@@ -211,6 +213,33 @@ def test_a_stale_handle_says_nothing_of_the_file(tmp_path, monkeypatch, capsys):
     assert not is_out_of_reach(FileNotFoundError(errno.ENOENT, "no"))
     with pytest.raises(FileNotFoundError):
         read_safetensors(tmp_path / "none.safetensors")
+
+
+def test_an_error_of_the_content_stays_what_it_is(tmp_path):
+    """Also one that a missing file of the source caused."""
+    for write in (whole_file, whole_folder):
+        with pytest.raises(UserError, match="run the same command again"), write(tmp_path / "x"):
+            try:
+                (tmp_path / "source").read_text()
+            except FileNotFoundError:
+                raise UserError("run the same command again") from None
+
+
+def test_the_good_copy_survives_a_kill_between_the_two_renames(tmp_path):
+    """And a retry that fails too."""
+    for retry in (lambda: remove_leftovers(tmp_path, "vae"), lambda: fail_inside(tmp_path / "vae")):
+        (tmp_path / ".vae.old").mkdir()
+        (tmp_path / ".vae.old" / "x").write_text("good")
+        (tmp_path / ".vae.tmp").mkdir()
+        retry()
+        assert (tmp_path / "vae" / "x").read_text() == "good"
+        shutil.rmtree(tmp_path / "vae")
+        assert not list(tmp_path.iterdir())
+
+
+def fail_inside(folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError), whole_folder(folder):
+        raise ZeroDivisionError
 
 
 def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):

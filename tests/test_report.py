@@ -13,6 +13,7 @@ import report
 from errors import UserError
 from metrics.record import Measurement, write_measurement
 from reporting.correlation import distinguishing_parts, pearson
+from reporting.differences import paired_difference
 from reporting.gather import gather
 from reporting.results import with_means
 from reporting.runs import find_runs
@@ -183,6 +184,7 @@ def test_presets_differ_from_a_baseline_seed_by_seed(tmp_path, capsys):
     out = printed(capsys, tmp_path / "*-ldm", "--no-html", "--baseline", "miniature/none", "--format", "markdown")
     row = next(line for line in out.splitlines() if line.startswith("| miniature/depth2 | 2 | -2 ±"))
     assert "*" not in row  # one is better, one worse
+    assert all(map(math.isnan, paired_difference([1.0, math.nan], [2.0, 3.0])))
     page = tmp_path / "page.html"
     assert report.main([str(tmp_path / "*-ldm"), "--html", str(page), "--baseline", "miniature/none"]) == 0
     assert "differences to miniature/none" in page.read_text()

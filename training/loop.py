@@ -98,7 +98,8 @@ class Loop:
                 if self.saved_step == step:  # a signal during the save counts now, not after a step that is saved again
                     stopping = stop.poll() or stopping
                 if stopping and step < self.max_steps:
-                    self._announce_stop(stop.received)
+                    if self.saved_step != step:
+                        self._announce_stop(stop.received)
                     self._save(step)
                     self.run.set_status("stopped", step, self.max_steps, f"signal {stop.received}")
                     logger.info("stopped by signal %d after step %d; the same command resumes", stop.received, step)

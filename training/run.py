@@ -301,13 +301,13 @@ class Run:
         else:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        if not is_good and self.is_main and not self._has_begun:
-            self._leave_nothing()
         if self._lock is not None:
             self._lock.close()
 
-    def _leave_nothing(self) -> None:
-        """A refused command's lock and log, and its folder where that was new."""
+    def leave_nothing(self) -> None:
+        """Remove the lock and the log of a command that was refused before it began, and its folder if that was new."""
+        if self._has_begun or not self.is_main:
+            return
         setup_logging(None)
         for name in {".lock", "log.txt"} - self._found:
             (self.folder / name).unlink(missing_ok=True)
@@ -335,6 +335,9 @@ def open_run(folder: Path, accelerator: Accelerator, arguments: dict[str, Any]) 
     try:
         yield run
         is_good = True
+    except UserError:
+        run.leave_nothing()
+        raise
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory ({str(error).splitlines()[0]}): {_less_memory(run.arguments)}") from error
     finally:

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from files import as_os_error
 from models.pixels import to_signed
 from models.tokenizers.base import Code, Tokenizer
 from models.weight_files import weights_checksum
@@ -159,7 +160,8 @@ class KLTokenizer(Tokenizer):
             statistics = self.statistics.tensors()
             std = statistics["std"].double() * network.config.scaling_factor  # its pipelines divide by it
             network.register_to_config(latents_mean=statistics["mean"].tolist(), latents_std=std.tolist())
-        network.save_pretrained(folder, safe_serialization=True)
+        with as_os_error(folder):
+            network.save_pretrained(folder, safe_serialization=True)
 
 
 def list_or_value(value):
