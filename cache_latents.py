@@ -190,8 +190,10 @@ def main(argv: Sequence[str]) -> int:
             if args.dry_run:
                 dry_run(args, networks, images, process, threads)
             else:
-                with sigterm_as_interrupt():
-                    make_cache(args, folder, networks, images, process, threads)
+                targets = build_targets(args, folder, networks, images, process)
+                jobs, alone = [target.packing for target in targets], process.world_size == 1
+                with sigterm_as_interrupt(), given_back_if_refused(*jobs, alone=alone):
+                    make_cache(args, folder, networks, images, targets, process, threads)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory ({str(error).splitlines()[0]}): free the GPU of other processes, or add "
@@ -310,16 +312,6 @@ def build_specs(args: argparse.Namespace, networks: Networks) -> dict[str, Shard
 
 
 def make_cache(
-    args: argparse.Namespace, folder: Path, networks: Networks, images: ImageDataset, process: Process, threads: int
-) -> None:
-    """Make what is missing of this process's shards, complete what is complete, say what came out."""
-    targets = build_targets(args, folder, networks, images, process)
-    alone = process.world_size == 1
-    with given_back_if_refused(*(target.packing for target in targets)) if alone else nullcontext():
-        make_targets(args, folder, networks, images, targets, process, threads)
-
-
-def make_targets(
     args: argparse.Namespace,
     folder: Path,
     networks: Networks,
@@ -328,7 +320,7 @@ def make_targets(
     process: Process,
     threads: int,
 ) -> None:
-    """:func:`make_cache`, in folders that are given back if nothing comes of it."""
+    """Make what is missing of this process's shards, complete what is complete, say what came out."""
     complete = [target.packing.begin() for target in targets]
     shards = len(images.shard_counts)
     todo = sorted({number for target in targets for number in target.packing.missing(process.share(shards))})

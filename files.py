@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,11 +31,17 @@ OUT_OF_REACH = frozenset(
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file under another name, of this process alone on any machine; it takes its place when it is complete."""
+    """Write a file under another name, of this process alone on any machine; it takes its place when it is complete.
+
+    It gets the rights of the umask, whatever library wrote it, and is on the disk before it has its name.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)
         flush(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -57,8 +63,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # a folder's rights without those of going through it
         yield temporary
-        mode = _mode_of_new_files(temporary)
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 path.chmod(mode)
@@ -87,18 +93,15 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
-    """Tensors by name into a file with the rights of the umask; the library's own are the owner's alone.
+    """Tensors by name. The library makes files that are the owner's alone: inside :func:`whole_file` or a folder only.
 
     Raises:
         OSError: in the place of safetensors' own error, so that a full disk is told as one.
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    mode = _mode_of_new_files(path.parent)
     with as_os_error(path):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(mode)
 
 
 def write_torch(content: object, path: Path) -> None:
@@ -112,6 +115,18 @@ def write_torch(content: object, path: Path) -> None:
     # through Python, because torch's own files do not say what went wrong
     with as_os_error(path), open(path, "wb") as file:
         torch.save(content, file)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there yet, innermost first: what making it makes."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, innermost first, up to the first that holds something."""
+    with suppress(OSError):
+        for path in folders:
+            path.rmdir()
 
 
 def flush(path: Path) -> None:
@@ -143,15 +158,6 @@ def _put_back(replaced: Path) -> None:
     folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
     if replaced.exists() and not folder.exists():
         replaced.rename(folder)
-
-
-def _mode_of_new_files(folder: Path) -> int:
-    """The rights of a file that is made there: the umask's, or a default ACL's."""
-    probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    return mode
 
 
 @contextmanager

@@ -20,7 +20,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from dataset.images import DEFAULT_RESOLUTION
@@ -453,7 +452,7 @@ def generate(
     flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path")
     packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags)
     show = print if process.is_main else lambda text: None
-    with given_back_if_refused(packing) if process.world_size == 1 else nullcontext():
+    with given_back_if_refused(packing, alone=process.world_size == 1):
         packing.begin()
         labels = choose_labels(args.num_fid_samples, classes, args.label_sampling, args.seed)
         shards = -(-len(labels) // args.shard_size)

@@ -21,13 +21,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from difflib import get_close_matches
 from pathlib import Path
 
 from dataset.attributes import READERS
 from errors import UserError
 from metrics.arguments import CHECKPOINT_FLAG, add_output_arguments, add_vae_arguments
-from models.encoders import ENCODERS
 from runtime.cli import ArgumentParser, add_debug_argument, answer_early, non_negative_int, positive_int, run
 
 LATENT, PIXELS = "latent", "pixels"
@@ -46,8 +44,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--features",
         default=LATENT,
         metavar="NAME",
-        help="latent, or without a VAE: pixels (raw ones), or the tokens of a VFM, a name of --enc-type (default: "
-        "latent)",
+        help="latent, or without a VAE: pixels (raw ones), or the tokens of a VFM, a name of --enc-type",
     )
     add(
         "--features-grid",
@@ -104,13 +101,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--data is needed: photographs with their annotation files, or a packed dataset")
     if args.features != LATENT and (args.vae or args.vae_ckpt):
         raise UserError(f"--features {args.features} are probed without a VAE: leave out --vae and --vae-ckpt")
-    if args.features not in (LATENT, PIXELS, *ENCODERS):
-        close = get_close_matches(args.features, [LATENT, PIXELS, *ENCODERS], 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        names = ", ".join(ENCODERS)
-        raise UserError(f"--features {args.features} is not known; {hint}there are {LATENT}, {PIXELS}, {names}")
+    args.is_vfm = args.features not in (LATENT, PIXELS)
     for flag, given in (("--features-grid", args.features_grid), (CHECKPOINT_FLAG, args.enc_ckpt)):
-        if given is not None and args.features not in ENCODERS:
+        if given is not None and not args.is_vfm:
             raise UserError(f"{flag} is for a VFM, and --features {args.features} is none: leave it out")
     if args.num_pictures < 2:
         raise UserError("--num-pictures 1: the way from one image to another needs 2")
@@ -177,7 +170,7 @@ def main(argv: Sequence[str]) -> int:
         seed=args.seed,
     )
     args.what = possible_probes(args, data)
-    if args.features in ENCODERS:
+    if args.is_vfm:
         args.features_grid = args.features_grid or max(1, data.images.resolution // 16)
     subject = open_vae(args, process) if args.features == LATENT else None
     names = {} if args.dry_run else names_of(args, data, subject)

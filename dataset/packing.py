@@ -15,13 +15,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.shards import ShardSpec, ShardWriter, read_index, read_record, read_records, remove_leftovers, write_index
 from errors import UserError
-from files import write_atomically
+from files import missing_folders, remove_empty, write_atomically
 from runtime.cli import flag_of
 
 SETTINGS_NAME = "settings.json"
@@ -79,8 +79,8 @@ class PackingJob:
         if not self.folder.is_dir():
             return
         # listed before it is asked whether the folder is ours: another process may claim it at this moment
-        entries = [entry for entry in self.folder.iterdir() if entry.suffix not in (".tmp", ".lock")]
-        strangers = sorted(entry.name for entry in entries if entry.name not in (LOCK_NAME, SETTINGS_NAME))
+        names = sorted(entry.name for entry in self.folder.iterdir())
+        strangers = [name for name in names if name != SETTINGS_NAME and not name.endswith((LOCK_NAME, ".tmp"))]
         is_ours = (self.folder / SETTINGS_NAME).exists() or read_index(self.folder) is not None
         if strangers and not is_ours:
             raise UserError(
@@ -102,13 +102,10 @@ class PackingJob:
         if not self._claimed:
             return
         files = [path for path in self.folder.rglob("*") if not path.is_dir()]
-        if any(path.name != SETTINGS_NAME and path.suffix != LOCK_NAME and path.name != LOCK_NAME for path in files):
-            return
-        for path in files:
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # one that holds something
-            for path in self._made:
-                path.rmdir()
+        if all(path.name == SETTINGS_NAME or path.name.endswith(LOCK_NAME) for path in files):
+            for path in files:
+                path.unlink(missing_ok=True)
+            remove_empty(self._made)
 
     def check_settings(self, found: dict) -> None:
         """Refuse to go on with what was made otherwise."""
@@ -127,7 +124,7 @@ class PackingJob:
 
         Forked workers hold the lock too: it outlasts a kill until all of them are gone.
         """
-        self._made.extend(path for path in (self.folder, *self.folder.parents) if not path.exists())
+        self._made.extend(missing_folders(self.folder))
         self.folder.mkdir(parents=True, exist_ok=True)
         busy = f"another run is writing into {self.folder}; wait for it or give another {self.output_flag}"
         descriptor = _lock_file(self.folder / LOCK_NAME, LOCK_SECONDS if seconds is None else seconds, busy)
@@ -242,15 +239,17 @@ def check_space(folder: Path, needed: int, advice: str, approximate: bool = Fals
 
 
 @contextmanager
-def given_back_if_refused(*jobs: PackingJob) -> Iterator[None]:
+def given_back_if_refused(*jobs: PackingJob, alone: bool = True) -> Iterator[None]:
     """A command that is refused after it claimed its folders leaves none: its advice can then be followed.
 
-    Not for one of several processes: the others may have joined the folders.
+    Args:
+        jobs: whose folders.
+        alone: no other process is at the same work; else one may have joined, and they stay.
     """
     try:
         yield
     except UserError:
-        for job in reversed(jobs):
+        for job in reversed(jobs) if alone else ():
             job.give_back()
         raise
 

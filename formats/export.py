@@ -1,12 +1,12 @@
 """A VAE in the files of other codes: what goes into them, and writing them complete or not at all."""
 
-import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from files import write_safetensors, write_torch
+from files import flush, whole_file, write_safetensors, write_torch
 from formats.layers import State, to_ldm
 from formats.statistics import DISCRIMINATOR_SUFFIX, REPAE_SUFFIX, repae_tensors
 from models.latent_statistics import LatentStatistics
@@ -68,18 +68,11 @@ def repae_files(tokenizer: KLTokenizer, path: Path, discriminator: Mapping | Non
 
 def write_files(files: Mapping[Path, State]) -> None:
     """Write tensors by name, as safetensors or with ``torch.save`` by the suffix; all complete, then all renamed."""
-    temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
-    try:
+    with ExitStack() as stack:
         for path, state in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(whole_file(path))
             # copies: torch.save would write whole storages of which a tensor may be a part
             state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-            if path.suffix == ".safetensors":
-                write_safetensors(state, temporary[path])
-            else:
-                write_torch(state, temporary[path])
-        for path, partial in temporary.items():
-            os.replace(partial, path)
-    finally:
-        for partial in temporary.values():
-            partial.unlink(missing_ok=True)
+            (write_safetensors if path.suffix == ".safetensors" else write_torch)(state, temporary)
+            flush(temporary)  # what the disk refuses is refused before the first has its name

@@ -51,7 +51,7 @@ def refuse_unfinished(*paths: str | None) -> None:
         try:
             status = status_of(file.parent)
             state = None if status is None else status["state"]
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); add --allow-unfinished") from error
         if state not in (None, "finished"):
             raise UserError(

@@ -155,7 +155,7 @@ def _finished_at(folder: Path, checkpoints: Mapping[int, Checkpoint]) -> int:
     try:
         status = status_of(folder) or {}
         state, step, steps = status.get("state", "not started"), status.get("step"), status.get("max_train_steps")
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{folder / 'status.json'} is damaged ({error}); choose with --train-steps") from error
     if state != "finished":
         at = "" if step is None else f", at step {step} of {steps}"

@@ -43,7 +43,7 @@ def open_vae(args: argparse.Namespace, process: Process) -> Subject:
         tokenizer.to(memory_format=torch.channels_last)
     path = _path(args)
     description = {"path": "random weights" if path is None else str(path), "vae_checksum": tokenizer.checksum()}
-    with suppress(ValueError, AttributeError):  # a damaged status.json, with --allow-unfinished
+    with suppress(ValueError):  # a damaged status.json, with --allow-unfinished
         status = None if path is None else status_of(path.parent)
         if status is not None and status.get("state") == "finished":  # else the step is not that of the VAE
             description["step"] = status.get("step")

@@ -11,7 +11,6 @@ from reporting.results import Row, metric_order
 from reporting.tables import Column, Table, column_title, number_word
 
 CONFIDENCE = 0.95
-UNDECIDED, DECIDED = "", " *"
 
 
 def difference_tables(rows: Sequence[Row], baseline: str) -> list[Table]:
@@ -86,4 +85,4 @@ def _word(metric: str, ours: Sequence[Row], theirs: Sequence[Row]) -> str:
     word = ("+" if mean >= 0 else "") + number_word(metric, mean)
     if math.isnan(half):
         return word
-    return f"{word} ± {number_word(metric, half)}{DECIDED if abs(mean) > half else UNDECIDED}"
+    return f"{word} ± {number_word(metric, half)}{' *' if abs(mean) > half else ''}"

@@ -126,6 +126,10 @@ class CheckpointFolder:
         """Whole checkpoints, newest first."""
         return _checkpoints_in(self.whole)
 
+    def of_step(self, step: int) -> Checkpoint:
+        """Where that of a step lies, or will lie."""
+        return Checkpoint(self.whole / f"{step:07d}")
+
     def newest_good(self, report: Callable[[str], object] = lambda message: None) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None where there is none; ``report`` is told of damaged newer ones.
 
@@ -146,7 +150,7 @@ class CheckpointFolder:
 
     def at_step(self, step: int) -> Checkpoint:
         """The checkpoint of ``--resume-step``."""
-        checkpoint = Checkpoint(self.whole / f"{step:07d}")
+        checkpoint = self.of_step(step)
         if not checkpoint.folder.is_dir():
             there = ", ".join(str(c.step) for c in self.list()) or "none"
             raise UserError(f"--resume-step {step}: no such checkpoint in {self.whole}; there are: {there}")
@@ -166,7 +170,7 @@ class CheckpointFolder:
             return -1 if found is None else found.step
 
         found = agree_on(find)
-        return None if found < 0 else Checkpoint(self.whole / f"{found:07d}")
+        return None if found < 0 else self.of_step(found)
 
     def set_aside_newer(self, step: int) -> Path | None:
         """Move checkpoints and milestones of later steps out of the way of a run that continues from ``step``.
@@ -194,14 +198,14 @@ class CheckpointFolder:
         self, step: int, modules: Mapping[str, nn.Module], states: Mapping[str, dict], arguments: Mapping
     ) -> Checkpoint:
         """Write the checkpoint of ``step``, replacing a damaged one of the same step."""
-        folder = self.whole / f"{step:07d}"
-        with whole_folder(folder) as temporary:
+        checkpoint = self.of_step(step)
+        with whole_folder(checkpoint.folder) as temporary:
             for name, module in modules.items():
                 write_safetensors(module.state_dict(), temporary / f"{name}.safetensors")
             for name, state in states.items():
                 write_torch(state, temporary / f"{name}.pt")
             _write_manifest(temporary, step, arguments)
-        return Checkpoint(folder)
+        return checkpoint
 
     def keep_milestone(self, checkpoint: Checkpoint, modules: Sequence[str], arguments: Mapping) -> None:
         """Keep some modules of a checkpoint for good, under ``milestones/``: hard links, so that it costs no time."""

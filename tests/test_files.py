@@ -111,7 +111,8 @@ def test_a_folder_replaces_another_whole_and_leaves_nothing_beside(tmp_path):
 def test_files_have_the_rights_of_the_umask_whoever_writes_them(tmp_path, mask, expected):
     tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
     with umask(mask):
-        write_safetensors({"a": torch.zeros(3)}, tmp_path / "a.safetensors")
+        with whole_file(tmp_path / "a.safetensors") as temporary:
+            write_safetensors({"a": torch.zeros(3)}, temporary)
         write_json(tmp_path / "a.json", {})
         tokenizer.save(tmp_path / "vae")  # diffusers writes its weights
         checkpoint = CheckpointFolder(tmp_path).save(5, {"m": tokenizer}, {"optimizer": {"a": torch.ones(2)}}, {})

@@ -113,6 +113,7 @@ def test_sigterm_saves_stops_and_resumes_exactly(data, straight):
     assert 23 <= status["step"] < 40
     assert (folder / "checkpoints" / f"{status['step']:07d}").is_dir()
     assert not (folder / "vae").exists()
+    assert f"signal {int(signal.SIGTERM)}: saving, which took " in (folder / "log.txt").read_text()
     assert start(data, "stopped").wait() == 0
     assert_same_run(straight, folder)
 

@@ -267,6 +267,17 @@ def test_fp16_may_begin_and_end_on_resume(toy, tmp_path, monkeypatch):
     assert "is not of an fp16 training: the loss scale begins anew" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_a_run_that_ends_in_skipped_steps_is_not_finished(toy, tmp_path, capsys):
+    """Nor by the same command again."""
+    plain = {"align_coeff": 0, "loss_cfg_path": "configs/l1_kl.yaml", "checkpointing_steps": 8}
+    argv = flags(toy, tmp_path, "run", max_train_steps=8, vae_learning_rate=1e6, **plain)
+    for _ in range(2):
+        assert train(*argv) == EXIT_FAILED
+        assert "steps were skipped" in capsys.readouterr().err
+        assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+        assert not (tmp_path / "run" / "vae").exists()
+
+
 def test_a_longer_cosine_run_says_what_becomes_of_the_rate(toy, tmp_path):
     plain = {"align_coeff": 0, "loss_cfg_path": "configs/l1_kl.yaml", "lr_schedule": "cosine"}
     argv = flags(toy, tmp_path, "run", max_train_steps=None, **plain)

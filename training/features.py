@@ -1,6 +1,6 @@
 """VFM features of a batch, as every loss and measure sees them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -9,9 +9,6 @@ from dataset.latents import LatentBatch
 from dataset.loader import ImageBatch
 from models.encoders import Encoder
 from models.feature_norm import FeatureNorm
-from runtime.processes import sum_over_processes
-
-MEASURED_IMAGES = 2048  # each has a feature a token: a mean within 2 % of a standard deviation, if tokens were alike
 
 
 @torch.no_grad()
@@ -28,31 +25,3 @@ def batch_features(
         with accelerator.autocast():
             features = [encoder(batch.images) for encoder in encoders]
     return features if norm is None else norm(features)
-
-
-def measure_feature_norm(
-    norm: FeatureNorm,
-    features_of: Callable[..., Sequence[torch.Tensor]],
-    batches: Iterable,
-    batch_size: int,
-    least: int,
-) -> int:
-    """Set the statistics of features from the first batches of a training.
-
-    Args:
-        norm: is set; normalises nothing yet.
-        features_of: gives the features of a micro-batch.
-        batches: this process's, lists of micro-batches.
-        batch_size: images of one over all processes.
-        least: images that suffice.
-
-    Returns:
-        the number of images used, over all processes.
-    """
-    count, moments = 0, [0] * norm.count
-    while count < least:
-        for batch in next(batches):
-            moments = [sum(pair) for pair in zip(moments, norm.moments(features_of(batch)), strict=True)]
-        count += batch_size
-    norm.load([sum_over_processes(sums) for sums in moments])
-    return count

@@ -182,7 +182,7 @@ class Loop:
         """What was due at the step that the run continues from, and not done when it died after the save."""
         milestone = self.args.milestone_steps
         if step and milestone and step % milestone == 0 and self.run.is_main:
-            checkpoint = Checkpoint(self.checkpoints.whole / f"{step:07d}")
+            checkpoint = self.checkpoints.of_step(step)
             if checkpoint.folder.is_dir() and not self.checkpoints.milestone(checkpoint).is_dir():
                 self._keep_milestone(checkpoint)
 

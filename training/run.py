@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from errors import UserError
-from files import remove_leftovers, write_atomically, write_json
+from files import missing_folders, remove_empty, remove_leftovers, write_atomically, write_json
 from formats.run_folders import arguments_of, status_of
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
@@ -156,7 +156,7 @@ class Run:
         self._lock = None
         # of what was not there before, nothing stays if the command is refused before it begins
         self._has_begun = False
-        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self._made = missing_folders(self.folder)
         self._found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -311,9 +311,7 @@ class Run:
         setup_logging(None)
         for name in {".lock", "log.txt"} - self._found:
             (self.folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # whichever holds something, or was there before
-            for path in self._made:
-                path.rmdir()
+        remove_empty(self._made)
 
     def _append(self, name: str, record: dict) -> None:
         if self.is_main:

@@ -257,6 +257,7 @@ CASES = [
     Case("class out of range", with_flags(classes="3"), ("--classes 3", "0 to 2")),
     Case("class twice", with_flags(classes="dog,1"), ("class 1 twice",)),
     Case("seed too large", with_flags(seed=2**64), ("--seed", "must be less than")),
+    Case("more images than numbers", with_flags(num_fid_samples=10**30), ("--num-fid-samples", "must be less than")),
     Case("seed negative", with_flags(seed=-1), ("--seed", "not be negative")),
     Case("output is a file", with_flags(sample_dir=file_at), ("--sample-dir", "is a file")),
     Case("output holds other files", with_flags(sample_dir=folder_in_use), ("thesis.tex", "empty or new")),

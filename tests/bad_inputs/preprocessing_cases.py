@@ -162,6 +162,8 @@ CASES = [
     Case("no images wanted", with_flags("--max-images", "0"), ("--max-images", "at least 1")),
     Case("no number", with_flags("--num-workers", "many"), ("--num-workers", "not an integer")),
     Case("unknown codec", with_flags("--codec", "jpeg"), ("--codec", "raw", "png")),
+    Case("a place where nothing can be made", lambda path, _: command(class_folders(path / "in"), Path("/proc/none")),
+         ("/proc/none: no such file or folder",)),
     Case("output is a file", output_is_a_file, ("out is a file",)),
     Case("output holds other files", output_in_use, ("thesis.tex", "empty or new")),
     Case("output inside the source", output_in_source, ("lies in --imagenet-path",)),
