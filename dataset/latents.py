@@ -13,7 +13,6 @@
 ENC is a name of --enc-type, with -- for /.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from errors import UserError
 from files import is_out_of_reach, read_safetensors
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import stored_latent_shape
+from schema import MalformedError
 
 STATISTICS_NAME = "latents_stats.safetensors"
 VAE_NAME = "vae"
@@ -192,18 +192,15 @@ class LatentDataset:
         shape = latents.spec.shape
         try:
             return stored_latent_shape(self.vae_folder, shape)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{self.vae_folder / 'config.json'} is damaged ({error}); copy the whole cache again"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{self.folder} holds items of shape {shape}; {error}; {_MAKE}") from error
-        except (OSError, KeyError, TypeError) as error:
+        except (OSError, MalformedError, KeyError, TypeError) as error:
             if is_out_of_reach(error):
                 raise
             raise UserError(
-                f"{self.vae_folder / 'config.json'} does not say which VAE it is of ({error}); copy the cache again"
+                f"{self.vae_folder / 'config.json'} does not say which VAE it is of ({error}); copy the whole cache "
+                "again"
             ) from error
+        except ValueError as error:
+            raise UserError(f"{self.folder} holds items of shape {shape}; {error}; {_MAKE}") from error
 
     def _load_statistics(self) -> LatentStatistics:
         path = self.folder / STATISTICS_NAME

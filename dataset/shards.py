@@ -26,17 +26,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
 from dataset.open_files import OpenShards, ShardFile
 from errors import UserError
-from files import checksum, write_atomically
+from files import FileEntry, checksum, write_atomically
+from schema import MalformedError, check, read_json
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 LABELS_NAME = "labels.npy"
 REJECTED_NAME = "rejected.csv"
+KINDS, CODECS = ("images", "latents", "features"), ("raw", "png")
+MOST_VALUES = 1 << 32  # of an item: beyond that an index is damaged
 _READ_BYTES = 1 << 22
 # Up to this many files a dataset is measured when it is opened, so that a damaged copy is found before hours of work
 # and not after (all of ImageNet: seconds on a slow file server). Every process doing so with those of 100 million
@@ -49,10 +53,10 @@ class ShardSpec:
     """What all shards of a packed dataset have in common.
 
     Attributes:
-        kind: ``"images"``, ``"latents"`` or ``"features"``; also the first part of the file names.
+        kind: of :data:`KINDS`; also the first part of the file names.
         shape: of one item, ``(3, H, W)``, ``(2C, h, w)`` or ``(N, D)``.
         dtype: numpy's name of the item's type, ``"uint8"``, ``"float16"`` or ``"float32"``.
-        codec: ``"raw"`` for arrays, ``"png"`` for encoded files.
+        codec: of :data:`CODECS`: ``"raw"`` for arrays, ``"png"`` for encoded files.
     """
 
     kind: str
@@ -80,6 +84,38 @@ class ShardSpec:
         return f"{self.kind}-{number:05d}.json"
 
 
+class IndexedShard(TypedDict):
+    """Of an index."""
+
+    count: int
+    files: dict[str, FileEntry]
+
+
+class Index(TypedDict):
+    """``index.json``."""
+
+    format_version: int
+    kind: str
+    shape: list[int]
+    dtype: str
+    codec: str
+    count: int
+    rejected: int
+    source: dict  # what the dataset was made from and how
+    labels: dict[str, FileEntry]
+    shards: list[IndexedShard]
+    class_names: list[str]
+
+
+class RecordFile(TypedDict):
+    """Of a :class:`ShardRecord`."""
+
+    count: int
+    files: dict[str, FileEntry]
+    labels: list[int]
+    rejected: list[list[str]]
+
+
 @dataclass
 class ShardRecord:
     """What is known of a complete shard: enough to write the index without opening the shard again.
@@ -92,7 +128,7 @@ class ShardRecord:
     """
 
     count: int
-    files: dict[str, dict]
+    files: dict[str, FileEntry]
     labels: list[int]
     rejected: list[list[str]] = field(default_factory=list)
 
@@ -204,8 +240,8 @@ def read_records(folder: str | os.PathLike, spec: ShardSpec) -> dict[int, ShardR
 def read_record(folder: str | os.PathLike, spec: ShardSpec, number: int) -> ShardRecord | None:
     """The record of a complete shard in an unfinished folder; None where it is missing or does not fit its shard."""
     path = Path(folder) / spec.record_name(number)
-    with suppress(ValueError, TypeError, OSError):  # a record or shard that someone damaged is made again
-        record = ShardRecord(**json.loads(path.read_bytes()))
+    with suppress(MalformedError, TypeError, OSError):  # a record or shard that someone damaged is made again
+        record = ShardRecord(**read_json(path, RecordFile))
         if all((path.parent / name).stat().st_size == file["bytes"] for name, file in record.files.items()):
             return record
     return None
@@ -249,6 +285,13 @@ def write_index(
     write_atomically(folder / INDEX_NAME, _json_bytes(index))
 
 
+def _is_number_type(name: str) -> bool:
+    try:
+        return np.dtype(name).kind in "iuf"
+    except (TypeError, ValueError, SyntaxError):  # numpy parses it
+        return False
+
+
 def remove_leftovers(folder: str | os.PathLike, kind: str) -> None:
     """Remove the records and temporary files next to a complete dataset."""
     for pattern in (f"{kind}-?????.json", "*.tmp"):
@@ -256,7 +299,7 @@ def remove_leftovers(folder: str | os.PathLike, kind: str) -> None:
             path.unlink(missing_ok=True)  # another process may tidy up at the same time
 
 
-def read_index(folder: str | os.PathLike) -> dict | None:
+def read_index(folder: str | os.PathLike) -> Index | None:
     """The index of a packed dataset as a dict, or None where the folder has none (or someone else's index.json).
 
     Raises:
@@ -264,18 +307,37 @@ def read_index(folder: str | os.PathLike) -> dict | None:
     """
     path = Path(folder) / INDEX_NAME
     try:
-        index = json.loads(path.read_bytes())
+        index = read_json(path, Any)
+        if not isinstance(index, dict) or "format_version" not in index:
+            return None
+        if index["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {index['format_version']}, this code reads {FORMAT_VERSION}; update the "
+                "code"
+            )
+        check(index, Index)
+        _check_index(index)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except MalformedError as error:
         raise UserError(f"{path} is damaged ({error}); {_rerun(None)}") from error
-    if not isinstance(index, dict) or "format_version" not in index:
-        return None
-    if index["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {index['format_version']}, this code reads {FORMAT_VERSION}; update the code"
-        )
     return index
+
+
+def _check_index(index: Index) -> None:
+    """Refuse what has the right types and yet cannot be."""
+    spec = ShardSpec(index["kind"], tuple(index["shape"]), index["dtype"], index["codec"])
+    is_array = spec.shape and all(0 < side < MOST_VALUES for side in spec.shape) and math.prod(spec.shape) < MOST_VALUES
+    if spec.kind not in KINDS or spec.codec not in CODECS or not is_array or not _is_number_type(spec.dtype):
+        raise MalformedError(f"no {spec.kind} are {spec.shape} of {spec.dtype} in codec {spec.codec}"[:200])
+    if spec.kind == "images" and (spec.shape[:-2], spec.dtype) != ((3,), "uint8"):
+        raise MalformedError(f"images are not {spec.shape} of {spec.dtype}")
+    for number, shard in enumerate(index["shards"]):
+        names = [spec.file_name(number), *([spec.offsets_name(number)] if spec.codec != "raw" else [])]
+        if list(shard["files"]) != names or shard["count"] < 0:
+            raise MalformedError(f"shards[{number}] is not of {' and '.join(names)}")
+    if list(index["labels"]) != [LABELS_NAME] or index["count"] != sum(shard["count"] for shard in index["shards"]):
+        raise MalformedError(f"its shards hold other than its {index['count']} items, or its labels are elsewhere")
 
 
 def is_unfinished(folder: str | os.PathLike) -> bool:
