@@ -159,6 +159,13 @@ class LatentDataset:
         return f"latents:{self._fingerprint}"
 
     @property
+    def readers(self) -> list[PackedReader]:
+        """Packed files that can be compared with their checksums; what is held in memory was, as it was read."""
+        arrays = [self._stored, *self._features.values()]
+        readers = [reader for array in arrays if not array.held_bytes for reader in array.readers]
+        return readers + ([] if self._images is None else self._images.readers)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that this process holds in memory."""
         return self._stored.held_bytes + sum(array.held_bytes for array in self._features.values())
@@ -240,7 +247,7 @@ class _Array:
 
     def __init__(self, readers: Sequence[PackedReader], limit: int, show_progress: bool) -> None:
         self.spec = readers[0].spec
-        self._readers = readers
+        self.readers = readers
         self._length = len(readers[0])
         if any(reader.spec != self.spec for reader in readers):
             raise UserError(
@@ -267,7 +274,7 @@ class _Array:
             np.take(self._held, rows, axis=0, out=out, mode="clip")
             return
         for place, item in enumerate(items):
-            reader = self._readers[0 if flips is None else int(flips[place])]
+            reader = self.readers[0 if flips is None else int(flips[place])]
             reader.read_into(int(item), out[place])
 
 

@@ -16,6 +16,7 @@ complete and on disk.
 
 import bisect
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -31,7 +32,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from dataset.open_files import OpenShards, ShardFile
-from errors import UserError
+from errors import UserError, one_line
 from files import FileEntry, checksum, write_atomically
 from schema import MalformedError, check, read_json
 
@@ -330,8 +331,6 @@ def _check_index(index: Index) -> None:
     is_array = spec.shape and all(0 < side < MOST_VALUES for side in spec.shape) and math.prod(spec.shape) < MOST_VALUES
     if spec.kind not in KINDS or spec.codec not in CODECS or not is_array or not _is_number_type(spec.dtype):
         raise MalformedError(f"no {spec.kind} are {spec.shape} of {spec.dtype} in codec {spec.codec}"[:200])
-    if spec.kind == "images" and (spec.shape[:-2], spec.dtype) != ((3,), "uint8"):
-        raise MalformedError(f"images are not {spec.shape} of {spec.dtype}")
     for number, shard in enumerate(index["shards"]):
         names = [spec.file_name(number), *([spec.offsets_name(number)] if spec.codec != "raw" else [])]
         if list(shard["files"]) != names or shard["count"] < 0:
@@ -375,10 +374,16 @@ class PackedReader:
         self.class_names: list[str] = index["class_names"]
         self._starts = np.cumsum([0] + [shard["count"] for shard in index["shards"]]).tolist()
         self._check_files()
-        self.labels = np.load(self.folder / LABELS_NAME, allow_pickle=False)
-        if self.labels.shape != (len(self),):
+        self.labels = self._load_verified(LABELS_NAME, index["labels"][LABELS_NAME])
+        if self.labels.shape != (len(self),) or self.labels.dtype != np.int64:
             raise UserError(
-                f"{self.folder / LABELS_NAME} has {len(self.labels)} labels for {len(self)} items; {self._rerun}"
+                f"{self.folder / LABELS_NAME} holds {self.labels.shape} labels of {self.labels.dtype} for {len(self)} "
+                f"items; {self._rerun}"
+            )
+        if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
+            raise UserError(
+                f"{self.folder / LABELS_NAME} has labels of {self.labels.min()} to {self.labels.max()} for "
+                f"{len(self.class_names)} classes; {self._rerun}"
             )
         self._shards = OpenShards(len(index["shards"]))
 
@@ -413,11 +418,18 @@ class PackedReader:
         return data
 
     def read_all(self, out: np.ndarray, progress: Callable[[int], object] | None = None) -> None:
-        """Read a whole raw dataset into a contiguous array ``[N, *shape]``; ``progress`` is told the bytes read."""
+        """Read a whole raw dataset into a contiguous array ``[N, *shape]``, compared with its checksums on the way.
+
+        ``progress`` is told the bytes read.
+        """
         for shard, (first, last) in enumerate(itertools.pairwise(self._starts)):
             if last > first:
                 data = memoryview(out[first:last].reshape(-1).view(np.uint8))
-                self._read_rest(shard, self._open_shard(shard), data, 0)  # once, so it need not stay open
+                file = self._open_shard(shard)  # once, so it need not stay open
+                self._read_rest(shard, file, data, 0)
+                digest = hashlib.sha256(os.pread(file.descriptor, file.start, 0))
+                digest.update(data)
+                self._check_digest(self._shard_path(shard).name, digest.hexdigest())
                 if progress is not None:
                     progress((last - first) * self.spec.item_bytes)
 
@@ -425,11 +437,26 @@ class PackedReader:
         """SHA-256 of all checksums: the same for the same bytes; cheap."""
         return hashlib.sha256(" ".join(file["sha256"] for _, file in self._files()).encode()).hexdigest()
 
-    def verify(self) -> None:
-        """Compare every file with its checksum; reads the whole dataset. Raises UserError at the first that differs."""
-        for name, expected in self._files():
-            if checksum(self.folder / name) != expected:
-                raise UserError(f"{self.folder / name} differs from its checksum; delete it, then {self._rerun}")
+    def verify(self, rank: int = 0, world_size: int = 1, progress: Callable[[int], object] | None = None) -> None:
+        """Compare files with their checksums; the processes that share the work read the whole dataset.
+
+        Args:
+            rank, world_size: this process takes file ``rank``, ``rank + world_size``, ….
+            progress: is told the bytes read.
+
+        Raises:
+            UserError: at the first file that differs.
+        """
+        for name, _ in itertools.islice(self._files(), rank, None, world_size):
+            found = checksum(self.folder / name)
+            self._check_digest(name, found["sha256"])
+            if progress is not None:
+                progress(found["bytes"])
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files."""
+        return sum(file["bytes"] for _, file in self._files())
 
     def _open(self, shard: int) -> ShardFile:
         """A shard, opened unless it is open; hold on to it while reading."""
@@ -442,11 +469,16 @@ class PackedReader:
         if self.spec.codec == "raw":
             expected = ((count, *self.spec.shape), np.dtype(self.spec.dtype))
         else:
-            with self._open_file(shard, self.spec.offsets_name(shard)) as file:
-                offsets = np.load(file, allow_pickle=False)
+            name = self.spec.offsets_name(shard)
+            offsets = self._load_verified(name, self.index["shards"][shard]["files"][name])
             expected = ((int(offsets[-1]),), np.dtype(np.uint8))
         with self._open_file(shard, path.name) as file:
-            shape, dtype, start = _read_npy_header(file)
+            try:
+                shape, dtype, start = _read_npy_header(file)
+            except OSError:
+                raise
+            except Exception as error:  # numpy evaluates it, and what it raises depends on its version
+                raise UserError(f"{path} is damaged ({one_line(error)}); {self._rerun}") from error
             if (shape, dtype) != expected or (offsets is not None and len(offsets) != count + 1):
                 raise UserError(
                     f"{path} holds {shape} of {dtype}, the index says {expected[0]} of {expected[1]}; {self._rerun}"
@@ -463,6 +495,25 @@ class PackedReader:
         with file:
             self._check_size(name, os.fstat(file.fileno()).st_size, self.index["shards"][shard]["files"][name])
             yield file
+
+    def _load_verified(self, name: str, expected: FileEntry) -> np.ndarray:
+        """A small array, which is worth comparing with its checksum each time."""
+        path = self.folder / name
+        data = path.read_bytes()
+        self._check_size(name, len(data), expected)
+        self._check_digest(name, hashlib.sha256(data).hexdigest())
+        try:
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is no array ({one_line(error)}); {self._rerun}") from error
+
+    def _check_digest(self, name: str, digest: str) -> None:
+        if digest != self._digests[name]:
+            raise UserError(f"{self.folder / name} is damaged (it differs from its checksum); {self._rerun}")
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        return {name: file["sha256"] for name, file in self._files()}
 
     def _read_rest(self, shard: int, file: ShardFile, out: memoryview, offset: int) -> None:
         """Read on where preadv gave less than was asked for, which it may do on a network file system."""

@@ -65,9 +65,9 @@ def test_the_first_place_that_does_not_fit_is_named(change, message):
 
 def test_other_keys_are_refused_where_people_write_the_file():
     check({"bytes": 1, "byte": 2}, File)
-    with pytest.raises(MalformedError, match="^it: byte is not known; there are bytes, note$"):
+    with pytest.raises(MalformedError, match=r"^it: byte is not known; there are bytes, note$"):
         check({"bytes": 1, "byte": 2}, File, exact=True)
-    with pytest.raises(MalformedError, match="^files.a: byte is not known"):
+    with pytest.raises(MalformedError, match=r"^files\.a: byte is not known"):
         check(GOOD | {"files": {"a": {"bytes": 1, "byte": 2}}}, Content, exact=True)
 
 
@@ -87,7 +87,17 @@ def test_json_of_a_windows_editor_is_read():
     "data",
     [
         *("a: [", "a: b: c", "\t- a", "&a [*a]", "[" * 3000, "a: !!python/object/apply:os.system [echo]", "a: \x07"),
-        *("!!int ''", "!!float x", "!!bool x", "!!timestamp x", "a: 2001-13-45", "? [a]\n: b", "!!binary é", "=", "- a"),
+        *(
+            "!!int ''",
+            "!!float x",
+            "!!bool x",
+            "!!timestamp x",
+            "a: 2001-13-45",
+            "? [a]\n: b",
+            "!!binary é",
+            "=",
+            "- a",
+        ),
     ],
 )
 def test_what_is_no_yaml_is_one_line(data):
