@@ -204,7 +204,7 @@ def finish(packing: PackingJob, records: list[ShardRecord], source: Source, allo
         )
     write_index(folder, packing.spec, records, source.classes, settings, source.left_out)
     packing.is_complete()  # tidies up
-    left_out = f", {len(source.left_out)} files left out" if source.left_out else ""
+    left_out = f", {len(source.left_out)} left out" if source.left_out else ""
     listed = f"; {folder / 'rejected.csv'} lists them" if rejected or left_out else ""
     print(f"{folder}: {total - rejected} images, {rejected} rejected{left_out}{listed}")
 
