@@ -253,7 +253,7 @@ def test_a_hub_clone(tmp_path, capsys):
 
 
 def link_to_itself(folder: Path) -> None:
-    (folder / "a" / "self.png").symlink_to("self.png")
+    (folder / "self.png").symlink_to("self.png")
 
 
 def pipe(folder: Path) -> None:
