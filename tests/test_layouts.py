@@ -252,6 +252,13 @@ def test_a_hub_clone(tmp_path, capsys):
     assert packed.labels == [0, 1, 0, 1] and set(packed.rejected) == {"README.md", "assets/preview.png"}
 
 
+def test_parquet_files_of_notes_do_not_hide_the_classes(tmp_path, capsys):
+    packed = Packed(
+        write_tree(tmp_path / "in", TWO_CLASSES | {"a/notes.parquet": b"", "b/x/more.parquet": b""}), capsys
+    )
+    assert packed.labels == [0, 0, 1] and set(packed.rejected) == {"a/notes.parquet", "b/x/more.parquet"}
+
+
 def link_to_itself(folder: Path) -> None:
     (folder / "self.png").symlink_to("self.png")
 
