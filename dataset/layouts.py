@@ -4,7 +4,6 @@ Class folders, a dataset.json, Hugging Face's .parquet files; a folder and a zip
 their files (``dataset.trees``). What is not taken is listed in the source's ``left_out``. No torch.
 """
 
-import json
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from dataset.sources import FolderSource, ParquetSource, Source, ZipSource, impo
 from dataset.transforms import IMAGE_SUFFIXES
 from dataset.trees import FolderTree, LeftOut, Tree, ZipTree, few, images_in, left_out_by_name
 from errors import UserError
+from schema import parse_json
 
 MAX_CLASSES = 1_000_000  # a larger class number is no class, and would be given as many names
 LABELS_FILE = "dataset.json"
@@ -139,7 +139,7 @@ def _by_dataset_json(tree: Tree, base: str) -> Source:
             "file or remove its entry"
         )
     left_out = [entry for entry in left_out if entry.name not in labelled]
-    left_out += [LeftOut(name, "has no label in dataset.json", True) for name in images if name not in labelled]
+    left_out += [LeftOut(name, "has no label in dataset.json", False) for name in images if name not in labelled]
     labels = np.array([label for _, label in pairs], np.int64)
     classes = [str(number) for number in range(int(labels.max()) + 1)]
     return _source(tree, base, LABELS_FILE, classes, names, labels, left_out)
@@ -148,7 +148,7 @@ def _by_dataset_json(tree: Tree, base: str) -> Source:
 def _parse_dataset_json(text: bytes, where: str) -> list[tuple[str, int]] | None:
     """The (file, label) pairs of ``{"labels": [["00000/img00000000.png", 6], ...]}``, by file, or None for null."""
     try:
-        pairs = json.loads(text)["labels"]
+        pairs = parse_json(text)["labels"]
         if pairs is None:
             return None
         pairs = sorted((PurePosixPath(name).as_posix(), label) for name, label in pairs)
@@ -318,7 +318,7 @@ def _check_columns(file: Path, schema) -> None:
 def _class_names_in(metadata: dict[bytes, bytes] | None) -> list[str] | None:
     """The names of a ClassLabel feature, which the datasets library leaves in the schema's metadata."""
     try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+        names = parse_json(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (TypeError, KeyError, ValueError):
         return None
     return [str(name) for name in names]

@@ -12,6 +12,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, features
 
+from errors import one_line
+
 DEFAULT_MAX_PIXELS = 178_956_970  # where Pillow itself refuses a file as a decompression bomb
 
 # MPO, of some cameras, is found by the JPEG reader. Nothing that runs other programs (EPS starts Ghostscript), and what
@@ -94,7 +96,7 @@ def _open(data: bytes, use: Callable[[Image.Image], Result]) -> Result:
         bare = _without_text(data)
         if len(bare) < len(data):
             return _open(bare, use)
-        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise BadImageError(one_line(error)) from error
 
 
 def _without_text(data: bytes) -> bytes:

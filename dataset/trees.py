@@ -18,7 +18,7 @@ from errors import UserError
 
 
 class LeftOut(NamedTuple):
-    """A file that is not taken into a data set, why, and whether it is an image (and so a loss)."""
+    """A file that is not taken into a data set, why, and whether it is an image that one would expect to be taken."""
 
     name: str
     reason: str

@@ -152,7 +152,7 @@ def test_files_that_are_no_images_need_no_flag_and_change_no_byte(tmp_path, caps
 def test_files_that_dataset_json_does_not_label_are_listed(write, tmp_path, capsys):
     labels = {"labels": [["00/0.png", 1], ["00/1.png", 0]]}
     files = {f"00/{n}.png": encoded(n) for n in range(4)} | {"dataset.json": json.dumps(labels).encode(), "x.md": b""}
-    packed = Packed(write(tmp_path / "in.zip", files), capsys, "--allow-rejected")
+    packed = Packed(write(tmp_path / "in.zip", files), capsys)  # chosen so: no flag is asked for
     assert packed.labels == [1, 0]
     unlabelled = dict.fromkeys(("00/2.png", "00/3.png"), "has no label in dataset.json")
     assert packed.rejected == unlabelled | {"x.md": "not an image by its name"}
