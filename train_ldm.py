@@ -81,10 +81,11 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         default="repa",
         metavar="NAME",
         help=f"what hidden states are aligned with: {', '.join(DENOISER_ALIGNMENTS)}, a sum such as repa+vae, or "
-        f"{NONE}; repa: VFM features, vae: the clean latents (VAE-REPA; no VFM, no images)",
+        f"{NONE}; repa: VFM features, irepa: their spatial structure, vae: the clean latents (VAE-REPA; no VFM, no images)",
     )
     add_encoder_arguments(group, default="dinov2-vit-b")
     arguments.add_feature_arguments(group)
+    arguments.add_alignment_schedule_arguments(group)
     group.add_argument(
         "--repa-source",
         choices=("auto", "images", "features"),
@@ -128,6 +129,7 @@ from models.tokenizers import Tokenizer
 from runtime import NUM_CLASSES
 from training import dry_run, ldm_source
 from training.alignment_cost import alignment_cost_lines
+from training.alignment_schedule import settle_alignment_schedule
 from training.data import measure_features
 from training.latent_data import check_features, open_latents, open_tokenizer
 from training.ldm import LDM
@@ -200,6 +202,7 @@ def resolve(args: argparse.Namespace, latents: LatentDataset | None, tokenizer: 
         args.statistics_checksum = tokenizer.statistics.checksum()
         if not args.dry_run:
             args.max_train_steps = arguments.resolve_max_steps(args, len(latents))
+    settle_alignment_schedule(args)
     return config
 
 

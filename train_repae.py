@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_interval_arguments(parser)
     arguments.add_grid_arguments(parser)
     args = parser.parse_args(argv)
-    args.freeze_vae = False
+    args.freeze_vae, args.align_schedule, args.align_until = False, "constant", None
     arguments.check_arguments(args)
     arguments.check_image_arguments(args)
     settle_arguments(args, ["repa"], DENOISER_ALIGNMENTS, "--align")

@@ -33,10 +33,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_speed_arguments(parser)
     arguments.add_interval_arguments(parser)
     args = parser.parse_args(argv)
-    args.weighting = "uniform"
     arguments.check_arguments(args)
     arguments.check_image_arguments(args)
     settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
+    args.weighting = args.noise_times or "uniform"  # what times are drawn of
     arguments.check_feature_arguments(args, bool(args.align_coeff), "--align-coeff 0")
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")
@@ -77,6 +77,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("alignment")
     add_encoder_arguments(group, default="dinov2-vit-b")
     arguments.add_feature_arguments(group)
+    arguments.add_alignment_schedule_arguments(group)
     group.add_argument(
         "--align-coeff",
         type=non_negative_float,
@@ -118,6 +119,7 @@ from loss.vae_objective import VAELossConfig, load_loss_config
 from models.encoders import Encoder
 from runtime import NUM_CLASSES
 from training import dry_run
+from training.alignment_schedule import settle_alignment_schedule
 from training.data import measure_features, measure_statistics, open_features, open_image_data
 from training.loop import Loop
 from training.micro_batch import Trial
@@ -171,6 +173,7 @@ def resolve(args: argparse.Namespace, images: ImageDataset | None) -> None:
         args.data_fingerprint = images.fingerprint()
         if not args.dry_run:
             args.max_train_steps = arguments.resolve_max_steps(args, len(images))
+    settle_alignment_schedule(args)
 
 
 def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator) -> tuple[SendVAE, str | None]:

@@ -11,6 +11,31 @@ from models.latent_statistics import latent_moments, mean_and_variance
 SMALLEST_DEVIATION = 1e-3
 
 
+def spatially_standardised(tokens: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+    """Each channel over the tokens of its image: ``(x − γ·mean) / (std + 1e-6)``, float32 (iREPA, arXiv 2512.10794).
+
+    What all tokens of an image have in common goes, and with it most of what a classifier reads; how tokens differ from
+    each other stays.
+
+    Args:
+        tokens: ``[B, N, D]``.
+        strength: γ, how much of the mean is taken away.
+    """
+    tokens = tokens.float()
+    mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)
+    return (tokens - strength * mean) / (std + 1e-6)
+
+
+class SpatialNorm(nn.Module):
+    """:func:`spatially_standardised` features of each VFM; nothing is measured."""
+
+    is_measured = False
+
+    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """``[B, N, D]`` of each VFM."""
+        return [spatially_standardised(part) for part in features]
+
+
 class FeatureNorm(nn.Module):
     """Standardisation of the features of each VFM by statistics over images; as they are until those are loaded.
 
@@ -22,6 +47,8 @@ class FeatureNorm(nn.Module):
         per_token: every token has statistics of its own, so that what depends on the position alone goes too; else all
             tokens share those of a channel.
     """
+
+    is_measured = True
 
     def __init__(self, shapes: Sequence[tuple[int, int]], per_token: bool = False):
         super().__init__()

@@ -20,6 +20,22 @@ def projector(in_features: int, out_features: int, width: int = 2048, layers: in
     return nn.Sequential(*modules[:-1])
 
 
+class TokenConvolution(nn.Conv2d):
+    """A 3×3 convolution over a square grid of tokens, zeros around it: ``[B, N, in]`` → ``[B, N, out]``.
+
+    iREPA's projector (arXiv 2512.10794): it sees neighbours, where one that works token by token has to learn them all
+    from the denoiser's attention.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, kernel_size=3, padding=1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        grid = round(tokens.shape[1] ** 0.5)
+        image = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+        return super().forward(image).flatten(2).transpose(1, 2)
+
+
 def sincos_positions(width: int, grid: int) -> torch.Tensor:
     """Fixed 2-D sine-cosine position embedding of a square token grid (MAE; DiT's order of the axes).
 

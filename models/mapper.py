@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from models.layers import projector, sincos_positions, xavier_linears
+from models.layers import TokenConvolution, projector, sincos_positions, xavier_linears
 
 
 class Mapper(nn.Module):
@@ -23,6 +23,7 @@ class Mapper(nn.Module):
         embed_dim: D of the VFM.
         depth: number of ViT blocks.
         projector_width: hidden width of the MLP.
+        head: ``mlp``, or ``conv`` for one 3×3 convolution over the tokens in its place.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Mapper(nn.Module):
         embed_dim: int,
         depth: int = 1,
         projector_width: int = 2048,
+        head: str = "mlp",
     ):
         super().__init__()
         if latent_size % grid:
@@ -46,7 +48,10 @@ class Mapper(nn.Module):
             Block(embed_dim, num_heads(embed_dim), mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer)
             for _ in range(depth)
         )
-        self.projector = projector(embed_dim, embed_dim, projector_width)
+        if head == "conv":
+            self.projector = TokenConvolution(embed_dim, embed_dim)
+        else:
+            self.projector = projector(embed_dim, embed_dim, projector_width)
         self.apply(xavier_linears)
         nn.init.xavier_uniform_(self.patch_embed.weight.view(embed_dim, -1))
         nn.init.zeros_(self.patch_embed.bias)

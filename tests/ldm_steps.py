@@ -42,6 +42,10 @@ FLAGS = {
     "vae_repa_width": 24,
     "vae_repa_times": (0.0, 1.0),
     "feature_norm": "none",
+    "irepa_coeff": 0.5,
+    "irepa_strength": 1.0,
+    "align_schedule": "constant",
+    "align_until": None,
 }
 
 

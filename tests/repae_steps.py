@@ -32,6 +32,8 @@ CFG_PROB, EMA_DECAY, MOMENTUM, CLIP = 0.5, 0.9, 0.1, 0.7
 # A large epsilon, because AdamW's first steps are otherwise the signs of gradients that may be rounding errors.
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-3}
 FLAGS = {
+    "align_schedule": "constant",
+    "align_until": None,
     "seed": 0,
     "freeze_vae": False,
     "bn_momentum": MOMENTUM,

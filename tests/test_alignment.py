@@ -188,9 +188,8 @@ def test_scores_are_the_mean_cosines_of_each_image_as_in_training_and_clean(alig
 
 def settled(**given) -> argparse.Namespace:
     """Flags of the mapper after ``--align-loss cosine`` or another one was chosen."""
-    args = argparse.Namespace(
-        **{"mapper_depth": None, "mapper_width": None, "noise_injection": None, "vf_weight": 0.1} | given
-    )
+    flags = {name: None for kind in TOKENIZER_ALIGNMENTS.values() for name in kind.DEFAULTS}
+    args = argparse.Namespace(**flags | {"vf_weight": 0.1} | given)
     settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
     return args
 
@@ -200,7 +199,7 @@ def test_flags_of_the_chosen_alignment_get_their_defaults_and_those_of_another_a
     assert (args.mapper_depth, args.mapper_width, args.noise_injection) == (1, 2048, True)
     args = settled(align_loss="cosine", mapper_depth=0, noise_injection=False)
     assert (args.mapper_depth, args.noise_injection) == (0, False)
-    for flag, value in (("mapper_depth", 0), ("mapper_depth", 2), ("mapper_width", 64), ("noise_injection", True)):
+    for flag, value in (("mapper_depth", 0), ("mapper_depth", 2), ("mapper_head", "conv"), ("noise_max", 0.5)):
         with pytest.raises(
             UserError, match=rf"--{flag.replace('_', '-')} belongs to --align-loss cosine, not to .* vf"
         ):

@@ -19,8 +19,9 @@ from runtime.cli import (
 )
 from runtime.repae_flags import default_data_dir
 
-FEATURE_NORMS = ("none", "channel", "token")
+FEATURE_NORMS = ("none", "channel", "token", "spatial")
 SCHEDULES = ("constant", "cosine")
+ALIGN_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 
 # What may differ when a run is resumed, with a word in the log on what changes: neither objective nor global batch.
@@ -36,7 +37,10 @@ MENTIONED = {
     "deterministic": ROUNDED_OTHERWISE,
 }
 # By runs that are older than the flag, and by other people's.
-UNSAID = {"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0}
+UNSAID = {
+    **{"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0, "align_schedule": "constant"},
+    **{"align_until": None, "mapper_head": "mlp", "noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0},
+}
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
     {
@@ -350,8 +354,25 @@ def add_feature_arguments(group: argparse._ArgumentGroup) -> None:
         choices=FEATURE_NORMS,
         default="none",
         help="align with standardised features: each channel, or each channel of each token, has zero mean and unit "
-        "variance over the training's first images; for VFMs whose features are much alike for all images, see "
-        "val/constant_cosine",
+        "variance over the training's first images (for VFMs whose features are much alike for all images, see "
+        "val/constant_cosine); spatial: each channel over the tokens of its image, as iREPA",
+    )
+
+
+def add_alignment_schedule_arguments(group: argparse._ArgumentGroup) -> None:
+    """How the weight of what is aligned changes; see ``training.alignment_schedule``."""
+    group.add_argument(
+        "--align-schedule",
+        choices=ALIGN_SCHEDULES,
+        default="constant",
+        help="the alignment's weight: constant, or to 0 on a straight line or half a cosine",
+    )
+    group.add_argument(
+        "--align-until",
+        type=positive_int,
+        metavar="N",
+        help="it is 0 from step N on (HASTE); of a denoiser, nothing of it is computed then (default: constant: never, "
+        "else: the last step)",
     )
 
 

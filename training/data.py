@@ -59,7 +59,7 @@ def measure_statistics(method: SendVAE | Repae, images: ImageDataset) -> None:
 
 def measure_features(method: SendVAE | LDM, source: LabelledImages | LatentDataset) -> None:
     """The statistics of ``--feature-norm``, from the first batches of the training; nothing without it."""
-    if method.feature_norm is None:
+    if method.feature_norm is None or not method.feature_norm.is_measured:
         return
     norm, device, count = method.feature_norm, method.accelerator.device, 0
     moments = [0] * norm.count

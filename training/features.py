@@ -8,14 +8,14 @@ from accelerate import Accelerator
 from dataset.latents import LatentBatch
 from dataset.loader import ImageBatch
 from models.encoders import Encoder
-from models.feature_norm import FeatureNorm
+from models.feature_norm import FeatureNorm, SpatialNorm
 
 
 @torch.no_grad()
 def batch_features(
     accelerator: Accelerator,
     encoders: Sequence[Encoder] | None,
-    norm: FeatureNorm | None,
+    norm: FeatureNorm | SpatialNorm | None,
     batch: ImageBatch | LatentBatch,
 ) -> list[torch.Tensor]:
     """``[b, N, D]`` of each VFM: those that came with the batch, or computed from its images; normalised."""

@@ -21,10 +21,11 @@ from loss.denoising import denoising_error
 from loss.total import total
 from models.denoisers import Denoiser
 from models.encoders import Encoder
-from models.feature_norm import FeatureNorm
+from models.feature_norm import FeatureNorm, SpatialNorm
 from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
+from training.alignment_schedule import alignment_factor
 from training.ema import EMA
 from training.features import batch_features
 from training.method import Method, Metrics, micro_batch_size, to_device
@@ -52,9 +53,17 @@ class AlignedDenoiser(nn.Module):
         t: torch.Tensor,
         labels: torch.Tensor,
         x: torch.Tensor,
-        features: Sequence[torch.Tensor],
+        features: Sequence[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Noisy and clean latents ``[B, C, h, w]``, times and labels ``[B]``, features → velocity and aligned terms."""
+        """Noisy and clean latents ``[B, C, h, w]``, times and labels ``[B]``, features → velocity and aligned terms.
+
+        Without features (None) nothing is aligned.
+        """
+        if features is None:
+            prediction, _ = self.denoiser(noisy, t, labels)
+            for parameter in self.alignment.parameters():  # of which DDP wants a gradient
+                prediction = prediction + 0.0 * parameter.sum()
+            return prediction, {}
         prediction, states = self.denoiser(noisy, t, labels, self.alignment.taps)
         return prediction, self.alignment(states, features, x, t)
 
@@ -80,7 +89,7 @@ class LDM(Method):
         alignment: DenoiserAlignments,
         tokenizer: Tokenizer,
         encoders: Sequence[Encoder] | None,
-        feature_norm: FeatureNorm | None = None,
+        feature_norm: FeatureNorm | SpatialNorm | None = None,
     ):
         self.args, self.accelerator = args, accelerator
         self.denoiser, self.alignment, self.tokenizer, self.encoders = denoiser, alignment, tokenizer, encoders
@@ -103,7 +112,9 @@ class LDM(Method):
         """Add the gradients of one micro-batch."""
         draws = self.draws(step, micro_step, batch)
         x = self.normalised(batch, draws)
-        return self.backward(x, draws, batch.labels, self.features(batch), share, synchronise), None
+        factor = alignment_factor(self.args, step)
+        features = self.features(batch) if factor else None
+        return self.backward(x, draws, batch.labels, features, share, synchronise, factor), None
 
     def draws(self, step: int, micro_step: int, batch: LatentBatch) -> Draws:
         """A function of (seed, step, micro-step, rank)."""
@@ -126,11 +137,15 @@ class LDM(Method):
         x: torch.Tensor,
         draws: Draws,
         labels: torch.Tensor,
-        features: Sequence[torch.Tensor],
+        features: Sequence[torch.Tensor] | None,
         share: float,
         synchronise: bool,
+        factor: float = 1.0,
     ) -> Metrics:
-        """Add the gradients of normalised latents ``x`` ``[B, C, h, w]``; the rest as in ``Phase.accumulate``."""
+        """Add the gradients of normalised latents ``x`` ``[B, C, h, w]``; the rest as in ``Phase.accumulate``.
+
+        The alignment's weights are multiplied by ``factor``.
+        """
         args = self.args
         t = training_times(draws.times, args.weighting, args.path_type, args.time_shift)
         labels = torch.where(draws.dropout < args.cfg_prob, self.denoiser.null_class, labels)
@@ -139,7 +154,8 @@ class LDM(Method):
             prediction, aligned = self.networks(noisy, t, labels, x, features)
             target = velocity(x, t, draws.noise, args.path_type)
             terms = {"denoise": denoising_error(prediction, target).mean()} | aligned
-            loss = total(terms, {"denoise": 1.0} | self.alignment.weights(aligned))
+            weights = {name: factor * weight for name, weight in self.alignment.weights(aligned).items()}
+            loss = total(terms, {"denoise": 1.0} | weights)
             self.accelerator.backward(loss * share)
         return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
 

@@ -81,7 +81,7 @@ class StartingRun:
                 method.alignment.load_state_dict(state)
             except RuntimeError as error:
                 raise UserError(f"{self.given} has projectors that do not fit ({one_line(error)})") from error
-        if method.feature_norm is not None:
+        if method.feature_norm is not None and method.feature_norm.is_measured:
             self.checkpoint.load_module("feature_norm", method.feature_norm)
         self._take_over_moments(method)
         logger.info("continuing from %s, step %d", self.checkpoint.folder, self.step)

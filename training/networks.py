@@ -20,7 +20,7 @@ from loss.vae_objective import VAELossConfig, VAEObjective
 from models.denoisers import Denoiser, DenoiserConfig
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, encoder_names, encoder_spec
-from models.feature_norm import FeatureNorm
+from models.feature_norm import FeatureNorm, SpatialNorm
 from models.tokenizers import Tokenizer
 from runtime.processes import goes_first
 from training.ema import EMA
@@ -62,10 +62,14 @@ def build_vfms(args: argparse.Namespace, grid: int, accelerator: Accelerator) ->
 
 def build_feature_norm(
     args: argparse.Namespace, features: Sequence[TokenGrid], accelerator: Accelerator
-) -> FeatureNorm | None:
+) -> FeatureNorm | SpatialNorm | None:
     """The normalisation of ``--feature-norm`` for these VFMs, on the device; statistics are measured later."""
     if args.feature_norm == "none" or not features:
         return None
+    if args.feature_norm == "spatial":
+        if any(vfm.grid == 1 for vfm in features):
+            raise UserError("--feature-norm spatial compares the tokens of an image, and here it has one: take another")
+        return SpatialNorm()
     shapes = [(vfm.grid**2, vfm.width) for vfm in features]
     return FeatureNorm(shapes, per_token=args.feature_norm == "token").to(accelerator.device)
 

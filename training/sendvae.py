@@ -20,12 +20,13 @@ from loss.total import total
 from loss.vae_objective import VAEObjective, gradient_at
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.encoders import Encoder
-from models.feature_norm import FeatureNorm
+from models.feature_norm import FeatureNorm, SpatialNorm
 from models.latent_statistics import LatentStatistics, latent_moments
 from models.pixels import to_signed, to_uint8
 from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
 from runtime.processes import mean_over_processes, sum_over_processes
+from training.alignment_schedule import alignment_factor
 from training.ema import EMA
 from training.features import batch_features
 from training.method import Method, Metrics, frozen, micro_batch_size
@@ -104,7 +105,7 @@ class SendVAE(Method):
         objective: VAEObjective,
         discriminator: PatchDiscriminator | None,
         ema: EMA | None = None,
-        feature_norm: FeatureNorm | None = None,
+        feature_norm: FeatureNorm | SpatialNorm | None = None,
     ):
         self.args, self.accelerator = args, accelerator
         self.tokenizer, self.alignment, self.encoders = tokenizer, alignment, encoders
@@ -171,6 +172,8 @@ class SendVAE(Method):
                     varying["gan_weight"] = weights["gan"]
             if self.alignment is not None:
                 aligned = self.alignment.weights(output.alignment, fidelity, self.tokenizer, self.gradient)
+                factor = alignment_factor(self.args, step)
+                aligned = {name: factor * weight for name, weight in aligned.items()}
                 terms, weights = terms | output.alignment, weights | aligned
                 varying |= self.alignment.varying(aligned)
             loss = total(terms, weights)

@@ -12,6 +12,7 @@ from errors import UserError
 from loss.alignment.flags import (
     AlignmentFlags,
     DenoiserAlignmentFlags,
+    IREPAFlags,
     MapperFlags,
     REPAFlags,
     TokenizerAlignmentFlags,
@@ -25,7 +26,11 @@ __all__ = ["DenoiserAlignment", "DenoiserAlignments", "TokenGrid", "TokenizerAli
 # --align-loss of train_sendvae.py
 TOKENIZER_ALIGNMENTS: dict[str, type[TokenizerAlignmentFlags]] = {"cosine": MapperFlags, "vf": VFFlags}
 # --align of train_ldm.py
-DENOISER_ALIGNMENTS: dict[str, type[DenoiserAlignmentFlags]] = {"repa": REPAFlags, "vae": VAEREPAFlags}
+DENOISER_ALIGNMENTS: dict[str, type[DenoiserAlignmentFlags]] = {
+    "repa": REPAFlags,
+    "irepa": IREPAFlags,
+    "vae": VAEREPAFlags,
+}
 NONE = "none"
 
 

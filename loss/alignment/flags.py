@@ -8,9 +8,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from diffusion import WEIGHTINGS
 from errors import UserError
-from runtime.cli import fraction, non_negative_float, non_negative_int, positive_int
+from runtime.cli import fraction, non_negative_float, non_negative_int, positive_float, positive_int
 
+MAPPER_HEADS = ("mlp", "conv")
 # VAE-REPA: published for B, L and XL; smaller denoisers follow B.
 DEEP, DEPTHS = 12, (2, 8)  # the block, of denoisers of up to so many blocks and of deeper ones
 
@@ -83,7 +85,15 @@ class MapperFlags(TokenizerAlignmentFlags):
     """Send-VAE's, through a mapper."""
 
     trains_alone = True
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"mapper_depth": 1, "mapper_width": 2048, "noise_injection": True}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "mapper_depth": 1,
+        "mapper_width": 2048,
+        "mapper_head": "mlp",
+        "noise_injection": True,
+        "noise_times": "uniform",
+        "noise_shift": 1.0,
+        "noise_max": 1.0,
+    }
 
     @classmethod
     def add_arguments(cls, group: Any) -> None:
@@ -100,10 +110,31 @@ class MapperFlags(TokenizerAlignmentFlags):
             help="cosine only: hidden width of the mapper's MLP (default: 2048)",
         )
         group.add_argument(
+            "--mapper-head",
+            choices=MAPPER_HEADS,
+            help="cosine only: what follows the ViT blocks; conv: one 3×3 convolution over the tokens, as iREPA's "
+            "projector (default: mlp)",
+        )
+        group.add_argument(
             "--noise-injection",
             action=argparse.BooleanOptionalAction,
             default=None,
             help="cosine only: the mapper sees latents with noise of a random time (default: yes)",
+        )
+        group.add_argument(
+            "--noise-times", choices=WEIGHTINGS, help="cosine only: how that time is drawn (default: uniform)"
+        )
+        group.add_argument(
+            "--noise-shift",
+            type=positive_float,
+            metavar="X",
+            help="cosine only: noise-to-data ratios of those times, times X (default: 1)",
+        )
+        group.add_argument(
+            "--noise-max",
+            type=fraction,
+            metavar="T",
+            help="cosine only: the latest of those times, in whose range all are scaled; 1 is noise alone (default: 1)",
         )
 
     @classmethod
@@ -208,6 +239,38 @@ class REPAFlags(DenoiserAlignmentFlags):
         from loss.alignment.repa import REPA
 
         return REPA.from_arguments(args, *context)
+
+
+class IREPAFlags(DenoiserAlignmentFlags):
+    """iREPA's, with VFM features; the block is REPA's ``--encoder-depth``."""
+
+    needs_features = True
+    title = "iREPA"
+    FIXED = ("encoder_depth",)
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"irepa_coeff": 0.5, "irepa_strength": 1.0}
+
+    @classmethod
+    def add_arguments(cls, group: Any) -> None:
+        group.add_argument(
+            "--irepa-coeff", type=non_negative_float, metavar="X", help="weight of iREPA; 0: none (default: 0.5)"
+        )
+        group.add_argument(
+            "--irepa-strength",
+            type=fraction,
+            metavar="X",
+            help="how much of an image's mean feature iREPA takes away before it divides by the deviation over the "
+            "tokens (default: 1)",
+        )
+
+    @classmethod
+    def weight_of(cls, args: argparse.Namespace) -> float:
+        return args.irepa_coeff
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
+        from loss.alignment.irepa import IREPA
+
+        return IREPA.from_arguments(args, *context)
 
 
 class VAEREPAFlags(DenoiserAlignmentFlags):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusion.draws import Draws
-from diffusion.flow import add_noise
+from diffusion.flow import add_noise, training_times
 from loss.alignment.base import FeaturePrediction, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged, patch_cosine_loss
 from loss.alignment.flags import MapperFlags
@@ -24,22 +24,31 @@ class MapperAlignment(FeaturePrediction, MapperFlags):
         features: of the VFMs.
         weight: of the average over the VFMs.
         path_type: ``linear`` or ``cosine`` interpolant; None: no noise is added.
+        times: what ``diffusion.flow.training_times`` makes times of draws by: weighting and shift.
+        latest: time, in whose range all are scaled.
     """
 
     def __init__(
-        self, mappers: Sequence[nn.Module], features: Sequence[TokenGrid], weight: float, path_type: str | None
+        self,
+        mappers: Sequence[nn.Module],
+        features: Sequence[TokenGrid],
+        weight: float,
+        path_type: str | None,
+        times: tuple[str, float] = ("uniform", 1.0),
+        latest: float = 1.0,
     ):
         super().__init__(mappers, features)
-        self.weight, self.path_type = weight, path_type
+        self.weight, self.path_type, self.times, self.latest = weight, path_type, times, latest
 
     @classmethod
     def from_arguments(
         cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[TokenGrid]
     ) -> "MapperAlignment":
         channels, side, _ = latent_shape
-        sizes = args.mapper_depth, args.mapper_width
+        sizes = args.mapper_depth, args.mapper_width, args.mapper_head
         mappers = [Mapper(channels, side, vfm.grid, vfm.width, *sizes) for vfm in features]
-        return cls(mappers, features, args.align_coeff, args.path_type if args.noise_injection else None)
+        path_type, times = args.path_type if args.noise_injection else None, (args.noise_times, args.noise_shift)
+        return cls(mappers, features, args.align_coeff, path_type, times, args.noise_max)
 
     def forward(
         self,
@@ -69,7 +78,11 @@ class MapperAlignment(FeaturePrediction, MapperFlags):
     def noisy(self, latent: torch.Tensor, statistics: LatentStatistics, draws: Draws) -> torch.Tensor:
         """What the mappers see in training: normalised, and with noise where that is switched on."""
         z = statistics.normalize(latent)
-        return z if self.path_type is None else add_noise(z, draws.times, draws.noise, self.path_type)
+        if self.path_type is None:
+            return z
+        weighting, shift = self.times
+        t = self.latest * training_times(draws.times, weighting, self.path_type, shift)
+        return add_noise(z, t, draws.noise, self.path_type)
 
     def describe(self) -> list[str]:
         noise = "" if self.path_type is None else f" with noise on the {self.path_type} path"

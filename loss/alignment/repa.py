@@ -1,7 +1,8 @@
 """REPA (arXiv 2410.06940): hidden states of a denoiser predict VFM features of the clean image."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,6 +18,10 @@ from models.layers import projector, xavier_linears
 class REPA(DenoiserAlignment, REPAFlags):
     """A projector for each VFM, after one block.
 
+    Attributes:
+        term: name of its term.
+        projector: (width of the denoiser, width of the VFM, hidden width) → a projector.
+
     Args:
         denoiser: tells width and blocks.
         features: of the VFMs, on the denoiser's grid.
@@ -25,6 +30,9 @@ class REPA(DenoiserAlignment, REPAFlags):
         weight: of the average over the VFMs.
     """
 
+    term: ClassVar[str] = "repa"
+    projector: ClassVar[Callable[[int, int, int], nn.Module]] = staticmethod(projector)
+
     def __init__(self, denoiser: Denoiser, features: Sequence[TokenGrid], depth: int, width: int, weight: float):
         super().__init__()
         if not 1 <= depth <= denoiser.depth:
@@ -32,7 +40,7 @@ class REPA(DenoiserAlignment, REPAFlags):
                 f"--encoder-depth {depth}: {denoiser.config.model} has blocks 1 to {denoiser.depth}; choose one"
             )
         self.taps, self.features, self.weight = (depth,), tuple(features), weight
-        self.projectors = nn.ModuleList(projector(denoiser.width, vfm.width, width) for vfm in features)
+        self.projectors = nn.ModuleList(self.projector(denoiser.width, vfm.width, width) for vfm in features)
         self.projectors.apply(xavier_linears)
 
     @classmethod
@@ -43,8 +51,12 @@ class REPA(DenoiserAlignment, REPAFlags):
         self, states: Sequence[torch.Tensor], features: Sequence[torch.Tensor], x: torch.Tensor, t: torch.Tensor
     ) -> Terms:
         """``repa``: mean over batch and patches of 1 − cos."""
-        losses = [patch_cosine_loss(*pair) for pair in zip(self.predict(states), features, strict=True)]
-        return averaged("repa", [vfm.name for vfm in self.features], losses)
+        losses = [patch_cosine_loss(*pair) for pair in zip(self.predict(states), self.targets(features), strict=True)]
+        return averaged(self.term, [vfm.name for vfm in self.features], losses)
+
+    def targets(self, features: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """What is to be predicted of features ``[B, N, D]``."""
+        return features
 
     def predict(self, states: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Predicted features ``[B, N, D]`` of each VFM."""
@@ -52,8 +64,8 @@ class REPA(DenoiserAlignment, REPAFlags):
         return [project(state) for project in self.projectors]
 
     def weights(self, terms: Terms) -> Weights:
-        return {name: 0.0 for name in terms if name.startswith("repa/")} | {"repa": self.weight}
+        return {name: 0.0 for name in terms if name.startswith(f"{self.term}/")} | {self.term: self.weight}
 
     def describe(self) -> list[str]:
         names = ", ".join(vfm.name for vfm in self.features)
-        return [f"REPA after block {self.taps[0]} with {names}, weight {self.weight:g}"]
+        return [f"{self.title} after block {self.taps[0]} with {names}, weight {self.weight:g}"]
