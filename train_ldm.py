@@ -81,7 +81,8 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         default="repa",
         metavar="NAME",
         help=f"what hidden states are aligned with: {', '.join(DENOISER_ALIGNMENTS)}, a sum such as repa+vae, or "
-        f"{NONE}; repa: VFM features, irepa: their spatial structure, vae: the clean latents (VAE-REPA; no VFM, no images)",
+        f"{NONE}; repa: VFM features, irepa: their spatial structure, vae: the clean latents (VAE-REPA; no VFM, no "
+        "images)",
     )
     add_encoder_arguments(group, default="dinov2-vit-b")
     arguments.add_feature_arguments(group)
