@@ -15,11 +15,15 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process with a CUDA context cannot be forked
 os.environ["OMP_NUM_THREADS"] = "1"  # nor one with threads
 
-from tests.faults import kills
+from tests.faults import damage, full_disks, invocations, kills, writers
 from tests.faults.bench import Bench, Trial
 
 KINDS: dict[str, Callable[[Bench, bool], Iterator[Trial]]] = {
     "kills": kills.trials,
+    "disks": full_disks.trials,
+    "damage": damage.trials,
+    "writers": writers.trials,
+    "invocations": invocations.trials,
 }
 
 

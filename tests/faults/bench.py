@@ -66,7 +66,7 @@ class Bench:
     inputs: Path = field(init=False)
     commands: dict[str, Command] = field(init=False)
     _references: dict[tuple[str, int], Reference] = field(default_factory=dict)
-    _count: int = 0
+    count: int = 0
 
     def __post_init__(self) -> None:
         self.inputs = write_inputs(self.folder / "inputs")
@@ -91,7 +91,7 @@ class Bench:
         self, command: Command, folder: Path, processes: int = 1, before: dict[int, points.Install] | None = None
     ) -> Job:
         """Begin to run a command in its folder."""
-        return Job(command.script, folder, folder.with_name(f"{folder.name}-logs"), processes, before)
+        return Job(command.script, folder, self._logs(folder), processes, before)
 
     def run(
         self, command: Command, folder: Path, processes: int = 1, before: dict[int, points.Install] | None = None
@@ -112,13 +112,16 @@ class Bench:
 
     def fresh(self, command: Command) -> Path:
         """A folder for a trial."""
-        self._count += 1
-        return command.prepare(self.folder / "trials" / f"{self._count:04d}")
+        self.count += 1
+        return command.prepare(self.folder / "trials" / f"{self.count:04d}")
 
     def remove(self, folder: Path) -> None:
         """What is left of a trial that was survived."""
         shutil.rmtree(folder)
-        shutil.rmtree(folder.with_name(f"{folder.name}-logs"), ignore_errors=True)
+        shutil.rmtree(self._logs(folder), ignore_errors=True)
+
+    def _logs(self, folder: Path) -> Path:
+        return self.folder / "logs" / "-".join(folder.relative_to(self.folder).parts)
 
     def sample(self, values: list, most: int) -> list:
         """So many of them, in their order."""

@@ -47,7 +47,7 @@ class Child:
     Args:
         work: what it does; an integer that it returns is its exit code.
         folder: where it works.
-        log: gets its stdout and stderr, one after the other.
+        log: gets its stderr, ``LOG.out`` its stdout.
         before: called before ``work``, to install a fault.
         environment: variables to add.
     """
@@ -103,7 +103,7 @@ class Job:
         before: Mapping[int, Callable[[], None]] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        number = len(list(logs.iterdir())) // processes
+        number = len(list(logs.glob("*-0.txt")))
         environments = _ranks(processes) if processes > 1 else [{}]
         self.children = [
             Child(script, folder, logs / f"{number}-{rank}.txt", (before or {}).get(rank, lambda: None), environment)
@@ -133,7 +133,7 @@ class Job:
 
     @property
     def errors(self) -> list[str]:
-        """What all of them wrote."""
+        """What each of them wrote to stderr."""
         return [child.log.read_text(errors="replace") for child in self.children]
 
     @staticmethod
@@ -156,9 +156,8 @@ def _live(work: Work, folder: Path, log: Path, before: Callable[[], None], envir
         with suppress(OSError):
             os.setpgid(0, 0)
         os.environ.update(environment)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
+        for stream, file in ((1, f"{log}.out"), (2, log)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         os.chdir(folder)
         before()
         answer = work()

@@ -120,3 +120,23 @@ def kinds_of(points: Sequence[str]) -> list[int]:
     for number, point in enumerate(points, start=1):
         numbers.setdefault(re.sub(r"\.[0-9a-f]{8}\.|\d+", "#", point), []).append(number)
     return sorted({number for found in numbers.values() for number in (found[0], found[-1])})
+
+
+def record_reads(folder: Path, file: Path) -> Install:
+    """Write the paths of all files below a folder that are opened for reading into a file, one a line."""
+
+    def install() -> None:
+        descriptor, root = (
+            os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND),
+            f"{folder.resolve()}{os.sep}",
+        )
+
+        def audit(event: str, arguments: tuple) -> None:
+            if event == "open" and isinstance(arguments[0], str | os.PathLike) and not (arguments[2] or 0) & WRITING:
+                place = os.path.abspath(arguments[0])
+                if place.startswith(root) and os.path.isfile(place):
+                    os.write(descriptor, f"{place.removeprefix(root)}\n".encode())
+
+        sys.addaudithook(audit)
+
+    return install
