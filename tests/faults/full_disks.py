@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.faults import points
 from tests.faults.bench import Bench, Trial
 from tests.faults.commands import Command
-from tests.faults.compare import half_written, leftovers
+from tests.faults.compare import differences, half_written, leftovers
 from tests.faults.refusals import not_refused
 
 PAGE = 4096
@@ -48,7 +48,7 @@ def can_mount(folder: Path) -> bool:
     return True
 
 
-def _too_small(bench: Bench, command: Command, share: float) -> list[str]:
+def _too_small(bench: Bench, command: Command, share: float) -> list[str] | None:
     pages = sum(-(-path.stat().st_size // PAGE) for path in bench.reference(command).folder.rglob("*"))
     inputs = sum(-(-path.stat().st_size // PAGE) for _, path in command.copies)
     place = bench.folder / "mounted"
@@ -57,36 +57,35 @@ def _too_small(bench: Bench, command: Command, share: float) -> list[str]:
         folder = command.prepare(place / "work")
         problems = _refused(bench, command, folder, {})
         _mount(place, ROOM)
-        return problems + bench.rerun(command, folder)
+        return None if problems is None else problems + bench.rerun(command, folder)
     finally:
         _unmount(place)
 
 
-def _too_large(bench: Bench, command: Command, share: float) -> list[str]:
+def _too_large(bench: Bench, command: Command, share: float) -> list[str] | None:
     size = int(bench.reference(command).sizes()[-1] * share)
     folder = bench.fresh(command)
-    return _ended(bench, command, folder, _refused(bench, command, folder, {0: points.files_up_to(size)}))
+    problems = _refused(bench, command, folder, {0: points.files_up_to(size)})
+    return _ended(bench, command, folder, problems)
 
 
 def _fails(bench: Bench, command: Command, number: int) -> list[str] | None:
     folder = bench.fresh(command)
-    before = {0: points.fail_from(folder, number, errno.ENOSPC)}
-    job = bench.start(command, folder, before=before)
-    codes = job.wait()
-    if not any(codes):  # what could not be written is not needed, e.g. what is kept of a reference
-        return _ended(bench, command, folder, [])
-    problems = not_refused(job, codes, *FULL) + half_written(bench.reference(command).folder, folder)
+    problems = _refused(bench, command, folder, {0: points.fail_from(folder, number, errno.ENOSPC)})
     return _ended(bench, command, folder, problems)
 
 
-def _refused(bench: Bench, command: Command, folder: Path, before: dict[int, points.Install]) -> list[str]:
-    job = bench.start(command, folder, before=before)
-    problems = not_refused(job, job.wait(), *FULL)
-    return problems + half_written(bench.reference(command).folder, folder) + leftovers(folder)
+def _refused(bench: Bench, command: Command, folder: Path, before: dict[int, points.Install]) -> list[str] | None:
+    """None: there was room enough."""
+    job, expected = bench.start(command, folder, before=before), bench.reference(command).folder
+    codes = job.wait()
+    if not any(codes):  # or what could not be written is not needed, and can be made up for
+        return [] if differences(expected, folder) else None
+    return not_refused(job, codes, *FULL) + half_written(expected, folder) + leftovers(folder)
 
 
-def _ended(bench: Bench, command: Command, folder: Path, problems: list[str]) -> list[str]:
-    problems += bench.rerun(command, folder)
+def _ended(bench: Bench, command: Command, folder: Path, problems: list[str] | None) -> list[str] | None:
+    problems = None if problems is None else problems + bench.rerun(command, folder)
     if not problems:
         bench.remove(folder)
     return problems
