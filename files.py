@@ -4,6 +4,7 @@ Everything that the project writes for later goes through here; needs torch for 
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _READ_BYTES = 1 << 22
+_RANDOM = "[0-9a-f]" * 8  # in the names of files that are being written
 # Of the file system or of rights: they say nothing of what a file holds.
 OUT_OF_REACH = frozenset(
     {errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO}
@@ -33,17 +35,20 @@ OUT_OF_REACH = frozenset(
 def whole_file(path: Path) -> Iterator[Path]:
     """Write a file under another name, of this process alone on any machine; it takes its place when it is complete.
 
-    It gets the rights of the umask, whatever library wrote it, and is on the disk before it has its name.
+    It gets the rights of the umask, whatever library wrote it, and is on the disk before it has its name. What a killed
+    process left of it is removed by :func:`remove_leftovers` alone, because a folder may be too long to be listed.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
-        temporary.chmod(mode)
-        flush(temporary)
-        os.replace(temporary, path)
+        with open(temporary, "xb") as held:
+            with suppress(OSError):  # no locks here
+                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            yield temporary
+            temporary.chmod(mode)
+            flush(temporary)
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # a full disk must have room again for what is said of it
             temporary.unlink(missing_ok=True)
@@ -140,7 +145,9 @@ def flush(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete what interrupted writes left of files and folders of these names; nobody else may be writing them.
+    """Delete what interrupted writes left of files and folders of these names.
+
+    Files that another process is writing stay; of folders there must be none.
 
     Args:
         folder: that they lie in; may be absent.
@@ -149,8 +156,23 @@ def remove_leftovers(folder: Path, *names: str) -> None:
     for name in names:
         for replaced in folder.glob(f".{name}.old"):
             _put_back(replaced)
-        for path in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.old"), *folder.glob(f"{name}.*.tmp")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.old"), *folder.glob(f"{name}.{_RANDOM}.tmp")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not _is_being_written(path):
+                path.unlink(missing_ok=True)
+
+
+def _is_being_written(temporary: Path) -> bool:
+    """Whether a process is inside of :func:`whole_file`; unknown, and taken for no, where there are no locks."""
+    try:
+        with open(temporary, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _put_back(replaced: Path) -> None:

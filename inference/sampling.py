@@ -287,9 +287,7 @@ def save_preview(path: Path, rows: list[list[int]], images: ImageDataset, beside
         if count:
             titles = [(0, "generated"), (grid.shape[1], "real")]
             grid = torch.cat([grid, read_rows(beside, [row[:count].tolist() for row in real])], 1)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    save_grid(list(grid), temporary, names=names, titles=titles)
-    temporary.replace(path)
+    save_grid(list(grid), path, names=names, titles=titles)
 
 
 def _numbers_of(names: Sequence[str], images: ImageDataset) -> list[int]:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from errors import UserError
-from files import write_atomically
+from files import remove_leftovers, write_atomically
 
 FORMAT_VERSION = 1
 FOLDER_NAME = "metrics"
@@ -129,6 +129,7 @@ def write_record(measurement: Measurement, folder: Path) -> Path:
     """Write ``NAME.json``, complete or not at all, replacing an earlier one of the same name."""
     path = folder / f"{measurement.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, f"{measurement.name}*")  # of its tables and pictures too
     record = {"format": FORMAT_VERSION} | asdict(measurement)
     record["versions"] = package_versions()
     record["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dataset.images import ImageDataset
 from dataset.loader import read_batches
 from errors import UserError
-from files import whole_file
+from files import remove_leftovers, whole_file
 from metrics.features import Extractor, Features
 from metrics.frechet import Gaussian, Moments
 from metrics.inception_score import InceptionScore
@@ -227,6 +227,7 @@ class SummaryCache:
             arrays["features"] = {"features": summary.features.cpu().numpy()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder, f"{self._name}*")
             for name, content in arrays.items():
                 with whole_file(self._path(name)) as temporary, open(temporary, "wb") as file:
                     np.savez(file, **content)

@@ -252,6 +252,15 @@ def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
     remove_leftovers(tmp_path / "absent", "vae")
 
 
+def test_what_somebody_is_writing_is_no_leftover(tmp_path):
+    with whole_file(tmp_path / "vae.pt") as temporary:
+        (tmp_path / "vae.pt.0a1b2c3d.tmp").touch()
+        remove_leftovers(tmp_path, "vae.pt")
+        assert list(tmp_path.iterdir()) == [temporary]
+        temporary.write_text("whole")
+    assert (tmp_path / "vae.pt").read_text() == "whole"
+
+
 @pytest.mark.slow
 def test_a_process_killed_inside_a_folder_leaves_the_old_one(tmp_path):
     """Really killed: the new one has been written in part."""

@@ -224,7 +224,8 @@ class Run:
             _truncate(self.folder / name, step)
         self.samples.mkdir(exist_ok=True)
         CheckpointFolder(self.folder).remove_leftovers()
-        remove_leftovers(self.folder, "vae", "status.json", "args.json")
+        remove_leftovers(self.folder, "vae", "*.json*")
+        remove_leftovers(self.samples, "*.png")
 
     def start_trackers(self, project: str) -> None:
         """Start wandb or tensorboard; a resumed run continues the same wandb run."""
