@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # nor one with threads
 
 from tests.faults import damage, full_disks, invocations, kills, writers
 from tests.faults.bench import Bench, Trial
+from tests.faults.commands import commands, write_inputs
 
 KINDS: dict[str, Callable[[Bench, bool], Iterator[Trial]]] = {
     "kills": kills.trials,
@@ -43,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     begin = time.monotonic()
     folder = Path(args.folder or tempfile.mkdtemp(prefix="faults-"))
     shutil.rmtree(folder, ignore_errors=True)
-    bench = Bench(folder, random.Random(args.seed))
+    inputs = write_inputs(folder / "inputs")
+    bench = Bench(folder, random.Random(args.seed), inputs, commands(inputs))
     rows: dict[tuple[str, str], Row] = {}
     for name in args.only or KINDS:
         for trial in KINDS[name](bench, args.quick):

@@ -3,16 +3,35 @@
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults import points
-from tests.faults.commands import Command, commands, write_inputs
 from tests.faults.compare import differences
-from tests.faults.forked import Job
+from tests.faults.forked import Job, Script
 
-Attempt = Callable[[], list[str]]
+
+@dataclass(frozen=True)
+class Command:
+    """A script that writes into the folder it runs in.
+
+    Attributes:
+        name: of the script, and what of it is done.
+        script: with its flags.
+        copies: inputs that it writes beside, put into its folder first: name there → path.
+    """
+
+    name: str
+    script: Script
+    copies: Mapping[str, Path] = field(default_factory=dict)
+
+    def prepare(self, folder: Path) -> Path:
+        """Make its folder."""
+        folder.mkdir(parents=True)
+        for name, path in self.copies.items():
+            shutil.copy(path, folder / name)
+        return folder
 
 
 @dataclass(frozen=True)
@@ -57,20 +76,18 @@ class Bench:
     """A folder in which trials are made.
 
     Attributes:
-        folder: new; what is left in ``trials`` at the end are those that failed.
+        folder: what is left in its ``trials`` at the end are those that failed.
         random: of everything that is chosen.
+        inputs: a folder of what the commands read.
+        commands: by their names.
     """
 
     folder: Path
     random: random.Random
-    inputs: Path = field(init=False)
-    commands: dict[str, Command] = field(init=False)
+    inputs: Path
+    commands: Mapping[str, Command]
     _references: dict[tuple[str, int], Reference] = field(default_factory=dict)
     count: int = 0
-
-    def __post_init__(self) -> None:
-        self.inputs = write_inputs(self.folder / "inputs")
-        self.commands = commands(self.inputs)
 
     def reference(self, command: Command, processes: int = 1) -> Reference:
         """The result that every other run of the command must equal; made when it is first asked for."""

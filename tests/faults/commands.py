@@ -1,8 +1,6 @@
 """Every script that writes, on inputs so small that a run takes about a second."""
 
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cache_latents
@@ -18,6 +16,7 @@ import train_repae
 import train_sendvae
 from tests import latent_caches, ldm_runs, ldm_trainings, repae_runs, report_runs, sendvae_runs
 from tests.command_line import argv_of
+from tests.faults.bench import Command
 from tests.faults.forked import Script, run_forked
 from tests.image_sets import random_images, write_npz
 from tests.public_sit import PublicSiT, public_args, write_experiment
@@ -52,33 +51,6 @@ SCRIPTS = {
 }
 
 
-@dataclass(frozen=True)
-class Command:
-    """A script with flags that write into the folder it runs in.
-
-    Attributes:
-        name: of the script, and what of it is done.
-        argv: its flags.
-        copies: inputs that it writes beside, put into its folder first: name there → path.
-    """
-
-    name: str
-    argv: tuple[str, ...]
-    copies: tuple[tuple[str, Path], ...] = ()
-
-    @property
-    def script(self) -> Script:
-        module = self.name.split()[0]
-        return Script(SCRIPTS[module].main, self.argv, f"{module}.py")
-
-    def prepare(self, folder: Path) -> Path:
-        """Make its folder."""
-        folder.mkdir(parents=True)
-        for name, path in self.copies:
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / name)
-        return folder
-
-
 def write_inputs(folder: Path) -> Path:
     """What the commands read; in forks, because it takes networks."""
     folder.mkdir(parents=True)
@@ -103,37 +75,38 @@ def commands(inputs: Path) -> dict[str, Command]:
     samples = {"sample_dir": "out", "num_steps": 2, "preview": 4}
     reference = {"ref": inputs / "b.npz", "ref_cache": "kept", "features": "efficientnet-lite0"}
     reconstruction = {"data": packed, "vae": vae, "num_workers": 0, "metrics": "psnr,ssim", "output_dir": "out"}
+    probed = {"vae": vae, "data": packed, "num_workers": 0, "output_dir": "out"}
+    probed |= {"num_points": 10, "num_pictures": 3, "steps": 2}
     found = [
-        Command("preprocessing raw", (*_packing(images, "out"), "--shard-size", "7")),
-        Command("preprocessing png", (*_packing(images, "out"), "--shard-size", "7", "--codec", "png")),
-        Command("train_sendvae", _argv(sendvae_runs.flags(
-            packed, "exps", loss_cfg_path=LOSS, val_data_dir=packed, mapper_grid=2, ema_decay=0.9, **TRAINING))),
-        Command("cache_latents", _argv(latent_caches.flags(packed, vae, "./out", **features))),
-        Command("train_ldm", _argv(ldm_trainings.flags(
-            packed, "exps", val_vae_latents_name=packed / cached, **TRAINING))),
-        Command("train_repae", _argv(repae_runs.flags(
-            packed, "exps", loss_cfg_path=LOSS, val_data_dir=packed, **TRAINING))),
-        Command("generate", _argv(ldm_runs.flags(inputs / "ldm", **samples))),
-        Command("evaluate generation", ("generation", *argv_of({"samples": "a.npz"} | reference)),
-                (("a.npz", inputs / "a.npz"),)),
-        Command("evaluate reconstruction", ("reconstruction", *argv_of(reconstruction))),
-        Command("export_vae diffusers", (str(vae), "out/vae", "--format", "diffusers", "--overwrite")),
-        Command("export_vae ldm", (str(vae), "out/vae.safetensors", "--format", "ldm", "--overwrite")),
-        Command("export_vae repa-e", (str(vae), "out/vae.pt", "--format", "repa-e", "--overwrite")),
-        Command("export_ldm diffusers", (str(inputs / "ldm"), "out", "--overwrite")),
-        Command("export_ldm repa", (str(inputs / "ldm"), "out", "--format", "repa", "--overwrite")),
-        Command("export_ldm run", (
-            str(inputs / "theirs"), "out", "--format", "run", "--overwrite", "--vae-ckpt", str(vae))),
-        Command("probe", ("uniformity", "pictures", *argv_of({
-            "vae": vae, "data": packed, "num_workers": 0, "output_dir": "out", "num_points": 10, "num_pictures": 3,
-            "steps": 2}), "--no-tsne")),
-        Command("report", (str(inputs / "runs" / "*"), "--html", "report.html")),
+        _command("preprocessing raw", *_packing(images, "out"), "--shard-size", "7"),
+        _command("preprocessing png", *_packing(images, "out"), "--shard-size", "7", "--codec", "png"),
+        _command("train_sendvae", *sendvae_runs.flags(
+            packed, "exps", loss_cfg_path=LOSS, val_data_dir=packed, mapper_grid=2, ema_decay=0.9, **TRAINING)),
+        _command("cache_latents", *latent_caches.flags(packed, vae, "./out", **features)),
+        _command("train_ldm", *ldm_trainings.flags(packed, "exps", val_vae_latents_name=packed / cached, **TRAINING)),
+        _command("train_repae", *repae_runs.flags(
+            packed, "exps", loss_cfg_path=LOSS, val_data_dir=packed, **TRAINING)),
+        _command("generate", *ldm_runs.flags(inputs / "ldm", **samples)),
+        _command("evaluate generation", "generation", *argv_of({"samples": "a.npz"} | reference),
+                 copies={"a.npz": inputs / "a.npz"}),
+        _command("evaluate reconstruction", "reconstruction", *argv_of(reconstruction)),
+        _command("export_vae diffusers", vae, "out/vae", "--format", "diffusers", "--overwrite"),
+        _command("export_vae ldm", vae, "out/vae.safetensors", "--format", "ldm", "--overwrite"),
+        _command("export_vae repa-e", vae, "out/vae.pt", "--format", "repa-e", "--overwrite"),
+        _command("export_ldm diffusers", inputs / "ldm", "out", "--overwrite"),
+        _command("export_ldm repa", inputs / "ldm", "out", "--format", "repa", "--overwrite"),
+        _command("export_ldm run", inputs / "theirs", "out", "--format", "run", "--overwrite", "--vae-ckpt", vae),
+        _command("probe", "uniformity", "pictures", *argv_of(probed), "--no-tsne"),
+        _command("report", inputs / "runs" / "*", "--html", "report.html"),
     ]  # fmt: skip
     return {command.name: command for command in found}
 
 
-def _argv(words: Sequence[str]) -> tuple[str, ...]:
-    return tuple(map(str, words))
+def _command(name: str, *words: object, copies: Mapping[str, Path] | None = None) -> Command:
+    """The first word of its name is the script's."""
+    module = name.split()[0]
+    script = Script(SCRIPTS[module].main, tuple(map(str, words)), f"{module}.py")
+    return Command(name, script, copies or {})
 
 
 def _packing(images: Path, output: Path | str) -> list[str]:

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults import points
-from tests.faults.bench import Bench, Trial
-from tests.faults.commands import Command
+from tests.faults.bench import Bench, Command, Trial
 from tests.faults.compare import differences
 from tests.faults.kills import SLOW
 from tests.faults.refusals import not_refused

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from io import FileIO, TextIOWrapper
 from pathlib import Path
 
 from runtime.cli import run
@@ -158,6 +159,8 @@ def _live(work: Work, folder: Path, log: Path, before: Callable[[], None], envir
         os.environ.update(environment)
         for stream, file in ((1, f"{log}.out"), (2, log)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        # those of pytest go elsewhere
+        sys.stdout, sys.stderr = (TextIOWrapper(FileIO(stream, "w"), line_buffering=True) for stream in (1, 2))
         os.chdir(folder)
         before()
         answer = work()

@@ -11,8 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from tests.faults import points
-from tests.faults.bench import Bench, Trial
-from tests.faults.commands import Command
+from tests.faults.bench import Bench, Command, Trial
 from tests.faults.compare import differences, half_written, leftovers
 from tests.faults.refusals import not_refused
 
@@ -50,7 +49,7 @@ def can_mount(folder: Path) -> bool:
 
 def _too_small(bench: Bench, command: Command, share: float) -> list[str] | None:
     pages = sum(-(-path.stat().st_size // PAGE) for path in bench.reference(command).folder.rglob("*"))
-    inputs = sum(-(-path.stat().st_size // PAGE) for _, path in command.copies)
+    inputs = sum(-(-path.stat().st_size // PAGE) for path in command.copies.values())
     place = bench.folder / "mounted"
     _mount(place, f"size={max(1, int(pages * share)) * PAGE + inputs * PAGE}")
     try:

@@ -11,10 +11,10 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from runtime.cli import EXIT_USER_ERROR, run
-from tests.bad_inputs.case import Case
+from tests.bad_inputs.case import Case, errors_in
 from tests.faults.bench import Bench, Trial
 from tests.faults.forked import run_forked
-from tests.test_bad_inputs import CASES, errors_in
+from tests.test_bad_inputs import CASES
 
 
 def trials(bench: Bench, quick: bool) -> Iterator[Trial]:

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults import points
-from tests.faults.bench import Bench, Trial
-from tests.faults.commands import Command
+from tests.faults.bench import Bench, Command, Trial
 from tests.faults.compare import half_written
 
 KILLED = (-signal.SIGKILL, -signal.SIGXFSZ)

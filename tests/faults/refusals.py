@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from runtime.cli import EXIT_USER_ERROR
+from tests.bad_inputs.case import errors_in
 from tests.faults.forked import Job
-from tests.test_bad_inputs import errors_in
 
 
 def not_refused(job: Job, codes: Sequence[int], *parts: str) -> list[str]:

@@ -4,8 +4,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from tests.faults.bench import Bench, Trial
-from tests.faults.commands import Command
+from tests.faults.bench import Bench, Command, Trial
 from tests.faults.compare import differences
 from tests.faults.refusals import not_refused
 
