@@ -31,7 +31,7 @@ def trials(bench: Bench, quick: bool) -> Iterator[Trial]:
         if can_mount(bench.folder):
             yield Trial("read-only disk", command.name, "", partial(_read_only, bench, command))
         numbers = points.kinds_of(bench.reference(command).points[0])
-        for number in bench.sample(numbers, 1 if quick else 6):
+        for number in bench.sample(numbers, 1 if quick else 4):
             detail = f"from {number} on: {bench.reference(command).points[0][number - 1]}"
             yield Trial("disk full from a point on", command.name, detail, partial(_fails, bench, command, number))
 

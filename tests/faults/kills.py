@@ -20,7 +20,7 @@ def trials(bench: Bench, quick: bool) -> Iterator[Trial]:
     """At points of every kind, in the middle of libraries' writes, and at moments that nobody chose."""
     for name in QUICK if quick else bench.commands:
         command = bench.commands[name]
-        few, most = (2, 3) if quick else (4, 14) if name in SLOW else (6, 40)
+        few, most = (1, 2) if quick else (3, 10) if name in SLOW else (3, 16)
         yield from _at_points(bench, command, 1, most)
         yield from _in_writes(bench, command, few)
         yield from _at_moments(bench, command, 1, few)
