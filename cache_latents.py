@@ -19,7 +19,12 @@ from pathlib import Path
 
 from errors import UserError
 from files import read_safetensors
-from formats.arguments import add_encoder_arguments, add_unfinished_argument, add_vae_source_arguments
+from formats.arguments import (
+    add_encoder_arguments,
+    add_unfinished_argument,
+    add_vae_source_arguments,
+    add_verify_argument,
+)
 from formats.run_folders import refuse_unfinished
 from models.encoders import ENCODERS
 from models.tokenizers import architecture_names
@@ -80,6 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "changes no byte",
     )
     add("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads per process")
+    add_verify_argument(parser)
     add(
         "--mixed-precision",
         choices=("no", "bf16"),
@@ -137,6 +143,7 @@ from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_name, latents_folder
 from dataset.packing import PackingJob, check_space, given_back_if_refused, sigterm_as_interrupt
 from dataset.shards import ShardSpec
+from dataset.verification import verify
 from formats.run_folders import PLACES as CHECKPOINT_FOLDERS
 from formats.vae import load_tokenizer
 from inference.latent_cache import (
@@ -181,7 +188,7 @@ def main(argv: Sequence[str]) -> int:
     process = this_process()
     torch.manual_seed(0)  # of the random weights of a dry run
     set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
-    images = open_dataset(args)
+    images = open_dataset(args, process)
     args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
     folder = None if args.dry_run else cache_folder(args)
     networks = build_networks(args, process)
@@ -202,11 +209,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def open_dataset(args: argparse.Namespace) -> ImageDataset | None:
+def open_dataset(args: argparse.Namespace, process: Process) -> ImageDataset | None:
     """The images; None in a dry run without them."""
     if not args.data_dir:
         return None
-    return open_images(args.data_dir, args.resolution, default=DEFAULT_RESOLUTION)
+    images = open_images(args.data_dir, args.resolution, default=DEFAULT_RESOLUTION)
+    if args.verify:
+        verify([images], process.rank, process.world_size)
+    return images
 
 
 def cache_folder(args: argparse.Namespace) -> Path:

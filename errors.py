@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right. Imports nothing, so that every package may raise it."""
+"""The exceptions that users see, and how others are quoted. Imports nothing, so that every package may raise them."""
 
 
 class UserError(Exception):
@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class TrainingFailed(Exception):
     """The training itself went wrong; the last good checkpoint is intact."""
+
+
+def one_line(error: Exception) -> str:
+    """An exception's text on one line, without what exceeds 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,13 @@ _RANDOM = "[0-9a-f]" * 8  # in the names of files that are being written
 OUT_OF_REACH = frozenset(
     {errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO}
 )
+
+
+class FileEntry(TypedDict):
+    """What is noted of a file to tell damage: see :func:`checksum`."""
+
+    bytes: int
+    sha256: str
 
 
 # writing
@@ -216,7 +223,7 @@ def is_out_of_reach(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in OUT_OF_REACH
 
 
-def checksum(path: Path) -> dict:
+def checksum(path: Path) -> FileEntry:
     """{"bytes": size, "sha256": hexadecimal digest} of a file."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from errors import UserError
+from errors import UserError, one_line
 from formats.arguments import add_encoder_arguments
 from loss.alignment import DENOISER_ALIGNMENTS, NONE, parse_sum, settle_arguments
 from models.tokenizers import architecture_names
@@ -124,7 +124,6 @@ from dataset.images import DEFAULT_RESOLUTION
 from dataset.latents import LatentBatch, LatentDataset
 from models.denoisers import DenoiserConfig, denoiser_kind
 from models.tokenizers import Tokenizer
-from models.weight_files import one_line
 from runtime import NUM_CLASSES
 from training import dry_run, ldm_source
 from training.alignment_cost import alignment_cost_lines

@@ -1,6 +1,7 @@
 """Images by number, whatever they lie in: a packed dataset, or photographs that are cropped on the fly."""
 
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,7 @@ from dataset.packing import images_per_shard
 from dataset.shards import PackedReader, is_unfinished, read_index
 from dataset.sources import Source, open_source
 from dataset.transforms import BadImageError, decode_png, load_image
-from errors import UserError
+from errors import UserError, one_line
 
 DEFAULT_RESOLUTION = 256  # pixels, of photographs that are cropped on the fly
 
@@ -39,6 +40,10 @@ class ImageDataset(Protocol):
     def fingerprint(self) -> str:
         """The same for the same images in the same order, on any machine; cheap."""
 
+    @property
+    def readers(self) -> list[PackedReader]:
+        """Packed files that can be compared with their checksums."""
+
     def read_into(self, items: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
         """Read n items into ``out``, uint8 ``[n, 3, H, W]``, contiguous. Several threads may call it at once."""
 
@@ -48,6 +53,9 @@ class PackedImages:
 
     def __init__(self, path: Path) -> None:
         self._reader = PackedReader(path, kind="images")
+        shape, dtype = self._reader.spec.shape, self._reader.spec.dtype
+        if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2] or dtype != "uint8":
+            raise UserError(f"{path} says that its images are {shape} of {dtype}: its index is damaged, copy it again")
         self.resolution: int = self._reader.spec.shape[-1]
         self.labels = self._reader.labels
         self.class_names = self._reader.class_names
@@ -63,13 +71,24 @@ class PackedImages:
     def fingerprint(self) -> str:
         return f"packed:{self._reader.fingerprint()}"
 
+    @property
+    def readers(self) -> list[PackedReader]:
+        return [self._reader]
+
     def read_into(self, items: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
         if self._reader.spec.codec == "raw":
             for item, pixels in zip(items, out, strict=True):
                 self._reader.read_into(int(item), pixels)
         else:
             for item, pixels in zip(items, out, strict=True):
-                decode_png(self._reader.read_bytes(int(item)), pixels)
+                encoded = self._reader.read_bytes(int(item))
+                try:
+                    decode_png(encoded, pixels)
+                except (OSError, ValueError, SyntaxError, zlib.error) as error:  # what Pillow says of broken files
+                    raise UserError(
+                        f"{self._reader.folder}: {self.name(int(item))} is damaged ({one_line(error)}); copy the "
+                        "dataset again, or run preprocessing into an empty folder"
+                    ) from error
 
 
 class SourceImages:
@@ -91,6 +110,10 @@ class SourceImages:
 
     def fingerprint(self) -> str:
         return f"photographs:{self.resolution}:{self._source.fingerprint()}"
+
+    @property
+    def readers(self) -> list[PackedReader]:
+        return []
 
     def read_into(self, items: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
         for item, pixels in zip(items, out, strict=True):

@@ -13,7 +13,6 @@
 ENC is a name of --enc-type, with -- for /.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from errors import UserError
 from files import is_out_of_reach, read_safetensors
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import stored_latent_shape
+from schema import MalformedError
 
 STATISTICS_NAME = "latents_stats.safetensors"
 VAE_NAME = "vae"
@@ -159,6 +159,13 @@ class LatentDataset:
         return f"latents:{self._fingerprint}"
 
     @property
+    def readers(self) -> list[PackedReader]:
+        """Packed files that can be compared with their checksums; what is held in memory was, as it was read."""
+        arrays = [self._stored, *self._features.values()]
+        readers = [reader for array in arrays if not array.held_bytes for reader in array.readers]
+        return readers + ([] if self._images is None else self._images.readers)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that this process holds in memory."""
         return self._stored.held_bytes + sum(array.held_bytes for array in self._features.values())
@@ -192,18 +199,15 @@ class LatentDataset:
         shape = latents.spec.shape
         try:
             return stored_latent_shape(self.vae_folder, shape)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{self.vae_folder / 'config.json'} is damaged ({error}); copy the whole cache again"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{self.folder} holds items of shape {shape}; {error}; {_MAKE}") from error
-        except (OSError, KeyError, TypeError) as error:
+        except (OSError, MalformedError, KeyError, TypeError) as error:
             if is_out_of_reach(error):
                 raise
             raise UserError(
-                f"{self.vae_folder / 'config.json'} does not say which VAE it is of ({error}); copy the cache again"
+                f"{self.vae_folder / 'config.json'} does not say which VAE it is of ({error}); copy the whole cache "
+                "again"
             ) from error
+        except ValueError as error:
+            raise UserError(f"{self.folder} holds items of shape {shape}; {error}; {_MAKE}") from error
 
     def _load_statistics(self) -> LatentStatistics:
         path = self.folder / STATISTICS_NAME
@@ -243,7 +247,7 @@ class _Array:
 
     def __init__(self, readers: Sequence[PackedReader], limit: int, show_progress: bool) -> None:
         self.spec = readers[0].spec
-        self._readers = readers
+        self.readers = readers
         self._length = len(readers[0])
         if any(reader.spec != self.spec for reader in readers):
             raise UserError(
@@ -270,7 +274,7 @@ class _Array:
             np.take(self._held, rows, axis=0, out=out, mode="clip")
             return
         for place, item in enumerate(items):
-            reader = self._readers[0 if flips is None else int(flips[place])]
+            reader = self.readers[0 if flips is None else int(flips[place])]
             reader.read_into(int(item), out[place])
 
 

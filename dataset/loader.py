@@ -23,8 +23,9 @@ from tqdm import tqdm
 from dataset.images import ImageDataset
 from dataset.latents import available_memory, cache_files
 from dataset.order import SampleOrder
-from dataset.shards import INDEX_NAME, PackedReader, read_index
+from dataset.shards import INDEX_NAME, Index, PackedReader, read_index
 from errors import UserError
+from files import checksum
 
 
 class BatchSource(Protocol):
@@ -339,9 +340,19 @@ def stage_dataset(
     PackedReader(path, kind)  # complete, and of that kind
     folders, others = cache_files(path, parts) if kind == "latents" else (["."], [])
     sizes = {name: (path / name).stat().st_size for name in others}
+    digests: dict[str, str] = {}
     version = hashlib.sha256()
     for folder in folders:
-        sizes.update(_packed_sizes(path, folder))
+        index = _complete_index(path / folder)
+        files = {
+            os.path.normpath(f"{folder}/{name}"): file
+            for files in (*(shard["files"] for shard in index["shards"]), index["labels"])
+            for name, file in files.items()
+        }
+        sizes |= {name: file["bytes"] for name, file in files.items()}
+        digests |= {name: file["sha256"] for name, file in files.items()}
+        index_name = os.path.normpath(f"{folder}/{INDEX_NAME}")  # the last: without it the copy is not a dataset
+        sizes[index_name] = (path / index_name).stat().st_size
         version.update((path / folder / INDEX_NAME).read_bytes())
     target = Path(stage_dir) / f"{path.resolve().name}-{version.hexdigest()[:12]}"
     target.mkdir(parents=True, exist_ok=True)
@@ -357,20 +368,21 @@ def stage_dataset(
                     f"{path / name} has {copied} bytes instead of {size}; if it changed while it was copied, run the "
                     "same command again, else make or copy the dataset again"
                 )
+            if name in digests and checksum(temporary)["sha256"] != digests[name]:
+                temporary.unlink()
+                raise UserError(
+                    f"{path / name} is damaged (it differs from its checksum): make or copy the dataset again"
+                )
             os.replace(temporary, target / name)
             progress.update(size)
     return target
 
 
-def _packed_sizes(path: Path, folder: str) -> dict[str, int]:
-    """Bytes of the files of a packed folder, the index last: without it the copy is not a dataset."""
-    index = read_index(path / folder)
+def _complete_index(folder: Path) -> Index:
+    index = read_index(folder)
     if index is None:
-        raise UserError(f"{path / folder} is not complete; run the command that made {path} again")
-    files = [*(shard["files"] for shard in index["shards"]), index["labels"]]
-    sizes = {os.path.normpath(f"{folder}/{name}"): file["bytes"] for names in files for name, file in names.items()}
-    name = os.path.normpath(f"{folder}/{INDEX_NAME}")
-    return sizes | {name: (path / name).stat().st_size}
+        raise UserError(f"{folder} is not complete; run the command that made it again")
+    return index
 
 
 def _has_size(path: Path, size: int) -> bool:

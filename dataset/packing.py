@@ -23,6 +23,7 @@ from dataset.shards import ShardSpec, ShardWriter, read_index, read_record, read
 from errors import UserError
 from files import missing_folders, remove_empty, write_atomically
 from runtime.cli import flag_of
+from schema import MalformedError, read_json
 
 SETTINGS_NAME = "settings.json"
 LOCK_NAME = ".lock"
@@ -91,7 +92,14 @@ class PackingJob:
         """Note the settings in a new folder, or compare them with those of the run that began there. Under the lock."""
         path = self.folder / SETTINGS_NAME
         if path.exists():
-            self.check_settings(json.loads(path.read_bytes()))
+            try:
+                settings = read_json(path)
+            except MalformedError as error:
+                raise UserError(
+                    f"{path}, which says how {self.folder} was begun, is damaged ({error}); empty the folder and run "
+                    "the same command again"
+                ) from error
+            self.check_settings(settings)
             return
         self.refuse_strangers()
         write_atomically(path, (json.dumps(self.settings) + "\n").encode())

@@ -16,6 +16,7 @@ complete and on disk.
 
 import bisect
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -26,17 +27,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
 from dataset.open_files import OpenShards, ShardFile
-from errors import UserError
-from files import checksum, write_atomically
+from errors import UserError, one_line
+from files import FileEntry, checksum, write_atomically
+from schema import MalformedError, check, read_json
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 LABELS_NAME = "labels.npy"
 REJECTED_NAME = "rejected.csv"
+KINDS, CODECS = ("images", "latents", "features"), ("raw", "png")
+MOST_VALUES = 1 << 32  # of an item: beyond that an index is damaged
 _READ_BYTES = 1 << 22
 # Up to this many files a dataset is measured when it is opened, so that a damaged copy is found before hours of work
 # and not after (all of ImageNet: seconds on a slow file server). Every process doing so with those of 100 million
@@ -49,10 +54,10 @@ class ShardSpec:
     """What all shards of a packed dataset have in common.
 
     Attributes:
-        kind: ``"images"``, ``"latents"`` or ``"features"``; also the first part of the file names.
+        kind: of :data:`KINDS`; also the first part of the file names.
         shape: of one item, ``(3, H, W)``, ``(2C, h, w)`` or ``(N, D)``.
         dtype: numpy's name of the item's type, ``"uint8"``, ``"float16"`` or ``"float32"``.
-        codec: ``"raw"`` for arrays, ``"png"`` for encoded files.
+        codec: of :data:`CODECS`: ``"raw"`` for arrays, ``"png"`` for encoded files.
     """
 
     kind: str
@@ -80,6 +85,38 @@ class ShardSpec:
         return f"{self.kind}-{number:05d}.json"
 
 
+class IndexedShard(TypedDict):
+    """Of an index."""
+
+    count: int
+    files: dict[str, FileEntry]
+
+
+class Index(TypedDict):
+    """``index.json``."""
+
+    format_version: int
+    kind: str
+    shape: list[int]
+    dtype: str
+    codec: str
+    count: int
+    rejected: int
+    source: dict  # what the dataset was made from and how
+    labels: dict[str, FileEntry]
+    shards: list[IndexedShard]
+    class_names: list[str]
+
+
+class RecordFile(TypedDict):
+    """Of a :class:`ShardRecord`."""
+
+    count: int
+    files: dict[str, FileEntry]
+    labels: list[int]
+    rejected: list[list[str]]
+
+
 @dataclass
 class ShardRecord:
     """What is known of a complete shard: enough to write the index without opening the shard again.
@@ -92,7 +129,7 @@ class ShardRecord:
     """
 
     count: int
-    files: dict[str, dict]
+    files: dict[str, FileEntry]
     labels: list[int]
     rejected: list[list[str]] = field(default_factory=list)
 
@@ -204,8 +241,8 @@ def read_records(folder: str | os.PathLike, spec: ShardSpec) -> dict[int, ShardR
 def read_record(folder: str | os.PathLike, spec: ShardSpec, number: int) -> ShardRecord | None:
     """The record of a complete shard in an unfinished folder; None where it is missing or does not fit its shard."""
     path = Path(folder) / spec.record_name(number)
-    with suppress(ValueError, TypeError, OSError):  # a record or shard that someone damaged is made again
-        record = ShardRecord(**json.loads(path.read_bytes()))
+    with suppress(MalformedError, TypeError, OSError):  # a record or shard that someone damaged is made again
+        record = ShardRecord(**read_json(path, RecordFile))
         if all((path.parent / name).stat().st_size == file["bytes"] for name, file in record.files.items()):
             return record
     return None
@@ -249,6 +286,13 @@ def write_index(
     write_atomically(folder / INDEX_NAME, _json_bytes(index))
 
 
+def _is_number_type(name: str) -> bool:
+    try:
+        return np.dtype(name).kind in "iuf"
+    except (TypeError, ValueError, SyntaxError):  # numpy parses it
+        return False
+
+
 def remove_leftovers(folder: str | os.PathLike, kind: str) -> None:
     """Remove the records and temporary files next to a complete dataset."""
     for pattern in (f"{kind}-?????.json", "*.tmp"):
@@ -256,7 +300,7 @@ def remove_leftovers(folder: str | os.PathLike, kind: str) -> None:
             path.unlink(missing_ok=True)  # another process may tidy up at the same time
 
 
-def read_index(folder: str | os.PathLike) -> dict | None:
+def read_index(folder: str | os.PathLike) -> Index | None:
     """The index of a packed dataset as a dict, or None where the folder has none (or someone else's index.json).
 
     Raises:
@@ -264,18 +308,35 @@ def read_index(folder: str | os.PathLike) -> dict | None:
     """
     path = Path(folder) / INDEX_NAME
     try:
-        index = json.loads(path.read_bytes())
+        index = read_json(path, Any)
+        if not isinstance(index, dict) or "format_version" not in index:
+            return None
+        if index["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {index['format_version']}, this code reads {FORMAT_VERSION}; update the "
+                "code"
+            )
+        check(index, Index)
+        _check_index(index)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except MalformedError as error:
         raise UserError(f"{path} is damaged ({error}); {_rerun(None)}") from error
-    if not isinstance(index, dict) or "format_version" not in index:
-        return None
-    if index["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {index['format_version']}, this code reads {FORMAT_VERSION}; update the code"
-        )
     return index
+
+
+def _check_index(index: Index) -> None:
+    """Refuse what has the right types and yet cannot be."""
+    spec = ShardSpec(index["kind"], tuple(index["shape"]), index["dtype"], index["codec"])
+    is_array = spec.shape and all(0 < side < MOST_VALUES for side in spec.shape) and math.prod(spec.shape) < MOST_VALUES
+    if spec.kind not in KINDS or spec.codec not in CODECS or not is_array or not _is_number_type(spec.dtype):
+        raise MalformedError(f"no {spec.kind} are {spec.shape} of {spec.dtype} in codec {spec.codec}"[:200])
+    for number, shard in enumerate(index["shards"]):
+        names = [spec.file_name(number), *([spec.offsets_name(number)] if spec.codec != "raw" else [])]
+        if list(shard["files"]) != names or shard["count"] < 0:
+            raise MalformedError(f"shards[{number}] is not of {' and '.join(names)}")
+    if list(index["labels"]) != [LABELS_NAME] or index["count"] != sum(shard["count"] for shard in index["shards"]):
+        raise MalformedError(f"its shards hold other than its {index['count']} items, or its labels are elsewhere")
 
 
 def is_unfinished(folder: str | os.PathLike) -> bool:
@@ -313,10 +374,16 @@ class PackedReader:
         self.class_names: list[str] = index["class_names"]
         self._starts = np.cumsum([0] + [shard["count"] for shard in index["shards"]]).tolist()
         self._check_files()
-        self.labels = np.load(self.folder / LABELS_NAME, allow_pickle=False)
-        if self.labels.shape != (len(self),):
+        self.labels = self._load_verified(LABELS_NAME, index["labels"][LABELS_NAME])
+        if self.labels.shape != (len(self),) or self.labels.dtype != np.int64:
             raise UserError(
-                f"{self.folder / LABELS_NAME} has {len(self.labels)} labels for {len(self)} items; {self._rerun}"
+                f"{self.folder / LABELS_NAME} holds {self.labels.shape} labels of {self.labels.dtype} for {len(self)} "
+                f"items; {self._rerun}"
+            )
+        if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
+            raise UserError(
+                f"{self.folder / LABELS_NAME} has labels of {self.labels.min()} to {self.labels.max()} for "
+                f"{len(self.class_names)} classes; {self._rerun}"
             )
         self._shards = OpenShards(len(index["shards"]))
 
@@ -351,11 +418,18 @@ class PackedReader:
         return data
 
     def read_all(self, out: np.ndarray, progress: Callable[[int], object] | None = None) -> None:
-        """Read a whole raw dataset into a contiguous array ``[N, *shape]``; ``progress`` is told the bytes read."""
+        """Read a whole raw dataset into a contiguous array ``[N, *shape]``, compared with its checksums on the way.
+
+        ``progress`` is told the bytes read.
+        """
         for shard, (first, last) in enumerate(itertools.pairwise(self._starts)):
             if last > first:
                 data = memoryview(out[first:last].reshape(-1).view(np.uint8))
-                self._read_rest(shard, self._open_shard(shard), data, 0)  # once, so it need not stay open
+                file = self._open_shard(shard)  # once, so it need not stay open
+                self._read_rest(shard, file, data, 0)
+                digest = hashlib.sha256(os.pread(file.descriptor, file.start, 0))
+                digest.update(data)
+                self._check_digest(self._shard_path(shard).name, digest.hexdigest())
                 if progress is not None:
                     progress((last - first) * self.spec.item_bytes)
 
@@ -363,11 +437,26 @@ class PackedReader:
         """SHA-256 of all checksums: the same for the same bytes; cheap."""
         return hashlib.sha256(" ".join(file["sha256"] for _, file in self._files()).encode()).hexdigest()
 
-    def verify(self) -> None:
-        """Compare every file with its checksum; reads the whole dataset. Raises UserError at the first that differs."""
-        for name, expected in self._files():
-            if checksum(self.folder / name) != expected:
-                raise UserError(f"{self.folder / name} differs from its checksum; delete it, then {self._rerun}")
+    def verify(self, rank: int = 0, world_size: int = 1, progress: Callable[[int], object] | None = None) -> None:
+        """Compare files with their checksums; the processes that share the work read the whole dataset.
+
+        Args:
+            rank, world_size: this process takes file ``rank``, ``rank + world_size``, ….
+            progress: is told the bytes read.
+
+        Raises:
+            UserError: at the first file that differs.
+        """
+        for name, _ in itertools.islice(self._files(), rank, None, world_size):
+            found = checksum(self.folder / name)
+            self._check_digest(name, found["sha256"])
+            if progress is not None:
+                progress(found["bytes"])
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files."""
+        return sum(file["bytes"] for _, file in self._files())
 
     def _open(self, shard: int) -> ShardFile:
         """A shard, opened unless it is open; hold on to it while reading."""
@@ -380,11 +469,16 @@ class PackedReader:
         if self.spec.codec == "raw":
             expected = ((count, *self.spec.shape), np.dtype(self.spec.dtype))
         else:
-            with self._open_file(shard, self.spec.offsets_name(shard)) as file:
-                offsets = np.load(file, allow_pickle=False)
+            name = self.spec.offsets_name(shard)
+            offsets = self._load_verified(name, self.index["shards"][shard]["files"][name])
             expected = ((int(offsets[-1]),), np.dtype(np.uint8))
         with self._open_file(shard, path.name) as file:
-            shape, dtype, start = _read_npy_header(file)
+            try:
+                shape, dtype, start = _read_npy_header(file)
+            except OSError:
+                raise
+            except Exception as error:  # numpy evaluates it, and what it raises depends on its version
+                raise UserError(f"{path} is damaged ({one_line(error)}); {self._rerun}") from error
             if (shape, dtype) != expected or (offsets is not None and len(offsets) != count + 1):
                 raise UserError(
                     f"{path} holds {shape} of {dtype}, the index says {expected[0]} of {expected[1]}; {self._rerun}"
@@ -401,6 +495,25 @@ class PackedReader:
         with file:
             self._check_size(name, os.fstat(file.fileno()).st_size, self.index["shards"][shard]["files"][name])
             yield file
+
+    def _load_verified(self, name: str, expected: FileEntry) -> np.ndarray:
+        """A small array, which is worth comparing with its checksum each time."""
+        path = self.folder / name
+        data = path.read_bytes()
+        self._check_size(name, len(data), expected)
+        self._check_digest(name, hashlib.sha256(data).hexdigest())
+        try:
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is no array ({one_line(error)}); {self._rerun}") from error
+
+    def _check_digest(self, name: str, digest: str) -> None:
+        if digest != self._digests[name]:
+            raise UserError(f"{self.folder / name} is damaged (it differs from its checksum); {self._rerun}")
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        return {name: file["sha256"] for name, file in self._files()}
 
     def _read_rest(self, shard: int, file: ShardFile, out: memoryview, offset: int) -> None:
         """Read on where preadv gave less than was asked for, which it may do on a network file system."""

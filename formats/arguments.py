@@ -68,3 +68,12 @@ def add_unfinished_argument(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--allow-unfinished", action="store_true", help="take the VAE of a training that has not finished"
     )
+
+
+def add_verify_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="first compare all packed data with their checksums: every byte is read once, shared by the processes "
+        "(a core does about 1 GB a second, ImageNet at 256 px has 252)",
+    )

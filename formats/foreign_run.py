@@ -4,7 +4,6 @@ Flags say only what the checkpoint does not say itself; one that contradicts it 
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from formats.vae import load_vae
 from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import Tokenizer, architecture_names
 from runtime.cli import flag_of
+from schema import MalformedError, read_json
 
 FLAGS = ("vae", "vae_ckpt", "vae_latents_stats", "path_type", "resolution")  # of what a checkpoint may not say
 DEFAULT_PATH_TYPE = "linear"  # of every public checkpoint
@@ -155,15 +155,13 @@ def checkpoint_file(source: Path, train_steps: int | None) -> tuple[Path, dict |
         raise UserError(f"SOURCE {source}: no checkpoint of {wanted} in checkpoints/; there are: {there}")
     path = found[max(found) if train_steps is None else train_steps]
     try:
-        facts = json.loads((source / "args.json").read_text())
-        if not isinstance(facts, dict):
-            raise ValueError("no mapping")
+        facts = read_json(source / "args.json")
     except FileNotFoundError:
         raise UserError(
             f"SOURCE {source} has checkpoints/{path.name} but no args.json, which says how it was trained; copy it "
             "there as well, or give the file itself"
         ) from None
-    except ValueError as error:
+    except MalformedError as error:
         raise UserError(f"{source / 'args.json'} is not readable as JSON ({error}); copy it again") from error
     return path, facts
 

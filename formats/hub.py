@@ -9,11 +9,12 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, snapshot_download
 
+from errors import one_line
 from formats.run_folders import WEIGHT_SUFFIXES
 from formats.statistics import DISCRIMINATOR_SUFFIX, LIGHTNINGDIT_FILE, REPAE_SUFFIX, vae_files
 from models.hub import hub_answers
 from models.tokenizers import STATISTICS_FILE
-from models.weight_files import NotWeightsError, one_line
+from models.weight_files import NotWeightsError
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<folder>[\w./-]+))?")
 _WEIGHTS = tuple(f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".bin"))

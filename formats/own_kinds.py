@@ -1,16 +1,15 @@
 """Tokenizers of this project that are no ``AutoencoderKL``: named by their class, or folders that they saved."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from errors import UserError
+from errors import UserError, one_line
 from files import is_out_of_reach
 from formats.run_folders import refuse_unfinished
-from models.tokenizers import CONFIG_FILE, STATISTICS_FILE, TOKENIZERS, Tokenizer, tokenizer_kind
-from models.weight_files import one_line
+from models.tokenizers import CONFIG_FILE, STATISTICS_FILE, TOKENIZERS, Config, Tokenizer, tokenizer_kind
+from schema import MalformedError, read_json
 
 KL = "AutoencoderKL"
 
@@ -29,8 +28,8 @@ class OwnKind:
 
     def build(self) -> Tokenizer:
         """One with random weights."""
-        config = {} if self.folder is None else json.loads((self.folder / CONFIG_FILE).read_text())
         try:
+            config = {} if self.folder is None else read_json(self.folder / CONFIG_FILE)
             return self.kind.from_architecture(config)
         except (KeyError, TypeError, ValueError) as error:
             name = self.kind.__name__
@@ -62,7 +61,7 @@ def find_own_kind(name: str | None) -> OwnKind | None:
         refuse_unfinished(str(Path(name) / "vae"))  # a training that began anew leaves the old one there
         folder = next((path for path in (Path(name), Path(name) / "vae") if (path / CONFIG_FILE).is_file()), None)
         try:
-            kind = json.loads((folder / CONFIG_FILE).read_text())["_class_name"] if folder else KL
-        except (OSError, ValueError, KeyError, TypeError):
+            kind = read_json(folder / CONFIG_FILE, Config)["_class_name"] if folder else KL
+        except (OSError, MalformedError):
             return None  # who reads it says what is wrong
     return None if kind == KL or kind not in TOKENIZERS else OwnKind(tokenizer_kind(kind), folder)

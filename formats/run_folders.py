@@ -1,11 +1,12 @@
 """What the folder of a run says of it, ours or somebody else's; reads no weights and needs no torch."""
 
-import json
 import os
 import shlex
 from pathlib import Path
+from typing import TypedDict
 
 from errors import UserError
+from schema import MalformedError, read_json
 
 MANIFEST = "manifest.json"
 ARGUMENTS = "args.json"
@@ -15,20 +16,40 @@ OWN_VAE, OWN_STATISTICS = "vae", "statistics_ema"
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
-def status_of(folder: Path) -> dict | None:
+class Status(TypedDict):
+    """``status.json``."""
+
+    state: str  # starting, running, finished, stopped or failed
+    step: int
+    max_train_steps: int | None
+    reason: str | None
+
+
+class Record(TypedDict):
+    """``args.json``."""
+
+    args: dict  # all resolved flags
+    command: list[str] | None
+    versions: dict | None
+    git_commit: str | None
+
+
+class Line(TypedDict):
+    """Of ``metrics.jsonl`` and ``timing.jsonl``; the other keys are metrics."""
+
+    step: int
+
+
+def status_of(folder: Path) -> Status | None:
     """The content of a run's ``status.json``, or None where there is none.
 
     Raises:
-        ValueError: it is damaged.
+        MalformedError: it is damaged.
     """
     path = Path(folder) / "status.json"
     if not path.is_file():
         return None
-    content = json.loads(path.read_text())
-    kinds = {"state": str, "step": int}
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError(f"it does not hold {', '.join(kinds)}")
-    return content
+    return read_json(path, Status)
 
 
 def arguments_of(folder: Path) -> dict | None:
@@ -37,8 +58,8 @@ def arguments_of(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())["args"]
-    except (ValueError, KeyError, TypeError) as error:
+        return read_json(path, Record)["args"]
+    except MalformedError as error:
         raise UserError(f"{path} is damaged ({error}); restore it or start under another --exp-name") from error
 
 

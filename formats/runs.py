@@ -4,18 +4,21 @@
 ``milestones/0001000/``, where the EMA's weights go before those of the last step, as they do in ``vae/``.
 """
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from errors import one_line
 from files import checksum, is_out_of_reach
 from formats.checkpoints import FoundVAE, find_vae, vae_prefixes
-from formats.run_folders import ARGUMENTS, MANIFEST, OWN_STATISTICS, is_run, steps
+from formats.run_folders import ARGUMENTS, MANIFEST, OWN_STATISTICS, Record, Status, is_run, steps
 from formats.statistics import discriminator_beside, statistics_in, vae_files
-from models.weight_files import NotWeightsError, one_line, read_contents
+from models.weight_files import NotWeightsError, read_contents
+from runtime.checkpoint import Manifest
+from schema import MalformedError, read_json
 
 VAE_MODULES = ("vae", "ema", "model")  # of a checkpoint, in the order in which vae/ would hold them
 DISCRIMINATOR = "discriminator.safetensors"
@@ -68,7 +71,7 @@ def read_checkpoint(folder: Path) -> tuple[FoundVAE, dict | None]:
     Raises:
         NotWeightsError: damaged, or without a VAE.
     """
-    manifest = _json(folder / MANIFEST)
+    manifest = _json(folder / MANIFEST, Manifest)
     for module in VAE_MODULES:
         file = folder / f"{module}.safetensors"
         if not file.is_file() or not _holds_vae(file):
@@ -79,18 +82,18 @@ def read_checkpoint(folder: Path) -> tuple[FoundVAE, dict | None]:
         if own.is_file():
             check_file(own, manifest)
             found = replace(found, statistics=statistics_in(read_contents(own), str(own)))
-        return replace(found, layout=f"{module} of a checkpoint of ours"), manifest.get("args", {}).get("vae_config")
+        return replace(found, layout=f"{module} of a checkpoint of ours"), manifest["args"].get("vae_config")
     run = folder.parent.parent
     hint = f"; the VAE of its run is {run / 'vae'}" if (run / "vae").is_dir() else ""
     raise NotWeightsError(f"it is a checkpoint without a VAE{hint}")
 
 
-def check_file(path: Path, manifest: dict) -> None:
+def check_file(path: Path, manifest: Manifest) -> None:
     """Refuse a file of a checkpoint that is not what was written."""
-    entry = manifest.get("files", {}).get(path.name)
-    if not isinstance(entry, dict):
+    entry = manifest["files"].get(path.name)
+    if entry is None:
         raise NotWeightsError(f"{MANIFEST} does not list {path.name}: it is damaged, copy it again")
-    if checksum(path) != {"bytes": entry.get("bytes"), "sha256": entry.get("sha256")}:
+    if checksum(path) != entry:
         raise NotWeightsError(f"{path.name} is not what {MANIFEST} says (size or checksum): damaged, copy it again")
 
 
@@ -101,8 +104,8 @@ def _of_run(run: Path, step: int | None) -> Path:
         if step not in there:
             raise NotWeightsError(f"it has no checkpoint of step {step}; there are: {listed}")
         return there[step]
-    status = _json(run / "status.json") if (run / "status.json").is_file() else {}
-    arguments = _json(run / ARGUMENTS).get("args", {})
+    status = (_json(run / "status.json", Status) if (run / "status.json").is_file() else None) or {}
+    arguments = _json(run / ARGUMENTS, Record)["args"]
     is_input = "vae_checksum" in arguments and "vae_config" not in arguments  # the VAE that made a SiT's latents
     if (run / "vae" / "config.json").is_file() and (is_input or status.get("state") == "finished"):
         return run / "vae"
@@ -125,13 +128,10 @@ def _holds_vae(file: Path) -> bool:
         raise NotWeightsError(f"{file.name} is truncated or damaged ({one_line(error)})") from error
 
 
-def _json(path: Path) -> dict:
+def _json(path: Path, kind: Any) -> Any:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return read_json(path, kind)
+    except (OSError, MalformedError) as error:
         if is_out_of_reach(error):
             raise
         raise NotWeightsError(f"{path.name} is not readable ({one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise NotWeightsError(f"{path.name} is not a JSON object")
-    return content

@@ -4,7 +4,6 @@ One entry for every script: what ``--vae``, ``--vae-ckpt`` and ``--vae-latents-s
 (``formats.checkpoints`` lists the layouts, ``formats.statistics`` those of statistics).
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from errors import UserError
+from errors import UserError, one_line
 from files import is_out_of_reach
 from formats.architecture import (
     check_config,
@@ -40,7 +39,8 @@ from formats.statistics import (
 )
 from models.tokenizers import STATISTICS_FILE, Tokenizer, architecture_names
 from models.tokenizers.kl import KLTokenizer
-from models.weight_files import NotWeightsError, check_values, one_line, read_contents
+from models.weight_files import NotWeightsError, check_values, read_contents
+from schema import MalformedError, read_json
 
 RANDOM = "none"  # --vae-ckpt none: from scratch
 _SUFFIXES = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
@@ -318,14 +318,13 @@ def _of_file(path: Path) -> FoundStatistics:
 def _read_config(folder: Path, given: str) -> dict:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = read_json(path)
+    except (OSError, MalformedError) as error:
         if is_out_of_reach(error):
             raise
         raise UserError(f"{given}: config.json is not readable as JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
-        found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{given}: config.json describes {found}, not an AutoencoderKL")
+    if config.get("_class_name") != "AutoencoderKL":
+        raise UserError(f"{given}: config.json describes {config.get('_class_name')}, not an AutoencoderKL")
     with _reasons(f"{given}: config.json"):
         check_config(config)
     return config

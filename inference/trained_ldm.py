@@ -6,6 +6,7 @@ Nothing of it can be given by a flag that might contradict the training.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from errors import UserError
 from formats.run_folders import OWN_STATISTICS, OWN_VAE, arguments_of, status_of
@@ -14,6 +15,20 @@ from inference import WEIGHTS
 from models.denoisers import Denoiser, DenoiserConfig, denoiser_config
 from models.tokenizers import STATISTICS_FILE, Tokenizer, build_tokenizer
 from runtime.checkpoint import Checkpoint, CheckpointFolder
+from schema import check
+
+
+class _Arguments(TypedDict):
+    """What is read of a training's flags."""
+
+    denoiser: dict
+    path_type: str
+    class_names: list[str]
+    resolution: int
+    vae_checksum: str
+    statistics_checksum: str | None
+    vae_config: dict | None
+    cfg_prob: float | None
 
 
 @dataclass(frozen=True)
@@ -208,6 +223,7 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
     manifest = checkpoint.manifest()
     arguments = manifest["args"]
     try:
+        check(arguments, _Arguments)
         config = denoiser_config(arguments["denoiser"])
         trained = TrainedLDM(
             folder=folder,

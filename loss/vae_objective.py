@@ -8,15 +8,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
-import yaml
 from torch import nn
 
 from errors import UserError
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
 from loss.reconstruction import RECONSTRUCTION_LOSSES, reconstruction_loss
 from loss.total import total
+from schema import MalformedError, parse_yaml
 
 # Keys of REPA-E's file that are not fields here. A KL autoencoder has no quantizer: any weight of it will do. The other
 # two must be 0, as in REPA-E's file.
@@ -62,6 +63,10 @@ class VAELossConfig:
         return self.discriminator_weight * self.discriminator_factor > 0
 
 
+class _Losses(TypedDict):
+    losses: dict | None
+
+
 def load_loss_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> VAELossConfig:
     """Read a loss configuration.
 
@@ -75,19 +80,17 @@ def load_loss_config(path: str | Path, overrides: tuple[str, ...] | list[str] = 
     if not Path(path).is_file():
         raise UserError(f"--loss-cfg-path {path}: no such file")
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--loss-cfg-path {path} is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict) or not isinstance(values.get("losses", {}), dict):
-        raise UserError(f"--loss-cfg-path {path}: KEY: VALUE lines are expected")
-    values = dict(values.get("losses", values))
+        values = parse_yaml(Path(path).read_bytes(), _Losses | None) or {}
+    except MalformedError as error:
+        raise UserError(f"--loss-cfg-path {path}: KEY: VALUE lines are expected ({error})") from error
+    values = dict(values.get("losses") or values)
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator:
             raise UserError(f"--loss-override {text}: KEY=VALUE is expected")
         try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            values[key] = parse_yaml(value, Any)
+        except MalformedError as error:
             raise UserError(f"--loss-override {text}: {value!r} is not a YAML value") from error
     kinds = {field.name: field.type for field in fields(VAELossConfig)}
     for key in [key for key in values if key not in kinds and key != IGNORED_KEY]:

@@ -5,19 +5,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypedDict
 
 from errors import UserError
+from schema import MalformedError, check, parse_yaml
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "configs" / "published.yaml"
 GROUPS = ("reconstruction", "generation", "guided", "probe")
 OF_THE_VAE = ("reconstruction", "probe")  # what rows on the same VAE have in common
 USUAL_IMAGES = 50_000
-TABLE_KEYS = {"source", "setting", "columns", "images", "rows"}
-ROW_KEYS = {"label", "values", "see", "note"}
-CORRELATION_KEYS = {"source", "label", "value", "vaes"}
+
+
+class _Row(TypedDict):
+    label: str
+    values: list[float | None]
+    see: list[str] | None
+    note: str | None
+
+
+class _Table(TypedDict):
+    source: str
+    setting: str
+    columns: list[str]
+    images: int | None  # how many were measured: null where that is not published, usually USUAL_IMAGES
+    rows: dict[str, _Row]
+
+
+class _Correlation(TypedDict):
+    source: str
+    label: str
+    value: float
+    vaes: int
+
+
+class _File(TypedDict):
+    tables: dict[str, _Table]
+    correlations: dict[str, _Correlation]
 
 
 @dataclass(frozen=True)
@@ -94,29 +117,24 @@ def load_published(path: Path = PUBLISHED) -> Published:
             there.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not readable ({' '.join(str(error).split())})") from error
-    _check_keys(content, {"tables", "correlations"}, str(path))
+        content = parse_yaml(path.read_bytes())
+        check(content, _File, exact=True)
+    except (OSError, MalformedError) as error:
+        raise UserError(f"{path}: {error}") from error
     rows = {}
     for name, table in content["tables"].items():
-        _check_keys(table, TABLE_KEYS, f"{path}: {name}", optional={"images"})
         for row_name, row in table["rows"].items():
             rows[f"{name}/{row_name}"] = _row(f"{name}/{row_name}", row, table, path)
     for row in rows.values():
         for other in row.see:
             if other not in rows:
                 raise UserError(f"{path}: {row.id}: see names {other}, which is not a row")
-    correlations = {}
-    for name, entry in content["correlations"].items():
-        _check_keys(entry, CORRELATION_KEYS, f"{path}: {name}")
-        correlations[name] = PublishedCorrelation(**entry)
+    correlations = {name: PublishedCorrelation(**entry) for name, entry in content["correlations"].items()}
     return Published(rows, correlations)
 
 
 def _row(row_id: str, row: Any, table: Mapping[str, Any], path: Path) -> PublishedRow:
     where = f"{path}: {row_id}"
-    _check_keys(row, ROW_KEYS, where, optional={"see", "note"})
     columns, values = table["columns"], row["values"]
     if len(values) != len(columns):
         raise UserError(f"{where}: {len(values)} values for {len(columns)} columns")
@@ -125,23 +143,12 @@ def _row(row_id: str, row: Any, table: Mapping[str, Any], path: Path) -> Publish
     for column, value in zip(columns, values, strict=True):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{where}: {column} is {value!r}, not a number")
         if column == "epochs":
             epochs = int(value)
         elif column.partition("/")[0] in GROUPS:
             found[column] = float(value)
         else:
             raise UserError(f"{where}: column {column} is of none of the groups {', '.join(GROUPS)}")
-    see, note = tuple(row.get("see", ())), row.get("note", "")
+    see, note = tuple(row.get("see") or ()), row.get("note") or ""
     images = table.get("images", USUAL_IMAGES)
     return PublishedRow(row_id, row["label"], table["source"], table["setting"], images, found, epochs, see, note)
-
-
-def _check_keys(mapping: Any, known: set[str], where: str, optional: set[str] = frozenset()) -> None:
-    if not isinstance(mapping, dict):
-        raise UserError(f"{where} holds no mapping")
-    if unknown := sorted(set(mapping) - known):
-        raise UserError(f"{where}: {unknown[0]} is not known; there are {', '.join(sorted(known))}")
-    if missing := sorted(known - optional - set(mapping)):
-        raise UserError(f"{where}: {missing[0]} is missing")

@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypedDict
 
 from errors import UserError
 from files import remove_leftovers, write_atomically
+from schema import MalformedError, read_json
 
 FORMAT_VERSION = 1
 FOLDER_NAME = "metrics"
-DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file raises that is not a measurement
 PACKAGES = ("torch", "torchvision", "timm", "torch-fidelity", "torchmetrics", "scikit-learn", "lpips", "numpy", "scipy")
 
 
@@ -43,6 +44,35 @@ class Measurement:
     settings: Mapping = field(default_factory=dict)
     versions: Mapping = field(default_factory=dict)
     created: str = ""
+
+
+class _Place(TypedDict):
+    """Of what was measured, or compared with."""
+
+    path: str | None
+    fingerprint: str | None
+    vae_checksum: str | None
+
+
+class _Settings(TypedDict):
+    data: str | None
+    fingerprint: str | None
+
+
+class _Record(TypedDict):
+    """A file: a :class:`Measurement`, and the version of its format."""
+
+    format: int
+    name: str
+    kind: str
+    values: dict[str, float | None]
+    count: int
+    subject: _Place
+    reference: _Place | None
+    extractor: dict | None
+    settings: _Settings | None
+    versions: dict | None
+    created: str | None
 
 
 def metrics_folder(subject: Path) -> Path:
@@ -86,7 +116,7 @@ def default_name(
         path = folder / f"{candidate}.json"
         try:
             there = _read_measurement(path)
-        except (FileNotFoundError, *DAMAGED):
+        except (FileNotFoundError, MalformedError):
             return candidate
         if subject is not None and not _is_same_subject(there.subject, subject):
             raise UserError(
@@ -147,16 +177,17 @@ def read_measurements(folder: Path) -> list[Measurement]:
     for path in sorted(Path(folder).glob("*.json")):
         try:
             found.append(_read_measurement(path))
-        except DAMAGED as error:
+        except MalformedError as error:
             raise UserError(f"{path} is not a measurement of this project ({error}); move it away") from error
     return found
 
 
 def _read_measurement(path: Path) -> Measurement:
-    record = json.loads(path.read_text())
-    if record.pop("format") != FORMAT_VERSION:
-        raise ValueError("another format version")
-    return Measurement(**record)
+    record = read_json(path, _Record)
+    if record["format"] != FORMAT_VERSION:
+        raise MalformedError(f"it has format {record['format']}, this code reads {FORMAT_VERSION}")
+    names = [each.name for each in fields(Measurement)]
+    return Measurement(**{name: record[name] for name in names if record.get(name) is not None})
 
 
 def package_versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from errors import one_line
 from files import is_out_of_reach
 
 NESTED_KEYS = ("state_dict", "model")  # where training codes put the weights among other things
@@ -186,11 +187,6 @@ def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def one_line(error: Exception) -> str:
-    """An exception's text on one line, without what exceeds 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _reader(path: Path) -> Callable[[Path], object]:

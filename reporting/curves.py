@@ -1,12 +1,13 @@
 """``metrics.jsonl`` as the charts that a page draws."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
+from formats.run_folders import Line
+from schema import MalformedError, parse_json
 
 LOG_HELPS = 8  # ratio of the largest to the smallest value from which a chart can be switched to a log scale
 LOG_IS_DEFAULT = 40
@@ -59,20 +60,19 @@ def read_series(path: Path) -> dict[str, Series]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            step = int(record.pop("step"))
-            items = list(record.items())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            record = parse_json(line, Line)
+            step = record.pop("step")
+            values = {name: float(value) for name, value in record.items() if type(value) in (int, float)}
+        except (MalformedError, OverflowError) as error:
             if number == len(lines) - 1:
                 break
             raise UserError(
                 f"{path}: line {number + 1} is damaged ({error}); delete that line, or leave {path.parent} out"
             ) from error
-        for name, value in items:
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                series = found.setdefault(name, Series(name, [], []))
-                series.steps.append(step)
-                series.values.append(float(value))
+        for name, value in values.items():
+            series = found.setdefault(name, Series(name, [], []))
+            series.steps.append(step)
+            series.values.append(value)
     return found
 
 

@@ -6,22 +6,27 @@ something else, such as raw pixels. The folder of an experiment (``preset.json``
 experiment measured into that folder itself.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from dataset.shards import INDEX_NAME
+from dataset.shards import INDEX_NAME, read_index
 from errors import UserError
 from files import is_out_of_reach
+from formats.run_folders import Record, Status
 from metrics.record import FOLDER_NAME, Measurement, folder_beside, metrics_folder, read_measurements
 from models.tokenizers import TOKENIZERS
-from runtime.experiment import PRESET_NAME
+from runtime.experiment import PRESET_NAME, PresetRecord
+from schema import MalformedError, read_json
 
 PREVIEW_NAME = "preview.png"
 SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": "VAE and SiT"}
 VAE_FOLDER, SAMPLES, MEASURED = "VAE folder", "samples", "measurements"
+
+
+class _Config(TypedDict):
+    _class_name: str | None  # of a network; other programs have a config.json too
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,8 @@ def read_run(folder: Path) -> Run:
     """Read one subject; see :class:`Run`."""
     if folder.is_file() or not (folder / "args.json").is_file():
         return _read_untrained(folder)
-    record = read_json(folder / "args.json")
-    arguments, command = record.get("args"), record.get("command") or []
-    if not isinstance(arguments, dict):
-        raise UserError(f"{folder / 'args.json'} is damaged (no args); restore it, or leave {folder} out")
+    record = _read(folder / "args.json", Record)
+    arguments, command = record["args"], record.get("command") or []
     script = Path(command[0]).name if command else ""
     return Run(
         folder=folder,
@@ -103,7 +106,7 @@ def read_run(folder: Path) -> Run:
         command=tuple(command),
         versions=record.get("versions") or {},
         commit=record.get("git_commit"),
-        status=read_json(folder / "status.json") if (folder / "status.json").is_file() else {},
+        status=_read(folder / "status.json", Status) if (folder / "status.json").is_file() else {},
         measurements=read_measurements(folder / FOLDER_NAME),
         samples=[read_samples(path) for path in sorted(folder.iterdir()) if _is_samples(path)],
         preset=_preset_of(folder),
@@ -112,21 +115,17 @@ def read_run(folder: Path) -> Run:
 
 def read_samples(path: Path) -> Samples:
     """A folder of generated images with its measurements."""
-    index = read_json(path / INDEX_NAME) if path.is_dir() else {}
+    index = (read_index(path) if path.is_dir() else None) or {}
     return Samples(path, index.get("source") or {}, index.get("count"), read_measurements(metrics_folder(path)))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises UserError if the file holds anything else."""
+def _read(path: Path, kind: Any) -> Any:
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except (ValueError, OSError) as error:
+        return read_json(path, kind)
+    except (MalformedError, OSError) as error:
         if is_out_of_reach(error):
             raise
         raise UserError(f"{path} is damaged ({error}); restore it, or leave {path.parent} out") from error
-    return content
 
 
 def _read_untrained(path: Path) -> Run:
@@ -173,17 +172,19 @@ def _is_measured(path: Path) -> bool:
 
 def _is_vae(path: Path) -> bool:
     file = path / "config.json"
-    return file.is_file() and read_json(file).get("_class_name") in TOKENIZERS
+    return file.is_file() and _read(file, _Config).get("_class_name") in TOKENIZERS
 
 
 def _is_samples(path: Path) -> bool:
     """Whether it is a packed folder of images that ``generate.py`` made, or that was measured."""
     if not (path / INDEX_NAME).is_file():
         return False
-    index = read_json(path / INDEX_NAME)
-    source = index.get("source")
-    made = isinstance(source, dict) and "cfg_scale" in source
-    return index.get("kind") == "images" and (made or (path / FOLDER_NAME).is_dir())
+    index = read_index(path)
+    return (
+        index is not None
+        and index["kind"] == "images"
+        and ("cfg_scale" in index["source"] or (path / FOLDER_NAME).is_dir())
+    )
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -203,12 +204,13 @@ def _with_unique_names(runs: list[Run]) -> list[Run]:
 
 
 def _read_preset(path: Path) -> Preset:
-    content = read_json(path)
     try:
-        runs, changes = tuple(content["runs"]), tuple(content.get("changes", ()))
-        return Preset(content["preset"], content.get("published"), runs, changes)
-    except (KeyError, TypeError) as error:
+        content = read_json(path, PresetRecord)
+    except MalformedError as error:
         raise UserError(f"{path} is damaged ({error}); run the experiment's command again") from error
+    return Preset(
+        content["preset"], content.get("published"), tuple(content["runs"]), tuple(content.get("changes") or ())
+    )
 
 
 def _preset_of(folder: Path) -> Preset | None:

@@ -11,13 +11,15 @@ import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from errors import UserError
+from errors import UserError, one_line
 from files import (
+    FileEntry,
     checksum,
     is_out_of_reach,
     read_safetensors,
@@ -27,9 +29,19 @@ from files import (
     write_torch,
 )
 from runtime.processes import agree_on
+from schema import MalformedError, read_json
 
 FORMAT_VERSION = 2  # 1: projectors and mappers lay in the networks they belong to
 MANIFEST = "manifest.json"
+
+
+class Manifest(TypedDict):
+    """``manifest.json``."""
+
+    format_version: int
+    step: int
+    files: dict[str, FileEntry]
+    args: dict  # all resolved flags
 
 
 class Checkpoint:
@@ -46,11 +58,11 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.folder.name)
 
-    def manifest(self) -> dict:
+    def manifest(self) -> Manifest:
         """The content of ``manifest.json``."""
         try:
-            return json.loads((self.folder / MANIFEST).read_text())
-        except (OSError, ValueError) as error:
+            return read_json(self.folder / MANIFEST, Manifest)
+        except (OSError, MalformedError) as error:
             if is_out_of_reach(error):
                 raise
             raise UserError(f"{self.folder / MANIFEST} is not readable ({error})") from error
@@ -69,20 +81,22 @@ class Checkpoint:
             OSError: it may not be read, or the file system is at fault: nothing is known of it.
         """
         try:
-            manifest = json.loads((self.folder / MANIFEST).read_text())
+            manifest = read_json(self.folder / MANIFEST, Manifest)
             if manifest["format_version"] != FORMAT_VERSION:
                 found = manifest["format_version"]
                 return f"written by other code, in format {found} where this code reads {FORMAT_VERSION}"
             names = manifest["files"] if module is None else [f"{module}.safetensors"]
             for name in names:
-                path, entry = self.folder / name, manifest["files"][name]
+                path, entry = self.folder / name, manifest["files"].get(name)
+                if entry is None:
+                    return f"{MANIFEST} does not list {name}"
                 if not path.is_file():
                     return f"{name} is missing"
                 if path.stat().st_size != entry["bytes"]:
                     return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
                 if checksum(path) != entry:
                     return f"{name} has another checksum than when it was written"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, MalformedError) as error:
             if is_out_of_reach(error):
                 raise
             return f"{MANIFEST} is not readable ({error})"
@@ -97,7 +111,7 @@ class Checkpoint:
         except (OSError, SafetensorError, RuntimeError) as error:
             if is_out_of_reach(error):
                 raise
-            raise UserError(f"{path} does not fit the network ({' '.join(str(error).split())[:200]})") from error
+            raise UserError(f"{path} does not fit the network ({one_line(error)})") from error
 
     def load_state(self, name: str) -> dict:
         """Load ``name.pt``: tensors, numbers, strings and containers of them, nothing else."""
@@ -108,7 +122,7 @@ class Checkpoint:
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             if is_out_of_reach(error):
                 raise
-            raise UserError(f"{path} does not load ({' '.join(str(error).split())[:200]})") from error
+            raise UserError(f"{path} does not load ({one_line(error)})") from error
 
 
 class CheckpointFolder:

@@ -51,6 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.splitlines())
         self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
@@ -145,7 +146,7 @@ def answer_early(parse: Callable[[Sequence[str]], object]) -> None:
 
 def _one_line(error: Exception) -> str | None:
     if isinstance(error, UserError):
-        return str(error)
+        return " ".join(str(error).splitlines())  # what it quotes may hold any character
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return f"no space left on the device{where}; free some and run the same command again: what is complete is kept"

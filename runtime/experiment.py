@@ -21,14 +21,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypedDict
 
 from errors import UserError
 from files import write_atomically
 from runtime.cli import EXIT_FAILED, EXIT_OK, ArgumentParser, add_debug_argument, flag_of, run
 from runtime.stage_process import ROOT, Expectation, call, said, tail
+from schema import MalformedError, check, parse_yaml, read_json
 
 PRESETS = ROOT / "configs" / "experiments"
 STAMPS_NAME = "experiment.json"
@@ -38,21 +37,60 @@ PRESET_NAME = "preset.json"  # which runs it made and what they reproduce
 PLACES = {"name", "exps", "seed", "images", "val_images", "data", "reference", "celeba", "deepfashion", "awa"}
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a stage that somebody stopped
 REQUIRED = "?"  # a variable that the command line must give
-PRESET_KEYS = {"base", "description", "published", "variables", "stages", "closing"}
-STUDY_KEYS = {"description", "variables", "experiments", "closing"}
-MEMBER_KEYS = {"preset", "each", "variables"}
-STAGE_KEYS = {
-    "script",
-    "flags",
-    "product",
-    "if",
-    "dry_run",
-    "dry_run_needs",
-    "single_process",
-    "what",
-    "minutes",
-    "show",
-}
+
+Scalar = str | float | bool | None
+Conditional = TypedDict("Conditional", {"if": str | list[str], "value": Any})
+Flags = dict[str, Scalar | list[Scalar] | Conditional]
+StageSpec = TypedDict(
+    "StageSpec",
+    {
+        "script": str,
+        "flags": Flags | None,
+        "product": str,
+        "if": str | list[str] | None,
+        "dry_run": Flags | None,
+        "dry_run_needs": str | None,
+        "single_process": bool | None,
+        "what": str | None,
+        "minutes": float | None,
+        "show": bool | None,
+    },
+)
+
+
+class PresetFile(TypedDict):
+    """What a preset changes of its base; null removes."""
+
+    base: str | None
+    description: str | None
+    published: str | None
+    variables: dict[str, Scalar] | None
+    stages: dict[str, dict | None] | None
+    closing: str | None
+
+
+class Member(TypedDict):
+    """Presets of a study, run with each of several values of some variables."""
+
+    preset: str | list[str]
+    each: dict[str, Scalar] | None
+    variables: dict[str, Scalar] | None
+
+
+class StudyFile(TypedDict):
+    description: str | None
+    variables: dict[str, Scalar] | None
+    experiments: list[Member]
+    closing: str | None
+
+
+class PresetRecord(TypedDict):
+    """``preset.json``."""
+
+    preset: str
+    published: str | None
+    runs: list[str]
+    changes: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -114,34 +152,40 @@ def load_preset(name: str) -> dict[str, Any]:
     """Read a preset and what it is based on: stages and flags of the base hold unless they are replaced; null removes.
 
     Raises:
-        UserError: no such preset, or one with keys that nobody reads.
+        UserError: no such preset, one with keys that nobody reads, or one that is its own base.
     """
     path = PRESETS / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"there is no preset {name}; there are {', '.join(preset_names())}")
     try:
-        preset = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not readable as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(preset, dict):
-        raise UserError(f"{path} holds no mapping; see {PRESETS / 'sendvae_imagenet256.yaml'}")
+        return _read_preset(path, ())
+    except MalformedError as error:
+        raise UserError(f"{path}: {error}; see {PRESETS / 'sendvae_imagenet256.yaml'}") from error
+
+
+def _read_preset(path: Path, based_on_it: tuple[Path, ...]) -> dict[str, Any]:
+    preset = parse_yaml(path.read_bytes())
     if "experiments" in preset:
-        _check_study(preset, path)
+        check(preset, StudyFile, exact=True)
+        if based_on_it:
+            raise MalformedError(f"its base {path} is a study, not a preset")
         return preset
-    _refuse_unknown(preset, PRESET_KEYS, str(path))
+    check(preset, PresetFile, exact=True)
     base = preset.pop("base", None)
-    inherited = load_preset(base) if base else {}
+    inherited = _read_base(base, (*based_on_it, path)) if base else {}
     inherited.pop("published", None)  # what a base reproduces is not what this preset reproduces
     merged = _merge(inherited, preset)
-    for stage_name, stage in merged["stages"].items():
-        _refuse_unknown(stage, STAGE_KEYS, f"{path}: stage {stage_name}")
+    check(merged.get("stages"), dict[str, StageSpec], "stages", exact=True)
     return merged
 
 
-def _check_study(study: Mapping[str, Any], path: Path) -> None:
-    _refuse_unknown(study, STUDY_KEYS, str(path))
-    for member in study["experiments"]:
-        _refuse_unknown(member, MEMBER_KEYS, f"{path}: experiments")
+def _read_base(name: str, based_on_it: tuple[Path, ...]) -> dict[str, Any]:
+    path = PRESETS / f"{name}.yaml"
+    if path in based_on_it:
+        raise MalformedError(f"it is its own base, through {name}")
+    if not path.is_file():
+        raise MalformedError(f"there is no preset {name} to be its base")
+    return _read_preset(path, based_on_it)
 
 
 def resolve_all(name: str, output_dir: str, overrides: Sequence[str]) -> tuple[list[Experiment], str]:
@@ -189,6 +233,8 @@ def _resolve_member(
     flags: Sequence[tuple[str, Any]],
 ) -> Experiment:
     preset = load_preset(name)
+    if "experiments" in preset:
+        raise UserError(f"{name} is a study itself; a study runs presets")
     own = preset.get("variables", {})
     given = {key: value for key, value in variables.items() if key in own} | (member.get("variables") or {}) | each
     run_name = "-".join([name.replace("/", "-"), *(f"{key}{value}" for key, value in each.items())])
@@ -504,18 +550,13 @@ def _expand(value: Any, variables: Mapping[str, str]) -> str:
     return text
 
 
-def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
-    if unknown := sorted(set(mapping) - known):
-        raise UserError(f"{where}: {unknown[0]} is not known; there are {', '.join(sorted(known))}")
-
-
 def _read_stamps(folder: Path) -> dict[str, list[str]]:
     path = folder / STAMPS_NAME
     try:
-        return json.loads(path.read_text())
+        return read_json(path, dict[str, list[str]])
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except MalformedError as error:
         raise UserError(f"{path} is damaged ({error}); delete it, finished stages are then looked at again") from error
 
 

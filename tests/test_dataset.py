@@ -88,7 +88,7 @@ class TestImages:
         data = bytearray((copy / "images-00001.npy").read_bytes())
         data[-1] ^= 1
         (copy / "images-00001.npy").write_bytes(data)
-        with pytest.raises(UserError, match=r"images-00001\.npy differs from its checksum"):
+        with pytest.raises(UserError, match=r"images-00001\.npy is damaged"):
             PackedReader(copy).verify()
 
     def test_unfinished_empty_and_missing(self, tmp_path, packed):

@@ -94,12 +94,12 @@ TABLE = {"source": "a", "setting": "b", "columns": ["guided/FID"], "rows": {"r":
     ("change", "part"),
     [
         ({"colums": []}, "colums is not known"),
-        ({"source": None}, "source is missing"),
+        ({"source": None}, "tables.t has no source"),
         ({"columns": ["guided/FID", "guided/IS"]}, "t/r: 1 values for 2 columns"),
         ({"columns": ["gFID"]}, "column gFID"),
-        ({"rows": {"r": {"label": "c", "values": ["1,5"]}}}, "guided/FID is '1,5', not a number"),
+        ({"rows": {"r": {"label": "c", "values": ["1,5"]}}}, r"values\[0\] is '1,5', not a number"),
         ({"rows": {"r": {"label": "c", "values": [1], "see": ["t/s"]}}}, "see names t/s"),
-        ({"rows": {"r": [1]}}, "t/r holds no mapping"),
+        ({"rows": {"r": [1]}}, "tables.t.rows.r is a list, not an object"),
     ],
 )
 def test_a_misspelt_file_is_refused(tmp_path, change, part):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diffusion import PATH_TYPES, WEIGHTINGS
 from errors import UserError
+from formats.arguments import add_verify_argument
 from models.denoisers import DENOISERS
 from runtime.cli import (
     add_debug_argument,
@@ -37,7 +38,7 @@ UNSAID = {"optimizer": "adamw", "feature_norm": "none"}  # by runs that are olde
 CHANGEABLE = frozenset(
     {
         *("max_train_steps", "epochs"),
-        *("num_workers", "prefetch", "stage_dir", "data_dir", "vae_latents_name", "val_vae_latents_name"),
+        *("num_workers", "prefetch", "stage_dir", "verify", "data_dir", "vae_latents_name", "val_vae_latents_name"),
         *("log_steps", "val_steps", "sampling_steps", "checkpointing_steps", "keep_checkpoints", "milestone_steps"),
         *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
         *("gradient_checkpointing", "micro_batch_size", *MENTIONED),
@@ -104,6 +105,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--hflip", action="store_true", help="flip images at random (neither Send-VAE nor REPA-E does)")
     group.add_argument("--stage-dir", metavar="DIR", help="copy the packed dataset to this local folder first")
+    add_verify_argument(group)
 
 
 def add_vae_loss_arguments(group: argparse._ArgumentGroup) -> None:

@@ -9,7 +9,7 @@ from dataset.latents import LatentDataset, latents_folder
 from dataset.loader import LabelledImages
 from runtime.log import logger
 from runtime.processes import sum_over_processes, this_process
-from training.latent_data import check_feature_shapes, stage_once
+from training.latent_data import check_feature_shapes, stage_once, verify_once
 from training.ldm import LDM
 from training.loop import build_loader
 from training.method import to_device
@@ -31,6 +31,7 @@ def open_image_data(
     images = open_images(path, args.resolution, default=DEFAULT_RESOLUTION) if path else None
     resolution = images.resolution if images is not None else args.resolution
     held_out = open_images(args.val_data_dir, resolution, default=DEFAULT_RESOLUTION) if args.val_data_dir else None
+    verify_once(args, images, held_out)
     return images, held_out
 
 
@@ -45,6 +46,7 @@ def open_features(args: argparse.Namespace, images: ImageDataset, method: SendVA
     names, local = [vfm.name for vfm in needed], this_process().local_size
     cache = LatentDataset(folder, hflip=args.hflip, features=names, images=images, local_processes=local)
     check_feature_shapes(cache, needed, "the alignment")
+    verify_once(args, cache)
     return cache
 
 

@@ -10,6 +10,7 @@ from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.latents import FLIPPED_NAME, LatentDataset, features_name, latents_folder
 from dataset.loader import stage_dataset
 from dataset.shards import read_index
+from dataset.verification import verify
 from errors import UserError
 from formats.vae import load_tokenizer
 from loss.alignment import DENOISER_ALIGNMENTS, TokenGrid, parse_sum
@@ -48,6 +49,7 @@ def open_latents(
     if args.val_data_dir or args.val_vae_latents_name:
         held_out = LatentDataset(held_out_folder(args), **share)
         check_held_out(held_out, latents)
+    verify_once(args, latents, held_out)
     return latents, held_out
 
 
@@ -66,6 +68,13 @@ def stage_once(
     """Copy a packed folder to --stage-dir, by one process on each machine."""
     with goes_first(accelerator.is_local_main_process):
         return stage_dataset(folder, args.stage_dir, kind=kind, parts=parts)
+
+
+def verify_once(args: argparse.Namespace, *datasets: ImageDataset | LatentDataset | None) -> None:
+    """Compare data with their checksums where --verify asks for it."""
+    if args.verify:
+        process = this_process()
+        verify(datasets, process.rank, process.world_size)
 
 
 def held_out_folder(args: argparse.Namespace) -> Path:

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import UserError, one_line
 from files import read_safetensors
 from formats.run_folders import OWN_STATISTICS, arguments_of, refuse_foreign
 from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
 from models.denoisers import DenoiserConfig, denoiser_config
 from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import STATISTICS_FILE, Tokenizer
-from models.weight_files import one_line
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
 from runtime.log import logger

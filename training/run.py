@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,11 +27,12 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from errors import UserError
 from files import missing_folders, remove_empty, remove_leftovers, write_atomically, write_json
-from formats.run_folders import arguments_of, status_of
+from formats.run_folders import Line, arguments_of, status_of
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
 from runtime.log import logger, setup_logging
 from runtime.processes import cpu_group
+from schema import MalformedError, parse_json
 from training.arguments import CHANGEABLE, MENTIONED, UNSAID, divisors, settle_micro_batch
 from training.method import micro_batch_size
 from training.optimizer import scheduled_rate
@@ -393,12 +394,10 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
+    for line in path.read_text(errors="replace").split("\n"):
+        with suppress(MalformedError):
+            if parse_json(line, Line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
     write_atomically(path, "".join(kept).encode())
 
 

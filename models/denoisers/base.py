@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import UserError, one_line
 from files import is_out_of_reach, whole_folder, write_safetensors
 from models.denoisers.config import DenoiserConfig
-from models.weight_files import NotWeightsError, one_line, read_state_dict
+from models.weight_files import NotWeightsError, read_state_dict
+from schema import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers calls them
 
@@ -107,9 +108,9 @@ class Denoiser(nn.Module, ABC):
         """
         folder = Path(folder)
         try:
-            content = json.loads((folder / CONFIG_FILE).read_text())
-            if content["_class_name"] != cls.__name__:
-                raise UserError(f"{folder / CONFIG_FILE} describes a {content['_class_name']}, not a {cls.__name__}")
+            content = read_json(folder / CONFIG_FILE)
+            if (kind := content.get("_class_name")) != cls.__name__:
+                raise UserError(f"{folder / CONFIG_FILE} describes a {kind}, not a {cls.__name__}")
             config = cls.Config.from_dict({key: value for key, value in content.items() if not key.startswith("_")})
             model = cls(config)
             model.load_state_dict(read_state_dict(folder / WEIGHTS_FILE))

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import timm
 from torch import nn
 
-from errors import UserError
+from errors import UserError, one_line
 from models.encoders.encoder import Encoder
 from models.encoders.registry import EncoderSpec, encoder_spec
 from models.encoders.weights import find_weights, load_weights
-from models.weight_files import one_line
 
 
 def build_encoder(enc_type: str, grid: int, checkpoint: str | None = None, random_weights: bool = False) -> Encoder:

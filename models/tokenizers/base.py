@@ -17,6 +17,7 @@ from files import read_safetensors, whole_folder, write_safetensors
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import CONFIG_FILE, STATISTICS_FILE
 from models.weight_files import weights_checksum
+from schema import read_json
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # as diffusers calls it
 
@@ -177,7 +178,7 @@ class Tokenizer(nn.Module, ABC):
     def load(cls, folder: Path) -> tuple["Tokenizer", bool]:
         """What :meth:`save` wrote, in eval mode, and whether statistics came with it."""
         folder = Path(folder)
-        tokenizer = cls.from_architecture(json.loads((folder / CONFIG_FILE).read_text()))
+        tokenizer = cls.from_architecture(read_json(folder / CONFIG_FILE))
         state = read_safetensors(folder / WEIGHTS_FILE) | {
             f"statistics.{name}": tensor for name, tensor in tokenizer.statistics.state_dict().items()
         }
