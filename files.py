@@ -49,8 +49,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "xb") as held:
-            with suppress(OSError):  # no locks here
-                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _hold(held.fileno())
             mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
             temporary.chmod(mode)
@@ -68,13 +67,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """Write a folder under another name, ``.NAME.tmp``; it takes its place, and replaces another, when it is complete.
 
     Its files get the rights of the umask, whatever library wrote them, and are on the disk before it has its name.
+
+    Raises:
+        OSError: EBUSY, another process is writing it.
     """
     folder = Path(folder)
     temporary, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    if _is_being_written(temporary):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
     _put_back(replaced)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    held = os.open(temporary, os.O_RDONLY)
     try:
+        _hold(held)
         mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # a folder's rights without those of going through it
         yield temporary
         for path in sorted(temporary.rglob("*")):
@@ -82,13 +88,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                 path.chmod(mode)
             flush(path)
         flush(temporary)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)  # so that no half-deleted folder ever has the name
+        temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(replaced)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)  # so that no half-deleted folder ever has the name
-    temporary.rename(folder)
+    finally:
+        os.close(held)
     flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -152,9 +161,7 @@ def flush(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete what interrupted writes left of files and folders of these names.
-
-    Files that another process is writing stay; of folders there must be none.
+    """Delete what interrupted writes left of files and folders of these names, but nothing that is being written.
 
     Args:
         folder: that they lie in; may be absent.
@@ -164,21 +171,30 @@ def remove_leftovers(folder: Path, *names: str) -> None:
         for replaced in folder.glob(f".{name}.old"):
             _put_back(replaced)
         for path in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.old"), *folder.glob(f"{name}.{_RANDOM}.tmp")):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif not _is_being_written(path):
-                path.unlink(missing_ok=True)
+            if not _is_being_written(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _hold(descriptor: int) -> None:
+    """Say, for as long as it is open, that a temporary file or folder is being written."""
+    with suppress(OSError):  # no locks here
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _is_being_written(temporary: Path) -> bool:
-    """Whether a process is inside of :func:`whole_file`; unknown, and taken for no, where there are no locks."""
+    """Whether a process holds it; unknown, and taken for no, where there are no locks."""
     try:
-        with open(temporary, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(temporary, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         pass
+    finally:
+        os.close(descriptor)
     return False
 
 

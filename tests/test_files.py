@@ -261,6 +261,35 @@ def test_what_somebody_is_writing_is_no_leftover(tmp_path):
     assert (tmp_path / "vae.pt").read_text() == "whole"
 
 
+def test_a_folder_has_one_writer_and_the_other_is_told(tmp_path, capsys):
+    with whole_folder(tmp_path / "vae") as temporary:
+        (temporary / "x").write_text("whole")
+        with pytest.raises(OSError) as caught, whole_folder(tmp_path / "vae"):
+            pass
+        assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, str(tmp_path / "vae"))
+        assert run(lambda argv: (_ for _ in ()).throw(caught.value), []) == EXIT_USER_ERROR
+        assert "vae: another process is writing it" in capsys.readouterr().err
+        remove_leftovers(tmp_path, "vae")
+    assert (tmp_path / "vae" / "x").read_text() == "whole"
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "x").write_text("good")
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> None:
+        if path.name == ".vae.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError), whole_folder(tmp_path / "vae") as temporary:
+        (temporary / "x").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    assert (tmp_path / "vae" / "x").read_text() == "good"
+
+
 @pytest.mark.slow
 def test_a_process_killed_inside_a_folder_leaves_the_old_one(tmp_path):
     """Really killed: the new one has been written in part."""

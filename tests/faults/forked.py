@@ -105,6 +105,7 @@ class Job:
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         number = len(list(logs.glob("*-0.txt")))
+        (logs / f"{number}-0.txt").touch()  # another job may be begun before this one writes
         environments = _ranks(processes) if processes > 1 else [{}]
         self.children = [
             Child(script, folder, logs / f"{number}-{rank}.txt", (before or {}).get(rank, lambda: None), environment)
