@@ -1,8 +1,8 @@
 """Photographs → packed image dataset: decoded once, centre-cropped as ADM does, in a few large files that read fast.
 
-Takes class folders (ImageNet's layout), a folder with a dataset.json, a .zip of either, or a folder of Hugging Face
-.parquet files. A run that was stopped continues when the same command is run again, and ends with the same bytes.
-Files that cannot be used are listed, with the reason, in rejected.csv.
+Takes class folders (ImageNet's layout; images may lie deeper in them), a folder with a dataset.json, a .zip of either,
+or a folder of Hugging Face .parquet files. A run that was stopped continues when the same command is run again, and
+ends with the same bytes. Files that are left out or cannot be used are listed, with the reason, in rejected.csv.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dataset.layouts import open_source
 from dataset.packing import PackingJob, check_space, given_back_if_refused, images_per_shard, sigterm_as_interrupt
 from dataset.shards import (
     PackedReader,
@@ -32,8 +33,9 @@ from dataset.shards import (
     write_index,
     write_rejected,
 )
-from dataset.sources import Source, open_source
+from dataset.sources import Source
 from dataset.transforms import DEFAULT_MAX_PIXELS, BadImageError, encode_png, load_image
+from dataset.trees import describe_left_out
 from errors import UserError
 from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 
@@ -41,6 +43,7 @@ MAX_REJECTED = 0.01  # share of the files above which --allow-rejected is needed
 PNG_RATIO = 0.65  # of the raw size: photographs at 256 px give 0.62
 CHUNK_FILES = 32
 FLAGS = {"kind": "--imagenet-path", "fingerprint": "--imagenet-path", "files": "--max-images"}  # of settings
+DEFAULTS = {"exif_rotate": False}  # of settings that an older dataset was packed without
 
 EXAMPLES = """examples:
   # ImageNet at 256 px: 252 GB, or about 0.6 of that (slower to read) with --codec png
@@ -66,6 +69,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--allow-rejected", action="store_true", help="accept that more than 1 %% of the files cannot be used")
     add("--max-pixels", type=positive_int, default=DEFAULT_MAX_PIXELS, help="reject files with more pixels than this")
     add("--shard-size", type=positive_int, help="source files in a shard; default: as many as make about 800 MB raw")
+    add(
+        "--exif-rotate",
+        action="store_true",
+        help="turn photographs upright as the camera noted (EXIF); not for ImageNet",
+    )
     add("--dry-run", action="store_true", help="try two files, print sizes and time needed, write nothing")
     add_debug_argument(parser)
     return parser.parse_args(argv)
@@ -78,19 +86,22 @@ def main(argv: Sequence[str]) -> int:
     items = select(len(source), args.max_images)
     spec = ShardSpec("images", (3, args.resolution, args.resolution), "uint8", args.codec)
     shard_size = args.shard_size or images_per_shard(args.resolution)
-    print(f"{len(items)} of {len(source)} images in {len(source.classes)} classes ({source.kind})")
+    kind = f"{source.kind}, {source.note}" if source.note else source.kind
+    print(f"{len(items)} of {len(source)} images in {len(source.classes)} classes ({kind})")
+    print("\n".join(describe_left_out(source.left_out)), end="\n" if source.left_out else "")
     if args.dry_run:
         return dry_run(source, items, spec, args)
 
-    settings = describe(source, len(items), spec, args.max_images, args.max_pixels, shard_size)
+    settings = describe(source, len(items), spec, args, shard_size)
     folder = args.output_path
-    packing = PackingJob(folder, spec, settings, flags=FLAGS)
+    packing = PackingJob(folder, spec, settings, flags=FLAGS, defaults=DEFAULTS)
     packing.refuse_strangers()
     with packing.lock(), given_back_if_refused(packing), sigterm_as_interrupt():
         if packing.is_complete():
             print(f"{folder} is complete already: {len(PackedReader(folder))} images")
             return 0
         packing.claim()
+        check_left_out(source, args.allow_rejected)
         for leftover in folder.glob("*.tmp"):  # they take space, and nobody else is at work here
             leftover.unlink()
         jobs = [
@@ -102,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
         needed = bytes_needed(spec, sum(len(job.items) for job in to_do))
         advice = "take --codec png, fewer --max-images or a smaller --resolution"
         check_space(folder, needed, advice, approximate=spec.codec != "raw")
-        packer = Packer(folder, spec, source, args.max_pixels)
+        packer = Packer(folder, spec, source, args.max_pixels, args.exif_rotate)
         records.update(packer.run(to_do, args.num_workers))
         finish(packing, [records[job.number] for job in jobs], source, args.allow_rejected)
     return 0
@@ -129,9 +140,7 @@ def select(length: int, wanted: int | None) -> np.ndarray:
     return np.arange(count, dtype=np.int64) * length // count
 
 
-def describe(
-    source: Source, count: int, spec: ShardSpec, max_images: int | None, max_pixels: int, shard_size: int
-) -> dict:
+def describe(source: Source, count: int, spec: ShardSpec, args: argparse.Namespace, shard_size: int) -> dict:
     """All that the bytes of the dataset depend on; goes into the index, and another run must agree with it."""
     return {
         "kind": source.kind,
@@ -139,10 +148,22 @@ def describe(
         "files": count,
         "resolution": spec.shape[-1],
         "codec": spec.codec,
-        "max_images": max_images,
-        "max_pixels": max_pixels,
+        "max_images": args.max_images,
+        "max_pixels": args.max_pixels,
         "shard_size": shard_size,
+        "exif_rotate": args.exif_rotate,
     }
+
+
+def check_left_out(source: Source, allow_rejected: bool) -> None:
+    """Refuse, before hours of work, a source of whose images too many are not taken."""
+    lost = [entry for entry in source.left_out if entry.is_image]
+    total = len(source) + len(lost)
+    if len(lost) > MAX_REJECTED * total and not allow_rejected:
+        raise UserError(
+            f"{len(lost)} of {total} images ({100 * len(lost) / total:.1f} %) in {source.path} are left out, the first "
+            f"is {lost[0].name} ({lost[0].reason}); mend it, or run again with --allow-rejected"
+        )
 
 
 def check_paths(photographs: Path, output: Path) -> None:
@@ -160,7 +181,7 @@ def dry_run(source: Source, items: np.ndarray, spec: ShardSpec, args: argparse.N
     """Process the first and the last file and say what the whole would take."""
     begin = time.perf_counter()
     for item in (items[0], items[-1]):
-        data, reason = decode(source, int(item), spec, args.max_pixels)
+        data, reason = decode(source, int(item), spec, args.max_pixels, args.exif_rotate)
         print(f"{source.names[item]}: {reason or f'{memoryview(data).nbytes} bytes'}")
     seconds = (time.perf_counter() - begin) / 2 * len(items) / args.num_workers
     print(f"{bytes_needed(spec, len(items))} bytes at {args.resolution} px, {args.codec}")
@@ -171,7 +192,7 @@ def dry_run(source: Source, items: np.ndarray, spec: ShardSpec, args: argparse.N
 def finish(packing: PackingJob, records: list[ShardRecord], source: Source, allow_rejected: bool) -> None:
     """Write labels, rejected.csv and the index; without --allow-rejected only if few enough files were rejected."""
     folder, settings = packing.folder, packing.settings
-    write_rejected(folder, records)
+    write_rejected(folder, records, source.left_out)
     rejected, total = sum(len(record.rejected) for record in records), settings["files"]
     if rejected == total:
         raise UserError(f"none of the {total} files can be used; {folder / 'rejected.csv'} says why")
@@ -181,9 +202,11 @@ def finish(packing: PackingJob, records: list[ShardRecord], source: Source, allo
             f"{folder / 'rejected.csv'}; mend them and start in an empty folder, or run again with --allow-rejected, "
             "which only has to finish"
         )
-    write_index(folder, packing.spec, records, source.classes, settings)
+    write_index(folder, packing.spec, records, source.classes, settings, source.left_out)
     packing.is_complete()  # tidies up
-    print(f"{folder}: {total - rejected} images, {rejected} rejected")
+    left_out = f", {len(source.left_out)} left out" if source.left_out else ""
+    listed = f"; {folder / 'rejected.csv'} lists them" if rejected or left_out else ""
+    print(f"{folder}: {total - rejected} images, {rejected} rejected{left_out}{listed}")
 
 
 @dataclass
@@ -205,11 +228,11 @@ class Packer:
     No pixel passes through this process: it hands out chunks of file numbers, and gets back sizes and reasons.
     """
 
-    def __init__(self, folder: Path, spec: ShardSpec, source: Source, max_pixels: int) -> None:
+    def __init__(self, folder: Path, spec: ShardSpec, source: Source, max_pixels: int, exif_rotate: bool) -> None:
         self._folder = folder
         self._spec = spec
         self._source = source
-        self._max_pixels = max_pixels
+        self._decoding = max_pixels, exif_rotate
 
     def run(self, jobs: list[ShardJob], num_workers: int) -> dict[int, ShardRecord]:
         """Make the shards of all jobs and return their records by number."""
@@ -218,7 +241,7 @@ class Packer:
             return {}
         # Forking shares a million file names instead of pickling them for each worker; macOS cannot fork safely.
         context = get_context("fork" if sys.platform == "linux" else "spawn")
-        initial = (os.getpid(), self._folder, self._spec, self._source, self._max_pixels)
+        initial = (os.getpid(), self._folder, self._spec, self._source, *self._decoding)
         pool = ProcessPoolExecutor(num_workers, context, _start_worker, initial)
         try:
             pool.submit(os.getpid).result()  # forks all workers, while there is no other thread
@@ -282,12 +305,14 @@ class Packer:
         return pool.submit(_finish_shard, job.number, sizes, labels, rejected)
 
 
-_worker: tuple[Path, ShardSpec, Source, int]
+_worker: tuple[Path, ShardSpec, Source, int, bool]
 
 
-def _start_worker(parent: int, folder: Path, spec: ShardSpec, source: Source, max_pixels: int) -> None:
+def _start_worker(
+    parent: int, folder: Path, spec: ShardSpec, source: Source, max_pixels: int, exif_rotate: bool
+) -> None:
     global _worker
-    _worker = folder, spec, source, max_pixels
+    _worker = folder, spec, source, max_pixels, exif_rotate
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent gets them too, and stops in order
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow's remarks on metadata would tear the progress bar
@@ -303,11 +328,11 @@ def _exit_with(parent: int) -> None:
 
 def _pack_chunk(number: int, first: int, items: Sequence[int]) -> list[int | str]:
     """Decode files into neighbouring slots of a shard; returns the bytes of each, or why it was rejected."""
-    folder, spec, source, max_pixels = _worker
+    folder, spec, source, max_pixels, exif_rotate = _worker
     results: list[int | str] = []
     with ShardWriter(folder, spec, number) as shard:
         for slot, item in enumerate(items, start=first):
-            data, reason = decode(source, int(item), spec, max_pixels)
+            data, reason = decode(source, int(item), spec, max_pixels, exif_rotate)
             results.append(reason or shard.put(slot, data))
     return results
 
@@ -315,14 +340,16 @@ def _pack_chunk(number: int, first: int, items: Sequence[int]) -> list[int | str
 def _finish_shard(
     number: int, sizes: list[int | None], labels: list[int], rejected: list[tuple[str, str]]
 ) -> ShardRecord:
-    folder, spec, _, _ = _worker
+    folder, spec, *_ = _worker
     return ShardWriter(folder, spec, number).finish(sizes, labels, rejected)
 
 
-def decode(source: Source, item: int, spec: ShardSpec, max_pixels: int) -> tuple[bytes | np.ndarray | None, str]:
+def decode(
+    source: Source, item: int, spec: ShardSpec, max_pixels: int, exif_rotate: bool
+) -> tuple[bytes | np.ndarray | None, str]:
     """What to write for a file, or None and the reason why it cannot be used."""
     try:
-        pixels = load_image(source.read(item), spec.shape[-1], max_pixels)
+        pixels = load_image(source.read(item), spec.shape[-1], max_pixels, exif_rotate)
     except BadImageError as error:
         return None, str(error)
     except OSError as error:

@@ -30,7 +30,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import preprocessing
-from dataset.sources import open_source
+from dataset.layouts import open_source
 from runtime.cli import ArgumentParser, add_debug_argument, positive_int, run
 
 

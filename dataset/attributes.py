@@ -16,8 +16,9 @@ import numpy as np
 
 from dataset.images import SourceImages
 from dataset.sources import FolderSource
-from dataset.transforms import IMAGE_SUFFIXES
+from dataset.trees import FolderTree, LeftOut, describe_left_out, images_in
 from errors import UserError
+from runtime.log import logger
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 SHARES = (0.7, 0.1)  # of the images, for training and for validation, where the authors give no split
@@ -78,8 +79,8 @@ def read_attributes(root: str | os.PathLike, kind: str = "auto") -> AttributeTab
 
 def attributes_kind(root: str | os.PathLike) -> str | None:
     """Which reader a folder's annotation files ask for; None where there are none."""
-    for kind, name in MARKS.items():
-        if Path(root).is_dir() and _search(Path(root), name):
+    for kind, names in MARKS.items():
+        if Path(root).is_dir() and _search(Path(root), *names):
             return kind
     return None
 
@@ -95,18 +96,27 @@ def split_at_random(count: int, seed: int) -> np.ndarray:
 
 
 def read_celeba(root: Path) -> AttributeTable:
-    """CelebA (Liu et al. 2015): ``list_attr_celeba.txt``, ``list_eval_partition.txt``, 40 attributes of −1 and 1."""
-    path = _find(root, "list_attr_celeba.txt")
-    lines = _lines(path)
-    count, names = _count(path, next(lines, "")), next(lines, "").split()
+    """CelebA (Liu et al. 2015): 40 attributes of −1 and 1, and the authors' split.
+
+    ``list_attr_celeba`` and ``list_eval_partition``, each as ``.txt`` (the authors') or ``.csv`` (Kaggle's).
+    """
+    path = _find(root, *MARKS["celeba"])
+    if path.suffix == ".csv":
+        header, *rows = [row for row in _csv_rows(path) if row] or [[]]
+        names, count = header[1:], len(rows)
+        if not names or not rows:
+            raise UserError(f"{path} has no rows of a file and its attributes below a header; download it again")
+    else:
+        lines = _lines(path)
+        count, names = _count(path, next(lines, "")), next(lines, "").split()
+        rows = map(str.split, lines)
     files, values = [], np.zeros((count, len(names)), bool)
-    for place, line in enumerate(lines):
-        file, *row = line.split()
+    for place, (file, *row) in enumerate(rows):
         _check_row(path, place, count, row, len(names))
         files.append(file)
-        values[place] = [value == "1" for value in row]
+        values[place] = [value.strip() == "1" for value in row]
     _check_count(path, len(files), count)
-    split = _celeba_split(_find(root, "list_eval_partition.txt"), files)
+    split = _celeba_split(_find(root, "list_eval_partition.txt", "list_eval_partition.csv"), files)
     return AttributeTable("celeba", _image_folder(root, files[0]), files, names, values, split, *_one_class(count))
 
 
@@ -161,12 +171,15 @@ def read_awa2(root: Path) -> AttributeTable:
         )
     folder = path.parent / "JPEGImages"
     folder = folder if folder.is_dir() else path.parent
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        if (folder / name).is_dir():
-            found = sorted(file for file in os.listdir(folder / name) if Path(file).suffix.lower() in IMAGE_SUFFIXES)
-            files += [f"{name}/{file}" for file in found]
-            labels += [label] * len(found)
+    images, left_out = images_in(FolderTree(folder))
+    number = {name: label for label, name in enumerate(classes)}
+    files = [file for file in images if file.partition("/")[0] in number]
+    files.sort(key=lambda file: (number[file.partition("/")[0]], file))
+    taken = set(files)
+    left_out += [LeftOut(file, "in no folder of classes.txt", True) for file in images if file not in taken]
+    for line in describe_left_out(entry for entry in left_out if entry.is_image):
+        logger.warning("%s: %s", folder, line)
+    labels = [number[file.partition("/")[0]] for file in files]
     if not files:
         raise UserError(f"{folder} holds no images in folders of AwA2's classes ({classes[0]}…); give AwA2's folder")
     labels = np.array(labels, np.int64)
@@ -224,27 +237,28 @@ READERS: dict[str, Callable[[Path], AttributeTable]] = {
     "awa2": read_awa2,
     "csv": read_csv,
 }
-MARKS = {  # the file that tells a layout from the others
-    "celeba": "list_attr_celeba.txt",
-    "deepfashion": "list_attr_img.txt",
-    "awa2": "predicate-matrix-binary.txt",
-    "csv": CSV_NAME,
+MARKS = {  # the file that tells a layout from the others, under either of its names
+    "celeba": ("list_attr_celeba.txt", "list_attr_celeba.csv"),
+    "deepfashion": ("list_attr_img.txt",),
+    "awa2": ("predicate-matrix-binary.txt",),
+    "csv": (CSV_NAME,),
 }
 
 
 def _layouts() -> str:
-    return ", ".join(f"{name} ({kind})" for kind, name in MARKS.items())
+    return ", ".join(f"{' or '.join(names)} ({kind})" for kind, names in MARKS.items())
 
 
-def _search(root: Path, name: str) -> Path | None:
-    """The file in the folder or one below."""
-    return next((path for path in (root / name, *sorted(root.glob(f"*/{name}"))) if path.is_file()), None)
+def _search(root: Path, *names: str) -> Path | None:
+    """The first of these files that is in the folder or one below."""
+    paths = (path for name in names for path in (root / name, *sorted(root.glob(f"*/{name}"))))
+    return next((path for path in paths if path.is_file()), None)
 
 
-def _find(root: Path, name: str) -> Path:
-    found = _search(root, name)
+def _find(root: Path, *names: str) -> Path:
+    found = _search(root, *names)
     if found is None:
-        raise UserError(f"{root} has no {name}, neither in it nor one folder below; copy it there")
+        raise UserError(f"{root} has no {' or '.join(names)}, neither in it nor one folder below; copy it there")
     return found
 
 
@@ -309,7 +323,8 @@ def _split_code(pairs: dict[str, str], file: str, path: Path) -> int:
 
 
 def _celeba_split(path: Path, files: Sequence[str]) -> np.ndarray:
-    codes = {row.split()[0]: row.split()[-1] for row in _lines(path)}
+    rows = [row.replace(",", " ").split() for row in _lines(path)]
+    codes = {row[0]: row[-1] for row in rows if row}
     missing = next((file for file in files if codes.get(file) not in ("0", "1", "2")), None)
     if missing is not None:
         raise UserError(f"{path} does not say 0, 1 or 2 of {missing}; download it again")

@@ -8,11 +8,14 @@ from typing import Protocol
 
 import numpy as np
 
+from dataset.layouts import open_source
 from dataset.packing import images_per_shard
 from dataset.shards import PackedReader, is_unfinished, read_index
-from dataset.sources import Source, open_source
+from dataset.sources import Source
 from dataset.transforms import BadImageError, decode_png, load_image
+from dataset.trees import describe_left_out
 from errors import UserError, one_line
+from runtime.log import logger
 
 DEFAULT_RESOLUTION = 256  # pixels, of photographs that are cropped on the fly
 
@@ -155,6 +158,8 @@ def open_images(path: str | os.PathLike, resolution: int | None = None, *, defau
         raise UserError(
             f"{path} holds .parquet files, which cannot be read at random; run preprocessing.py on it first"
         )
+    for line in describe_left_out(source.left_out):
+        logger.warning("%s: %s", path, line)
     resolution = resolution or default
     if resolution is None:
         raise UserError(f"{path} holds photographs of any size; give the resolution, or run preprocessing.py first")

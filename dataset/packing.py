@@ -47,6 +47,7 @@ class PackingJob:
             run must agree with them.
         output_flag: the flag that names the folder, for messages.
         flags: which flag a setting comes from; by default ``--`` and its name.
+        defaults: what it means that an older folder lacks a setting.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class PackingJob:
     settings: dict
     output_flag: str = "--output-path"
     flags: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
     _claimed: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)  # the settings, if ours
     _made: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)  # folders, innermost first
 
@@ -118,9 +120,10 @@ class PackingJob:
     def check_settings(self, found: dict) -> None:
         """Refuse to go on with what was made otherwise."""
         for key, value in self.settings.items():
-            if found.get(key) != value:
+            before = found.get(key, self.defaults.get(key))
+            if before != value:
                 flag = self.flags.get(key, flag_of(key))
-                before, now = _short(found.get(key)), _short(value)
+                before, now = _short(before), _short(value)
                 raise UserError(
                     f"{self.folder} was begun with another {flag} ({key}: {before}, now {now}); "
                     f"use the same or another {self.output_flag}"

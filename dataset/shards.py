@@ -248,17 +248,31 @@ def read_record(folder: str | os.PathLike, spec: ShardSpec, number: int) -> Shar
     return None
 
 
-def write_rejected(folder: str | os.PathLike, records: Iterable[ShardRecord]) -> None:
-    """Write rejected.csv: a header, then name and reason of each source file that was left out."""
+def write_rejected(
+    folder: str | os.PathLike, records: Iterable[ShardRecord], left_out: Iterable[Sequence] = ()
+) -> None:
+    """Write rejected.csv: a header, then name and reason of each source file that is not in the shards.
+
+    Args:
+        folder: where it is written.
+        records: of the shards, with the files that could not be used.
+        left_out: (name, reason, …) of the files that no shard was to have.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("name", "reason"))
     writer.writerows(pair for record in records for pair in record.rejected)
+    writer.writerows(entry[:2] for entry in left_out)
     write_atomically(Path(folder) / REJECTED_NAME, text.getvalue().encode(errors="surrogateescape"))
 
 
 def write_index(
-    folder: str | os.PathLike, spec: ShardSpec, records: Sequence[ShardRecord], class_names: Sequence[str], source: dict
+    folder: str | os.PathLike,
+    spec: ShardSpec,
+    records: Sequence[ShardRecord],
+    class_names: Sequence[str],
+    source: dict,
+    left_out: Iterable[Sequence] = (),
 ) -> None:
     """Complete a dataset: labels, rejected files, and last of all the index. The records are then in the index.
 
@@ -268,11 +282,12 @@ def write_index(
         records: of all shards, in order.
         class_names: label ``c`` means ``class_names[c]``.
         source: what the dataset was made from and how; plain JSON values, the same for the same bytes.
+        left_out: as of :func:`write_rejected`.
     """
     folder = Path(folder)
     labels = np.array([label for record in records for label in record.labels], np.int64)
     write_atomically(folder / LABELS_NAME, _npy_bytes(labels))
-    write_rejected(folder, records)
+    write_rejected(folder, records, left_out)
     index = {
         "format_version": FORMAT_VERSION,
         **asdict(spec),

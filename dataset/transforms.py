@@ -5,16 +5,39 @@ published ImageNet numbers of DiT, SiT, REPA and their successors were measured 
 """
 
 import io
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, features
+
+from errors import one_line
 
 DEFAULT_MAX_PIXELS = 178_956_970  # where Pillow itself refuses a file as a decompression bomb
 
-# MPO, of some cameras, is found by the JPEG reader. Nothing that runs other programs (EPS starts Ghostscript) or needs
-# libraries that Pillow may lack.
+# MPO, of some cameras, is found by the JPEG reader. Nothing that runs other programs (EPS starts Ghostscript), and what
+# needs a library that Pillow may lack only where it is there.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+_FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
+_FORMATS += ("JPEG2000",) if features.check("jpg_2000") else ()
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
+}
+IMAGE_SUFFIXES = frozenset(suffix for name in _FORMATS for suffix in _SUFFIXES[name])
+# Images, too, but of kinds that are not read here: who has some wants to know that they are missing.
+OTHER_IMAGE_SUFFIXES = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes} - IMAGE_SUFFIXES | {
+    *(".heic", ".heif", ".jxl", ".jxr", ".psd", ".xcf", ".svg", ".tga", ".ico", ".pcx", ".qoi", ".dds", ".dib", ".pfm"),
+    *(".exr", ".hdr", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+}
 
 # load_image checks the size against its own argument, which may be above Pillow's limit as well as below it.
 Image.MAX_IMAGE_PIXELS = None
@@ -24,13 +47,19 @@ class BadImageError(Exception):
     """The file is not an image that can be used; the message is the reason, without the file's name."""
 
 
-def load_image(file: bytes | io.BufferedIOBase, resolution: int, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+Result = TypeVar("Result")
+
+
+def load_image(
+    data: bytes, resolution: int, max_pixels: int = DEFAULT_MAX_PIXELS, exif_rotate: bool = False
+) -> np.ndarray:
     """Decode an image, make it RGB and centre-crop it.
 
     Args:
-        file: the encoded bytes, or a seekable binary file.
+        data: the encoded bytes.
         resolution: side of the crop in pixels.
         max_pixels: width × height above which a file is refused, before anything is decoded.
+        exif_rotate: turn it upright, as the camera noted; ADM does not.
 
     Returns:
         uint8 ``[3, resolution, resolution]``, 0…255.
@@ -38,42 +67,65 @@ def load_image(file: bytes | io.BufferedIOBase, resolution: int, max_pixels: int
     Raises:
         BadImageError: unreadable, truncated, of an unknown format, or too large.
     """
+
+    def crop(image: Image.Image) -> np.ndarray:
+        _check_size(image.size, resolution, max_pixels)
+        if exif_rotate:
+            image.load()
+            with suppress(Exception):  # damaged notes of a camera do not cost the picture
+                ImageOps.exif_transpose(image, in_place=True)
+        return center_crop(to_rgb(image), resolution)
+
+    return _open(data, crop)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image, without decoding it. Raises :class:`BadImageError`."""
+    return _open(data, lambda image: image.size)
+
+
+def _open(data: bytes, use: Callable[[Image.Image], Result]) -> Result:
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
-            _check_size(image.size, resolution, max_pixels)
-            return center_crop(to_rgb(image), resolution)
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return use(image)
     except (BadImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
         raise BadImageError("not an image of a known format") from None
     except Exception as error:  # Pillow's decoders raise whatever their parser stumbled over, even IndexError
-        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
+        bare = _without_text(data)
+        if len(bare) < len(data):
+            return _open(bare, use)
+        raise BadImageError(one_line(error)) from error
 
 
-def image_size(file: bytes) -> tuple[int, int]:
-    """Width and height of an encoded image, without decoding it. Raises :class:`BadImageError`."""
-    try:
-        with Image.open(io.BytesIO(file), formats=_FORMATS) as image:
-            return image.size
-    except Image.UnidentifiedImageError:
-        raise BadImageError("not an image of a known format") from None
-    except Exception as error:  # as in load_image
-        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from error
+def _without_text(data: bytes) -> bytes:
+    """A PNG without its comments and colour profile, which have no say in the pixels: Pillow refuses large ones."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, place = [data[:8]], 8
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")  # length, type, content, CRC
+        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any of Pillow's modes to 8-bit RGB.
 
     Alpha is dropped, not composited, as in ADM (``convert("RGB")``). 16- and 32-bit greyscale is scaled to 8 bits,
-    where Pillow's own conversion would clip it. CMYK comes from Pillow with Adobe's inversion already undone.
+    where Pillow's own conversion would clip it: 65535 is white where the format says so (PNG, PGM, JPEG 2000). A TIFF
+    does not tell how many of its bits are used: white is that of the smallest usual depth (8, 12, 16, 31 bits) that
+    holds the brightest pixel. CMYK comes from Pillow with Adobe's inversion already undone.
     """
     if image.mode == "RGB":
         image.load()  # convert() would copy the pixels
         return image
-    if image.mode.startswith("I;16"):
-        return _scale_to_8_bit(image, (65535.0,))
-    if image.mode == "I":  # 16-bit PNGs in older Pillow, 32-bit TIFFs
-        return _scale_to_8_bit(image, (65535.0, 2.0**31 - 1))
+    if image.mode == "I" or image.mode.startswith("I;16"):  # "I": 32-bit TIFFs, and 16-bit PNGs in older Pillow
+        is_told = image.format in ("PNG", "PPM", "JPEG2000")
+        return _scale_to_8_bit(image, (65535.0,) if is_told else (255.0, 4095.0, 65535.0, 2.0**31 - 1))
     if image.mode == "F":
         return _scale_to_8_bit(image, (1.0, 255.0, 65535.0))
     if image.mode == "PA" or (image.mode == "P" and "transparency" in image.info):

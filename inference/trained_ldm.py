@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from errors import UserError
+from errors import UserError, one_line
 from formats.run_folders import OWN_STATISTICS, OWN_VAE, arguments_of, status_of
 from formats.vae import load_tokenizer
 from inference import WEIGHTS
@@ -115,7 +115,10 @@ class TrainedLDM:
         for name in names:
             if fault := self.checkpoint.fault(name):
                 raise UserError(f"{self.checkpoint.folder} is damaged ({fault}); choose another with --train-steps")
-        tokenizer = build_tokenizer(self.vae_config)
+        try:
+            tokenizer = build_tokenizer(self.vae_config)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.checkpoint.folder}: vae_config of manifest.json: {one_line(error)}") from error
         self.checkpoint.load_module(OWN_VAE, tokenizer)
         if OWN_STATISTICS in names:
             self.checkpoint.load_module(OWN_STATISTICS, tokenizer.statistics)

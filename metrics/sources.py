@@ -1,7 +1,6 @@
 """Sets of images to be compared, in whatever they lie: ``.npz``, a folder, a packed dataset, what generate.py made."""
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +12,12 @@ from dataset.images import ImageDataset, open_images
 from dataset.npz_images import ARRAY, NpzImages, array_names, open_npz
 from dataset.shards import is_unfinished, read_index
 from dataset.transforms import IMAGE_SUFFIXES, BadImageError, image_size, load_image
+from dataset.trees import FolderTree, describe_left_out, images_in
 from errors import UserError
 from metrics.frechet import Gaussian
 from metrics.inception import POOLED, SPATIAL
 from metrics.record import folder_beside, metrics_folder
+from runtime.log import logger
 
 LAYOUTS = "an .npz, a folder of images, a packed dataset, or a sample folder of generate.py"
 POOLED_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")  # ADM's names
@@ -83,12 +84,10 @@ class FolderImages:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = sorted(
-            (Path(folder) / name).relative_to(path)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        )
+        names, left_out = images_in(FolderTree(path))
+        self._files = sorted(map(Path, names))
+        for line in describe_left_out(left_out):
+            logger.warning("%s: %s", path, line)
         if not self._files:
             raise UserError(f"{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); give {LAYOUTS}")
         width, height = self._size(0, (path / self._files[0]).read_bytes())

@@ -119,6 +119,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     """Call ``main(argv)`` and turn what the user got wrong into one line on stderr and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     program = Path(sys.argv[0]).name
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text, nor a terminal know them
     try:
         return main(argv) or EXIT_OK
     except KeyboardInterrupt:

@@ -27,6 +27,20 @@ def write_celeba(root: Path) -> Path:
     return root
 
 
+def write_kaggle_celeba(root: Path) -> Path:
+    """The same set as Kaggle has it: .csv files, and the images one folder deeper."""
+    write_celeba(root)
+    (root / "img_align_celeba").rename(root / "inner")
+    (root / "img_align_celeba").mkdir()
+    (root / "inner").rename(root / "img_align_celeba" / "img_align_celeba")
+    for name in ("Anno/list_attr_celeba", "Eval/list_eval_partition"):
+        rows = [line.split() for line in (root / f"{name}.txt").read_text().splitlines()]
+        rows = [["image_id", *rows[1]], *rows[2:]] if name.startswith("Anno") else [["image_id", "partition"], *rows]
+        (root / f"{Path(name).name}.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+        (root / f"{name}.txt").unlink()
+    return root
+
+
 def write_deepfashion(root: Path) -> Path:
     files = [
         "img/Sheer_Blouse/img_00000001.jpg",

@@ -1,5 +1,6 @@
 """Attribute tables from small files in the authors' own layouts."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from dataset.attributes import TEST, TRAIN, VALIDATION, attributes_kind, read_attributes, split_at_random
 from dataset.toy import write_toy_dataset
-from tests.annotated_sets import write_awa2, write_celeba, write_deepfashion
+from tests.annotated_sets import write_awa2, write_celeba, write_deepfashion, write_kaggle_celeba
 
 
 def pixels(table, resolution: int = 16) -> np.ndarray:
@@ -24,6 +25,25 @@ def test_celeba(tmp_path: Path):
     assert table.values.tolist() == [[0, 1, 1], [1, 0, 0], [0, 0, 1], [1, 1, 1]]
     assert table.split.tolist() == [TRAIN, TRAIN, VALIDATION, TEST]
     assert table.folder == tmp_path / "img_align_celeba" and pixels(table).shape == (4, 3, 16, 16)
+
+
+def test_celeba_of_kaggle_is_the_same(tmp_path: Path):
+    authors, kaggle = (
+        read_attributes(write(tmp_path / write.__name__)) for write in (write_celeba, write_kaggle_celeba)
+    )
+    assert kaggle.kind == "celeba" and (kaggle.names, kaggle.files) == (authors.names, authors.files)
+    np.testing.assert_array_equal(kaggle.values, authors.values)
+    np.testing.assert_array_equal(kaggle.split, authors.split)
+    np.testing.assert_array_equal(pixels(kaggle), pixels(authors))
+
+
+def test_images_outside_the_classes_of_awa2_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    root = write_awa2(tmp_path)
+    for name in ("mammoth/mammoth_10001.jpg", "antelope/deeper/antelope_10003.jpg"):
+        (root / "JPEGImages" / name).parent.mkdir()
+        shutil.copy(root / "JPEGImages" / "antelope" / "antelope_10001.jpg", root / "JPEGImages" / name)
+    assert read_attributes(root).labels.tolist() == [0, 0, 0, 1]
+    assert "left out: 1 file, in no folder of classes.txt: mammoth/mammoth_10001.jpg" in caplog.text
 
 
 def test_deepfashion(tmp_path: Path):

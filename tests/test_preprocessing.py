@@ -20,8 +20,8 @@ from PIL import Image
 import preprocessing
 from dataset import packing
 from dataset.images import open_images
+from dataset.layouts import open_source
 from dataset.shards import PackedReader, ShardSpec
-from dataset.sources import open_source
 from errors import UserError
 from runtime.cli import run
 from tests.photographs import PHOTOGRAPHS, needs_photographs, write_class_folders

@@ -1,10 +1,22 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from dataset.transforms import BadImageError, center_crop, decode_png, encode_png, load_image, to_planes, to_rgb
+from dataset.transforms import (
+    IMAGE_SUFFIXES,
+    BadImageError,
+    center_crop,
+    decode_png,
+    encode_png,
+    image_size,
+    load_image,
+    to_planes,
+    to_rgb,
+)
 from tests.photographs import random_image
 
 
@@ -89,6 +101,72 @@ def test_wide_greys_are_scaled_by_their_range(white, type_):
     values = np.array([[0, white / 2, white, -5]]).astype(type_)
     grey = np.asarray(to_rgb(Image.fromarray(values)))[0, :, 0]
     assert grey.tolist() in ([0, 128, 255, 0], [0, 127, 255, 0])
+
+
+@pytest.mark.parametrize(
+    ("white", "type_"), [(255, np.int32), (255, np.uint16), (4095, np.uint16), (65535, np.int32), (2**31 - 1, np.int32)]
+)
+def test_the_depth_of_a_tiff_is_told_from_its_values(white, type_):
+    """8 and 12 bits in wider integers are not nearly black."""
+    ramp = np.linspace(0, white, 64 * 64).reshape(64, 64).astype(type_)
+    pixels = load_image(encoded(Image.fromarray(ramp), "TIFF"), 64)
+    np.testing.assert_array_equal(pixels[0], np.floor(ramp * (255 / white) + 0.5))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_a_dark_picture_stays_dark_where_the_format_tells_its_depth(kind):
+    pixels = load_image(encoded(Image.fromarray(np.full((64, 64), 200, np.uint16)), kind), 64)
+    assert pixels.max() == 1  # 200 / 257
+
+
+def png_with(chunk: bytes, content: bytes, last: bool) -> bytes:
+    """A PNG with a chunk more, right before the pixels or after them."""
+    png = encoded(random_image(np.random.default_rng(7), 64, 64))
+    added = struct.pack(">I", len(content)) + chunk + content + struct.pack(">I", zlib.crc32(chunk + content))
+    place = png.index(b"IEND" if last else b"IDAT") - 4
+    return png[:place] + added + png[place:]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("chunk", [b"zTXt", b"iCCP", b"iTXt"])
+def test_large_comments_and_profiles_do_not_cost_a_png(chunk, last):
+    flags = b"\1\0\0\0" if chunk == b"iTXt" else b"\0"
+    large = png_with(chunk, b"a\0" + flags + zlib.compress(bytes(2 << 20)), last)
+    plain = load_image(encoded(random_image(np.random.default_rng(7), 64, 64)), 64)
+    np.testing.assert_array_equal(load_image(large, 64), plain)
+    assert image_size(large) == (64, 64)
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES - {".mpo"}))
+def test_every_known_suffix_is_of_a_format_that_is_read(suffix):
+    Image.init()
+    image = random_image(np.random.default_rng(8), 64, 64)
+    assert load_image(encoded(image, Image.EXTENSION[suffix]), 64).shape == (3, 64, 64)
+
+
+def test_avif_is_read_where_pillow_can():
+    assert (".avif" in IMAGE_SUFFIXES) == ("avif" in features.modules and features.check("avif"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_ignored_unless_asked_for(orientation):
+    """As the camera saw it: stored turned or mirrored, with a note of it, and upright again."""
+    upright = random_image(np.random.default_rng(9), 64, 64)
+    turns = Image.Transpose
+    undo = (None, None, turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM, turns.TRANSPOSE,
+            turns.ROTATE_90, turns.TRANSVERSE, turns.ROTATE_270)[orientation]  # fmt: skip
+    stored = upright.transpose(undo) if undo is not None else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, exif=exif)
+    np.testing.assert_array_equal(load_image(data, 64), to_planes(stored))
+    np.testing.assert_array_equal(load_image(data, 64, exif_rotate=True), to_planes(upright))
+
+
+def test_damaged_exif_does_not_cost_the_picture():
+    image = random_image(np.random.default_rng(9), 64, 64)
+    data = encoded(image, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\xff")
+    np.testing.assert_array_equal(load_image(data, 64, exif_rotate=True), load_image(data, 64))
 
 
 def test_png_is_lossless():

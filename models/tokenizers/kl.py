@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from errors import one_line
 from files import as_os_error
 from models.pixels import to_signed
 from models.tokenizers.base import Code, Tokenizer
@@ -81,7 +82,10 @@ class KLTokenizer(Tokenizer):
 
     @classmethod
     def from_architecture(cls, config: Mapping) -> "KLTokenizer":
-        return cls(AutoencoderKL.from_config(config)).eval()
+        try:
+            return cls(AutoencoderKL.from_config(config)).eval()
+        except Exception as error:  # what diffusers makes of values that it does not look at
+            raise ValueError(f"no AutoencoderKL is built from this configuration ({one_line(error)})") from error
 
     def stored_shape(self, resolution: int) -> tuple[int, ...]:
         """Posterior mean and standard deviation."""

@@ -9,7 +9,7 @@ import torch
 
 from dataset.toy import write_toy_dataset
 from metrics.record import Measurement, write_measurement
-from tests.annotated_sets import write_awa2, write_celeba, write_deepfashion
+from tests.annotated_sets import write_awa2, write_celeba, write_deepfashion, write_kaggle_celeba
 from tests.bad_inputs.cache_latents_cases import RUNNING, packed, status, vae_that
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.train_sendvae_cases import photographs, truncated, written
@@ -57,7 +57,9 @@ def made(write: Callable[[Path], Path]):
     return make
 
 
-celeba, deepfashion, awa2 = (partial(edited, made(write)) for write in (write_celeba, write_deepfashion, write_awa2))
+celeba, kaggle, deepfashion, awa2 = (
+    partial(edited, made(write)) for write in (write_celeba, write_kaggle_celeba, write_deepfashion, write_awa2)
+)
 
 
 def numbered(text: str) -> str:
@@ -151,6 +153,11 @@ CASES = [
     Case("CelebA's partition is strange",
          with_flags(data=celeba("Eval/list_eval_partition.txt", lambda text: text.replace(" 2", " 7"))),
          ("000004.jpg", "0, 1 or 2")),
+    Case("CelebA's csv without rows",
+         with_flags(data=kaggle("list_attr_celeba.csv", lambda text: text.splitlines()[0])),
+         ("list_attr_celeba.csv has no rows",)),
+    Case("CelebA's csv of ragged rows",
+         with_flags(data=kaggle("list_attr_celeba.csv", lambda text: text.rstrip()[:-2])), ("row 4", "3 attributes")),
     Case("DeepFashion without categories", with_flags(data=deepfashion("Anno/list_category_img.txt", None)),
          ("list_category_img.txt",)),
     Case("DeepFashion's split is strange",
