@@ -31,6 +31,7 @@ TRAINING = {
     "sampling_steps": 2,
     "val_steps": 2,
     "keep_checkpoints": 1,
+    "verify": True,
     "num_workers": 0,
 }
 SCRIPTS = {
@@ -71,7 +72,8 @@ def commands(inputs: Path) -> dict[str, Command]:
     """All of them, by name."""
     images, packed, vae = inputs / "data" / "images", inputs / "data" / "packed", inputs / "ldm" / "vae"
     cached = ldm_trainings.LATENTS
-    features = {"cache_features": True, "enc_type": "efficientnet-lite0", "features_grid": 4, "hflip": True}
+    features = {"cache_features": True, "enc_type": "efficientnet-lite0", "features_grid": 4}
+    features |= {"hflip": True, "verify": True}
     samples = {"sample_dir": "out", "num_steps": 2, "preview": 4}
     reference = {"ref": inputs / "b.npz", "ref_cache": "kept", "features": "efficientnet-lite0"}
     reconstruction = {"data": packed, "vae": vae, "num_workers": 0, "metrics": "psnr,ssim", "output_dir": "out"}
