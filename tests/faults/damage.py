@@ -16,6 +16,7 @@ from tests.faults.kills import SLOW
 from tests.faults.refusals import not_refused
 
 SET_ASIDE = "abandoned-at-"  # where damaged checkpoints go
+IMAGES = "data/images/"
 INTERRUPTED = 0.7  # of all points: after a checkpoint, some shards, before the end
 QUICK = ("generate", "preprocessing png")
 
@@ -58,7 +59,7 @@ def _of_inputs(bench: Bench, command: Command, most: int) -> Iterator[Trial]:
     folder = bench.fresh(command)
     files = _opened(bench, command, folder, bench.inputs)
     bench.remove(folder)
-    images = [name for name in files if name.startswith("data/images/")]  # one photograph is as good as another
+    images = [name for name in files if name.startswith(IMAGES)]  # one photograph is as good as another
     for file, damage, place in _chosen(bench, [name for name in files if name not in images[1:]], most):
         attempt = partial(_damaged_input, bench, command, bench.inputs / file, damage, place)
         yield Trial("damaged input", command.name, f"{file} {damage.__name__} at {place:.3f}", attempt)
@@ -78,7 +79,12 @@ def _of_own_work(bench: Bench, command: Command, most: int) -> Iterator[Trial]:
 
 
 def _chosen(bench: Bench, files: list[str], most: int) -> list[tuple[str, Callable, float]]:
-    every = [(file, damage, bench.random.random()) for file in files for damage in DAMAGES]
+    every = [
+        (file, damage, bench.random.random())
+        for file in files
+        for damage in DAMAGES
+        if damage is not made_a_folder or not file.startswith(IMAGES)  # photographs with a folder more are others
+    ]
     return bench.sample(every, most)
 
 
