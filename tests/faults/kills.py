@@ -13,7 +13,7 @@ from tests.faults.compare import half_written
 KILLED = (-signal.SIGKILL, -signal.SIGXFSZ)
 WITH_PROCESSES = ("train_sendvae", "cache_latents", "train_ldm", "train_repae", "generate", "evaluate reconstruction")
 SLOW = ("train_sendvae", "train_ldm", "train_repae", "evaluate generation")
-QUICK = ("preprocessing raw", "preprocessing png", "generate", "export_vae repa-e", "export_ldm repa")
+QUICK = ("preprocessing png", "generate", "export_vae repa-e")
 
 
 def trials(bench: Bench, quick: bool) -> Iterator[Trial]:
