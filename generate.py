@@ -37,6 +37,8 @@ from runtime.cli import (
     fraction,
     non_negative_float,
     non_negative_int,
+    or_auto,
+    positive_float,
     positive_int,
     run,
 )
@@ -44,6 +46,7 @@ from runtime.cli import (
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
 FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; these of the model:
+UNSAID = {"time_shift": 1.0}  # of settings that older samples were made without
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
 # What only --model says, and what export_ldm.py says of a checkpoint of REPA or REPA-E; a run says it itself.
 UNTRAINED_FLAGS, FOREIGN_FLAGS = ("vae", "path_type", "resolution"), ("vae_ckpt", "vae_latents_stats")
@@ -99,6 +102,13 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--guidance-low", type=fraction, default=0.0, metavar="T", help="guide from this time on (data: 0)"
+    )
+    group.add_argument(
+        "--time-shift",
+        type=or_auto(positive_float),
+        metavar="X|auto",
+        help="noise-to-data ratios of the sampler's times, times X (default: as in the run's training); above 1, more "
+        "of the steps are near the noise; auto: √(numbers in a latent / 4096)",
     )
     group.add_argument("--guidance-high", type=fraction, default=1.0, metavar="T", help="guide to this time (noise: 1)")
 
@@ -241,6 +251,7 @@ from dataset.images import ImageDataset, open_images
 from dataset.npz import npz_bytes
 from dataset.packing import PackingJob, check_space, given_back_if_refused, lock_if_free, sigterm_as_interrupt
 from dataset.shards import ShardSpec
+from diffusion.flow import settled_shift
 from inference.latent_cache import autocast_for, chunk_size
 from inference.sampling import (
     NPZ_NAME,
@@ -366,6 +377,8 @@ def default_folder(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM)
     parts = ["samples", trained.label, f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
     if args.cfg_scale != 1:
         parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}")
+    if args.time_shift is not None:
+        parts.append(f"shift{args.time_shift if args.time_shift == 'auto' else format(args.time_shift, 'g')}")
     if args.weights != "ema":
         parts.append(args.weights)
     if args.label_sampling != "random":
@@ -382,8 +395,16 @@ def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | UntrainedLD
         guidance_low=args.guidance_low,
         guidance_high=args.guidance_high,
         path_type=trained.path_type,
+        time_shift=time_shift(args, trained),
         seed=args.seed,
     )
+
+
+def time_shift(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> float:
+    """That of the flag, or of the training."""
+    if args.time_shift is None:
+        return trained.time_shift
+    return settled_shift(args.time_shift, trained.config.latent_shape)
 
 
 def describe(
@@ -450,7 +471,7 @@ def generate(
     spec = ShardSpec("images", (3, trained.resolution, trained.resolution), "uint8")
     settings = describe(args, trained, tokenizer, classes, process)
     flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path")
-    packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags)
+    packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags, UNSAID)
     show = print if process.is_main else lambda text: None
     with given_back_if_refused(packing, alone=process.world_size == 1):
         packing.begin()

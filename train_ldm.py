@@ -122,6 +122,7 @@ from accelerate import Accelerator
 
 from dataset.images import DEFAULT_RESOLUTION
 from dataset.latents import LatentBatch, LatentDataset
+from diffusion.flow import settled_shift
 from models.denoisers import DenoiserConfig, denoiser_kind
 from models.tokenizers import Tokenizer
 from runtime import NUM_CLASSES
@@ -186,6 +187,7 @@ def resolve(args: argparse.Namespace, latents: LatentDataset | None, tokenizer: 
         num_classes=NUM_CLASSES if latents is None else len(latents.class_names),
     )
     args.denoiser = config.to_dict()
+    args.time_shift = settled_shift(args.time_shift, config.latent_shape)
     with torch.device("meta"):  # what does not fit the denoiser is refused, and what follows from it settled
         denoiser = config.build()
         vfms = aligned(args, parse_sum(args.align), denoiser).features

@@ -83,6 +83,7 @@ from accelerate import Accelerator
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset
 from dataset.loader import LabelledImages
+from diffusion.flow import settled_shift
 from formats.vae import load_tokenizer
 from loss.alignment.denoiser import ThroughDenoiser
 from loss.vae_objective import VAELossConfig, load_loss_config
@@ -159,6 +160,7 @@ def resolve(
         num_classes=NUM_CLASSES if images is None else len(images.class_names),
     )
     args.denoiser, args.vae_config = config.to_dict(), tokenizer.architecture
+    args.time_shift = settled_shift(args.time_shift, config.latent_shape)
     with torch.device("meta"):  # what does not fit the denoiser is refused
         vfms = aligned(args, parse_sum(args.align), config.build()).features
     args.feature_widths = [vfm.width for vfm in vfms]
@@ -186,7 +188,7 @@ def build(
     through = None
     if args.vae_align_proj_coeff:
         weight = args.vae_align_proj_coeff
-        through = ThroughDenoiser(denoiser, alignment["repa"], weight, args.weighting, args.path_type)
+        through = ThroughDenoiser(denoiser, alignment["repa"], weight, args.weighting, args.path_type, args.time_shift)
     vae = build_sendvae(args, accelerator, tokenizer, through, encoders, objective, discriminator)
     method = Repae(vae, LDM(args, accelerator, denoiser, alignment, tokenizer, None))
     if args.compile:

@@ -4,6 +4,7 @@ Time runs from data at 0 to noise at 1: ``x_t = α_t·x + σ_t·ε``, velocity `
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -69,7 +70,31 @@ def score_from_velocity(v: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, pat
     return -noise / sigma
 
 
-def training_times(draws: torch.Tensor, weighting: str, path_type: str = "linear") -> torch.Tensor:
+def shift_times(t: torch.Tensor, shift: float, path_type: str = "linear") -> torch.Tensor:
+    """Times at which the noise-to-data ratio σ_t/α_t is ``shift`` times that at ``t``: above 1, nearer to the noise.
+
+    ``linear``: s·t / (1 + (s − 1)·t) (Stable Diffusion 3, arXiv 2403.03206, eq. 23; for latents of many dimensions
+    RAE, arXiv 2510.11690). ``cosine``: 2/π·atan(s·tan(πt/2)). The inverse is that of 1/s; 0 and 1 stay.
+
+    Args:
+        t: in [0, 1], any shape.
+        shift: positive; 1 changes nothing.
+        path_type: of the interpolant.
+    """
+    if shift == 1:
+        return t
+    alpha, sigma = interpolant(t, path_type)
+    if path_type == "linear":
+        return shift * sigma / (alpha + shift * sigma)
+    return (torch.atan2(shift * sigma, alpha) * (2 / math.pi)).clamp(0, 1)
+
+
+def settled_shift(shift: float | str, latent_shape: Sequence[int]) -> float:
+    """The shift itself; of ``auto`` √(numbers in a latent / 4096): more of them show through the same noise (RAE)."""
+    return math.sqrt(math.prod(latent_shape) / 4096) if shift == "auto" else shift
+
+
+def training_times(draws: torch.Tensor, weighting: str, path_type: str = "linear", shift: float = 1.0) -> torch.Tensor:
     """Times to train at, in [0, 1].
 
     ``uniform``: the draws themselves. ``lognormal``: σ = exp n for standard normal n, then the time whose noise-to-data
@@ -79,12 +104,15 @@ def training_times(draws: torch.Tensor, weighting: str, path_type: str = "linear
         draws: uniform in [0, 1) for ``uniform``, standard normal for ``lognormal``, any shape.
         weighting: one of ``WEIGHTINGS``.
         path_type: of the interpolant.
+        shift: see :func:`shift_times`.
     """
-    if weighting == "uniform":
-        return draws
-    if weighting != "lognormal":
+    if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting {weighting!r} is none of {WEIGHTINGS}")
-    return torch.sigmoid(draws) if path_type == "linear" else torch.atan(draws.exp()) * (2 / math.pi)
+    if weighting == "uniform":
+        times = draws
+    else:
+        times = torch.sigmoid(draws) if path_type == "linear" else torch.atan(draws.exp()) * (2 / math.pi)
+    return shift_times(times, shift, path_type)
 
 
 def _per_sample(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

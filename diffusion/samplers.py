@@ -12,32 +12,43 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from diffusion.flow import score_from_velocity
+from diffusion.flow import score_from_velocity, shift_times
 
 Velocity = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 
 LAST_SDE_TIME = 0.04  # the SDE ends here, as its score is infinite at 0; one deterministic step does the rest
 
 
-def ode_times(num_steps: int) -> list[float]:
-    """The uniform grid from 1 to 0, ``num_steps + 1`` times."""
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+def ode_times(num_steps: int, shift: float = 1.0, path_type: str = "linear") -> list[float]:
+    """The grid from 1 to 0, ``num_steps + 1`` times: uniform, then shifted (``diffusion.flow.shift_times``)."""
+    return shift_times(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift, path_type).tolist()
 
 
-def sde_times(num_steps: int) -> list[float]:
-    """``num_steps`` uniform times from 1 to 0.04, then 0: all steps but the last are stochastic."""
-    return [*torch.linspace(1, LAST_SDE_TIME, num_steps, dtype=torch.float64).tolist(), 0.0]
+def sde_times(num_steps: int, shift: float = 1.0, path_type: str = "linear") -> list[float]:
+    """``num_steps`` times from 1 to 0.04, uniform before they are shifted, then 0: all steps but the last are
+    stochastic."""
+    last = shift_times(torch.tensor(LAST_SDE_TIME, dtype=torch.float64), 1 / shift, path_type).item()
+    uniform = torch.linspace(1, last, num_steps, dtype=torch.float64)
+    return [*shift_times(uniform, shift, path_type).tolist(), 0.0]
 
 
-def evaluation_times(mode: str, num_steps: int, heun: bool = False) -> list[float]:
+def evaluation_times(
+    mode: str, num_steps: int, heun: bool = False, shift: float = 1.0, path_type: str = "linear"
+) -> list[float]:
     """At which times a sampler evaluates the velocity, in order; ``mode`` is ``"ode"`` or ``"sde"``."""
-    times = (ode_times(num_steps) if mode == "ode" else sde_times(num_steps))[:-1]
+    times = (ode_times if mode == "ode" else sde_times)(num_steps, shift, path_type)[:-1]
     return [times[0], *(time for time in times[1:] for _ in range(2))] if heun else times
 
 
 @torch.no_grad()
 def sample_ode(
-    velocity: Velocity, noise: torch.Tensor, labels: torch.Tensor, num_steps: int, heun: bool = False
+    velocity: Velocity,
+    noise: torch.Tensor,
+    labels: torch.Tensor,
+    num_steps: int,
+    heun: bool = False,
+    shift: float = 1.0,
+    path_type: str = "linear",
 ) -> torch.Tensor:
     """Follow ``dx = v dt`` from 1 to 0.
 
@@ -45,14 +56,15 @@ def sample_ode(
         velocity: see the module.
         noise: the state at t = 1, ``[B, ...]``.
         labels: classes, int64 ``[B]``.
-        num_steps: of equal size.
+        num_steps: of equal size, unless they are shifted.
         heun: correct each step but the last by the slope at its end, where the velocity is evaluated at that end's own
             time (REPA-E's guidance interval looks at the time of the step's beginning for both evaluations).
+        shift, path_type: of the times, see :func:`ode_times`.
 
     Returns:
         the state at t = 0, in the noise's type.
     """
-    times = ode_times(num_steps)
+    times = ode_times(num_steps, shift, path_type)
     x = noise.double()
     for step, (now, then) in enumerate(pairwise(times)):
         slope = velocity(x.to(noise.dtype), now, labels).double()
@@ -72,6 +84,7 @@ def sample_sde(
     num_steps: int,
     step_noise: Callable[[int], torch.Tensor],
     path_type: str = "linear",
+    shift: float = 1.0,
 ) -> torch.Tensor:
     """Euler–Maruyama on ``dx = (v − ½·w_t·s) dt + √w_t dW`` backwards in time, ``w_t = 2t`` and s the score.
 
@@ -85,11 +98,12 @@ def sample_sde(
         num_steps: evaluations of the velocity (:func:`sde_times`).
         step_noise: number of the stochastic step, from 0 → standard normal noise in the shape of the state.
         path_type: of the interpolant that the velocity belongs to.
+        shift: of the times, see :func:`sde_times`.
 
     Returns:
         the state at t = 0, in the noise's type.
     """
-    times = sde_times(num_steps)
+    times = sde_times(num_steps, shift, path_type)
     x = noise.double()
     for step, (now, then) in enumerate(pairwise(times)):
         v = velocity(x.to(noise.dtype), now, labels).double()

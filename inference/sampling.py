@@ -43,6 +43,7 @@ class SamplerSettings:
         cfg_scale: of guidance; 1: none.
         guidance_low, guidance_high: times between which it acts.
         path_type: of the interpolant that the model was trained on.
+        time_shift: of the sampler's times (``diffusion.flow.shift_times``).
         seed: of all noise.
     """
 
@@ -53,11 +54,12 @@ class SamplerSettings:
     guidance_low: float
     guidance_high: float
     path_type: str
+    time_shift: float
     seed: int
 
     def forwards(self) -> int:
         """Forward passes of the model for one image; two for each guided evaluation."""
-        times = evaluation_times(self.mode, self.num_steps, self.heun)
+        times = evaluation_times(self.mode, self.num_steps, self.heun, self.time_shift, self.path_type)
         if self.cfg_scale == 1:
             return len(times)
         return sum(2 if self.guidance_low <= time <= self.guidance_high else 1 for time in times)
@@ -111,14 +113,14 @@ class ImageSampler:
     def latents(self, items: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Normalised latents, float32 ``[B, C, h, w]``."""
         settings = self.settings
-        noise = self.noise(items, 0)
+        noise, times = self.noise(items, 0), {"path_type": settings.path_type, "shift": settings.time_shift}
         if settings.mode == "ode":
-            return sample_ode(self.velocity, noise, labels, settings.num_steps, settings.heun)
+            return sample_ode(self.velocity, noise, labels, settings.num_steps, settings.heun, **times)
 
         def step_noise(step: int) -> torch.Tensor:
             return self.noise(items, step + 1)
 
-        return sample_sde(self.velocity, noise, labels, settings.num_steps, step_noise, settings.path_type)
+        return sample_sde(self.velocity, noise, labels, settings.num_steps, step_noise, **times)
 
     def noise(self, items: torch.Tensor, step: int) -> torch.Tensor:
         """Step 0 is where sampling starts, step k + 1 belongs to the SDE's step k."""

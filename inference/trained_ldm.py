@@ -29,6 +29,7 @@ class _Arguments(TypedDict):
     statistics_checksum: str | None
     vae_config: dict | None
     cfg_prob: float | None
+    time_shift: float | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class TrainedLDM:
         checksum: SHA-256 of the weights' file.
         vae_config: architecture of the VAE where it lies in the checkpoint, because it was trained along; or None.
         cfg_prob: share of labels that were dropped; with 0 the null class was never trained, and nothing can guide.
+        time_shift: of its training times.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class TrainedLDM:
     checksum: str
     vae_config: dict | None = None
     cfg_prob: float = 0.1
+    time_shift: float = 1.0
 
     @property
     def step(self) -> int:
@@ -241,6 +244,7 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             checksum=manifest["files"][f"{weights}.safetensors"]["sha256"],
             vae_config=arguments.get("vae_config"),
             cfg_prob=arguments.get("cfg_prob", 0.1),
+            time_shift=arguments.get("time_shift", 1.0),
         )
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(

@@ -19,7 +19,7 @@ class UntrainedLDM:
         config: of the denoiser.
         resolution: side of the images in pixels.
         path_type: of the interpolant.
-        folder, label, weights, class_names: as of a trained one; they say that it is none.
+        folder, label, weights, time_shift, class_names: as of a trained one; they say that it is none.
     """
 
     config: DenoiserConfig
@@ -29,6 +29,7 @@ class UntrainedLDM:
     folder: Path = Path()
     label: str = "none"
     weights: str = "random"
+    time_shift: float = 1.0
 
     @property
     def class_names(self) -> list[str]:

@@ -112,6 +112,8 @@ def _how(made: Mapping[str, object], count: int | None) -> str:
         words.append(f"{made.get('weights', '')} of step {made['train_steps']:,}".strip())
     if "mode" in made:
         words.append(f"{made['mode'].upper()}{' Heun' if made.get('heun') else ''}, {made.get('num_steps')} steps")
+    if made.get("time_shift", 1) != 1:
+        words.append(f"times shifted by {made['time_shift']:g}")
     scale = made.get("cfg_scale")
     if scale is not None:
         words.append("no guidance" if scale == 1 else f"guidance {scale:g}")

@@ -5,7 +5,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from errors import TrainingFailed, UserError
 from files import OUT_OF_REACH
@@ -89,6 +89,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = _number(text, float)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
+    return value
+
+
 def fraction(text: str) -> float:
     """An argparse type: a number in [0, 1]."""
     value = _number(text, float)
@@ -103,6 +111,11 @@ def fraction_below_one(text: str) -> float:
     if value == 1:
         raise argparse.ArgumentTypeError("must be less than 1")
     return value
+
+
+def or_auto(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type: of another one, or ``auto``."""
+    return lambda text: text if text == "auto" else kind(text)
 
 
 def _number(text: str, kind: type):

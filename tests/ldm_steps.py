@@ -22,6 +22,7 @@ FLAGS = {
     "cfg_prob": 0.0,
     "path_type": "linear",
     "weighting": "uniform",
+    "time_shift": 1.0,
     "learning_rate": 1e-3,
     "lr_schedule": "constant",
     "warmup_steps": 0,

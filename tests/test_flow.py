@@ -13,6 +13,8 @@ from diffusion.flow import (
     interpolant,
     interpolant_rate,
     score_from_velocity,
+    settled_shift,
+    shift_times,
     training_times,
     velocity,
 )
@@ -104,6 +106,40 @@ def test_lognormal_times(path_type):
     print(f"{path_type}: KS p {p:.3f}")
     assert p > 1e-3
     torch.testing.assert_close((sigma / alpha).log(), draws, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+@pytest.mark.parametrize("shift", [0.25, 1.5, 6.93])
+def test_a_shift_multiplies_the_ratio_of_noise_to_data(path_type, shift):
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    shifted = shift_times(t, shift, path_type)
+    assert shifted[0] == 0 and shifted[-1] == 1
+    inner, before = shifted[1:-1].tolist(), t[1:-1].tolist()
+    for there, here in zip(inner, before, strict=True):  # by angles and by hand, not by the interpolant
+        ratio = math.tan(math.pi * here / 2) if path_type == "cosine" else here / (1 - here)
+        now = math.tan(math.pi * there / 2) if path_type == "cosine" else there / (1 - there)
+        assert now == pytest.approx(shift * ratio, rel=1e-12)
+    torch.testing.assert_close(shift_times(shifted, 1 / shift, path_type), t, rtol=0, atol=1e-15)
+    single = shift_times(t.float(), shift, path_type)
+    assert single.max() <= 1 and torch.equal(single[[0, -1]], torch.tensor([0.0, 1.0]))
+
+
+def test_the_shift_as_published():
+    """t' = s·t / (1 + (s − 1)·t), and s = √(dims / 4096): f16d32 at 256 px has 8,192 numbers, f8d4 4,096."""
+    t = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(shift_times(t, 3.0), 3 * t / (1 + 2 * t), rtol=1e-14, atol=0)
+    assert settled_shift("auto", (32, 16, 16)) == pytest.approx(2**0.5)
+    assert settled_shift("auto", (4, 32, 32)) == 1
+    assert settled_shift(0.3, (4, 32, 32)) == 0.3
+    assert shift_times(t, 1.0) is t  # what was drawn without a shift stays bit for bit
+
+
+def test_a_shifted_lognormal_is_a_lognormal_around_the_shift():
+    """The ratio of noise to data is exp n, so that of shifted times is s·exp n = exp(n + log s)."""
+    normal = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for path_type in ("linear", "cosine"):
+        moved = training_times(normal + math.log(2.5), "lognormal", path_type)
+        torch.testing.assert_close(training_times(normal, "lognormal", path_type, 2.5), moved, rtol=1e-12, atol=0)
 
 
 def test_unknown_names():

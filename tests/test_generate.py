@@ -1,5 +1,6 @@
 """generate.py on a tiny run with random weights: what an image depends on, what it does not, and interruptions."""
 
+import json
 import os
 import signal
 import subprocess
@@ -245,6 +246,34 @@ def test_what_an_image_depends_on(run, tmp_path):
     assert largest_difference(base, sampled(cosine, tmp_path / "path", num_fid_samples=3)) > 3
     outside = sampled(run, tmp_path / "outside", num_fid_samples=3, cfg_scale=3, guidance_high=0.03)
     assert np.array_equal(base, outside)
+
+
+def test_times_are_shifted_as_in_the_training_unless_the_flag_says_otherwise(run, tmp_path):
+    """The run's own latents have 256 numbers, so that auto is √(256 / 4096) = 1/4."""
+    shifted = write_ldm_run(tmp_path / "shifted", time_shift=3.0)
+    values = {}
+    own, given = [("plain", run, None), ("own", shifted, None)], [("three", run, 3), ("auto", run, "auto")]
+    for name, folder, flag in [*own, ("one", shifted, 1), *given]:
+        images = sampled(folder, tmp_path / name, mode="ode", num_fid_samples=4, num_steps=5, time_shift=flag)
+        settings = json.loads((tmp_path / name / "index.json").read_text())["source"]
+        values[name] = settings["time_shift"], images.tobytes()
+    shifts = {"plain": 1, "own": 3, "one": 1, "three": 3, "auto": 0.25}
+    assert {name: value[0] for name, value in values.items()} == shifts
+    assert values["own"] == values["three"]
+    assert values["plain"] == values["one"]
+    assert len({images for _, images in values.values()}) == 3
+
+
+def test_samples_from_before_the_flag_are_complete(run, tmp_path, capsys):
+    argv = flags(run, sample_dir=tmp_path / "out", num_fid_samples=4)
+    assert cli.run(generate.main, argv) == 0
+    path = tmp_path / "out" / "index.json"
+    index = json.loads(path.read_text())
+    del index["source"]["time_shift"]
+    path.write_text(json.dumps(index))
+    assert cli.run(generate.main, argv) == 0
+    assert cli.run(generate.main, [*argv, "--time-shift", "2"]) == 2
+    assert "another --time-shift (time_shift: 1.0, now 2.0)" in capsys.readouterr().err
 
 
 def test_truncated_pixels(run, tmp_path):

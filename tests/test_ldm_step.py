@@ -17,8 +17,9 @@ from training.method import train_step
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 @pytest.mark.parametrize("weighting", ["uniform", "lognormal"])
-def test_terms_equal_a_derivation_in_float64(path_type, weighting):
-    trainer = tiny_trainer(path_type=path_type, weighting=weighting)
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+def test_terms_equal_a_derivation_in_float64(path_type, weighting, shift):
+    trainer = tiny_trainer(path_type=path_type, weighting=weighting, time_shift=shift)
     batch, draws = random_batch(BATCH), batch_draws(weighting)
     metrics = accumulate(trainer, batch, draws)
 
@@ -30,6 +31,10 @@ def test_terms_equal_a_derivation_in_float64(path_type, weighting):
     if weighting == "lognormal":
         ratio = t.exp()
         t = ratio / (1 + ratio) if path_type == "linear" else 2 / math.pi * ratio.atan()
+    if path_type == "linear":
+        t = shift * t / (1 + (shift - 1) * t)
+    else:
+        t = 2 / math.pi * (shift * (math.pi / 2 * t).tan()).atan()
     angle = t[:, None, None, None] * math.pi / 2
     noise = draws.noise.double()
     if path_type == "linear":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusion.counted_noise import counted_normal
+from diffusion.flow import shift_times
 from diffusion.guidance import guided
 from diffusion.samplers import (
     LAST_SDE_TIME,
@@ -26,23 +27,28 @@ STEPS = (32, 64, 128, 256)
 PATHS = pytest.mark.parametrize("path_type", ["linear", "cosine"])
 
 
-def pushed_by_ode(flow: GaussianFlow, num_steps: int, heun: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def pushed_by_ode(
+    flow: GaussianFlow, num_steps: int, heun: bool, shift: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact mean and covariance of the sampler's result: push 0 and the basis vectors through it."""
     size = len(flow.mean)
     inputs = torch.cat([torch.zeros(1, size), torch.eye(size)]).double()
-    outputs = sample_ode(flow.velocity, inputs, torch.zeros(len(inputs), dtype=torch.int64), num_steps, heun)
+    labels = torch.zeros(len(inputs), dtype=torch.int64)
+    outputs = sample_ode(flow.velocity, inputs, labels, num_steps, heun, shift, flow.path_type)
     matrix = (outputs[1:] - outputs[0]).T
     return outputs[0], matrix @ matrix.T
 
 
-def pushed_by_sde(flow: GaussianFlow, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pushed_by_sde(flow: GaussianFlow, num_steps: int, shift: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for the SDE, whose result is affine in the initial noise and in each step's: a basis vector for each."""
     size, sources = len(flow.mean), num_steps  # the initial noise and num_steps − 1 steps
     labels = torch.zeros(1 + sources * size, dtype=torch.int64)
     inputs = torch.zeros(sources, 1 + sources * size, size, dtype=torch.float64)
     for source in range(sources):
         inputs[source, 1 + source * size : 1 + (source + 1) * size] = torch.eye(size)
-    outputs = sample_sde(flow.velocity, inputs[0], labels, num_steps, lambda step: inputs[step + 1], flow.path_type)
+    outputs = sample_sde(
+        flow.velocity, inputs[0], labels, num_steps, lambda step: inputs[step + 1], flow.path_type, shift
+    )
     matrix = (outputs[1:] - outputs[0]).T
     return outputs[0], matrix @ matrix.T
 
@@ -104,6 +110,28 @@ def test_sde_with_counted_noise(path_type):
     assert bool(((samples.mean(0) - mean).abs() < 5 * (variances / len(items)).sqrt()).all())
     spread = ((covariance.square() + variances[:, None] * variances) / len(items)).sqrt()
     assert bool(((samples.T.cov() - covariance).abs() < 5 * spread).all())
+
+
+@PATHS
+@pytest.mark.parametrize("shift", [0.4, 3.0])
+def test_shifted_steps_have_the_same_orders(path_type, shift):
+    flow = gaussian_flow(path_type)
+    exact = flow.marginal(0.0)
+    check_order(1, lambda n: pushed_by_ode(flow, n, False, shift), exact)
+    check_order(2, lambda n: pushed_by_ode(flow, n, True, shift), exact)
+
+
+@PATHS
+def test_shifted_times(path_type):
+    """Uniform in the time before the shift; the SDE ends at 0.04 whatever the shift."""
+    shift = 4.0
+    for times, last in ((ode_times(10, shift, path_type), 0.0), (sde_times(10, shift, path_type)[:-1], LAST_SDE_TIME)):
+        assert times[0] == 1 and times[-1] == pytest.approx(last, abs=1e-15)
+        before = shift_times(torch.tensor(times, dtype=torch.float64), 1 / shift, path_type)
+        steps = before.diff()
+        torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=1e-10, atol=0)
+        assert sum(time > 0.5 for time in times) > 7  # 5 of a uniform grid
+    assert evaluation_times("ode", 10, shift=shift, path_type=path_type) == ode_times(10, shift, path_type)[:-1]
 
 
 def test_times():

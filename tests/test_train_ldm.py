@@ -130,7 +130,7 @@ def test_without_repa_no_image_is_read_and_a_path_is_enough(data, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"path_type": "cosine", "weighting": "lognormal", "qk_norm": True},
+        {"path_type": "cosine", "weighting": "lognormal", "qk_norm": True, "time_shift": 2.0},
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
         {"ema_decay": 0, "grid_cfg_scale": 1, "gradient_accumulation_steps": 2},
     ],

@@ -13,6 +13,8 @@ from runtime.cli import (
     fraction_below_one,
     non_negative_float,
     non_negative_int,
+    or_auto,
+    positive_float,
     positive_int,
 )
 from runtime.repae_flags import default_data_dir
@@ -33,7 +35,8 @@ MENTIONED = {
     "channels_last": ROUNDED_OTHERWISE,
     "deterministic": ROUNDED_OTHERWISE,
 }
-UNSAID = {"optimizer": "adamw", "feature_norm": "none"}  # by runs that are older than the flag, and by other people's
+# By runs that are older than the flag, and by other people's.
+UNSAID = {"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0}
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
     {
@@ -155,6 +158,14 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
     group.add_argument("--weighting", choices=WEIGHTINGS, default="uniform", help="how training times are drawn")
     group.add_argument(
+        "--time-shift",
+        type=or_auto(positive_float),
+        default=1.0,
+        metavar="X|auto",
+        help="noise-to-data ratios of the training times, and of the sampler's, times X: above 1 for latents of many "
+        "numbers; auto: √(numbers in a latent / 4096)",
+    )
+    group.add_argument(
         "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"
     )
     group.add_argument("--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="learning rate")
@@ -193,7 +204,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
     )
     group.add_argument(
         "--micro-batch-size",
-        type=number_or_auto,
+        type=or_auto(positive_int),
         metavar="N|auto",
         help="images at once on a process, in place of --gradient-accumulation-steps; auto: the most that fits on the "
         "GPU, found by a few steps (a run resumed on as many processes keeps what was found)",
@@ -225,11 +236,6 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
         metavar="X",
         help="2-norm to which gradients are clipped, for each optimizer; 0: they are not clipped",
     )
-
-
-def number_or_auto(text: str) -> int | str:
-    """A positive number, or ``auto``."""
-    return text if text == "auto" else positive_int(text)
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:

@@ -132,7 +132,7 @@ class LDM(Method):
     ) -> Metrics:
         """Add the gradients of normalised latents ``x`` ``[B, C, h, w]``; the rest as in ``Phase.accumulate``."""
         args = self.args
-        t = training_times(draws.times, args.weighting, args.path_type)
+        t = training_times(draws.times, args.weighting, args.path_type, args.time_shift)
         labels = torch.where(draws.dropout < args.cfg_prob, self.denoiser.null_class, labels)
         with self.reducing(self.networks, synchronise):
             noisy = add_noise(x, t, draws.noise, args.path_type)
@@ -208,7 +208,8 @@ class LDM(Method):
         labels = items * max(1, classes // count) % classes
         noise = counted_normal(self.args.seed, items, 0, network.latent_shape)
         sampled = guided(model_velocity(network, accelerator.autocast), cfg_scale, network.null_class)
-        latent = sample_ode(sampled, noise, labels, self.args.grid_steps)
+        shift, path_type = self.args.time_shift, self.args.path_type
+        latent = sample_ode(sampled, noise, labels, self.args.grid_steps, shift=shift, path_type=path_type)
         with accelerator.autocast():
             return to_uint8(tokenizer.decode(tokenizer.statistics.denormalize(latent)))
 

@@ -23,13 +23,16 @@ class ThroughDenoiser(TokenizerAlignment):
         denoiser: the network.
         repa: its projectors.
         weight: of the average over the VFMs.
-        weighting, path_type: how its times are drawn, and the interpolant.
+        weighting, path_type, time_shift: how its times are drawn, and the interpolant.
     """
 
-    def __init__(self, denoiser: Denoiser, repa: REPA, weight: float, weighting: str, path_type: str):
+    def __init__(
+        self, denoiser: Denoiser, repa: REPA, weight: float, weighting: str, path_type: str, time_shift: float = 1.0
+    ):
         super().__init__()
         self._networks = (denoiser, repa)  # a tuple is not registered
-        self.weight, self.weighting, self.path_type = weight, weighting, path_type
+        self.weight, self._times = weight, (weighting, path_type, time_shift)
+        self.path_type = path_type
 
     def forward(
         self,
@@ -41,7 +44,7 @@ class ThroughDenoiser(TokenizerAlignment):
     ) -> Terms:
         """``alignment``: mean over batch and patches of 1 − cos."""
         denoiser, repa = self._networks
-        t = training_times(draws.times, self.weighting, self.path_type)
+        t = training_times(draws.times, *self._times)
         noisy = add_noise(statistics.normalize(latent), t, draws.noise, self.path_type)
         tokens = repa.predict(denoiser.hidden_states(noisy, t, labels, repa.taps))
         losses = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
