@@ -114,7 +114,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
-    """Tensors by name. The library makes files that are the owner's alone: inside :func:`whole_file` or a folder only.
+    """Tensors by name. The library's files are the owner's alone, and a kill leaves one more: in a whole folder only.
 
     Raises:
         OSError: in the place of safetensors' own error, so that a full disk is told as one.
@@ -123,6 +123,14 @@ def write_safetensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None
 
     with as_os_error(path):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_safetensors_file(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
+    """As :func:`write_safetensors`, inside :func:`whole_file`; held in memory a second time."""
+    from safetensors.torch import save
+
+    with as_os_error(path):
+        Path(path).write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def write_torch(content: object, path: Path) -> None:

@@ -25,7 +25,7 @@ from dataset.loader import read_batches
 from dataset.packing import PackingJob
 from dataset.shards import ShardWriter
 from errors import UserError
-from files import whole_file, write_atomically, write_safetensors
+from files import whole_file, write_atomically, write_safetensors_file
 from models.encoders import Encoder
 from models.latent_statistics import LatentStatistics, mean_and_variance
 from models.tokenizers import Tokenizer
@@ -362,7 +362,7 @@ def save_beside(folder: Path, tokenizer: Tokenizer, measured: LatentStatistics, 
     tokenizer.save(folder / VAE_NAME)
     tokenizer.statistics.load_state_dict(own)
     with whole_file(folder / STATISTICS_NAME) as temporary:
-        write_safetensors(measured.tensors(), temporary)
+        write_safetensors_file(measured.tensors(), temporary)
 
 
 def differences(measured: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:

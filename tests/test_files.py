@@ -27,6 +27,7 @@ from files import (
     whole_folder,
     write_json,
     write_safetensors,
+    write_safetensors_file,
     write_torch,
 )
 from formats.vae import load_tokenizer
@@ -112,7 +113,7 @@ def test_files_have_the_rights_of_the_umask_whoever_writes_them(tmp_path, mask, 
     tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
     with umask(mask):
         with whole_file(tmp_path / "a.safetensors") as temporary:
-            write_safetensors({"a": torch.zeros(3)}, temporary)
+            write_safetensors_file({"a": torch.zeros(3)}, temporary)
         write_json(tmp_path / "a.json", {})
         tokenizer.save(tmp_path / "vae")  # diffusers writes its weights
         checkpoint = CheckpointFolder(tmp_path).save(5, {"m": tokenizer}, {"optimizer": {"a": torch.ones(2)}}, {})
@@ -125,7 +126,7 @@ def test_files_have_the_rights_of_the_umask_whoever_writes_them(tmp_path, mask, 
     )
 
 
-@pytest.mark.parametrize("write", [write_safetensors, write_torch])
+@pytest.mark.parametrize("write", [write_safetensors, write_safetensors_file, write_torch])
 def test_no_space_is_an_os_error_with_a_name(tmp_path, write):
     tensors = {"a": torch.zeros(100_000)}
     with files_up_to(50_000), pytest.raises(OSError) as caught, whole_folder(tmp_path / "vae") as folder:
