@@ -269,7 +269,7 @@ def test_a_folder_has_one_writer_and_the_other_is_told(tmp_path, capsys):
             pass
         assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, str(tmp_path / "vae"))
         assert run(lambda argv: (_ for _ in ()).throw(caught.value), []) == EXIT_USER_ERROR
-        assert "vae: another process is writing it" in capsys.readouterr().err
+        assert "vae: it is in use: another process is writing it" in capsys.readouterr().err
         remove_leftovers(tmp_path, "vae")
     assert (tmp_path / "vae" / "x").read_text() == "whole"
 

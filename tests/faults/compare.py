@@ -1,6 +1,7 @@
 """Whether two results are the same, byte for byte, except for what says when and how fast; and what is half there."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +53,10 @@ def is_same(a: Path, b: Path) -> bool:
     if a.name in TIMED or a.read_bytes() == b.read_bytes():
         return True
     if a.suffix == ".pt":
-        return is_equal(*(torch.load(path, weights_only=True) for path in (a, b)))
+        try:
+            return is_equal(*(torch.load(path, weights_only=True) for path in (a, b)))
+        except (OSError, RuntimeError, pickle.UnpicklingError):  # damaged
+            return False
     if a.suffix == ".json":
         return _timeless(a) == _timeless(b)
     return False
