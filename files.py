@@ -4,6 +4,7 @@ Everything that the project writes for later goes through here; needs torch for 
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 _READ_BYTES = 1 << 22
+_RANDOM = "[0-9a-f]" * 8  # in the names of files that are being written
 # Of the file system or of rights: they say nothing of what a file holds.
 OUT_OF_REACH = frozenset(
     {errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO}
@@ -40,17 +42,19 @@ class FileEntry(TypedDict):
 def whole_file(path: Path) -> Iterator[Path]:
     """Write a file under another name, of this process alone on any machine; it takes its place when it is complete.
 
-    It gets the rights of the umask, whatever library wrote it, and is on the disk before it has its name.
+    It gets the rights of the umask, whatever library wrote it, and is on the disk before it has its name. What a killed
+    process left of it is removed by :func:`remove_leftovers` alone, because a folder may be too long to be listed.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
-        temporary.chmod(mode)
-        flush(temporary)
-        os.replace(temporary, path)
+        with open(temporary, "xb") as held:
+            _hold(held.fileno())
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            yield temporary
+            temporary.chmod(mode)
+            flush(temporary)
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # a full disk must have room again for what is said of it
             temporary.unlink(missing_ok=True)
@@ -63,13 +67,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """Write a folder under another name, ``.NAME.tmp``; it takes its place, and replaces another, when it is complete.
 
     Its files get the rights of the umask, whatever library wrote them, and are on the disk before it has its name.
+
+    Raises:
+        OSError: EBUSY, another process is writing it.
     """
     folder = Path(folder)
     temporary, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("tmp", "old"))
+    if _is_being_written(temporary):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
     _put_back(replaced)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    held = os.open(temporary, os.O_RDONLY)
     try:
+        _hold(held)
         mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # a folder's rights without those of going through it
         yield temporary
         for path in sorted(temporary.rglob("*")):
@@ -77,13 +88,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                 path.chmod(mode)
             flush(path)
         flush(temporary)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)  # so that no half-deleted folder ever has the name
+        temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(replaced)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)  # so that no half-deleted folder ever has the name
-    temporary.rename(folder)
+    finally:
+        os.close(held)
     flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -100,7 +114,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_safetensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
-    """Tensors by name. The library makes files that are the owner's alone: inside :func:`whole_file` or a folder only.
+    """Tensors by name. The library's files are the owner's alone, and a kill leaves one more: in a whole folder only.
 
     Raises:
         OSError: in the place of safetensors' own error, so that a full disk is told as one.
@@ -109,6 +123,14 @@ def write_safetensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None
 
     with as_os_error(path):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_safetensors_file(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
+    """As :func:`write_safetensors`, inside :func:`whole_file`; held in memory a second time."""
+    from safetensors.torch import save
+
+    with as_os_error(path):
+        Path(path).write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def write_torch(content: object, path: Path) -> None:
@@ -147,7 +169,7 @@ def flush(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete what interrupted writes left of files and folders of these names; nobody else may be writing them.
+    """Delete what interrupted writes left of files and folders of these names, but nothing that is being written.
 
     Args:
         folder: that they lie in; may be absent.
@@ -156,8 +178,32 @@ def remove_leftovers(folder: Path, *names: str) -> None:
     for name in names:
         for replaced in folder.glob(f".{name}.old"):
             _put_back(replaced)
-        for path in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.old"), *folder.glob(f"{name}.*.tmp")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in (*folder.glob(f".{name}.tmp"), *folder.glob(f".{name}.old"), *folder.glob(f"{name}.{_RANDOM}.tmp")):
+            if not _is_being_written(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _hold(descriptor: int) -> None:
+    """Say, for as long as it is open, that a temporary file or folder is being written."""
+    with suppress(OSError):  # no locks here
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def _is_being_written(temporary: Path) -> bool:
+    """Whether a process holds it; unknown, and taken for no, where there are no locks."""
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _put_back(replaced: Path) -> None:

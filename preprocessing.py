@@ -253,6 +253,8 @@ class Packer:
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            for job in jobs:  # what is not finished is begun anew; and a full disk has room again
+                ShardWriter(self._folder, self._spec, job.number).discard()
 
     def _drive(
         self, pool: ProcessPoolExecutor, jobs: list[ShardJob], chunks: Iterator, most_pending: int, progress: tqdm

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from files import flush, whole_file, write_safetensors, write_torch
+from files import flush, remove_leftovers, whole_file, write_safetensors_file, write_torch
 from formats.layers import State, to_ldm
 from formats.statistics import DISCRIMINATOR_SUFFIX, REPAE_SUFFIX, repae_tensors
 from models.latent_statistics import LatentStatistics
@@ -71,8 +71,9 @@ def write_files(files: Mapping[Path, State]) -> None:
     with ExitStack() as stack:
         for path, state in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent, path.name)
             temporary = stack.enter_context(whole_file(path))
             # copies: torch.save would write whole storages of which a tensor may be a part
             state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-            (write_safetensors if path.suffix == ".safetensors" else write_torch)(state, temporary)
+            (write_safetensors_file if path.suffix == ".safetensors" else write_torch)(state, temporary)
             flush(temporary)  # what the disk refuses is refused before the first has its name

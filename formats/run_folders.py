@@ -47,7 +47,7 @@ def status_of(folder: Path) -> Status | None:
         MalformedError: it is damaged.
     """
     path = Path(folder) / "status.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     return read_json(path, Status)
 
@@ -55,7 +55,7 @@ def status_of(folder: Path) -> Status | None:
 def arguments_of(folder: Path) -> dict | None:
     """The resolved flags of a run, or None where it never started."""
     path = Path(folder) / "args.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         return read_json(path, Record)["args"]

@@ -166,7 +166,7 @@ def find_beside(path: Path) -> Path | None:
     if not path.is_dir():
         own = [path.with_name(f"{path.stem}{REPAE_SUFFIX}{suffix}") for suffix in (".pt", ".safetensors")]
         candidates = own + (candidates if vae_files(folder) == [path] else [])
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    return next((candidate for candidate in candidates if candidate.exists()), None)
 
 
 def discriminator_beside(path: Path) -> Path | None:

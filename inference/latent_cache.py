@@ -6,7 +6,7 @@ composition follows from the place in the shard alone (the last is padded), and 
 several chunks at a time. What remains is the hardware: a CPU of another kind, or another GPU, may differ in last bits.
 """
 
-import os
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +25,7 @@ from dataset.loader import read_batches
 from dataset.packing import PackingJob
 from dataset.shards import ShardWriter
 from errors import UserError
-from files import whole_file, write_safetensors
+from files import whole_file, write_atomically, write_safetensors_file
 from models.encoders import Encoder
 from models.latent_statistics import LatentStatistics, mean_and_variance
 from models.tokenizers import Tokenizer
@@ -33,6 +33,7 @@ from models.tokenizers import Tokenizer
 WRITES_BEHIND = 3  # batches that are encoded or encoding, but not yet written
 FINISHES_BEHIND = 2  # shards whose checksum is being made
 FLOAT16_MAX = 65504.0
+_DIGEST_BYTES = 32
 
 
 def chunk_size(resolution: int, device: torch.device) -> int:
@@ -314,16 +315,16 @@ class MeasuredStatistics:
     def shard(self, number: int) -> np.ndarray:
         """Additive moments of a complete shard, float64 ``[2C + 1]``; kept next to it until the cache is complete."""
         kept = self._kept(number)
-        if kept.exists():
-            return np.load(kept, allow_pickle=False)
+        with suppress(OSError):  # what is damaged is made again
+            data = kept.read_bytes()
+            if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() == data[-_DIGEST_BYTES:]:
+                return np.frombuffer(data[:-_DIGEST_BYTES])
         moments = self._tokenizer.stored_moments(
             np.load(self._packing.folder / self._packing.spec.file_name(number), allow_pickle=False)
         )
-        temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.save(file, moments, allow_pickle=False)
+        data = moments.tobytes()
         with suppress(FileNotFoundError):  # another process has completed the cache meanwhile, and tidied up
-            os.replace(temporary, kept)
+            write_atomically(kept, data + hashlib.sha256(data).digest())
         return moments
 
     def total(self, shards: int) -> LatentStatistics:
@@ -339,11 +340,11 @@ class MeasuredStatistics:
 
     def tidy_up(self) -> None:
         """Remove what was kept next to the shards."""
-        for path in self._packing.folder.glob(".moments-*.npy"):
+        for path in self._packing.folder.glob(".moments-?????"):
             path.unlink(missing_ok=True)
 
     def _kept(self, number: int) -> Path:
-        return self._packing.folder / f".moments-{number:05d}.npy"
+        return self._packing.folder / f".moments-{number:05d}"
 
 
 def save_beside(folder: Path, tokenizer: Tokenizer, measured: LatentStatistics, keep: bool) -> None:
@@ -361,7 +362,7 @@ def save_beside(folder: Path, tokenizer: Tokenizer, measured: LatentStatistics, 
     tokenizer.save(folder / VAE_NAME)
     tokenizer.statistics.load_state_dict(own)
     with whole_file(folder / STATISTICS_NAME) as temporary:
-        write_safetensors(measured.tensors(), temporary)
+        write_safetensors_file(measured.tensors(), temporary)
 
 
 def differences(measured: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dataset.images import ImageDataset, open_images
 from dataset.npz import write_npz
 from dataset.packing import PackingJob
+from dataset.verification import verify
 from diffusion.counted_noise import counted_integers, counted_normal
 from diffusion.guidance import guided
 from diffusion.samplers import evaluation_times, model_velocity, sample_ode, sample_sde
@@ -254,6 +255,7 @@ def complete(packing: PackingJob, npz: bool, preview: int, beside: ImageDataset 
     with packing.lock(END_SECONDS):
         images = open_images(folder)
         if npz and not (folder / NPZ_NAME).exists():
+            verify([images])  # what an earlier run left may have been damaged since
             write_npz(images, folder / NPZ_NAME)
         if preview and not (folder / PREVIEW_NAME).exists():
             save_preview(folder / PREVIEW_NAME, preview_rows(images.labels, preview), images, beside)
@@ -289,9 +291,7 @@ def save_preview(path: Path, rows: list[list[int]], images: ImageDataset, beside
         if count:
             titles = [(0, "generated"), (grid.shape[1], "real")]
             grid = torch.cat([grid, read_rows(beside, [row[:count].tolist() for row in real])], 1)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    save_grid(list(grid), temporary, names=names, titles=titles)
-    temporary.replace(path)
+    save_grid(list(grid), path, names=names, titles=titles)
 
 
 def _numbers_of(names: Sequence[str], images: ImageDataset) -> list[int]:

@@ -166,7 +166,7 @@ def _checkpoints(folder: Path, weights: str) -> dict[int, Checkpoint]:
     found = {}
     for place in (places.milestones, places.whole):
         for path in place.glob("[0-9]*") if place.is_dir() else ():
-            if path.name.isdigit() and (path / f"{weights}.safetensors").is_file():
+            if path.name.isdigit() and (path / f"{weights}.safetensors").exists():
                 found[int(path.name)] = Checkpoint(path)
     return dict(sorted(found.items(), reverse=True))
 

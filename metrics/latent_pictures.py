@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from files import as_os_error, whole_file
 from metrics.latent_space import PrincipalComponents, interpolate, principal_colours
 from metrics.probes import spread
 from runtime.pictures import save_grid
@@ -56,7 +57,8 @@ def save_map(path: Path, latents: np.ndarray, labels: np.ndarray, class_names: l
     axes.set_xlabel(f"first principal component ({components.variances[0] / components.total:.1%} of the variance)")
     axes.set_ylabel(f"second ({components.variances[-1] / components.total:.1%})")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, markerscale=2)
-    figure.savefig(path, metadata={"Software": None})
+    with whole_file(path) as temporary, as_os_error(temporary):
+        figure.savefig(temporary, format="png", metadata={"Software": None})
     return components.explained
 
 

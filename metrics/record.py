@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from errors import UserError
-from files import write_atomically
+from files import remove_leftovers, write_atomically
 from schema import MalformedError, read_json
 
 FORMAT_VERSION = 1
@@ -159,6 +159,7 @@ def write_record(measurement: Measurement, folder: Path) -> Path:
     """Write ``NAME.json``, complete or not at all, replacing an earlier one of the same name."""
     path = folder / f"{measurement.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, f"{measurement.name}*")  # of its tables and pictures too
     record = {"format": FORMAT_VERSION} | asdict(measurement)
     record["versions"] = package_versions()
     record["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")

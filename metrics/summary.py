@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import sys
-import uuid
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch.distributed as dist
 from dataset.images import ImageDataset
 from dataset.loader import read_batches
 from errors import UserError
+from files import remove_leftovers, whole_file
 from metrics.features import Extractor, Features
 from metrics.frechet import Gaussian, Moments
 from metrics.inception_score import InceptionScore
@@ -228,10 +227,10 @@ class SummaryCache:
             arrays["features"] = {"features": summary.features.cpu().numpy()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder, f"{self._name}*")
             for name, content in arrays.items():
-                temporary = self._path(f"{uuid.uuid4().hex[:8]}.tmp")
-                np.savez(temporary, **content)
-                os.replace(temporary, self._path(name))
+                with whole_file(self._path(name)) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, **content)
         except OSError as error:
             print(f"note: the reference's features are not kept ({error}); --ref-cache names a folder", file=sys.stderr)
 

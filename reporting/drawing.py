@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from files import as_os_error, remove_leftovers, whole_file
 from metrics.published import Published
 from reporting.correlation import MAIN_METRIC, View, labelled_points, published_points
 from reporting.curves import Chart, Series
@@ -156,7 +157,11 @@ def write_scatter(view: View, published: Published, path: Path) -> None:
         figure.suptitle(f"{label_of(view.sit)}: Pearson's r = {r:.4f} over {view.vaes} VAEs", fontsize=10)
         if published_points(view, published):
             figure.axes[0].legend()
-        figure.savefig(path, dpi=200, facecolor="white", metadata=NO_DATES[path.suffix])
+        remove_leftovers(path.parent, path.name)
+        with whole_file(path) as temporary, as_os_error(temporary):
+            figure.savefig(
+                temporary, format=path.suffix[1:], dpi=200, facecolor="white", metadata=NO_DATES[path.suffix]
+            )
 
 
 def downsample(series: Series, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

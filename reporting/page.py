@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from files import write_atomically
+from files import remove_leftovers, write_atomically
 from reporting.correlation import ENOUGH, View, correlation_lines, points_table, published_points
 from reporting.curves import HIDDEN, MOST_LINES, Chart, Series, charts_of, compared, final_values, read_series
 from reporting.drawing import Drawing, chart_figure, drawing, scatter_figure
@@ -28,6 +28,7 @@ NO_FLAGS = ("exp_name", "output_dir")  # differ in any two runs
 def write_page(report: Report, path: Path, title: str) -> int:
     """Write the page, complete or not at all; returns its bytes."""
     content = page(report, title).encode(errors="replace")  # a folder's name may be no Unicode
+    remove_leftovers(path.parent, path.name)
     write_atomically(path, content)
     return len(content)
 

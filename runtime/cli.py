@@ -22,6 +22,7 @@ _WRONG_PATHS = {
     errno.ENOTDIR: "a part of this path is a file, not a folder; give another path",
     errno.EEXIST: "a file is where a folder is to be made; give another path",
     errno.EISDIR: "it is a folder, not a file; give another path",
+    errno.EBUSY: "it is in use: another process is writing it, or a disk is mounted there; wait, or give another place",
     errno.ENAMETOOLONG: "the name is too long for the file system; give a shorter one",
 }
 

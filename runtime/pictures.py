@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from files import as_os_error, whole_file
+
 LEAST_SIDE = 96  # pixels of an image in a picture: smaller ones are enlarged, each pixel as a square
 TEXT_SIZE, TEXT_MARGIN = 16, 8
 MAX_NAME = 24  # characters
@@ -52,7 +54,8 @@ def save_grid(
         draw.text((TEXT_MARGIN, top + r * (height + gap) + height // 2), name, "black", font, anchor="lm")
     for column, title in titles:
         draw.text((places[column], TEXT_MARGIN), title, "black", font)
-    picture.save(path, format="PNG")
+    with whole_file(path) as temporary, as_os_error(temporary):
+        picture.save(temporary, format="PNG")
 
 
 def _shortened(names: Sequence[str] | None) -> list[str]:

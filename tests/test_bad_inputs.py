@@ -1,7 +1,6 @@
 """Whatever a user gets wrong ends in exit code 2 and one line that says what, where and what to do."""
 
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from tests.bad_inputs import (
     train_repae_cases,
     train_sendvae_cases,
 )
-from tests.bad_inputs.case import Case
+from tests.bad_inputs.case import Case, errors_in
 
 SCRIPTS = {
     cache_latents: cache_latents_cases,
@@ -81,10 +80,3 @@ def test_the_pickles_of_the_table_would_run_their_code(tmp_path: Path):
     export_vae_cases.pickled_code(tmp_path / "vae.pt")
     pickle.loads((tmp_path / "vae.pt").read_bytes())  # noqa: S301
     assert (tmp_path / export_vae_cases.MARK).read_text() == "ran"
-
-
-def errors_in(stderr: str) -> list[str]:
-    """The lines of stderr, without progress bars (which return to the start of their line) and dated log lines."""
-    assert "Traceback" not in stderr
-    lines = [line.rsplit("\r", 1)[-1].strip() for line in stderr.splitlines()]
-    return [line for line in lines if line and not re.search(r"(it|img|step)/s|s/step|^\d{4}-\d\d-\d\d ", line)]

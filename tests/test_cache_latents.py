@@ -16,16 +16,18 @@ import cache_latents
 import preprocessing
 from dataset.images import open_images
 from dataset.latents import LatentDataset, features_name
+from dataset.packing import PackingJob
+from dataset.shards import ShardSpec
 from dataset.toy import write_toy_dataset
 from errors import UserError
 from formats.vae import load_tokenizer
-from inference.latent_cache import chunk_size, differences, one_thread_each
+from inference.latent_cache import MeasuredStatistics, chunk_size, differences, one_thread_each
 from models.encoders import build_encoder
 from models.latent_statistics import latent_moments
 from models.tokenizers import Tokenizer
 from models.tokenizers.kl import KLTokenizer
 from runtime.cli import EXIT_USER_ERROR, run
-from tests.latent_caches import flags, overflow, save_vae, too_large
+from tests.latent_caches import flags, overflow, pack, random_moments, save_vae, too_large
 from tests.photographs import random_image
 
 ROOT = Path(cache_latents.__file__).parent
@@ -372,3 +374,16 @@ def test_the_advice_on_a_full_disk_can_be_followed(data, vae, tmp_path, monkeypa
     assert "take --dtype float16" in capsys.readouterr().err
     assert not folder.exists()
     assert run(cache_latents.main, flags(data, vae, folder, dtype="float16")) == 0
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: bytes([data[0] ^ 255]) + data[1:]])
+def test_moments_that_were_damaged_are_made_again(tmp_path, damage):
+    pack(tmp_path / "cache", "latents", random_moments(7, 1), [0] * 7, {})
+    packing = PackingJob(tmp_path / "cache", ShardSpec("latents", (8, 8, 8), "float16"), {})
+    measured = MeasuredStatistics(packing, load_tokenizer("f4d4-tiny", "none")[0])
+    moments = measured.shard(0).copy()
+    (kept,) = (tmp_path / "cache").glob(".moments-*")
+    good = kept.read_bytes()
+    kept.write_bytes(damage(good))
+    assert np.array_equal(measured.shard(0), moments)
+    assert kept.read_bytes() == good

@@ -27,6 +27,7 @@ from files import (
     whole_folder,
     write_json,
     write_safetensors,
+    write_safetensors_file,
     write_torch,
 )
 from formats.vae import load_tokenizer
@@ -112,7 +113,7 @@ def test_files_have_the_rights_of_the_umask_whoever_writes_them(tmp_path, mask, 
     tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
     with umask(mask):
         with whole_file(tmp_path / "a.safetensors") as temporary:
-            write_safetensors({"a": torch.zeros(3)}, temporary)
+            write_safetensors_file({"a": torch.zeros(3)}, temporary)
         write_json(tmp_path / "a.json", {})
         tokenizer.save(tmp_path / "vae")  # diffusers writes its weights
         checkpoint = CheckpointFolder(tmp_path).save(5, {"m": tokenizer}, {"optimizer": {"a": torch.ones(2)}}, {})
@@ -125,7 +126,7 @@ def test_files_have_the_rights_of_the_umask_whoever_writes_them(tmp_path, mask, 
     )
 
 
-@pytest.mark.parametrize("write", [write_safetensors, write_torch])
+@pytest.mark.parametrize("write", [write_safetensors, write_safetensors_file, write_torch])
 def test_no_space_is_an_os_error_with_a_name(tmp_path, write):
     tensors = {"a": torch.zeros(100_000)}
     with files_up_to(50_000), pytest.raises(OSError) as caught, whole_folder(tmp_path / "vae") as folder:
@@ -250,6 +251,44 @@ def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
     remove_leftovers(tmp_path, "vae", "status.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.tmp", "status.json", "vae"]
     remove_leftovers(tmp_path / "absent", "vae")
+
+
+def test_what_somebody_is_writing_is_no_leftover(tmp_path):
+    with whole_file(tmp_path / "vae.pt") as temporary:
+        (tmp_path / "vae.pt.0a1b2c3d.tmp").touch()
+        remove_leftovers(tmp_path, "vae.pt")
+        assert list(tmp_path.iterdir()) == [temporary]
+        temporary.write_text("whole")
+    assert (tmp_path / "vae.pt").read_text() == "whole"
+
+
+def test_a_folder_has_one_writer_and_the_other_is_told(tmp_path, capsys):
+    with whole_folder(tmp_path / "vae") as temporary:
+        (temporary / "x").write_text("whole")
+        with pytest.raises(OSError) as caught, whole_folder(tmp_path / "vae"):
+            pass
+        assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, str(tmp_path / "vae"))
+        assert run(lambda argv: (_ for _ in ()).throw(caught.value), []) == EXIT_USER_ERROR
+        assert "vae: it is in use: another process is writing it" in capsys.readouterr().err
+        remove_leftovers(tmp_path, "vae")
+    assert (tmp_path / "vae" / "x").read_text() == "whole"
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "x").write_text("good")
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> None:
+        if path.name == ".vae.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError), whole_folder(tmp_path / "vae") as temporary:
+        (temporary / "x").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    assert (tmp_path / "vae" / "x").read_text() == "good"
 
 
 @pytest.mark.slow

@@ -404,6 +404,19 @@ def test_run_folder_truncates_what_is_done_again_and_locks_itself(tmp_path):
     Run(tmp_path / "run", accelerator, {"seed": 0}).finish()
 
 
+@pytest.mark.parametrize(("damage", "told"), [(b"\xff", "1 lines of what it said"), (None, "all of what it said")])
+def test_a_damaged_log_of_metrics_is_told(tmp_path, damage, told):
+    run = Run(tmp_path / "run", Accelerator(cpu=True), {"seed": 0})
+    for step in (1, 2, 3):
+        run.log_metrics(step, {"loss": 0.5})
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"" if damage is None else b"".join([lines[0], damage + lines[1][1:], lines[2]]))
+    run.start(step=3)
+    run.finish()
+    assert f"metrics.jsonl was damaged: {told}" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_fp16_on_a_cpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -180,11 +180,13 @@ class Loop:
 
     def _make_up(self, step: int) -> None:
         """What was due at the step that the run continues from, and not done when it died after the save."""
-        milestone = self.args.milestone_steps
-        if step and milestone and step % milestone == 0 and self.run.is_main:
-            checkpoint = self.checkpoints.of_step(step)
-            if checkpoint.folder.is_dir() and not self.checkpoints.milestone(checkpoint).is_dir():
-                self._keep_milestone(checkpoint)
+        if not step or not self.run.is_main:
+            return
+        milestone, checkpoint = self.args.milestone_steps, self.checkpoints.of_step(step)
+        is_due = milestone and step % milestone == 0 and checkpoint.folder.is_dir()
+        if is_due and not self.checkpoints.milestone(checkpoint).is_dir():
+            self._keep_milestone(checkpoint)
+        self.checkpoints.prune(self.args.keep_checkpoints)
 
     def _keep_milestone(self, checkpoint: Checkpoint) -> None:
         self.checkpoints.keep_milestone(checkpoint, self.method.milestone, self.run.arguments | self.method.facts())

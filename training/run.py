@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -225,7 +225,8 @@ class Run:
             _truncate(self.folder / name, step)
         self.samples.mkdir(exist_ok=True)
         CheckpointFolder(self.folder).remove_leftovers()
-        remove_leftovers(self.folder, "vae", "status.json", "args.json")
+        remove_leftovers(self.folder, "vae", "*.json*")
+        remove_leftovers(self.samples, "*.png")
 
     def start_trackers(self, project: str) -> None:
         """Start wandb or tensorboard; a resumed run continues the same wandb run."""
@@ -392,11 +393,16 @@ def _truncate(path: Path, step: int) -> None:
     """Keep the lines up to ``step``; a line that a kill cut short goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(errors="replace").split("\n"):
-        with suppress(MalformedError):
+    text, kept, lost = path.read_text(errors="replace"), [], 0
+    *lines, unfinished = text.split("\n")
+    for line in (*lines, unfinished):
+        try:
             if parse_json(line, Line)["step"] <= step:
                 kept.append(line + "\n")
+        except MalformedError:
+            lost += line is not unfinished
+    if lost or not text:
+        logger.warning("%s was damaged: %s of what it said is lost", path, f"{lost} lines" if lost else "all")
     write_atomically(path, "".join(kept).encode())
 
 

@@ -183,7 +183,7 @@ class Tokenizer(nn.Module, ABC):
             f"statistics.{name}": tensor for name, tensor in tokenizer.statistics.state_dict().items()
         }
         tokenizer.load_state_dict(state)
-        has_statistics = (folder / STATISTICS_FILE).is_file()
+        has_statistics = (folder / STATISTICS_FILE).exists()
         if has_statistics:
             tokenizer.statistics.load(**read_safetensors(folder / STATISTICS_FILE))
         return tokenizer.eval(), has_statistics

@@ -1,5 +1,6 @@
-"""One way to get a command line wrong."""
+"""One way to get a command line wrong, and the lines that answer it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,3 +23,10 @@ class Case:
     prepare: Callable[[Path, pytest.MonkeyPatch], list[str]]
     expect: tuple[str, ...]
     keeps_work: bool = False
+
+
+def errors_in(stderr: str) -> list[str]:
+    """The lines of stderr, without progress bars (which return to the start of their line) and dated log lines."""
+    assert "Traceback" not in stderr
+    lines = [line.rsplit("\r", 1)[-1].strip() for line in stderr.splitlines()]
+    return [line for line in lines if line and not re.search(r"(it|img|step)/s|s/step|^\d{4}-\d\d-\d\d ", line)]
