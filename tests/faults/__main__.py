@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process with a CUDA context cannot be forked
 os.environ["OMP_NUM_THREADS"] = "1"  # nor one with threads
 
-from tests.faults import damage, full_disks, invocations, kills, writers
+from tests.faults import damage, full_disks, invocations, kills, malformed, writers
 from tests.faults.bench import Bench, Trial
 from tests.faults.commands import commands, write_inputs
 
@@ -23,6 +23,7 @@ KINDS: dict[str, Callable[[Bench, bool], Iterator[Trial]]] = {
     "kills": kills.trials,
     "disks": full_disks.trials,
     "damage": damage.trials,
+    "malformed": malformed.trials,
     "writers": writers.trials,
     "invocations": invocations.trials,
 }
@@ -51,8 +52,6 @@ def main(argv: Sequence[str]) -> int:
         for trial in KINDS[name](bench, args.quick):
             row = rows.setdefault((trial.kind, trial.subject), Row(trial.kind, trial.subject))
             attempt(trial, row)
-    for row in counted_elsewhere():
-        rows[row.kind, row.subject] = row
     show(list(rows.values()))
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(usage.ru_utime + usage.ru_stime for usage in used)
@@ -84,11 +83,6 @@ def attempt(trial: Trial, row: Row) -> None:
     if problems:
         row.failures.append(f"{trial.kind}, {trial.subject}, {trial.detail}: {'; '.join(problems)}")
         print(f"FAILED: {row.failures[-1]}", flush=True)
-
-
-def counted_elsewhere() -> list[Row]:
-    """Rows of trials that are made in other places."""
-    return []
 
 
 def show(rows: Sequence[Row]) -> None:

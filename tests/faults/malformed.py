@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 from accelerate import Accelerator
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import preprocessing
@@ -36,6 +37,7 @@ from models.denoisers.sit import SiT
 from runtime.checkpoint import CheckpointFolder
 from runtime.cli import run
 from runtime.stage_process import ROOT
+from tests.faults.bench import Bench, Trial
 from tests.latent_caches import save_vae, write_cache
 from tests.ldm_runs import write_ldm_run
 from tests.photographs import write_class_folders
@@ -58,6 +60,32 @@ class Subject:
     name: str
     make: Callable[[Path], Path]
     read: Callable[[Path], object]
+
+
+def trials(bench: Bench, quick: bool) -> Iterator[Trial]:
+    """Mutations of every subject."""
+    for subject in SUBJECTS:
+        folder = bench.folder / "malformed" / subject.name.replace(" ", "-")
+        folder.mkdir(parents=True)
+        path = subject.make(folder)
+        for number, problem in enumerate(outcomes(subject, path, 5 if quick else 180)):
+            problems = [] if problem is None else [problem]
+            yield Trial("malformed files", subject.name, f"mutation {number}", lambda found=problems: found)
+        shutil.rmtree(folder)
+
+
+def outcomes(subject: Subject, path: Path, count: int) -> list[str | None]:
+    """What became of so many mutations: None, or what went wrong; always the same ones."""
+    original, found = path.read_bytes(), []
+
+    @seed(0)
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(mutations(original, path.suffix == ".yaml"))
+    def mutate(data: bytes) -> None:
+        found.append(survives(subject, path, data))
+
+    mutate()
+    return found
 
 
 def survives(subject: Subject, path: Path, data: bytes) -> str | None:
