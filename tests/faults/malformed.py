@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import yaml
 from accelerate import Accelerator
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import preprocessing
@@ -78,7 +79,7 @@ def outcomes(subject: Subject, path: Path, count: int) -> list[str | None]:
     """What became of so many mutations: None, or what went wrong; always the same ones."""
     original, found = path.read_bytes(), []
 
-    @seed(0)
+    @hypothesis.seed(0)
     @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(mutations(original, path.suffix == ".yaml"))
     def mutate(data: bytes) -> None:
