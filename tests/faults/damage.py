@@ -50,7 +50,7 @@ def trials(bench: Bench, quick: bool) -> Iterator[Trial]:
     for name in QUICK if quick else bench.commands:
         command = bench.commands[name]
         bench.reference(command)  # before anything is damaged
-        most = 3 if quick else 12 if name in SLOW else 24
+        most = 2 if quick else 12 if name in SLOW else 24
         yield from _of_inputs(bench, command, most)
         yield from _of_own_work(bench, command, most)
 
