@@ -200,7 +200,7 @@ def export_repae(args: argparse.Namespace, trained: TrainedLDM) -> Callable[[Pat
 def load_module(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
     """The tensors of a module, verified; empty where the checkpoint has none of that name."""
     path = checkpoint.folder / f"{name}.safetensors"
-    if not path.is_file():
+    if not path.exists():
         return {}
     if fault := checkpoint.fault(name):
         raise UserError(f"{checkpoint.folder} is damaged ({fault}); choose another with --train-steps")

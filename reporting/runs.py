@@ -106,7 +106,7 @@ def read_run(folder: Path) -> Run:
         command=tuple(command),
         versions=record.get("versions") or {},
         commit=record.get("git_commit"),
-        status=_read(folder / "status.json", Status) if (folder / "status.json").is_file() else {},
+        status=_read(folder / "status.json", Status) if (folder / "status.json").exists() else {},
         measurements=read_measurements(folder / FOLDER_NAME),
         samples=[read_samples(path) for path in sorted(folder.iterdir()) if _is_samples(path)],
         preset=_preset_of(folder),
