@@ -149,8 +149,8 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
         metavar="NAME",
         help="; ".join(kind.names for kind in DENOISERS.values()),
     )
-    for kind in DENOISERS.values():
-        kind.add_arguments(group)
+    for add_arguments in dict.fromkeys(kind.add_arguments for kind in DENOISERS.values()):  # kinds may share them
+        add_arguments(group)
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
     group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
     group.add_argument("--weighting", choices=WEIGHTINGS, default="uniform", help="how training times are drawn")
