@@ -37,13 +37,15 @@ from runtime.cli import (
     fraction,
     non_negative_float,
     non_negative_int,
+    positive_float,
     positive_int,
     run,
 )
 
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
-FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; these of the model:
+FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; of the model those of MODEL_SETTINGS
+DEFAULTS = {"time_shift": 1.0}  # of folders begun before there was the flag
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
 # What only --model says, and what export_ldm.py says of a checkpoint of REPA or REPA-E; a run says it itself.
 UNTRAINED_FLAGS, FOREIGN_FLAGS = ("vae", "path_type", "resolution"), ("vae_ckpt", "vae_latents_stats")
@@ -101,6 +103,19 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         "--guidance-low", type=fraction, default=0.0, metavar="T", help="guide from this time on (data: 0)"
     )
     group.add_argument("--guidance-high", type=fraction, default=1.0, metavar="T", help="guide to this time (noise: 1)")
+    group.add_argument(
+        "--guidance-channels",
+        type=positive_int,
+        metavar="N",
+        help="guide only the first N channels of the latent; LightningDiT's published numbers: 3 (default: all)",
+    )
+    group.add_argument(
+        "--time-shift",
+        type=positive_float,
+        default=1.0,
+        metavar="S",
+        help="for the ODE: times t become S·t/(1 + (S − 1)·t), above 1 more steps near the noise",
+    )
 
 
 def add_label_arguments(group: argparse._ArgumentGroup) -> None:
@@ -190,10 +205,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_source(args)
     if args.heun and args.mode != "ode":
         raise UserError("--heun is for --mode ode; the SDE is solved by Euler–Maruyama")
+    if args.time_shift != 1 and args.mode != "ode":
+        raise UserError("--time-shift is for --mode ode; the SDE's times are uniform")
     if args.guidance_low > args.guidance_high:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
     if args.cfg_scale == 1:  # nothing is guided, at any time
-        args.guidance_low, args.guidance_high = 0.0, 1.0
+        args.guidance_low, args.guidance_high, args.guidance_channels = 0.0, 1.0, None
     if args.evaluate is None and (args.metrics or args.ref_cache or args.features != INCEPTION):
         raise UserError("--metrics, --features and --ref-cache belong to --evaluate REF; add it, or leave them out")
     if args.sample_dir is not None and args.sample_dir.exists() and not args.sample_dir.is_dir():
@@ -364,8 +381,11 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> list[int]:
 def default_folder(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> Path:
     """A folder in the run, named by what is most often varied."""
     parts = ["samples", trained.label, f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
+    if args.time_shift != 1:
+        parts.append(f"shift{args.time_shift:g}")
     if args.cfg_scale != 1:
-        parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}")
+        channels = "" if args.guidance_channels is None else f"-{args.guidance_channels}ch"
+        parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}{channels}")
     if args.weights != "ema":
         parts.append(args.weights)
     if args.label_sampling != "random":
@@ -383,6 +403,8 @@ def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | UntrainedLD
         guidance_high=args.guidance_high,
         path_type=trained.path_type,
         seed=args.seed,
+        guidance_channels=args.guidance_channels,
+        time_shift=args.time_shift,
     )
 
 
@@ -450,7 +472,7 @@ def generate(
     spec = ShardSpec("images", (3, trained.resolution, trained.resolution), "uint8")
     settings = describe(args, trained, tokenizer, classes, process)
     flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path")
-    packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags)
+    packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags, DEFAULTS)
     show = print if process.is_main else lambda text: None
     with given_back_if_refused(packing, alone=process.world_size == 1):
         packing.begin()

@@ -19,9 +19,13 @@ Velocity = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 LAST_SDE_TIME = 0.04  # the SDE ends here, as its score is infinite at 0; one deterministic step does the rest
 
 
-def ode_times(num_steps: int) -> list[float]:
-    """The uniform grid from 1 to 0, ``num_steps + 1`` times."""
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+def ode_times(num_steps: int, shift: float = 1.0) -> list[float]:
+    """``num_steps + 1`` times from 1 to 0: a uniform grid t, shifted to ``s·t / (1 + (s − 1)·t)`` (arXiv 2403.03206).
+
+    A shift above 1 puts more steps near the noise, 1 leaves the grid as it is.
+    """
+    t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return (shift * t / (1 + (shift - 1) * t)).tolist()
 
 
 def sde_times(num_steps: int) -> list[float]:
@@ -29,15 +33,20 @@ def sde_times(num_steps: int) -> list[float]:
     return [*torch.linspace(1, LAST_SDE_TIME, num_steps, dtype=torch.float64).tolist(), 0.0]
 
 
-def evaluation_times(mode: str, num_steps: int, heun: bool = False) -> list[float]:
+def evaluation_times(mode: str, num_steps: int, heun: bool = False, shift: float = 1.0) -> list[float]:
     """At which times a sampler evaluates the velocity, in order; ``mode`` is ``"ode"`` or ``"sde"``."""
-    times = (ode_times(num_steps) if mode == "ode" else sde_times(num_steps))[:-1]
+    times = (ode_times(num_steps, shift) if mode == "ode" else sde_times(num_steps))[:-1]
     return [times[0], *(time for time in times[1:] for _ in range(2))] if heun else times
 
 
 @torch.no_grad()
 def sample_ode(
-    velocity: Velocity, noise: torch.Tensor, labels: torch.Tensor, num_steps: int, heun: bool = False
+    velocity: Velocity,
+    noise: torch.Tensor,
+    labels: torch.Tensor,
+    num_steps: int,
+    heun: bool = False,
+    shift: float = 1.0,
 ) -> torch.Tensor:
     """Follow ``dx = v dt`` from 1 to 0.
 
@@ -45,14 +54,15 @@ def sample_ode(
         velocity: see the module.
         noise: the state at t = 1, ``[B, ...]``.
         labels: classes, int64 ``[B]``.
-        num_steps: of equal size.
+        num_steps: of equal size, before they are shifted.
         heun: correct each step but the last by the slope at its end, where the velocity is evaluated at that end's own
             time (REPA-E's guidance interval looks at the time of the step's beginning for both evaluations).
+        shift: of the times (:func:`ode_times`).
 
     Returns:
         the state at t = 0, in the noise's type.
     """
-    times = ode_times(num_steps)
+    times = ode_times(num_steps, shift)
     x = noise.double()
     for step, (now, then) in enumerate(pairwise(times)):
         slope = velocity(x.to(noise.dtype), now, labels).double()

@@ -41,6 +41,8 @@ class SamplerSettings:
         heun: for the ODE; else Euler.
         cfg_scale: of guidance; 1: none.
         guidance_low, guidance_high: times between which it acts.
+        guidance_channels: of the latent, the first ones on which it acts; None: all.
+        time_shift: of the ODE's times.
         path_type: of the interpolant that the model was trained on.
         seed: of all noise.
     """
@@ -53,10 +55,12 @@ class SamplerSettings:
     guidance_high: float
     path_type: str
     seed: int
+    guidance_channels: int | None = None
+    time_shift: float = 1.0
 
     def forwards(self) -> int:
         """Forward passes of the model for one image; two for each guided evaluation."""
-        times = evaluation_times(self.mode, self.num_steps, self.heun)
+        times = evaluation_times(self.mode, self.num_steps, self.heun, self.time_shift)
         if self.cfg_scale == 1:
             return len(times)
         return sum(2 if self.guidance_low <= time <= self.guidance_high else 1 for time in times)
@@ -93,6 +97,7 @@ class ImageSampler:
             model.null_class,
             settings.guidance_low,
             settings.guidance_high,
+            settings.guidance_channels,
         )
 
     @torch.inference_mode()
@@ -112,7 +117,7 @@ class ImageSampler:
         settings = self.settings
         noise = self.noise(items, 0)
         if settings.mode == "ode":
-            return sample_ode(self.velocity, noise, labels, settings.num_steps, settings.heun)
+            return sample_ode(self.velocity, noise, labels, settings.num_steps, settings.heun, settings.time_shift)
 
         def step_noise(step: int) -> torch.Tensor:
             return self.noise(items, step + 1)

@@ -20,6 +20,7 @@ CONFIG = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)
 FEATURES = (TokenGrid("vfm", 4, 12),)
 FLAGS = {
     "cfg_prob": 0.0,
+    "velocity_cosine_coeff": 0.0,
     "path_type": "linear",
     "weighting": "uniform",
     "learning_rate": 1e-3,

@@ -33,7 +33,8 @@ MENTIONED = {
     "channels_last": ROUNDED_OTHERWISE,
     "deterministic": ROUNDED_OTHERWISE,
 }
-UNSAID = {"optimizer": "adamw", "feature_norm": "none"}  # by runs that are older than the flag, and by other people's
+# By runs that are older than the flag, and by other people's.
+UNSAID = {"optimizer": "adamw", "feature_norm": "none", "velocity_cosine_coeff": 0.0}
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
     {
@@ -154,6 +155,13 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
     group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
     group.add_argument("--weighting", choices=WEIGHTINGS, default="uniform", help="how training times are drawn")
+    group.add_argument(
+        "--velocity-cosine-coeff",
+        type=non_negative_float,
+        default=0.0,
+        metavar="X",
+        help="weight of 1 − cos between predicted and true velocity, beside their squared distance; LightningDiT: 1",
+    )
     group.add_argument(
         "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"
     )
