@@ -3,6 +3,10 @@
 import torch
 import torch.nn.functional as F
 
+# Shorter vectors count as if they were this long (true velocities of C channels have about √(2·C)): a new network's are
+# 0, where the gradient of a cosine has no bound, and one step of it would fill AdamW's second moment for hundreds.
+SHORTEST = 0.01
+
 
 def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample in float32: two velocities ``[B, C, h, w]`` → ``[B]`` (SiT, eq. 6)."""
@@ -14,4 +18,4 @@ def direction_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
     LightningDiT's cosine loss, the velocity direction supervision of FasterDiT (arXiv 2410.10356).
     """
-    return (1 - F.cosine_similarity(prediction.float(), target.float(), dim=1)).flatten(1).mean(1)
+    return (1 - F.cosine_similarity(prediction.float(), target.float(), dim=1, eps=SHORTEST)).flatten(1).mean(1)

@@ -1,5 +1,6 @@
 """generate.py on a tiny run with random weights: what an image depends on, what it does not, and interruptions."""
 
+import json
 import os
 import signal
 import subprocess
@@ -344,10 +345,26 @@ def test_default_folder(run, tmp_path):
     folder = generate.default_folder(args, open_trained_ldm(run, None, "ema"))
     assert folder == run / "samples-0000010-sde3-cfg2.5-0-0.75-10-seed0"
 
+    args = generate.parse_arguments(flags(run, mode="ode", cfg_scale=2.5, guidance_channels=3, time_shift=2))
+    folder = generate.default_folder(args, open_trained_ldm(run, None, "ema"))
+    assert folder == run / "samples-0000010-ode3-shift2-cfg2.5-0-1-3ch-10-seed0"
 
-def test_times_of_guidance_mean_nothing_without_it(run):
-    args = generate.parse_arguments(flags(run, guidance_high=0.75))
-    assert (args.guidance_low, args.guidance_high) == (0.0, 1.0)
+
+def test_times_and_channels_of_guidance_mean_nothing_without_it(run):
+    args = generate.parse_arguments(flags(run, guidance_high=0.75, guidance_channels=3))
+    assert (args.guidance_low, args.guidance_high, args.guidance_channels) == (0.0, 1.0, None)
+
+
+def test_a_folder_from_before_there_were_shifts_goes_on(run, tmp_path):
+    argv = flags(run, sample_dir=tmp_path / "out", mode="ode")
+    assert generate.main(argv) == 0
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    for name in ("time_shift", "guidance_channels"):
+        del index["source"][name]
+    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
+    assert generate.main(argv) == 0
+    with pytest.raises(UserError, match="another --time-shift"):
+        generate.main([*argv, "--time-shift", "2"])
 
 
 def test_no_guidance_without_a_null_class(tmp_path):
