@@ -3,7 +3,7 @@
   python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
   python generate.py --dry-run --model SiT-XL/1 --vae f16d32    # what it would take, before anything is trained
 
-What the model is, its path, its classes, its VAE and its resolution come from the run. Checkpoints of REPA and REPA-E
+What the model is, its path, its classes, its VAE and its resolution come from the run. Other people's checkpoints
 become a run with export_ldm.py --format run. Image i, its label and its noise depend on --seed and i alone (last bits
 apart: another batch size, GPU or --compile may move a pixel by a level). Any number of processes work on it, under
 python, torchrun or accelerate launch; none waits for another. Stopped at any moment, the same command makes the missing
@@ -47,7 +47,7 @@ EVALUATION_LOCK_NAME = ".evaluation.lock"
 FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; of the model those of MODEL_SETTINGS
 DEFAULTS = {"time_shift": 1.0}  # of folders begun before there was the flag
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
-# What only --model says, and what export_ldm.py says of a checkpoint of REPA or REPA-E; a run says it itself.
+# What only --model says, and what export_ldm.py says of other people's checkpoints; a run says it itself.
 UNTRAINED_FLAGS, FOREIGN_FLAGS = ("vae", "path_type", "resolution"), ("vae_ckpt", "vae_latents_stats")
 
 
