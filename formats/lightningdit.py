@@ -49,14 +49,14 @@ def facts_of(config: Mapping, given: str) -> dict[str, object]:
         for name, only in fixed.items():
             if (value := sections.get(section, {}).get(name, only)) != only:
                 raise UserError(f"{given}: its config says {section}.{name} {value}; only {only} is known here")
-    path_type = transport.get("path_type", "Linear")
+    path_type, prediction = transport.get("path_type", "Linear"), transport.get("prediction", "velocity")
     facts = {
         "model": model.get("model_type"),
         "qk_norm": model.get("use_qknorm"),
         "num_classes": data.get("num_classes"),
         "resolution": data.get("image_size"),
-        "path_type": PATH_TYPES.get(path_type, path_type),
-        "prediction": "v" if transport.get("prediction", "velocity") == "velocity" else transport["prediction"],
+        "path_type": PATH_TYPES.get(str(path_type), path_type),
+        "prediction": "v" if prediction == "velocity" else prediction,
         "weighting": "lognormal" if transport.get("use_lognorm") else "uniform",
         "velocity_cosine_coeff": 1.0 if transport.get("use_cosine_loss") else 0.0,
     }

@@ -317,11 +317,11 @@ def _what_instead(contents: Mapping, state: Mapping) -> str:
 
 def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, object]:
     """The flags of the training, of the file and of ``args.json``, which must agree."""
-    if isinstance(contents.get("config"), dict):
-        return facts_of(contents["config"], given)
     kept = contents.get("args")
     kept = kept if isinstance(kept, dict) else vars(kept) if hasattr(kept, "__dict__") else {}
     facts = {name: kept[name] for name in FACTS if kept.get(name) is not None}
+    if isinstance(contents.get("config"), dict):
+        facts |= facts_of(contents["config"], given)
     for name in FACTS:
         value = (json_facts or {}).get(name)
         if value is None:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 # Shorter vectors count as if they were this long (true velocities of C channels have about √(2·C)): a new network's are
-# 0, where the gradient of a cosine has no bound, and one step of it would fill AdamW's second moment for hundreds.
-SHORTEST = 0.01
+# 0, where the gradient of a cosine has no bound, and AdamW's second moment would need hundreds of steps to forget it.
+SHORTEST = 0.1
 
 
 def denoising_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -238,6 +238,8 @@ def configured(**changes: object) -> dict:
 @pytest.mark.parametrize(
     ("contents", "said"),
     [
+        (configured(data_num_classes="6"), "num_classes '6', which is not a whole number"),
+        (configured(transport_path_type=["Linear"]), "path_type list, which is neither number nor text"),
         (configured(model_wo_shift=True), "its config says model.wo_shift True; only False is known here"),
         (configured(data_latent_multiplier=0.18215), "data.latent_multiplier 0.18215; only 1.0"),
         (configured(transport_prediction="noise"), "it predicts noise; only velocities"),
