@@ -11,12 +11,13 @@ Formats:
               with latent statistics), model_index.json, and a README.md that samples an image from a clone
   repa        args.json and checkpoints/0400000.pt in the layout of REPA-E (model, ema, vae, args, steps), which
               REPA-E's generate.py reads: --exp-path FOLDER --train-steps 400000
-  run         a checkpoint of REPA or REPA-E as a run: generate.py --exp-path OUT samples it, and train_ldm.py
-              --exp-name NEW --continue-train-exp-dir OUT continues from it, with AdamW's moments and its step
+  run         a checkpoint of REPA, REPA-E or LightningDiT as a run: generate.py --exp-path OUT samples it, and
+              train_ldm.py --exp-name NEW --continue-train-exp-dir OUT continues from it, with AdamW's moments and its
+              step
 
 SOURCE is a run of train_ldm.py or train_repae.py; for --format run an experiment of REPA or REPA-E with its args.json,
-or a single file of theirs (.pt, .safetensors), with --vae-ckpt where its VAE is neither in the checkpoint nor where its
-args say. Everything is written under a temporary name and renamed when it is complete.
+one of LightningDiT, or a single file of theirs (.pt, .safetensors), with --vae-ckpt where its VAE is neither in the
+checkpoint nor where its args say. Everything is written under a temporary name and renamed when it is complete.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         choices=WEIGHTS,
         help="their moving average, or as trained; the formats repa and run hold both (default: ema)",
     )
-    group = parser.add_argument_group("what a checkpoint of REPA or REPA-E does not say itself, for --format run")
+    group = parser.add_argument_group("what other people's checkpoint does not say itself, for --format run")
     add_foreign_vae_arguments(group)
     group.add_argument(
         "--path-type", choices=PATH_TYPES, help="interpolant it was trained on (default: as its args say, else linear)"
@@ -135,7 +136,7 @@ def open_run(args: argparse.Namespace) -> TrainedLDM:
     refuse_foreign(args.source, "SOURCE", "SOURCE", *steps, *flags)
     if flags:
         raise UserError(
-            f"{flags[0]} is for checkpoints of REPA and REPA-E (--format run); SOURCE {args.source} says it itself: "
+            f"{flags[0]} is for other people's checkpoints (--format run); SOURCE {args.source} says it itself: "
             "leave the flag out"
         )
     try:

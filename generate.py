@@ -3,7 +3,7 @@
   python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
   python generate.py --dry-run --model SiT-XL/1 --vae f16d32    # what it would take, before anything is trained
 
-What the model is, its path, its classes, its VAE and its resolution come from the run. Checkpoints of REPA and REPA-E
+What the model is, its path, its classes, its VAE and its resolution come from the run. Other people's checkpoints
 become a run with export_ldm.py --format run. Image i, its label and its noise depend on --seed and i alone (last bits
 apart: another batch size, GPU or --compile may move a pixel by a level). Any number of processes work on it, under
 python, torchrun or accelerate launch; none waits for another. Stopped at any moment, the same command makes the missing
@@ -45,10 +45,10 @@ from runtime.cli import (
 
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
-FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; these of the model:
+FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; of the model those of MODEL_SETTINGS
 UNSAID = {"time_shift": 1.0}  # of settings that older samples were made without
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
-# What only --model says, and what export_ldm.py says of a checkpoint of REPA or REPA-E; a run says it itself.
+# What only --model says, and what export_ldm.py says of other people's checkpoints; a run says it itself.
 UNTRAINED_FLAGS, FOREIGN_FLAGS = ("vae", "path_type", "resolution"), ("vae_ckpt", "vae_latents_stats")
 
 
@@ -111,6 +111,12 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         "of the steps are near the noise; auto: √(numbers in a latent / 4096)",
     )
     group.add_argument("--guidance-high", type=fraction, default=1.0, metavar="T", help="guide to this time (noise: 1)")
+    group.add_argument(
+        "--guidance-channels",
+        type=positive_int,
+        metavar="N",
+        help="guide only the first N channels of the latent; LightningDiT's published numbers: 3 (default: all)",
+    )
 
 
 def add_label_arguments(group: argparse._ArgumentGroup) -> None:
@@ -203,7 +209,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.guidance_low > args.guidance_high:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
     if args.cfg_scale == 1:  # nothing is guided, at any time
-        args.guidance_low, args.guidance_high = 0.0, 1.0
+        args.guidance_low, args.guidance_high, args.guidance_channels = 0.0, 1.0, None
     if args.evaluate is None and (args.metrics or args.ref_cache or args.features != INCEPTION):
         raise UserError("--metrics, --features and --ref-cache belong to --evaluate REF; add it, or leave them out")
     if args.sample_dir is not None and args.sample_dir.exists() and not args.sample_dir.is_dir():
@@ -375,10 +381,11 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> list[int]:
 def default_folder(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> Path:
     """A folder in the run, named by what is most often varied."""
     parts = ["samples", trained.label, f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
-    if args.cfg_scale != 1:
-        parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}")
     if args.time_shift is not None:
         parts.append(f"shift{args.time_shift if args.time_shift == 'auto' else format(args.time_shift, 'g')}")
+    if args.cfg_scale != 1:
+        channels = "" if args.guidance_channels is None else f"-{args.guidance_channels}ch"
+        parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}{channels}")
     if args.weights != "ema":
         parts.append(args.weights)
     if args.label_sampling != "random":
@@ -397,6 +404,7 @@ def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | UntrainedLD
         path_type=trained.path_type,
         time_shift=time_shift(args, trained),
         seed=args.seed,
+        guidance_channels=args.guidance_channels,
     )
 
 

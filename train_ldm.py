@@ -1,4 +1,4 @@
-"""Stage 3: train a SiT on cached latents, its hidden states aligned with frozen VFM features (REPA).
+"""Stage 3: train a SiT or LightningDiT on cached latents, its hidden states aligned with frozen VFM features (REPA).
 
 --align vae aligns them with the VAE's latents instead (VAE-REPA), without any VFM; repa+vae with both, none with
 neither.
@@ -26,8 +26,8 @@ from training import arguments
 
 CONTINUE_HELP = (
     "with --exp-name: begin that run with weights, average, optimizer state and step of another run (--resume-step "
-    "chooses which); alone: resume the run in DIR. Checkpoints of REPA and REPA-E become a run with export_ldm.py "
-    "--format run"
+    "chooses which); alone: resume the run in DIR. Checkpoints of REPA, REPA-E and LightningDiT become a run with "
+    "export_ldm.py --format run"
 )
 
 

@@ -1,4 +1,4 @@
-"""A SiT checkpoint of REPA or REPA-E as what a run of train_ldm.py keeps: networks, VAE, statistics, arguments.
+"""A checkpoint of REPA, REPA-E or LightningDiT as a run of train_ldm.py: networks, VAE, statistics, arguments.
 
 Flags say only what the checkpoint does not say itself; one that contradicts it is refused.
 """
@@ -15,6 +15,7 @@ from formats.run_folders import OWN_STATISTICS, OWN_VAE, is_foreign_experiment
 from formats.sit import SiTCheckpoint, SiTWeights, State, build_networks, read_sit
 from formats.statistics import REPA_CHANNELS, REPA_SCALE, repa_statistics
 from formats.vae import load_vae
+from models.denoisers.config import SiTConfig
 from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import Tokenizer, architecture_names
 from runtime.cli import flag_of
@@ -27,7 +28,7 @@ TOLERANCE = 0.01  # of two latent statistics that count as the same, in standard
 
 @dataclass(frozen=True)
 class ForeignRun:
-    """A SiT of REPA or REPA-E with its VAE.
+    """A SiT or LightningDiT from elsewhere, with its VAE.
 
     Attributes:
         checkpoint: what its file holds.
@@ -78,6 +79,8 @@ class ForeignRun:
             "encoder_depth": projectors.encoder_depth if projectors.feature_widths else None,
             "enc_type": facts.get("enc_type") if projectors.feature_widths else None,
             "cfg_prob": facts.get("cfg_prob"),
+            "weighting": facts.get("weighting"),
+            "velocity_cosine_coeff": facts.get("velocity_cosine_coeff"),
             "adam_beta1": beta1,
             "adam_beta2": beta2,
             "adam_epsilon": self.checkpoint.adamw["eps"],
@@ -100,7 +103,7 @@ class ForeignRun:
 
 
 def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) -> ForeignRun:
-    """Read a SiT checkpoint of REPA or REPA-E with its VAE.
+    """Read a checkpoint of REPA, REPA-E or LightningDiT with its VAE.
 
     Args:
         args: ``source``, ``train_steps`` and ``FLAGS``, None where they are not given.
@@ -112,6 +115,11 @@ def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) 
     path, facts = checkpoint_file(args.source, args.train_steps)
     given = f"SOURCE {args.source}" + (f" ({path.name})" if path != args.source else "")
     checkpoint = read_sit(path, given, facts)
+    if facts is None and path != args.source and not checkpoint.says_all:
+        raise UserError(
+            f"SOURCE {args.source} has checkpoints/{path.name} but no args.json, which says how it was trained; copy "
+            "it there as well, or give the file itself"
+        )
     checkpoint.moments  # noqa: B018  a damaged optimizer is found before anything is written
     notes: list[str] = []
     path_type = _path_type(checkpoint.facts, args.path_type, given, notes.append)
@@ -134,20 +142,24 @@ def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) 
 
 
 def checkpoint_file(source: Path, train_steps: int | None) -> tuple[Path, dict | None]:
-    """A checkpoint's file, and the content of the ``args.json`` of an experiment.
+    """A checkpoint's file, and the content of the ``args.json`` of an experiment, which LightningDiT's are without.
 
     Args:
-        source: the file, or the folder of an experiment of REPA or REPA-E.
+        source: the file, or the folder of an experiment.
         train_steps: of the checkpoint in an experiment; None: the newest.
     """
     if not source.is_dir():
         if not source.exists():
-            raise UserError(f"SOURCE {source}: no such file or folder; give a checkpoint of REPA or REPA-E")
+            raise UserError(
+                f"SOURCE {source}: no such file or folder; give a checkpoint of REPA, REPA-E or LightningDiT"
+            )
         if train_steps is not None:
             raise UserError(f"--train-steps chooses a checkpoint of a folder; SOURCE {source} is one itself")
         return source, None
     if not is_foreign_experiment(source):
-        raise UserError(f"SOURCE {source} has no checkpoints/*.pt: give an experiment of REPA or REPA-E, or a file")
+        raise UserError(
+            f"SOURCE {source} has no checkpoints/*.pt: give an experiment of REPA, REPA-E or LightningDiT, or a file"
+        )
     found = {int(path.stem): path for path in (source / "checkpoints").glob("*.pt") if path.stem.isdigit()}
     if not found or train_steps not in (None, *found):
         there = ", ".join(map(str, sorted(found))) or "none"
@@ -157,10 +169,7 @@ def checkpoint_file(source: Path, train_steps: int | None) -> tuple[Path, dict |
     try:
         facts = read_json(source / "args.json")
     except FileNotFoundError:
-        raise UserError(
-            f"SOURCE {source} has checkpoints/{path.name} but no args.json, which says how it was trained; copy it "
-            "there as well, or give the file itself"
-        ) from None
+        return path, None
     except MalformedError as error:
         raise UserError(f"{source / 'args.json'} is not readable as JSON ({error}); copy it again") from error
     return path, facts
@@ -193,6 +202,7 @@ def _load_vae(
     loaded = load_vae(architecture, source, args.vae_latents_stats)
     tokenizer, known = loaded.tokenizer, loaded.statistics_source
     channels = checkpoint.config.latent_channels
+    is_repas = channels == REPA_CHANNELS and isinstance(checkpoint.config, SiTConfig)
     if tokenizer.latent_channels != channels:
         raise UserError(
             f"{given} makes latents of {channels} channels, the VAE decodes {tokenizer.latent_channels}: give the VAE "
@@ -204,7 +214,7 @@ def _load_vae(
         if known is not None and not checkpoint.holds_vae:
             _check_vae_of(own, tokenizer.statistics, args.vae_latents_stats or args.vae_ckpt or given, given)
         tokenizer.statistics.load_state_dict(own.state_dict())
-    elif channels == REPA_CHANNELS and args.vae_latents_stats is None:
+    elif is_repas and args.vae_latents_stats is None:
         instead = f", and not those of {known} (--vae-latents-stats takes those)" if known else ""
         report(f"{given} holds no latent statistics; taking REPA's, mean 0 and scale {REPA_SCALE}{instead}")
         repa_statistics().load_into(tokenizer.statistics)

@@ -1,4 +1,4 @@
-"""SiT checkpoints of REPA and REPA-E: which network they hold, by its tensors, and what they say of its training.
+"""Checkpoints of REPA, REPA-E and LightningDiT: which network they hold, by its tensors, and what they say of it.
 
 ::
 
@@ -8,7 +8,8 @@
 
 Their networks hold REPA's projectors, ``projectors.N.…``, here kept apart from the denoiser (``loss.alignment``).
 REPA-E's hold the latent statistics too, as ``bn.running_mean`` and ``bn.running_var``. REPA's first checkpoints call
-the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0.
+the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0. What is LightningDiT's alone is in
+``formats.lightningdit``; wherever SiT is said below, it is meant too.
 """
 
 import re
@@ -21,11 +22,12 @@ import torch
 
 from diffusion import PATH_TYPES
 from errors import UserError
+from formats.lightningdit import ROTARY, check_rotary, facts_of, is_lightningdit, step_of
 from formats.statistics import batch_norm_statistics
 from loss.alignment import DenoiserAlignments, TokenGrid
 from loss.alignment.repa import REPA
-from models.denoisers.config import PATCH_SIZES, SIT_SIZES, SiTConfig
-from models.denoisers.sit import SiT
+from models.denoisers import Denoiser
+from models.denoisers.config import LightningDiTConfig, SiTConfig, TransformerConfig
 from models.latent_statistics import LatentStatistics
 from models.weight_files import NotWeightsError, check_plain, check_values, read_contents, tensors_by_name
 
@@ -65,7 +67,7 @@ class SiTWeights:
     """One set of weights of a checkpoint.
 
     Attributes:
-        denoiser: of ``models.denoisers.sit.SiT``.
+        denoiser: of the network that :attr:`SiTCheckpoint.config` builds.
         alignment: of ``loss.alignment.DenoiserAlignments``: REPA's projectors.
         statistics: of the latents it was trained on, or None where the checkpoint does not hold them.
     """
@@ -77,26 +79,28 @@ class SiTWeights:
 
 @dataclass(frozen=True)
 class SiTCheckpoint:
-    """What a checkpoint of REPA or REPA-E holds.
+    """What a checkpoint of REPA, REPA-E or LightningDiT holds.
 
     Attributes:
         path: of the file.
-        config: of the SiT, by its tensors.
+        config: of the network, by its tensors.
         projectors: apart from it, by their tensors; ``encoder_depth`` by the flags of its training.
         weights: by name, ``"ema"`` and ``"model"``, or one of them alone.
         facts: what the flags of its training say (of ``FACTS``), as far as they are known.
         step: it was trained for, or None.
+        says_all: whether its training's flags are in it, so that no ``args.json`` need lie next to it.
         holds_vae: whether the VAE is in the file.
         optimizer: AdamW's state dict as torch saved it, or None.
         optimizer_names: of the parameters that AdamW's numbers stand for, in their order.
     """
 
     path: Path
-    config: SiTConfig
+    config: TransformerConfig
     projectors: Projectors
     weights: dict[str, SiTWeights]
     facts: dict[str, object]
     step: int | None
+    says_all: bool
     holds_vae: bool
     optimizer: dict | None
     optimizer_names: tuple[str, ...]
@@ -181,6 +185,8 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
         plain, legacy_depth = rename_legacy_blocks(_unwrapped(state))
         networks = _without_empty_projectors(plain)
         sizes[name] = config, projectors = infer_sizes(networks, given, legacy_depth or facts.get("encoder_depth"))
+        if isinstance(config, LightningDiTConfig):
+            check_rotary(plain, config, given)
         _check_fits(networks, config, projectors, given)
         denoiser = {key: tensor for key, tensor in networks.items() if not key.startswith(PROJECTORS)}
         alignment = {f"{REPA_PREFIX}{key}": tensor for key, tensor in networks.items() if key.startswith(PROJECTORS)}
@@ -190,7 +196,7 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
     config, projectors = next(iter(sizes.values()))
     _check_facts(facts, config, projectors, given)
     is_whole = isinstance(contents.get("opt"), dict) and "model" in found
-    step = contents.get("steps")
+    step = contents.get("steps", step_of(path) if "config" in contents else None)
     return SiTCheckpoint(
         path=path,
         config=config,
@@ -198,6 +204,7 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
         weights=found,
         facts=facts,
         step=step if isinstance(step, int) and step >= 0 else None,
+        says_all="config" in contents,
         holds_vae=isinstance(contents.get("vae"), dict),
         optimizer=contents["opt"] if is_whole else None,
         optimizer_names=_parameter_names(sets["model"]) if is_whole else (),
@@ -206,11 +213,11 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
 
 def infer_sizes(
     state: Mapping[str, torch.Tensor], given: str, encoder_depth: int | None = None
-) -> tuple[SiTConfig, Projectors]:
-    """Which SiT a state dict in the public layout belongs to, by names and shapes; meta tensors suffice.
+) -> tuple[TransformerConfig, Projectors]:
+    """Which network a state dict in the public layout belongs to, by names and shapes; meta tensors suffice.
 
     Args:
-        state: without ``bn.…``, blocks under their present names.
+        state: without ``bn.…`` and ``feat_rope.…``, blocks under their present names.
         given: for messages.
         encoder_depth: where it is known; no tensor tells it.
     """
@@ -222,18 +229,19 @@ def infer_sizes(
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     tokens, rows = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"])
     depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state) if m), default=-1)
-    names = [name for name, size in SIT_SIZES.items() if (size.depth, size.width) == (depth, width)]
-    if not names or patch not in PATCH_SIZES:
-        known = ", ".join(f"{name} {size.depth} × {size.width}" for name, size in SIT_SIZES.items())
+    kind = LightningDiTConfig if is_lightningdit(state) else SiTConfig
+    names = [name for name, size in kind.sizes.items() if (size.depth, size.width) == (depth, width)]
+    if not names or patch not in kind.patches:
+        known = ", ".join(f"{name} {size.depth} × {size.width}" for name, size in kind.sizes.items())
         raise UserError(
-            f"{given}: a SiT of {depth} blocks of width {width} with patch {patch} is none that is known ({known}, "
-            f"patch {', '.join(map(str, PATCH_SIZES))})"
+            f"{given}: a {kind.kind} of {depth} blocks of width {width} with patch {patch} is none that is known "
+            f"({known}, patch {', '.join(map(str, kind.patches))})"
         )
     grid = round(tokens**0.5)
     if grid * grid != tokens:
         raise UserError(f"{given}: pos_embed has {tokens} tokens, which is not a square")
-    config = SiTConfig(
-        model=f"SiT-{names[0]}/{patch}",
+    config = kind(
+        model=f"{kind.kind}-{names[0]}/{patch}",
         latent_channels=channels,
         latent_size=grid * patch,
         num_classes=rows - 1,
@@ -245,7 +253,7 @@ def infer_sizes(
     return config, Projectors(widths, hidden if widths else None, encoder_depth)
 
 
-def build_networks(config: SiTConfig, projectors: Projectors) -> tuple[SiT, DenoiserAlignments]:
+def build_networks(config: TransformerConfig, projectors: Projectors) -> tuple[Denoiser, DenoiserAlignments]:
     """Denoiser and alignment on the meta device, for weights to be assigned.
 
     Raises:
@@ -253,7 +261,7 @@ def build_networks(config: SiTConfig, projectors: Projectors) -> tuple[SiT, Deno
     """
     vfms = [TokenGrid(f"VFM {n}", config.grid, width) for n, width in enumerate(projectors.feature_widths)]
     with torch.device("meta"):
-        denoiser, parts = SiT(config), {}
+        denoiser, parts = config.build(), {}
         if vfms:  # depth and weight have nothing to do with tensors
             parts["repa"] = REPA(denoiser, vfms, projectors.encoder_depth or 1, projectors.projector_width or 1, 0.0)
         return denoiser, DenoiserAlignments(parts)
@@ -284,7 +292,9 @@ def _weight_sets(contents: object, given: str) -> dict[str, State]:
     sets = nested or {"ema": {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}}
     for state in sets.values():
         if not any(str(key).endswith("x_embedder.proj.weight") for key in state):
-            raise UserError(f"{given} {_what_instead(contents, state)}; give a SiT checkpoint of REPA or REPA-E")
+            raise UserError(
+                f"{given} {_what_instead(contents, state)}; give a checkpoint of REPA, REPA-E or LightningDiT"
+            )
         try:
             tensors_by_name(state)
         except NotWeightsError as error:
@@ -310,6 +320,8 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
     kept = contents.get("args")
     kept = kept if isinstance(kept, dict) else vars(kept) if hasattr(kept, "__dict__") else {}
     facts = {name: kept[name] for name in FACTS if kept.get(name) is not None}
+    if isinstance(contents.get("config"), dict):
+        facts |= facts_of(contents["config"], given)
     for name in FACTS:
         value = (json_facts or {}).get(name)
         if value is None:
@@ -328,7 +340,7 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
     return facts
 
 
-def _check_facts(facts: Mapping, config: SiTConfig, projectors: Projectors, given: str) -> None:
+def _check_facts(facts: Mapping, config: TransformerConfig, projectors: Projectors, given: str) -> None:
     """What the flags of the training say must be what the tensors say."""
     if facts.get("cfg_prob") == 0:
         raise UserError(
@@ -372,14 +384,14 @@ def _unwrap(key: str) -> str:
 def _parameter_names(state: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """Present names of the parameters, in the order of the state dict."""
     renamed, _ = rename_legacy_blocks(_unwrapped(state))
-    renamed = {key: tensor for key, tensor in renamed.items() if not key.startswith(BATCH_NORM)}
+    renamed = {key: tensor for key, tensor in renamed.items() if not key.startswith((BATCH_NORM, ROTARY))}
     return tuple(f"{REPA_PREFIX}{key}" if key.startswith(PROJECTORS) else key for key in renamed)
 
 
 def _without_empty_projectors(state: State) -> State:
     """The networks' tensors. Trained without an encoder, REPA-E builds a projector to width 0; it is of no use."""
     empty = [key.removesuffix("4.bias") for key, tensor in state.items() if key.endswith(".4.bias") and not len(tensor)]
-    return {key: tensor for key, tensor in state.items() if not key.startswith((BATCH_NORM, *empty))}
+    return {key: tensor for key, tensor in state.items() if not key.startswith((BATCH_NORM, ROTARY, *empty))}
 
 
 def _batch_norm(state: Mapping[str, torch.Tensor], channels: int, given: str) -> LatentStatistics | None:
@@ -395,7 +407,7 @@ def _batch_norm(state: Mapping[str, torch.Tensor], channels: int, given: str) ->
     return statistics
 
 
-def _check_fits(state: State, config: SiTConfig, projectors: Projectors, given: str) -> None:
+def _check_fits(state: State, config: TransformerConfig, projectors: Projectors, given: str) -> None:
     """Names and shapes must be exactly those of the networks."""
     try:
         denoiser, alignment = build_networks(config, projectors)

@@ -42,6 +42,7 @@ class SamplerSettings:
         heun: for the ODE; else Euler.
         cfg_scale: of guidance; 1: none.
         guidance_low, guidance_high: times between which it acts.
+        guidance_channels: of the latent, the first ones on which it acts; None: all.
         path_type: of the interpolant that the model was trained on.
         time_shift: of the sampler's times (``diffusion.flow.shift_times``).
         seed: of all noise.
@@ -56,6 +57,7 @@ class SamplerSettings:
     path_type: str
     time_shift: float
     seed: int
+    guidance_channels: int | None = None
 
     def forwards(self) -> int:
         """Forward passes of the model for one image; two for each guided evaluation."""
@@ -96,6 +98,7 @@ class ImageSampler:
             model.null_class,
             settings.guidance_low,
             settings.guidance_high,
+            settings.guidance_channels,
         )
 
     @torch.inference_mode()

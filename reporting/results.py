@@ -257,7 +257,9 @@ def _guidance(measurement: Measurement, samples: Samples | None) -> str:
     low, high = settings.get("guidance_low", 0.0), settings.get("guidance_high", 1.0)
     if scale == 1:
         return "none"
-    return f"{scale:g}" if (low, high) == (0, 1) else f"{scale:g} on [{low:g}, {high:g}]"
+    channels = settings.get("guidance_channels")
+    of_channels = "" if channels is None else f" of {channels} channels"
+    return f"{scale:g}{of_channels}" + ("" if (low, high) == (0, 1) else f" on [{low:g}, {high:g}]")
 
 
 def _generation_section(measurement: Measurement) -> str:

@@ -11,8 +11,8 @@ from dataset.latents import LatentBatch
 from diffusion.draws import Draws
 from formats.vae import load_tokenizer
 from loss.alignment import TokenGrid, build_denoiser_alignment
+from models.denoisers import DenoiserConfig
 from models.denoisers.config import SiTConfig
-from models.denoisers.sit import SiT
 from training.ldm import LDM, AlignedDenoiser
 from training.method import Metrics
 
@@ -20,6 +20,7 @@ CONFIG = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)
 FEATURES = (TokenGrid("vfm", 4, 12),)
 FLAGS = {
     "cfg_prob": 0.0,
+    "velocity_cosine_coeff": 0.0,
     "path_type": "linear",
     "weighting": "uniform",
     "time_shift": 1.0,
@@ -53,11 +54,11 @@ def tiny_trainer(
     accelerator: Accelerator | None = None,
     seed: int = 0,
     align: Sequence[str] = ("repa",),
-    config: SiTConfig = CONFIG,
+    config: DenoiserConfig = CONFIG,
     features: Sequence[TokenGrid] = FEATURES,
     **flags: object,
 ) -> LDM:
-    """SiT-Ti/2 whose zero-initialised layers are not zero; features come with the batch; no label is dropped.
+    """A denoiser whose zero-initialised layers are not zero; features come with the batch; no label is dropped.
 
     Args:
         accelerator: one process on the CPU by default.
@@ -69,7 +70,7 @@ def tiny_trainer(
     """
     args = argparse.Namespace(**FLAGS | {"seed": seed} | flags)
     torch.manual_seed(seed)
-    denoiser = SiT(config).train()
+    denoiser = config.build().train()
     alignment = build_denoiser_alignment(args, align, denoiser, features).train()
     for module in (denoiser, alignment):
         for parameter in module.parameters():
@@ -91,7 +92,7 @@ def accumulate(trainer: LDM, batch: LatentBatch, draws: Draws, share: float = 1.
 
 
 def random_batch(
-    count: int, seed: int = 1, config: SiTConfig = CONFIG, features: Sequence[TokenGrid] = FEATURES
+    count: int, seed: int = 1, config: DenoiserConfig = CONFIG, features: Sequence[TokenGrid] = FEATURES
 ) -> LatentBatch:
     """What a cache would give."""
     generator = torch.Generator().manual_seed(seed)

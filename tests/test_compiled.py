@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from formats.vae import load_tokenizer
-from models.denoisers.config import SiTConfig
+from models.denoisers.config import LightningDiTConfig, SiTConfig
 from models.denoisers.sit import SiT
 from models.encoders import build_encoder
 from tests.ldm_runs import random_weights
@@ -60,10 +60,13 @@ def test_checkpointed_blocks_under_ddp(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_blocks_of_a_denoiser_share_a_graph(checkpointing):
+@pytest.mark.parametrize(
+    "config", [SiTConfig("SiT-Ti/2", 4, 8, 6), LightningDiTConfig("LightningDiT-Ti/2", 4, 8, 6, qk_norm=True)]
+)
+def test_the_blocks_of_a_denoiser_share_a_graph(config, checkpointing):
     """One of the block and one of the final layer, however deep; gradients as without."""
     torch.manual_seed(0)
-    network = SiT(SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)).train()
+    network = config.build().train()
     random_weights(network, 0)
     network.gradient_checkpointing = checkpointing
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 5])

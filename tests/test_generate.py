@@ -264,18 +264,6 @@ def test_times_are_shifted_as_in_the_training_unless_the_flag_says_otherwise(run
     assert len({images for _, images in values.values()}) == 3
 
 
-def test_samples_from_before_the_flag_are_complete(run, tmp_path, capsys):
-    argv = flags(run, sample_dir=tmp_path / "out", num_fid_samples=4)
-    assert cli.run(generate.main, argv) == 0
-    path = tmp_path / "out" / "index.json"
-    index = json.loads(path.read_text())
-    del index["source"]["time_shift"]
-    path.write_text(json.dumps(index))
-    assert cli.run(generate.main, argv) == 0
-    assert cli.run(generate.main, [*argv, "--time-shift", "2"]) == 2
-    assert "another --time-shift (time_shift: 1.0, now 2.0)" in capsys.readouterr().err
-
-
 def test_truncated_pixels(run, tmp_path):
     """At most one level below the rounded ones, never above; half of them."""
     rounded = sampled(run, tmp_path / "round").astype(int)
@@ -373,10 +361,26 @@ def test_default_folder(run, tmp_path):
     folder = generate.default_folder(args, open_trained_ldm(run, None, "ema"))
     assert folder == run / "samples-0000010-sde3-cfg2.5-0-0.75-10-seed0"
 
+    args = generate.parse_arguments(flags(run, mode="ode", cfg_scale=2.5, guidance_channels=3, time_shift=2))
+    folder = generate.default_folder(args, open_trained_ldm(run, None, "ema"))
+    assert folder == run / "samples-0000010-ode3-shift2-cfg2.5-0-1-3ch-10-seed0"
 
-def test_times_of_guidance_mean_nothing_without_it(run):
-    args = generate.parse_arguments(flags(run, guidance_high=0.75))
-    assert (args.guidance_low, args.guidance_high) == (0.0, 1.0)
+
+def test_times_and_channels_of_guidance_mean_nothing_without_it(run):
+    args = generate.parse_arguments(flags(run, guidance_high=0.75, guidance_channels=3))
+    assert (args.guidance_low, args.guidance_high, args.guidance_channels) == (0.0, 1.0, None)
+
+
+def test_a_folder_from_before_there_were_shifts_goes_on(run, tmp_path):
+    argv = flags(run, sample_dir=tmp_path / "out", mode="ode")
+    assert generate.main(argv) == 0
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    for name in ("time_shift", "guidance_channels"):
+        del index["source"][name]
+    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
+    assert generate.main(argv) == 0
+    with pytest.raises(UserError, match="another --time-shift"):
+        generate.main([*argv, "--time-shift", "2"])
 
 
 def test_no_guidance_without_a_null_class(tmp_path):

@@ -92,8 +92,11 @@ def test_sigterm_saves_stops_and_resumes_exactly(data, straight):
 
 
 @pytest.mark.slow
-def test_training_on_two_processes_resumes_exactly(data, tmp_path):
-    argv = flags(data, tmp_path, "two", batch_size=4, log_steps=2, val_data_dir=data, checkpointing_steps=2)
+@pytest.mark.parametrize("model", ["SiT-Ti/2", "LightningDiT-Ti/2"])
+def test_training_on_two_processes_resumes_exactly(data, tmp_path, model):
+    argv = flags(
+        data, tmp_path, "two", batch_size=4, log_steps=2, val_data_dir=data, checkpointing_steps=2, model=model
+    )
     torchrun("train_ldm.py", *argv, "--max-train-steps", "2")
     torchrun("train_ldm.py", *argv, "--max-train-steps", "4")
     torchrun("train_ldm.py", *[a if a != "two" else "straight" for a in argv], "--max-train-steps", "4")

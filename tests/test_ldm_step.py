@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion.flow import add_noise, velocity
 from loss.alignment import TokenGrid
+from loss.denoising import direction_error
 from models.encoders import build_encoder
-from tests.distributed_ldm_step import BATCH, batch_draws
+from tests.distributed_ldm_step import BATCH, batch_draws, config_of
 from tests.ldm_steps import accumulate, networks, part_of, random_batch, tiny_trainer
 from tests.sendvae_runs import gradients
 from tests.test_distributed import torchrun
@@ -42,9 +44,9 @@ def test_terms_equal_a_derivation_in_float64(path_type, weighting, shift):
     else:
         noisy = angle.cos() * x + angle.sin() * noise
         target = math.pi / 2 * (angle.cos() * noise - angle.sin() * x)
-    velocity, (state,) = trainer.denoiser.double()(noisy, t, batch.labels, taps=(4,))
+    predicted, (state,) = trainer.denoiser.double()(noisy, t, batch.labels, taps=(4,))
     tokens = trainer.alignment["repa"].double().projectors[0](state)
-    denoise = ((velocity - target) ** 2).mean()
+    denoise = ((predicted - target) ** 2).mean()
     features = batch.features[0].double()
     cosine = (tokens * features).sum(-1) / (tokens.norm(dim=-1) * features.norm(dim=-1))
     assert metrics["denoise"].item() == pytest.approx(denoise.item(), rel=1e-5)
@@ -153,11 +155,33 @@ def test_the_loss_falls():
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_the_direction_of_a_velocity(path_type):
+    """1 − cos of the channels at each position, weighted; of a zero velocity 1, and its gradient is bounded."""
+    trainer = tiny_trainer(path_type=path_type, velocity_cosine_coeff=0.25, align=())
+    batch, draws = random_batch(BATCH), batch_draws()
+    metrics = accumulate(trainer, batch, draws)
+    x = trainer.normalised(batch, draws)
+    with torch.no_grad():
+        noisy = add_noise(x, draws.times, draws.noise, path_type)
+        predicted = trainer.denoiser(noisy, draws.times, batch.labels)[0].double()
+    target = velocity(x, draws.times, draws.noise, path_type).double()
+    cosine = (predicted * target).sum(1) / (predicted.norm(dim=1) * target.norm(dim=1))
+    assert metrics["velocity_cosine"].item() == pytest.approx(1 - cosine.mean().item(), rel=1e-5)
+    assert metrics["loss"].item() == pytest.approx((metrics["denoise"] + 0.25 * (1 - cosine.mean())).item(), rel=1e-5)
+    zero = torch.zeros(2, 4, 8, 8, requires_grad=True)
+    error = direction_error(zero, torch.randn(2, 4, 8, 8))
+    assert torch.equal(error, torch.ones(2))
+    (gradient,) = torch.autograd.grad(error.sum(), zero)
+    assert gradient.norm(dim=1).max().item() * 64 == pytest.approx(10, rel=1e-4)
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    torchrun("tests/distributed_ldm_step.py", str(tmp_path / "gradients"))
+@pytest.mark.parametrize("model", ["SiT-Ti/2", "LightningDiT-Ti/2"])
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, model):
+    torchrun("tests/distributed_ldm_step.py", str(tmp_path / "gradients"), model)
     ranks = [load_file(tmp_path / f"gradients-{rank}.safetensors") for rank in (0, 1)]
-    trainer = tiny_trainer()
+    trainer = tiny_trainer(config=config_of(model))
     accumulate(trainer, random_batch(BATCH), batch_draws())
     expected = gradients(networks(trainer))
     assert ranks[0].keys() == expected.keys()

@@ -136,15 +136,20 @@ def test_shifted_times(path_type):
 
 def test_times():
     assert ode_times(4) == [1, 0.75, 0.5, 0.25, 0]
+    assert ode_times(4, shift=3) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    # the other way round, as LightningDiT counts, it is the inverse shift
+    assert ode_times(7, shift=4) == pytest.approx([1 - t for t in reversed(ode_times(7, shift=0.25))])
     assert sde_times(250)[0] == 1
     assert sde_times(250)[-2:] == [LAST_SDE_TIME, 0]
     assert len(sde_times(250)) == 251
     assert sde_times(1) == [1, 0]
 
 
-@pytest.mark.parametrize(("mode", "heun"), [("ode", False), ("ode", True), ("sde", False)])
+@pytest.mark.parametrize(
+    ("mode", "heun", "shift"), [("ode", False, 1), ("ode", True, 1), ("ode", True, 3), ("sde", False, 1)]
+)
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_evaluations(mode, heun, num_steps):
+def test_evaluations(mode, heun, shift, num_steps):
     """The velocity is asked at the times that evaluation_times names, in the noise's type, and never at 0."""
     seen = []
 
@@ -156,12 +161,12 @@ def test_evaluations(mode, heun, num_steps):
 
     noise, labels = torch.randn(2, 3, 4, 4), torch.tensor([0, 1])
     if mode == "ode":
-        result = sample_ode(velocity, noise, labels, num_steps, heun)
+        result = sample_ode(velocity, noise, labels, num_steps, heun, shift)
         assert torch.equal(result, noise)
     else:
         result = sample_sde(velocity, noise, labels, num_steps, lambda step: torch.randn(2, 3, 4, 4))
         assert torch.isfinite(result).all()
-    assert seen == evaluation_times(mode, num_steps, heun)
+    assert seen == evaluation_times(mode, num_steps, heun, shift)
     assert result.dtype == torch.float32
     assert min(seen) > 0
 
@@ -193,6 +198,9 @@ def test_guidance_inside_and_outside_its_interval():
         seen.clear()
         assert torch.equal(result, unconditional + 2.5 * (conditional - unconditional))
     assert guided(velocity, 1.0, null) is velocity
+    some = guided(velocity, 2.5, null, channels=2)(x, 0.5, y)
+    everywhere = guided(velocity, 2.5, null)(x, 0.5, y)
+    assert torch.equal(some, torch.cat([everywhere[:, :2], velocity(x, 0.5, y)[:, 2:]], dim=1))
 
 
 @pytest.mark.parametrize(("mode", "heun"), [("ode", False), ("ode", True), ("sde", False)])

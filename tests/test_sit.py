@@ -11,7 +11,7 @@ from errors import UserError
 from loss.alignment import TokenGrid
 from loss.alignment.repa import REPA
 from models.denoisers import denoiser_config
-from models.denoisers.config import PATCH_SIZES, SIT_SIZES, SiTConfig, model_names
+from models.denoisers.config import SIT_SIZES, SiTConfig
 from models.denoisers.sit import SiT
 
 TINY = SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)
@@ -38,7 +38,7 @@ def inputs(count: int = 3, config: SiTConfig = TINY, dtype: torch.dtype = torch.
     return x, torch.rand(count, generator=generator, dtype=dtype), torch.arange(count)
 
 
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", SiTConfig.model_names())
 def test_every_size_and_patch_builds_and_answers(name):
     """Large ones on the meta device: shapes without memory."""
     patch = int(name.rsplit("/", 1)[1])
@@ -220,7 +220,7 @@ def test_config_survives_json():
     assert SiTConfig.from_dict(TINY.to_dict()) == TINY
     assert denoiser_config(json.loads(json.dumps(TINY.to_dict()))) == TINY
     assert (TINY.patch_size, TINY.grid, TINY.size) == (2, 4, SIT_SIZES["Ti"])
-    assert set(PATCH_SIZES) == {1, 2, 4, 8}
+    assert set(SiTConfig.patches) == {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from formats.sit import Projectors, build_networks, infer_sizes, read_sit
 from formats.vae import load_tokenizer
 from inference.trained_ldm import open_trained_ldm
 from loss.alignment import TokenGrid
-from models.denoisers.config import PATCH_SIZES, SIT_SIZES, SiTConfig
+from models.denoisers.config import SIT_SIZES, SiTConfig
 from models.denoisers.sit import SiT
 from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
@@ -133,7 +133,7 @@ def test_bare_weights_wrapped_and_legacy_names(tmp_path):
 
 @pytest.mark.parametrize("size", SIT_SIZES)
 def test_every_size_and_patch_is_told_by_its_tensors(size):
-    for patch in PATCH_SIZES:
+    for patch in SiTConfig.patches:
         config, projectors = SiTConfig(f"SiT-{size}/{patch}", 32, 16, 1000, size == "B"), Projectors((768, 1024), 64, 6)
         denoiser, alignment = build_networks(config, projectors)
         state = {key.removeprefix("repa."): tensor for key, tensor in alignment.state_dict().items()}

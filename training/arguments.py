@@ -38,8 +38,9 @@ MENTIONED = {
 }
 # By runs that are older than the flag, and by other people's.
 UNSAID = {
-    **{"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0, "align_schedule": "constant"},
-    **{"align_until": None, "mapper_head": "mlp", "noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0},
+    **{"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0, "velocity_cosine_coeff": 0.0},
+    **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp"},
+    **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0},
 }
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
@@ -156,8 +157,8 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
         metavar="NAME",
         help="; ".join(kind.names for kind in DENOISERS.values()),
     )
-    for kind in DENOISERS.values():
-        kind.add_arguments(group)
+    for add_arguments in dict.fromkeys(kind.add_arguments for kind in DENOISERS.values()):  # kinds may share them
+        add_arguments(group)
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
     group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
     group.add_argument("--weighting", choices=WEIGHTINGS, default="uniform", help="how training times are drawn")
@@ -168,6 +169,13 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
         metavar="X|auto",
         help="noise-to-data ratios of the training times, and of the sampler's, times X: above 1 for latents of many "
         "numbers; auto: √(numbers in a latent / 4096)",
+    )
+    group.add_argument(
+        "--velocity-cosine-coeff",
+        type=non_negative_float,
+        default=0.0,
+        metavar="X",
+        help="weight of 1 − cos between predicted and true velocity, beside their squared distance; LightningDiT: 1",
     )
     group.add_argument(
         "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"

@@ -17,7 +17,7 @@ from diffusion.flow import add_noise, training_times, velocity
 from diffusion.guidance import guided
 from diffusion.samplers import model_velocity, sample_ode
 from loss.alignment import DenoiserAlignments
-from loss.denoising import denoising_error
+from loss.denoising import denoising_error, direction_error
 from loss.total import total
 from models.denoisers import Denoiser
 from models.encoders import Encoder
@@ -153,9 +153,13 @@ class LDM(Method):
             noisy = add_noise(x, t, draws.noise, args.path_type)
             prediction, aligned = self.networks(noisy, t, labels, x, features)
             target = velocity(x, t, draws.noise, args.path_type)
-            terms = {"denoise": denoising_error(prediction, target).mean()} | aligned
-            weights = {name: factor * weight for name, weight in self.alignment.weights(aligned).items()}
-            loss = total(terms, {"denoise": 1.0} | weights)
+            terms, weights = {"denoise": denoising_error(prediction, target).mean()}, {"denoise": 1.0}
+            if args.velocity_cosine_coeff:
+                terms["velocity_cosine"] = direction_error(prediction, target).mean()
+                weights["velocity_cosine"] = args.velocity_cosine_coeff
+            terms |= aligned
+            weights |= {name: factor * weight for name, weight in self.alignment.weights(aligned).items()}
+            loss = total(terms, weights)
             self.accelerator.backward(loss * share)
         return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from errors import UserError
-from models.denoisers.config import DenoiserConfig, SiTConfig
+from models.denoisers.config import DenoiserConfig, LightningDiTConfig, SiTConfig
 
 __all__ = ["DENOISERS", "Denoiser", "DenoiserConfig"]
 
 # By what ``--model`` begins with, before the first hyphen: the configuration, which builds the network.
-DENOISERS: dict[str, type[DenoiserConfig]] = {"SiT": SiTConfig}
+DENOISERS: dict[str, type[DenoiserConfig]] = {"SiT": SiTConfig, "LightningDiT": LightningDiTConfig}
 
 
 def denoiser_kind(model: str) -> type[DenoiserConfig]:

@@ -61,7 +61,7 @@ class DenoiserConfig:
 
 
 @dataclass(frozen=True)
-class SiTSize:
+class TransformerSize:
     """Depth in blocks, width, attention heads."""
 
     depth: int
@@ -69,44 +69,33 @@ class SiTSize:
     heads: int
 
 
-SIT_SIZES = {
-    "Ti": SiTSize(6, 192, 3),
-    "S": SiTSize(12, 384, 6),
-    "B": SiTSize(12, 768, 12),
-    "L": SiTSize(24, 1024, 16),
-    "XL": SiTSize(28, 1152, 16),
-}
-PATCH_SIZES = (1, 2, 4, 8)
-PREFIX = "SiT-"
-
-
 @dataclass(frozen=True)
-class SiTConfig(DenoiserConfig):
-    """Everything that determines a SiT's parameters.
+class TransformerConfig(DenoiserConfig):
+    """Everything that determines a transformer over patches of the latent.
 
     Attributes:
-        model: ``SiT-SIZE/PATCH``, e.g. ``SiT-XL/1``.
-        qk_norm: LayerNorm on queries and keys.
+        kind: what its names begin with.
+        sizes: by name.
+        patches: sides that there are, in latent positions.
+        model: ``KIND-SIZE/PATCH``, e.g. ``SiT-XL/1``.
+        qk_norm: a norm on the queries and keys of each head.
     """
 
-    names: ClassVar[str] = f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1, 2, 4 or 8 latent positions"
+    kind: ClassVar[str] = ""
+    sizes: ClassVar[Mapping[str, TransformerSize]] = {}
+    patches: ClassVar[tuple[int, ...]] = ()
 
     qk_norm: bool = False
 
     @staticmethod
     def add_arguments(group: Any) -> None:
         group.add_argument(
-            "--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="SiT: normalise queries and keys"
+            "--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise queries and keys"
         )
 
-    def build(self) -> "SiT":  # noqa: F821
-        from models.denoisers.sit import SiT
-
-        return SiT(self)
-
     @property
-    def size(self) -> SiTSize:
-        return SIT_SIZES[self.model.removeprefix(PREFIX).partition("/")[0]]
+    def size(self) -> TransformerSize:
+        return self.sizes[self.model.removeprefix(f"{self.kind}-").partition("/")[0]]
 
     @property
     def patch_size(self) -> int:
@@ -117,10 +106,17 @@ class SiTConfig(DenoiserConfig):
         """Tokens along a side."""
         return self.latent_size // self.patch_size
 
+    @classmethod
+    def model_names(cls) -> list[str]:
+        """All sizes with all patches."""
+        return [f"{cls.kind}-{size}/{patch}" for size in cls.sizes for patch in cls.patches]
+
     def check(self) -> None:
-        if self.model not in model_names():
-            sizes, patches = ", ".join(SIT_SIZES), ", ".join(map(str, PATCH_SIZES))
-            raise UserError(f"--model {self.model} is not known; give SiT-SIZE/PATCH with {sizes} and {patches}")
+        if self.model not in self.model_names():
+            sizes, patches = ", ".join(self.sizes), ", ".join(map(str, self.patches))
+            raise UserError(
+                f"--model {self.model} is not known; give {self.kind}-SIZE/PATCH with {sizes} and {patches}"
+            )
         if self.latent_size % self.patch_size:
             raise UserError(
                 f"--model {self.model}: patch {self.patch_size} does not divide the "
@@ -128,6 +124,44 @@ class SiTConfig(DenoiserConfig):
             )
 
 
-def model_names() -> list[str]:
-    """All sizes with all patches."""
-    return [f"{PREFIX}{size}/{patch}" for size in SIT_SIZES for patch in PATCH_SIZES]
+SIT_SIZES = {
+    "Ti": TransformerSize(6, 192, 3),
+    "S": TransformerSize(12, 384, 6),
+    "B": TransformerSize(12, 768, 12),
+    "L": TransformerSize(24, 1024, 16),
+    "XL": TransformerSize(28, 1152, 16),
+}
+
+
+@dataclass(frozen=True)
+class SiTConfig(TransformerConfig):
+    """``qk_norm`` is a LayerNorm."""
+
+    names: ClassVar[str] = f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1, 2, 4 or 8 latent positions"
+    kind: ClassVar[str] = "SiT"
+    sizes: ClassVar[Mapping[str, TransformerSize]] = SIT_SIZES
+    patches: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
+
+    def build(self) -> "SiT":  # noqa: F821
+        from models.denoisers.sit import SiT
+
+        return SiT(self)
+
+
+# The public code's, and the two small ones of SiT.
+LIGHTNINGDIT_SIZES = SIT_SIZES | {"1p0B": TransformerSize(24, 1536, 24), "1p6B": TransformerSize(28, 1792, 28)}
+
+
+@dataclass(frozen=True)
+class LightningDiTConfig(TransformerConfig):
+    """``qk_norm`` is an RMSNorm; the public recipe is without, and turns it on where a training diverges."""
+
+    names: ClassVar[str] = f"LightningDiT-SIZE/PATCH, sizes {', '.join(LIGHTNINGDIT_SIZES)}, patch 1 or 2"
+    kind: ClassVar[str] = "LightningDiT"
+    sizes: ClassVar[Mapping[str, TransformerSize]] = LIGHTNINGDIT_SIZES
+    patches: ClassVar[tuple[int, ...]] = (1, 2)
+
+    def build(self) -> "LightningDiT":  # noqa: F821
+        from models.denoisers.lightningdit import LightningDiT
+
+        return LightningDiT(self)

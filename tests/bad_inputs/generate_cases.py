@@ -245,6 +245,7 @@ CASES = [
     Case("no latent statistics", with_run(without("vae/latents_stats.safetensors")), ("no latent statistics",)),
     Case("another VAE", with_run(other_vae_weights), ("other weights than the VAE",)),
     Case("weights that diverged", with_run(diverged), ("image 0 is not finite", "--train-steps")),
+    Case("a shift of zero", with_flags(time_shift=0), ("--time-shift", "above 0")),
     Case("Heun with the SDE", with_flags(heun=True), ("--heun", "--mode ode")),
     Case("interval upside down", with_flags(guidance_low=0.8, guidance_high=0.2), ("--guidance-low 0.8", "above")),
     Case("interval beyond 1", with_flags(guidance_high=1.5), ("--guidance-high", "[0, 1]")),

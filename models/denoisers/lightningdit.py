@@ -1,0 +1,97 @@
+"""LightningDiT: SiT with RMSNorm, rotary positions and SwiGLU (VA-VAE, arXiv 2501.01423).
+
+Parameter names and values are those of the public LightningDiT code, so that its checkpoints load as they are. That
+code counts time from noise at 0 to data at 1, the other way round than here: with x_t on the same path, its network is
+asked at 1 − t and its velocity points from noise to data. The network below keeps that inside, so that weights and
+optimizer moments of theirs mean the same here, to the bit.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.denoisers.config import LightningDiTConfig
+from models.denoisers.transformer import Attention, Block, Transformer
+
+
+class RMSNorm(nn.RMSNorm):
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension (arXiv 1910.07467), in the weight's precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class LightningDiT(Transformer):
+    """The transformer; time is 0 at the data, as for every denoiser here."""
+
+    Config = LightningDiTConfig
+
+    def norm(self, width: int) -> nn.Module:
+        return RMSNorm(width, eps=1e-6)
+
+    def make_blocks(self) -> Iterator[Block]:
+        width, heads = self.width, self.config.size.heads
+        qk_norm = self.norm if self.config.qk_norm else nn.Identity
+        rotary = RotaryPositions(width // heads, self.grid)  # one for all blocks
+        for _ in range(self.depth):
+            yield Block(width, self.norm, Attention(width, heads, qk_norm, rotary), SwiGLU(width, 8 * width // 3))
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        to_data, states = super().forward(x, 1 - t, y, taps)
+        return -to_data, states
+
+    def hidden_states(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        return super().hidden_states(x, 1 - t, y, taps)
+
+
+class RotaryPositions(nn.Module):
+    """Rotary position embedding of a square token grid (RoPE, arXiv 2104.09864; by axis as in EVA-02, 2303.11331).
+
+    Neighbouring channels (2i, 2i + 1) are a point in the plane, which is turned by the token's place times a frequency:
+    in the first half of a head by its row, in the second by its column. A product of query and key then depends on how
+    far apart their tokens are, and not on where.
+
+    Args:
+        width: of a head; a multiple of 4.
+        grid: tokens along a side, row-major.
+        base: frequencies fall from 1 to 1/base.
+    """
+
+    def __init__(self, width: int, grid: int, base: float = 10000.0):
+        super().__init__()
+        if width % 4:
+            raise ValueError(f"rotary positions in two dimensions need heads of a multiple of 4 channels, got {width}")
+        frequency = base ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+        phase = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # [grid, width/4]
+        row, column = phase[:, None].expand(-1, grid, -1), phase[None].expand(grid, -1, -1)
+        angle = torch.cat([row, column], dim=-1).flatten(0, 1)  # [grid², width/2]
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys ``[B, heads, grid², width]`` → the same, turned."""
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = first * self.cos - second * self.sin, first * self.sin + second * self.cos
+        return torch.stack(turned, dim=-1).flatten(-2)
+
+
+class SwiGLU(nn.Module):
+    """``w3(silu(a)·b)`` with (a, b) = ``w12(x)`` (arXiv 2002.05202): ``[..., width]`` → the same.
+
+    A hidden width of 8/3 has as many parameters as an MLP of four times the width.
+    """
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)

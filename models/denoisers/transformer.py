@@ -1,0 +1,216 @@
+"""What SiT and its relatives share: noisy latent → tokens → adaLN-Zero blocks → velocity (DiT, arXiv 2212.09748).
+
+A kind says which norm and which block. Parameter names are those of the public SiT, REPA, REPA-E and LightningDiT code,
+so that their checkpoints load.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.denoisers.base import Denoiser
+from models.denoisers.config import TransformerConfig
+from models.layers import sincos_positions, unpatchify, xavier_linears
+
+Norm = Callable[[int], nn.Module]  # width → a norm of the last dimension
+
+
+class Transformer(Denoiser):
+    """The transformer.
+
+    Args:
+        config: its sizes.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    config: TransformerConfig
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        size, patch = config.size, config.patch_size
+        self.x_embedder = PatchEmbedding(config.latent_channels, size.width, patch)
+        self.register_buffer("pos_embed", sincos_positions(size.width, config.grid)[None])
+        self.t_embedder = TimestepEmbedder(size.width)
+        self.y_embedder = LabelEmbedder(config.num_classes, size.width)
+        self.blocks = nn.ModuleList(self.make_blocks())
+        self.final_layer = FinalLayer(size.width, patch * patch * config.latent_channels, self.norm)
+        self._initialise()
+
+    @abstractmethod
+    def norm(self, width: int) -> nn.Module:
+        """Of the last dimension, before attention, MLP and output."""
+
+    @abstractmethod
+    def make_blocks(self) -> Iterator["Block"]:
+        """The blocks, in their order."""
+
+    @property
+    def depth(self) -> int:
+        return self.config.size.depth
+
+    @property
+    def width(self) -> int:
+        return self.config.size.width
+
+    @property
+    def grid(self) -> int:
+        return self.config.grid
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        x, condition, states = self._through_blocks(x, t, y, taps, self.depth)
+        velocity = unpatchify(self.final_layer(x, condition), self.config.latent_shape)
+        return velocity, states
+
+    def hidden_states(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        return self._through_blocks(x, t, y, taps, max(taps))[2]
+
+    def compile(self, *args, **options) -> None:
+        """Each block on its own: they share their code, and checkpointing and DDP stay outside of it."""
+        for part in (*self.blocks, self.final_layer):
+            part.compile(*args, **options)
+
+    def _through_blocks(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int], last: int
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Tokens ``[B, N, width]`` after block ``last``, the condition ``[B, width]``, tokens after each tap."""
+        x = self.x_embedder(x) + self.pos_embed  # [B, N, width]
+        condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
+        states = {}
+        for number, block in enumerate(self.blocks[:last], start=1):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, condition, use_reentrant=False)
+            else:
+                x = block(x, condition)
+            if number in taps:
+                states[number] = x
+        return x, condition, tuple(states[tap] for tap in taps)
+
+    def _initialise(self) -> None:
+        self.apply(xavier_linears)
+        embedding = self.x_embedder.proj
+        nn.init.xavier_uniform_(embedding.weight.view(embedding.out_channels, -1))
+        nn.init.zeros_(embedding.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        zero = [block.adaLN_modulation[1] for block in self.blocks]
+        for layer in (*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches → tokens: ``[B, C, h, w]`` → ``[B, (h/p)·(w/p), width]``."""
+
+    def __init__(self, channels: int, width: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Time ``[B]`` in [0, 1] → ``[B, width]``: 128 cosines and 128 sines (longest period 10000·2π), then an MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10000.0):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        half = frequencies // 2
+        frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        phase = t.float()[:, None] * self.frequency
+        embedding = torch.cat([phase.cos(), phase.sin()], dim=-1)
+        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A vector for each class and one for the null class: int64 ``[B]`` → ``[B, width]``."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: ``[B, N, width]`` → the same.
+
+    Args:
+        width, heads: of the tokens.
+        qk_norm: of the queries and keys of each head.
+        positions: what is done to queries and keys ``[B, heads, N, width/heads]`` to tell them where they are.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: Norm = nn.Identity, positions: nn.Module | None = None):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = qk_norm(width // heads), qk_norm(width // heads)
+        self.positions = positions or nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, w]
+        q, k = (self.positions(each).to(v) for each in (self.q_norm(q), self.k_norm(k)))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """An adaLN-Zero transformer block (DiT): shift, scale and gate of both branches come from the condition.
+
+    Args:
+        width: of the tokens.
+        norm: before both branches.
+        attention, mlp: the branches, ``[B, N, width]`` → the same.
+    """
+
+    def __init__(self, width: int, norm: Norm, attention: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.norm1 = norm(width)
+        self.attn = attention
+        self.norm2 = norm(width)
+        self.mlp = mlp
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Tokens ``[B, N, width]`` and the condition after its SiLU ``[B, width]`` → tokens."""
+        modulation = self.adaLN_modulation(condition)[:, None]  # [B, 1, 6·width]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """Tokens ``[B, N, width]`` → ``[B, N, out]``, modulated by the condition."""
+
+    def __init__(self, width: int, out_features: int, norm: Norm):
+        super().__init__()
+        self.norm_final = norm(width)
+        self.linear = nn.Linear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x·(1 + scale) + shift``."""
+    return torch.addcmul(shift, x, 1 + scale)
