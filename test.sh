@@ -2,7 +2,7 @@
 # The test command: installs what is missing (into .venv where no environment is active), then ruff and pytest.
 # Arguments go to pytest: ./test.sh -k resume
 # ./test.sh --gpu runs what needs a GPU, and nothing else; all other tests do not see one.
-# The long part of the faults (kills, full disks, damage), a quarter of an hour, is: python -m tests.faults
+# The long part of the faults (kills, full disks, damage), half an hour, is: python -m tests.faults
 # Files of tests are shared among processes, one a core and 8 at the most; TEST_PROCESSES says how many, 0 is this one.
 set -euo pipefail
 cd "$(dirname "$0")"
