@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from errors import one_line
 
 LARGEST = 2**63  # what counts and steps are kept in
+_NO_TEXT = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # halves of characters, but for bytes in file names
 _NAMES = {
     int: "an integer",
     float: "a number",
@@ -129,6 +131,8 @@ def _is(value: Any, kind: type) -> bool:
         return type(value) is int and abs(value) < LARGEST
     if kind is float:
         return type(value) is float or _is(value, int)
+    if kind is str:
+        return isinstance(value, str) and not _NO_TEXT.search(value)
     return isinstance(value, kind)
 
 

@@ -46,8 +46,26 @@ class Measurement:
     created: str = ""
 
 
+class MadeBy(TypedDict):
+    """How images were made, as far as it is read again: settings of ``generate.py``."""
+
+    train_steps: int | None
+    weights: str | None
+    vae: str | None
+    mode: str | None
+    num_steps: int | None
+    heun: bool | None
+    time_shift: float | None
+    cfg_scale: float | None
+    guidance_low: float | None
+    guidance_high: float | None
+    guidance_channels: int | None
+
+
 class _Place(TypedDict):
     """Of what was measured, or compared with."""
+
+    made_by: MadeBy | None
 
     path: str | None
     fingerprint: str | None

@@ -108,11 +108,11 @@ def _drawn(folder: Path) -> list[tuple[Path, str]]:
 def _how(made: Mapping[str, object], count: int | None) -> str:
     """How images were made, in words."""
     words = [f"{count:,} images"] if count else []
-    if "train_steps" in made:
+    if made.get("train_steps") is not None:
         words.append(f"{made.get('weights', '')} of step {made['train_steps']:,}".strip())
-    if "mode" in made:
+    if made.get("mode") is not None:
         words.append(f"{made['mode'].upper()}{' Heun' if made.get('heun') else ''}, {made.get('num_steps')} steps")
-    if made.get("time_shift", 1) != 1:
+    if made.get("time_shift") not in (None, 1):
         words.append(f"times shifted by {made['time_shift']:g}")
     scale = made.get("cfg_scale")
     if scale is not None:

@@ -254,7 +254,8 @@ def _guidance(measurement: Measurement, samples: Samples | None) -> str:
     scale = settings.get("cfg_scale")
     if scale is None:
         return "unknown"
-    low, high = settings.get("guidance_low", 0.0), settings.get("guidance_high", 1.0)
+    low, high = settings.get("guidance_low") or 0.0, settings.get("guidance_high")
+    high = 1.0 if high is None else high
     if scale == 1:
         return "none"
     channels = settings.get("guidance_channels")

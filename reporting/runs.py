@@ -15,10 +15,10 @@ from dataset.shards import INDEX_NAME, read_index
 from errors import UserError
 from files import is_out_of_reach
 from formats.run_folders import Record, Status
-from metrics.record import FOLDER_NAME, Measurement, folder_beside, metrics_folder, read_measurements
+from metrics.record import FOLDER_NAME, MadeBy, Measurement, folder_beside, metrics_folder, read_measurements
 from models.tokenizers import TOKENIZERS
 from runtime.experiment import PRESET_NAME, PresetRecord
-from schema import MalformedError, read_json
+from schema import MalformedError, check, read_json
 
 PREVIEW_NAME = "preview.png"
 SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": "VAE and SiT"}
@@ -116,7 +116,12 @@ def read_run(folder: Path) -> Run:
 def read_samples(path: Path) -> Samples:
     """A folder of generated images with its measurements."""
     index = (read_index(path) if path.is_dir() else None) or {}
-    return Samples(path, index.get("source") or {}, index.get("count"), read_measurements(metrics_folder(path)))
+    settings = index.get("source") or {}
+    try:
+        check(settings, MadeBy, "source")
+    except MalformedError as error:
+        raise UserError(f"{path / INDEX_NAME} is damaged ({error}); restore it, or leave {path} out") from error
+    return Samples(path, settings, index.get("count"), read_measurements(metrics_folder(path)))
 
 
 def _read(path: Path, kind: Any) -> Any:

@@ -180,14 +180,14 @@ def test_what_does_not_fit_is_one_line(changes, message):
         denoiser_config(TINY.to_dict() | changes).build()
 
 
-@pytest.mark.parametrize("align", [("repa",), ("vae",), ()])
+@pytest.mark.parametrize("align", [("repa",), ("irepa",), ("vae",), ()])
 def test_it_is_aligned_as_a_sit_is(align):
     """Its hidden state reaches the projector, and the loss every parameter of both; with LightningDiT's own losses."""
     trainer = tiny_trainer(config=TINY, align=align, velocity_cosine_coeff=1.0, weighting="lognormal")
     assert isinstance(trainer.denoiser, LightningDiT)
     batch = random_batch(8)
     metrics = accumulate(trainer, batch, trainer.draws(0, 0, batch))
-    terms = {"repa": 0.5, "vae_repa": 1.0, "velocity_cosine": 1.0, "denoise": 1.0}
+    terms = {"repa": 0.5, "irepa": 0.5, "vae_repa": 1.0, "velocity_cosine": 1.0, "denoise": 1.0}
     expected = sum(weight * metrics[name].item() for name, weight in terms.items() if name in metrics)
     assert metrics["loss"].item() == pytest.approx(expected, rel=1e-6)
     assert all(gradient.any() for gradient in gradients(networks(trainer)).values())

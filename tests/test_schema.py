@@ -31,6 +31,7 @@ GOOD = {"files": {"a": {"bytes": 1}}, "shape": [3, 4], "where": ["x"], "anything
         {"loss": 1},
         {"loss": float("nan")},
         {"where": "x"},
+        {"where": "\udcff \U0001f600"},
         {"where": None},
         {"files": {}},
         {"files": {"a": {"bytes": -5, "note": None}}},
@@ -55,6 +56,7 @@ def test_what_fits(change):
         ({"shape": [3, None]}, "shape[1] is None, not an integer"),
         ({"loss": "x" * 80}, f"loss is '{'x' * 36}…, not a number"),
         ({"where": 3}, "where is 3, not a string or a list"),
+        ({"where": "\ud800"}, r"where is '\ud800', not a string or a list"),
     ],
 )
 def test_the_first_place_that_does_not_fit_is_named(change, message):

@@ -180,7 +180,7 @@ NAMED = {"exp_name": "x", "data_dir": "x", "vae_latents_name": "x"}
     [
         (train_sendvae.main, {"exp_name": "x", "data_dir": "x", "mse_weight": 1}, "--mse-weight belongs to"),
         (train_ldm.main, NAMED | {"mean_coeff": 1}, "--mean-coeff belongs to --align mean"),
-        (train_ldm.main, NAMED | {"align": "repa+x"}, "give repa, vae, mean"),
+        (train_ldm.main, NAMED | {"align": "repa+x"}, "give repa, irepa, vae, mean"),
         (train_ldm.main, {"model": "Conv-x", "dry_run": True, "align": "none"}, "give Conv-DEPTH"),
         (train_ldm.main, {"model": "U-4", "dry_run": True, "align": "none"}, "Conv-DEPTH"),
     ],
