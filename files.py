@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypedDict
 if TYPE_CHECKING:
     import torch
 
+CHECKSUM_KEY = "sha256"  # in the header of a safetensors file
 _READ_BYTES = 1 << 22
 _RANDOM = "[0-9a-f]" * 8  # in the names of files that are being written
 # Of the file system or of rights: they say nothing of what a file holds.
@@ -113,24 +114,40 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def write_safetensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
+def write_safetensors(tensors: Mapping[str, "torch.Tensor"], path: Path, with_checksum: bool = False) -> None:
     """Tensors by name. The library's files are the owner's alone, and a kill leaves one more: in a whole folder only.
+
+    Args:
+        tensors: by name.
+        path: of the file.
+        with_checksum: keep theirs in the header, for :func:`read_safetensors`: of files that no manifest lists.
 
     Raises:
         OSError: in the place of safetensors' own error, so that a full disk is told as one.
     """
     from safetensors.torch import save_file
 
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with as_os_error(path):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        # one entry alone: the library writes several in any order
+        save_file(tensors, path, {CHECKSUM_KEY: weights_checksum(tensors)} if with_checksum else None)
+
+
+def add_checksum(path: Path) -> None:
+    """Write a file of :func:`write_safetensors`, or of another library, anew with the checksum in its header."""
+    from safetensors.torch import load_file
+
+    # cloned, because the library maps the file that is replaced
+    write_safetensors({name: tensor.clone() for name, tensor in load_file(path).items()}, path, with_checksum=True)
 
 
 def write_safetensors_file(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
-    """As :func:`write_safetensors`, inside :func:`whole_file`; held in memory a second time."""
+    """As :func:`write_safetensors` with a checksum, inside :func:`whole_file`; held in memory a second time."""
     from safetensors.torch import save
 
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with as_os_error(path):
-        Path(path).write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        Path(path).write_bytes(save(tensors, {CHECKSUM_KEY: weights_checksum(tensors)}))
 
 
 def write_torch(content: object, path: Path) -> None:
@@ -235,16 +252,38 @@ def as_os_error(path: Path) -> Iterator[None]:
 
 
 def read_safetensors(path: Path) -> dict[str, "torch.Tensor"]:
-    """``safetensors.torch.load_file``; a file that may not be read is a PermissionError, not an absent one."""
+    """``safetensors.torch.load_file``; a file that may not be read is a PermissionError, not an absent one.
+
+    Raises:
+        SafetensorError: it is damaged; where its header holds a checksum, to the last bit.
+    """
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     open(path, "rb").close()
-    return load_file(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        expected = (file.metadata() or {}).get(CHECKSUM_KEY)
+    if expected is not None and weights_checksum(tensors) != expected:
+        raise SafetensorError("it differs from the checksum in its header; copy it again")
+    return tensors
 
 
 def is_out_of_reach(error: BaseException) -> bool:
     """Whether an error is about rights or the file system, so that the file may be as good as ever."""
     return isinstance(error, OSError) and error.errno in OUT_OF_REACH
+
+
+def weights_checksum(state: Mapping[str, "torch.Tensor"]) -> str:
+    """SHA-256 over names, types, shapes and values, in the order of the names; wherever the tensors lie."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def checksum(path: Path) -> FileEntry:

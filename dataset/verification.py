@@ -1,7 +1,8 @@
-"""Whether packed data are still what was written: ``--verify``. Reads every byte once, shared by all processes.
+"""Whether packed data are still what was written. Reads every byte once, shared by all processes.
 
 The index, labels and offsets are compared with their checksums at every opening, and so are data that are read into
-memory or copied to a local disk. What training reads item by item is not: for that there is this.
+memory or copied to a local disk. What is read item by item is not: measurements call this first, trainings and caching
+with ``--verify``.
 """
 
 from collections.abc import Iterable
@@ -26,6 +27,6 @@ def verify(datasets: Iterable[Verifiable | None], rank: int = 0, world_size: int
     """
     readers = [reader for dataset in datasets if dataset is not None for reader in dataset.readers]
     total = sum(reader.total_bytes for reader in readers) // world_size
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=rank > 0) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=rank > 0 or not readers) as bar:
         for reader in readers:
             reader.verify(rank, world_size, bar.update)

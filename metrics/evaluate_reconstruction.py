@@ -14,6 +14,7 @@ from torch import nn
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.loader import read_batches
+from dataset.verification import verify
 from errors import UserError
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
 from loss.perceptual import build_lpips
@@ -100,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     process = this_process()
     set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
     images = open_images(args.data, args.resolution, default=DEFAULT_RESOLUTION)
+    if not args.dry_run:
+        verify([images], process.rank, process.world_size)
     subject = open_vae(args, process)
     if not args.dry_run:
         place = metrics_folder(output_subject(args))

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import UserError, one_line
+from files import weights_checksum
 from metrics import inception
 from metrics.arguments import FEATURES_FLAG as FLAG
 from metrics.arguments import INCEPTION
 from models.encoders import ENCODERS, Encoder, EncoderSpec, build_encoder
 from models.encoders.weights import find_weights
-from models.weight_files import NotWeightsError, read_state_dict, weights_checksum
+from models.weight_files import NotWeightsError, read_state_dict
 
 TIMM = "timm/"
 GRID, COARSEST_STRIDE = 16, 16  # tokens along a side, and the stride up to which a 256 px image gives them

@@ -13,9 +13,9 @@ from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from errors import UserError
-from files import checksum
+from files import checksum, weights_checksum
 from metrics.arguments import INCEPTION_FLAG as FLAG
-from models.weight_files import NotWeightsError, read_state_dict, weights_checksum
+from models.weight_files import NotWeightsError, read_state_dict
 
 URL = fidelity.URL_INCEPTION_V3
 FILE_NAME = URL.rsplit("/", 1)[1]

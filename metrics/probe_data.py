@@ -7,6 +7,8 @@ import numpy as np
 
 from dataset.attributes import TEST, TRAIN, VALIDATION, attributes_kind, read_attributes, split_at_random
 from dataset.images import ImageDataset, open_images
+from dataset.shards import PackedReader
+from dataset.verification import verify
 from errors import UserError
 
 VALIDATION_SHARE = 0.1  # of the training images, where a test set is given
@@ -27,6 +29,10 @@ class JoinedImages:
 
     def name(self, item: int) -> str:
         return self._parts[item >= self._border].name(item - self._border * (item >= self._border))
+
+    @property
+    def readers(self) -> list[PackedReader]:
+        return [reader for part in self._parts for reader in part.readers]
 
     def fingerprint(self) -> str:
         return "+".join(part.fingerprint() for part in self._parts)
@@ -127,6 +133,7 @@ def open_probe_data(
             do = "raise --max-images" if max_images else "give more images"
             do = "complete its split" if given is not None and not (given == PARTS[name]).any() else do
             raise UserError(f"{path}: none of {count} images is for {name}; {do}")
+    verify([images])
     return data
 
 

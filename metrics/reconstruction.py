@@ -18,13 +18,12 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from dataset.images import ImageDataset
 from diffusion.counted_noise import Purpose, counted_normal
 from errors import UserError
-from files import write_atomically
+from files import weights_checksum, write_atomically
 from inference.latent_cache import ChunkEncoder
 from loss.reconstruction import psnr
 from metrics.encoding import chunked
 from models.pixels import to_signed, to_uint8
 from models.tokenizers import Tokenizer
-from models.weight_files import weights_checksum
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:

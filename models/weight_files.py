@@ -1,7 +1,6 @@
 """Reading other people's files of weights: told apart by their content, nothing unpickled."""
 
 import argparse
-import hashlib
 import pickle
 import re
 import warnings
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from errors import one_line
-from files import is_out_of_reach
+from files import is_out_of_reach, read_safetensors
 
 NESTED_KEYS = ("state_dict", "model")  # where training codes put the weights among other things
 SNIFFED_BYTES = 512
@@ -179,16 +177,6 @@ def read_contents(path: str | Path) -> object:
         raise NotWeightsError(f"it is truncated or damaged ({one_line(error)})") from error
 
 
-def weights_checksum(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values, in the order of the names; wherever the tensors lie."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _reader(path: Path) -> Callable[[Path], object]:
     """Who reads this file, by its first bytes; what is not a file of weights is named."""
     if path.is_dir():
@@ -206,7 +194,7 @@ def _reader(path: Path) -> Callable[[Path], object]:
         _check_zip(path)
         return _read_torch
     if head[4:9] == b"\0\0\0\0{":  # the upper half of the header's length, and the header
-        return load_file
+        return read_safetensors
     if head[0] == 0x80:  # a pickle's protocol
         return _read_torch
     if _is_text(head):

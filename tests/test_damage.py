@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 import cache_latents
+import evaluate
 import preprocessing
 import train_ldm
 from dataset.images import open_images
@@ -15,8 +18,10 @@ from dataset.loader import stage_dataset
 from dataset.shards import PackedReader
 from dataset.verification import verify
 from errors import UserError
+from formats.vae import load_tokenizer
+from metrics.sources import open_image_set
 from runtime.cli import EXIT_USER_ERROR, run
-from tests.latent_caches import write_cache
+from tests.latent_caches import save_vae, write_cache
 from tests.photographs import write_class_folders
 
 
@@ -131,3 +136,33 @@ def test_scripts_verify_before_they_begin(tmp_path, capsys):
     assert run(train_ldm.main, [*train, "--verify"]) == EXIT_USER_ERROR
     assert ".npy is damaged" in capsys.readouterr().err
     assert not exps.exists()
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "latents_stats.safetensors"])
+def test_a_vae_is_compared_with_the_checksum_in_its_files(tmp_path, name):
+    """Which diffusers passes over; a file that somebody wrote anew has none, and is taken."""
+    vae = save_vae(tmp_path)
+    whole = (vae / name).read_bytes()
+    assert AutoencoderKL.from_pretrained(vae).config.latent_channels == 4
+    for place in (len(whole) - 1, len(whole) - 17, whole.index(b"sha256") + 20):
+        flip_bit(vae / name, place)
+        with pytest.raises(UserError, match=rf"{name}.*differs from the checksum in its header"):
+            load_tokenizer(str(vae))
+        (vae / name).write_bytes(whole)
+    save_file({key: 2 * tensor for key, tensor in load_file(vae / name).items()}, vae / name)
+    load_tokenizer(str(vae))
+
+
+def test_images_are_compared_before_they_are_measured(tmp_path, capsys):
+    packed = pack(tmp_path)
+    flip_bit(packed / "images-00001.npy", -1)
+    vae = ["--vae", str(save_vae(tmp_path)), "--metrics", "psnr"]
+    assert run(evaluate.main, ["reconstruction", "--data", str(packed), *vae]) == EXIT_USER_ERROR
+    assert "images-00001.npy is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "metrics").exists()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=pixels)
+    open_image_set(tmp_path / "images.npz", "--samples")
+    flip_bit(tmp_path / "images.npz", 5000)
+    with pytest.raises(UserError, match=r"images\.npz is damaged"):
+        open_image_set(tmp_path / "images.npz", "--samples")

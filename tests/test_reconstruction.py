@@ -20,6 +20,7 @@ import evaluate
 from dataset.images import open_images
 from dataset.toy import write_toy_dataset
 from errors import UserError
+from files import weights_checksum
 from formats.vae import load_tokenizer
 from loss.perceptual import build_lpips
 from loss.reconstruction import psnr
@@ -27,7 +28,6 @@ from metrics.features import build_extractor
 from metrics.reconstruction import PairScores, ssim, worst
 from metrics.record import read_measurements
 from models.pixels import to_uint8
-from models.weight_files import weights_checksum
 from tests.command_line import argv_of
 from tests.latent_caches import save_vae
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from errors import UserError, one_line
-from files import read_safetensors
+from files import is_out_of_reach, read_safetensors
 from formats.run_folders import OWN_STATISTICS, arguments_of, refuse_foreign
 from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
 from models.denoisers import DenoiserConfig, denoiser_config
@@ -245,7 +246,12 @@ def _statistics(checkpoint: Checkpoint, channels: int) -> LatentStatistics | Non
     if (checkpoint.folder / f"{OWN_STATISTICS}.safetensors").is_file():
         checkpoint.load_module(OWN_STATISTICS, statistics)
     elif of_run.is_file():
-        statistics.load(**read_safetensors(of_run))
+        try:
+            statistics.load(**read_safetensors(of_run))
+        except (OSError, SafetensorError, TypeError, RuntimeError) as error:
+            if is_out_of_reach(error):
+                raise
+            raise UserError(f"{of_run} cannot be read ({one_line(error)}); copy the run again") from error
     else:
         return None
     return statistics

@@ -97,7 +97,7 @@ class Denoiser(nn.Module, ABC):
         content = {"_class_name": type(self).__name__} | self.config.to_dict()
         with whole_folder(folder) as temporary:
             (temporary / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-            write_safetensors(self.state_dict(), temporary / WEIGHTS_FILE)
+            write_safetensors(self.state_dict(), temporary / WEIGHTS_FILE, with_checksum=True)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Denoiser":

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from files import weights_checksum
 from models.encoders.registry import EncoderSpec
-from models.weight_files import weights_checksum
 
 CHANNELS_LAST_FROM = 128  # pixels: depthwise convolutions are then 1.3 (128) to 1.6 (256) times as fast on a CPU
 

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from errors import UserError
-from files import read_safetensors, whole_folder, write_safetensors
+from files import add_checksum, read_safetensors, weights_checksum, whole_folder, write_safetensors
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import CONFIG_FILE, STATISTICS_FILE
-from models.weight_files import weights_checksum
 from schema import read_json
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # as diffusers calls it
@@ -166,8 +165,10 @@ class Tokenizer(nn.Module, ABC):
         """Write a folder with the latent statistics next to the weights, complete or not at all."""
         with whole_folder(folder) as temporary:
             self.write_network(temporary)
+            for path in temporary.glob("*.safetensors"):
+                add_checksum(path)
             if with_statistics:
-                write_safetensors(self.statistics.tensors(), temporary / STATISTICS_FILE)
+                write_safetensors(self.statistics.tensors(), temporary / STATISTICS_FILE, with_checksum=True)
 
     def write_network(self, folder: Path) -> None:
         """Architecture and weights into an empty folder."""

@@ -14,10 +14,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from errors import one_line
-from files import as_os_error
+from files import as_os_error, weights_checksum
 from models.pixels import to_signed
 from models.tokenizers.base import Code, Tokenizer
-from models.weight_files import weights_checksum
 
 MOMENTS_ITEMS = 64  # summed at once: part of what the last bits of measured statistics depend on
 # Compiled residual blocks: f16d32 has 15 kinds, each with and without gradients, for a batch and for its rest.
