@@ -5,6 +5,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +46,14 @@ def read_json(path: Path, kind: Any = dict) -> Any:
 
 def parse_json(data: bytes | str, kind: Any = dict) -> Any:
     """As :func:`read_json`, of a file's content."""
-    try:
-        value = json.loads(data)
-        check(value, kind)
-    except RecursionError:
-        raise MalformedError("it is nested too deeply") from None
-    except MalformedError:
-        raise
-    except ValueError as error:
-        raise MalformedError(one_line(error)) from error
-    return value
+    return _parse(json.loads, data, kind, (ValueError,))
 
 
 def parse_yaml(data: bytes | str, kind: Any = dict) -> Any:
     """As :func:`parse_json`, of YAML; nothing at all is None."""
     import yaml
 
-    try:
-        value = yaml.safe_load(data)
-        check(value, kind)
-    except RecursionError:
-        raise MalformedError("it is nested too deeply, or contains itself") from None
-    except MalformedError:
-        raise
-    except (yaml.YAMLError, *_YAML_ERRORS) as error:
-        raise MalformedError(one_line(error)) from error
-    return value
+    return _parse(yaml.safe_load, data, kind, (yaml.YAMLError, *_YAML_ERRORS))
 
 
 def check(value: Any, kind: Any, where: str = "", exact: bool = False) -> None:
@@ -110,6 +93,19 @@ def check(value: Any, kind: Any, where: str = "", exact: bool = False) -> None:
         for key, each in value.items():
             check(key, inner[0], f"{where or 'it'}: the key {_short(key)}")
             check(each, inner[1], f"{where}.{key}" if where else key, exact)
+
+
+def _parse(load: Callable, data: bytes | str, kind: Any, errors: tuple[type[Exception], ...]) -> Any:
+    try:
+        value = load(data)
+        check(value, kind)
+    except RecursionError:
+        raise MalformedError("it is nested too deeply, or contains itself") from None
+    except MalformedError:
+        raise
+    except errors as error:
+        raise MalformedError(one_line(error)) from error
+    return value
 
 
 def _check_union(value: Any, kinds: tuple, where: str, exact: bool) -> None:
