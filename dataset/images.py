@@ -158,7 +158,7 @@ def open_images(path: str | os.PathLike, resolution: int | None = None, *, defau
         raise UserError(
             f"{path} holds .parquet files, which cannot be read at random; run preprocessing.py on it first"
         )
-    for line in describe_left_out(source.left_out):
+    for line in describe_left_out(entry for entry in source.left_out if entry.is_image):
         logger.warning("%s: %s", path, line)
     resolution = resolution or default
     if resolution is None:

@@ -86,7 +86,8 @@ def shift_times(t: torch.Tensor, shift: float, path_type: str = "linear") -> tor
     alpha, sigma = interpolant(t, path_type)
     if path_type == "linear":
         return shift * sigma / (alpha + shift * sigma)
-    return (torch.atan2(shift * sigma, alpha) * (2 / math.pi)).clamp(0, 1)
+    shifted = torch.atan2(shift * sigma, alpha) * (2 / math.pi)
+    return torch.where((t > 0) & (t < 1), shifted.clamp(0, 1), t)  # cos π/2 is not quite 0
 
 
 def settled_shift(shift: float | str, latent_shape: Sequence[int]) -> float:

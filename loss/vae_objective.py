@@ -82,7 +82,7 @@ def load_loss_config(path: str | Path, overrides: tuple[str, ...] | list[str] = 
     try:
         values = parse_yaml(Path(path).read_bytes(), _Losses | None) or {}
     except MalformedError as error:
-        raise UserError(f"--loss-cfg-path {path}: KEY: VALUE lines are expected ({error})") from error
+        raise UserError(f"--loss-cfg-path {path}: YAML of KEY: VALUE lines is expected ({error})") from error
     values = dict(values.get("losses") or values)
     for text in overrides:
         key, separator, value = text.partition("=")

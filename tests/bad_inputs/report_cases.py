@@ -79,7 +79,7 @@ CASES = [
     Case("experiment that has not begun", experiment_without_runs, ("no such run",)),
     Case("preset damaged", of_a_folder(lambda f: (f / "preset.json").write_text("{}")), ("preset.json is damaged",)),
     Case("args.json damaged", with_flags(change=replaced("args.json", "{")), ("args.json is damaged", "leave")),
-    Case("args.json without args", with_flags(change=replaced("args.json", "{}")), ("args.json is damaged (no args)",)),
+    Case("args.json without args", with_flags(change=replaced("args.json", "{}")), ("args.json is damaged", "no args")),
     Case("status damaged", with_flags(change=replaced("status.json", "[]")), ("status.json is damaged",)),
     Case("curves damaged", with_flags(change=replaced("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n')),
          ("metrics.jsonl: line 2 is damaged", "delete that line")),
