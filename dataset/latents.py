@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from dataset.images import ImageDataset
 from dataset.shards import PackedReader, read_index
+from dataset.verification import SHOWN_BYTES
 from errors import UserError
 from files import is_out_of_reach, read_safetensors
 from models.latent_statistics import LatentStatistics
@@ -35,7 +36,6 @@ from schema import MalformedError
 STATISTICS_NAME = "latents_stats.safetensors"
 VAE_NAME = "vae"
 FLIPPED_NAME = "flipped"
-_SHOWN_BYTES = 1 << 30  # what takes longer than a moment to read
 _MAKE = "make it with cache_latents.py"
 
 
@@ -258,7 +258,7 @@ class _Array:
         size = self.spec.item_bytes * self._length * len(readers)
         if size <= limit:
             self._held = np.empty((len(readers) * self._length, *self.spec.shape), self.spec.dtype)
-            quiet = not show_progress or size < _SHOWN_BYTES
+            quiet = not show_progress or size < SHOWN_BYTES
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"reading {self.spec.kind}", disable=quiet) as bar:
                 for number, reader in enumerate(readers):
                     reader.read_all(self._held[number * self._length : (number + 1) * self._length], bar.update)

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from dataset.shards import PackedReader
 
+SHOWN_BYTES = 1 << 30  # what takes longer than a moment to read
+
 
 class Verifiable(Protocol):
     """What knows the packed files that it reads: images or latents."""
@@ -27,6 +29,6 @@ def verify(datasets: Iterable[Verifiable | None], rank: int = 0, world_size: int
     """
     readers = [reader for dataset in datasets if dataset is not None for reader in dataset.readers]
     total = sum(reader.total_bytes for reader in readers) // world_size
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=rank > 0 or not readers) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=rank > 0 or total < SHOWN_BYTES) as bar:
         for reader in readers:
             reader.verify(rank, world_size, bar.update)
