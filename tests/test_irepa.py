@@ -1,6 +1,5 @@
 """iREPA, its halves for other alignments, and alignment weights that change: against derivations in float64."""
 
-import json
 import math
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from tests import ldm_trainings, sendvae_runs
 from tests.distributed_ldm_step import BATCH, batch_draws
 from tests.ldm_steps import CONFIG, accumulate, networks, random_batch, tiny_trainer
 from tests.sendvae_runs import gradients
+from tests.test_feature_norm import metrics
 from training.alignment_schedule import alignment_factor, settle_alignment_schedule
 
 PLAIN = {"loss_cfg_path": "configs/l1_kl.yaml"}
@@ -31,10 +31,6 @@ PLAIN = {"loss_cfg_path": "configs/l1_kl.yaml"}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return ldm_trainings.write_data(tmp_path_factory.mktemp("data"))
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

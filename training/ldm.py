@@ -61,9 +61,8 @@ class AlignedDenoiser(nn.Module):
         """
         if features is None:
             prediction, _ = self.denoiser(noisy, t, labels)
-            for parameter in self.alignment.parameters():  # of which DDP wants a gradient
-                prediction = prediction + 0.0 * parameter.sum()
-            return prediction, {}
+            unused = sum(parameter.sum() for parameter in self.alignment.parameters())  # DDP wants their gradients
+            return prediction + 0.0 * unused, {}
         prediction, states = self.denoiser(noisy, t, labels, self.alignment.taps)
         return prediction, self.alignment(states, features, x, t)
 
