@@ -103,7 +103,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--channels-last",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="convolution weights in NHWC order (default: on a CPU, where it is faster)",
+        help="convolution weights in NHWC order (default: on a CPU, and with --compile, where it is faster)",
     )
     add_unfinished_argument(parser)
     add("--dry-run", action="store_true", help="encode two batches; print sizes, bytes, seconds; write nothing")
@@ -250,13 +250,14 @@ def build_networks(args: argparse.Namespace, process: Process) -> Networks:
     encoders = []
     if args.cache_features:
         encoders = build_encoders(names, args.features_grid, args.enc_ckpt, args.random_weights)
-    channels_last = process.device.type == "cpu" if args.channels_last is None else args.channels_last
-    for network in (tokenizer, *encoders):
-        network.requires_grad_(False).to(process.device)
-        if channels_last:
-            network.to(memory_format=torch.channels_last)
     if args.compile is None:
         args.compile = process.device.type == "cuda" and not args.dry_run
+    if args.channels_last is None:
+        args.channels_last = args.compile or process.device.type == "cpu"
+    for network in (tokenizer, *encoders):
+        network.requires_grad_(False).to(process.device)
+        if args.channels_last:
+            network.to(memory_format=torch.channels_last)
     if args.compile:
         for network in (tokenizer, *encoders):
             network.compile()

@@ -45,6 +45,7 @@ from runtime.cli import (
 
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
+COMPILED_FROM = 1000  # fewer images take less time than compiling for them
 FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; of the model those of MODEL_SETTINGS
 UNSAID = {"time_shift": 1.0}  # of settings that older samples were made without
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
@@ -187,7 +188,10 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
         "--allow-tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 on Ampere and up"
     )
     group.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile denoiser and decoder"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"torch.compile denoiser and decoder (default: on CUDA, for {COMPILED_FROM:,} images and more)",
     )
 
 
@@ -284,6 +288,9 @@ def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     process = this_process()
     set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
+    if args.compile is None:
+        pays = args.num_fid_samples >= COMPILED_FROM and not args.dry_run
+        args.compile = process.device.type == "cuda" and pays
     report = warn if process.is_main else lambda message: None
     trained = open_model(args, report)
     classes = parse_classes(args.classes, trained.class_names)

@@ -192,7 +192,7 @@ def build(
     vae = build_sendvae(args, accelerator, tokenizer, through, encoders, objective, discriminator)
     method = Repae(vae, LDM(args, accelerator, denoiser, alignment, tokenizer, None))
     if args.compile:
-        compile_networks(tokenizer, denoiser, *encoders)
+        compile_networks(tokenizer, denoiser, *encoders, objective.perceptual, discriminator)
     return method
 
 

@@ -186,7 +186,7 @@ def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Acc
     networks = tokenizer, alignment, encoders, objective, discriminator
     method = build_sendvae(args, accelerator, *networks, ema_decay=args.ema_decay)
     if args.compile:
-        compile_networks(tokenizer, *encoders)
+        compile_networks(tokenizer, *encoders, objective.perceptual, discriminator)
     return method, statistics
 
 

@@ -172,13 +172,15 @@ LDM_VARIANTS = {
     "eager": ("--no-compile",),
     "eager, checkpointing": ("--no-compile", "--gradient-checkpointing"),
     "compiled": ("--compile",),
+    "compiled, deterministic": ("--compile", "--deterministic"),
 }
 SENDVAE_VARIANTS = {
     "plain, VAE in float32": ("--no-compile", "--mixed-precision", "no"),
     "eager": ("--no-compile",),
     "eager, channels_last": ("--no-compile", "--channels-last"),
     "compiled": ("--compile",),
-    "compiled, channels_last": ("--compile", "--channels-last"),
+    "compiled, NCHW": ("--compile", "--no-channels-last"),
+    "compiled, deterministic": ("--compile", "--deterministic"),
 }
 
 
@@ -213,6 +215,9 @@ def begin_anew(args: argparse.Namespace) -> Accelerator:
     """Precision and numerics; accelerate remembers those of the process's first training."""
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.compiler.reset()
+    torch.use_deterministic_algorithms(False)  # the last training may have asked for them
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     return begin(args, None)
 
 
@@ -280,8 +285,8 @@ def measure_sendvae(report: Report, sizes: Sizes, variants: Sequence[str]) -> No
         del method, step, batch
 
 
-def time_training(report: Report, part: str, what: str, step: Callable[[], object], images: int, flops: float) -> None:
-    """A step after its first, whose seconds are shown too: kernels are compiled there."""
+def time_training(report: Report, part: str, what: str, step: Callable[[], object], images: int, flops: float) -> bool:
+    """A step after its first, whose seconds are shown too: kernels are compiled there. False: it does not fit."""
     report.forget_peak()
     start = time.perf_counter()
     try:
@@ -322,12 +327,12 @@ def flops_of_step(method: Method, batch, step: int = 0) -> float:
 # -- inference
 
 INFERENCE_VARIANTS = {
-    "float32": ("--no-allow-tf32",),
-    "TF32": (),
+    "float32": ("--no-compile", "--no-allow-tf32"),
+    "TF32": ("--no-compile",),
     "TF32, compiled": ("--compile",),
-    "bf16": ("--mixed-precision", "bf16"),
+    "bf16": ("--no-compile", "--mixed-precision", "bf16"),
     "bf16, compiled": ("--mixed-precision", "bf16", "--compile"),
-    "bf16, compiled, channels_last": ("--mixed-precision", "bf16", "--compile", "--channels-last"),
+    "bf16, compiled, NCHW": ("--mixed-precision", "bf16", "--compile", "--no-channels-last"),
 }
 
 
@@ -397,7 +402,7 @@ PARTS = {
     "ldm": (measure_ldm, tuple(LDM_VARIANTS)),
     "sendvae": (measure_sendvae, tuple(SENDVAE_VARIANTS)),
     "caching": (measure_caching, tuple(INFERENCE_VARIANTS)),
-    "sampling": (measure_sampling, tuple(name for name in INFERENCE_VARIANTS if "channels_last" not in name)),
+    "sampling": (measure_sampling, tuple(name for name in INFERENCE_VARIANTS if "NCHW" not in name)),
 }
 
 

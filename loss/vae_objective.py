@@ -139,20 +139,27 @@ class VAEObjective(nn.Module):
         reconstruction: torch.Tensor,
         regulariser: dict[str, torch.Tensor],
         discriminator: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> dict[str, torch.Tensor]:
         """Unweighted scalar terms of the VAE's loss.
+
+        LPIPS and the discriminator are gone through backwards at once: adaptive weights and the loss, which all ask for
+        gradients of the same terms, begin at the reconstruction, and their activations are free again before the
+        decoder's are needed.
 
         Args:
             images, reconstruction: ``[B, 3, H, W]`` in [-1, 1].
             regulariser: the tokenizer's own terms, e.g. ``kl``.
             discriminator: images → logits, unwrapped and with frozen parameters; None leaves the GAN term out.
+            scaler: fp16's.
         """
         terms = {"reconstruction": reconstruction_loss(images, reconstruction, self.config.reconstruction_loss)}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(images, reconstruction).float().mean()
+            perceptual = self.perceptual
+            terms["perceptual"] = linked(lambda x: perceptual(images, x).float().mean(), reconstruction, scaler)
         terms |= regulariser
         if discriminator is not None:
-            terms["gan"] = generator_loss(discriminator(reconstruction))
+            terms["gan"] = linked(lambda x: generator_loss(discriminator(x)), reconstruction, scaler)
         return terms
 
     def fidelity(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -202,15 +209,48 @@ class VAEObjective(nn.Module):
         return weights
 
 
-def gradient_at(loss: torch.Tensor, weight: torch.Tensor, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
-    """The gradient of a scalar at one parameter, the graph being kept.
+def gradient_at(
+    loss: torch.Tensor, x: torch.Tensor, scaler: torch.amp.GradScaler | None = None, keep_graph: bool = True
+) -> torch.Tensor:
+    """The gradient of a scalar at one tensor.
 
     Args:
         loss: the scalar.
-        weight: the parameter.
+        x: a parameter, say.
         scaler: fp16's, without which small gradients would be rounded to 0.
+        keep_graph: for further gradients of ``loss``.
     """
     if scaler is None:
-        return torch.autograd.grad(loss, weight, retain_graph=True)[0]
-    gradient = torch.autograd.grad(scaler.scale(loss), weight, retain_graph=True)[0]
+        return torch.autograd.grad(loss, x, retain_graph=keep_graph)[0]
+    gradient = torch.autograd.grad(scaler.scale(loss), x, retain_graph=keep_graph)[0]
     return gradient / scaler.scale(torch.ones_like(loss))
+
+
+def linked(
+    term: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, scaler: torch.amp.GradScaler | None = None
+) -> torch.Tensor:
+    """``term(x)``, a scalar, whose gradient at ``x`` is computed now and not in every backward pass.
+
+    Args:
+        term: without trained parameters, which would get no gradient.
+        x: of any shape.
+        scaler: fp16's.
+    """
+    if not x.requires_grad:
+        return term(x)
+    leaf = x.detach().requires_grad_()
+    value = term(leaf.view_as(leaf))  # torch's FLOP counter hooks what modules get, and cannot where that is a leaf
+    return _Linked.apply(x, value.detach(), gradient_at(value, leaf, scaler, keep_graph=False))
+
+
+class _Linked(torch.autograd.Function):
+    """``value``, as a function of ``x`` whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return upstream * ctx.saved_tensors[0], None, None

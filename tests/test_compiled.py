@@ -9,10 +9,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from formats.vae import load_tokenizer
+from loss.perceptual import build_lpips
 from models.denoisers.config import LightningDiTConfig, SiTConfig
 from models.denoisers.sit import SiT
+from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from tests.ldm_runs import random_weights
+from training.method import frozen
 from training.networks import compile_networks
 
 
@@ -88,6 +91,30 @@ def test_a_vfm_is_one_graph(name, grid, side):
     plain = encoder(images)
     torch.testing.assert_close(compiled(encoder)(images), plain)
     assert graphs() == 1
+
+
+def test_the_judges_of_a_reconstruction_are_one_graph_each():
+    """LPIPS; the discriminator has one where it is frozen and one where it is trained."""
+    torch.manual_seed(0)
+    lpips, discriminator = build_lpips(random_weights=True), PatchDiscriminator(width=8).train()
+    real, fake = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64, requires_grad=True)
+
+    def of_lpips() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(lpips(real, fake).sum(), fake))
+
+    def of_discriminator() -> list[torch.Tensor]:
+        with frozen(discriminator):
+            generator = torch.autograd.grad(discriminator(fake).mean(), fake)
+        pair = discriminator(real), discriminator(fake.detach())
+        return [*generator, *torch.autograd.grad((pair[0] - pair[1]).square().sum(), list(discriminator.parameters()))]
+
+    for network, gradients, expected in ((lpips, of_lpips, 1), (discriminator, of_discriminator, 2)):
+        counters.clear()
+        plain = gradients()
+        compiled(network)
+        for other, one in zip(gradients() + gradients(), plain + plain, strict=True):
+            torch.testing.assert_close(other, one)
+        assert graphs() == expected
 
 
 def test_residual_blocks_of_a_vae_share_graphs():

@@ -511,6 +511,34 @@ def test_a_gradient_at_a_layer_keeps_the_graph_and_is_that_of_the_unscaled_loss(
     assert layer.grad.tolist() == [12.0, 27.0]
 
 
+def test_the_judges_of_a_reconstruction_are_gone_through_backwards_once():
+    """LPIPS and discriminator: value and gradients of the plain sum, whoever asks for them and how often."""
+    config = VAELossConfig(perceptual_weight=3.0, discriminator_weight=0.1, adaptive_discriminator_weight=True)
+    objective, passes, results = VAEObjective(config, build_lpips(random_weights=True, net="alex")), [], []
+    for plainly in (True, False):
+        parts = Parts()
+        images = F.interpolate(parts.images, scale_factor=2)
+        reconstruction = F.interpolate(parts.reconstruction, scale_factor=2)
+        parts.discriminator.requires_grad_(False)
+        if plainly:
+            terms = {
+                "reconstruction": (images - reconstruction).abs().mean(),
+                "perceptual": objective.perceptual(images, reconstruction).mean(),
+                "gan": -parts.discriminator(reconstruction).mean(),
+            }
+        else:
+            for network in (objective.perceptual, parts.discriminator):
+                network.register_forward_hook(lambda _, __, output: output.register_hook(passes.append) and None)
+            terms = objective.generator_terms(images, reconstruction, {}, parts.discriminator)
+        weights = parts.weights(objective, terms)
+        total(terms, weights).backward()
+        gradients = [parameter.grad for parameter in parts.vae.network.parameters()]
+        results.append([*terms.values(), weights["gan"], *gradients])
+    assert len(passes) == 2
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("term", "trained"),
     [

@@ -271,7 +271,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         "--channels-last",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="convolution weights in NHWC order (default: on a CPU, where it is faster)",
+        help="convolution weights in NHWC order (default: on a CPU, and with --compile, where it is faster)",
     )
     group.add_argument(
         "--gradient-checkpointing",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from errors import UserError
 from formats.discriminator import load_discriminator
@@ -131,11 +132,11 @@ def build_aligned_denoiser(
     return denoiser.to(accelerator.device).train(), alignment.to(accelerator.device).train()
 
 
-def compile_networks(*networks: Tokenizer | Denoiser | Encoder) -> None:
+def compile_networks(*networks: nn.Module | None) -> None:
     """Compile in place, so that state-dict keys keep their names; after averages have been copied off.
 
-    Discriminator, LPIPS and mappers stay as they are: they are a few per cent of a step, and mostly convolutions and
-    matrix products, which a compiler leaves alone.
+    Mappers and projectors stay as they are: they are a few per cent of a step, and mostly matrix products, which a
+    compiler leaves alone.
     """
     import torch._dynamo.config  # here, because it takes a second
     import torch._functorch.config
@@ -145,4 +146,5 @@ def compile_networks(*networks: Tokenizer | Denoiser | Encoder) -> None:
     # Blocks are smaller than DDP's buckets, and one that it split would be recomputed unsplit: torch 2.6 refuses that.
     torch._dynamo.config.optimize_ddp = False
     for network in networks:
-        network.compile()
+        if network is not None:
+            network.compile()

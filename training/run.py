@@ -118,10 +118,10 @@ def begin(args: argparse.Namespace, folder: Path | None) -> Accelerator:
     """
     accelerator = build_accelerator(args.mixed_precision, args.report_to, folder)
     args.mixed_precision = accelerator.mixed_precision
-    if args.channels_last is None:
-        args.channels_last = accelerator.device.type == "cpu"
     if args.compile is None:
         args.compile = accelerator.device.type == "cuda"
+    if args.channels_last is None:  # uncompiled, CUDA's GroupNorm copies what comes in that order
+        args.channels_last = args.compile or accelerator.device.type == "cpu"
     settle_micro_batch(args, accelerator.num_processes)
     cpu_group()  # before anything can fail on one process alone: the others then notice
     set_numerics(args.seed, args.allow_tf32, args.deterministic)

@@ -165,7 +165,9 @@ class SendVAE(Method):
                 # Frozen while this graph is recorded: this loss must not reach the discriminator's gradients.
                 with self.accelerator.autocast(), frozen(judge):
                     images = to_signed(batch.images)
-                    terms = self.objective.generator_terms(images, output.reconstruction, output.regulariser, judge)
+                    terms = self.objective.generator_terms(
+                        images, output.reconstruction, output.regulariser, judge, self.accelerator.scaler
+                    )
                 weights = self.objective.generator_weights(terms, self.tokenizer.decoder_last_layer, self.gradient)
                 fidelity = self.objective.fidelity(terms)
                 if self.objective.config.adaptive_discriminator_weight and is_gan_active:

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.gpu import needs_gpu
-from tests.gpu.trainings import NAMES, tiny_training
+from tests.gpu.trainings import NAMES, RECIPES, tiny_training
 from training.method import Method, train_step
 from training.metrics import MeanMetrics
 
@@ -16,6 +16,17 @@ pytestmark = needs_gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_does_not_synchronise(name, precision):
     """Only launches kernels, with accumulation, clipping, AdamW, averages, statistics and metrics."""
+    assert_no_synchronisation(name, precision)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_of_other_recipes_does_not_synchronise(name):
+    """Muon, LightningDiT, iREPA, spatial norm, VF loss, schedules."""
+    assert_no_synchronisation(name, "bf16")
+
+
+def assert_no_synchronisation(name: str, precision: str) -> None:
+    """In the third step."""
     training = tiny_training(name, "--no-compile", "--mixed-precision", precision)
     batches, metrics = [training.batch(4), training.batch(4)], MeanMetrics()
     for step in range(2):  # AdamW makes its moments in the first
@@ -56,7 +67,7 @@ def trained_weights(method: Method) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": p.clone() for name, parameters in trained.items() for key, p in parameters}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *RECIPES])
 def test_compiled_networks_give_the_same_step(name):
     """Losses and gradient norms of a float32 step; no graph breaks, no compilation after the first step."""
     values = {}

@@ -18,6 +18,14 @@ from training.run import begin
 COMMON = ("--dry-run", "--random-weights", "--vae", "f4d4-tiny", "--enc-type", "dinov2-vit-s", "--resolution", "64")
 DENOISER = ("--model", "SiT-Ti/2", "--encoder-depth", "2", "--projector-width", "32")
 NAMES = ("sendvae", "ldm", "repae")
+RECIPES = {
+    "sendvae, Muon": ("sendvae", "--feature-norm", "spatial", "--noise-times", "lognormal", "--optimizer", "muon"),
+    "sendvae, VF loss": ("sendvae", "--align-loss", "vf"),
+    "sendvae, convolution": ("sendvae", "--mapper-head", "conv", "--align-schedule", "cosine"),
+    "ldm, Muon": ("ldm", "--optimizer", "muon", "--time-shift", "2"),
+    "ldm, LightningDiT": ("ldm", "--model", "LightningDiT-Ti/2", "--velocity-cosine-coeff", "1"),
+    "ldm, iREPA": ("ldm", "--align", "irepa", "--align-until", "50"),
+}
 
 
 class Training(NamedTuple):
@@ -29,7 +37,9 @@ class Training(NamedTuple):
 
 
 def tiny_training(name: str, *flags: str) -> Training:
-    """One of :data:`NAMES`; ``flags`` come last."""
+    """One of :data:`NAMES` or :data:`RECIPES`; ``flags`` come last."""
+    name, *recipe = RECIPES.get(name, (name,))
+    flags = (*recipe, *flags)
     AcceleratorState._reset_state(reset_partial_state=True)
     steps = ("--max-train-steps", "100")
     if name == "ldm":
