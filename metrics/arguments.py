@@ -6,14 +6,14 @@ from pathlib import Path
 from formats.arguments import add_unfinished_argument, add_vae_source_arguments
 from runtime.cli import add_debug_argument, non_negative_int, positive_int
 
-INCEPTION = "inception"
+INCEPTION, DINOV2 = "inception", "DINOv2"
 FEATURES_FLAG, CHECKPOINT_FLAG = "--features", "--enc-ckpt"
 INCEPTION_FLAG = "--inception-ckpt"
-GENERATION_METRICS = ("fid", "sfid", "is", "pr", "kid")
+GENERATION_METRICS = ("fid", "sfid", "is", "pr", "kid", "mind")
 RECONSTRUCTION_METRICS = ("rfid", "psnr", "ssim", "lpips-alex", "lpips-vgg")
 LPIPS_FLAGS = {"alex": "--lpips-alex-ckpt", "vgg": "--lpips-ckpt"}
 TRUNK_NAMES = {"alex": "AlexNet", "vgg": "VGG16"}
-GENERATION_HELP = "generated images against a reference: FID, sFID, Inception Score, Precision, Recall, KID"
+GENERATION_HELP = "generated images against a reference: FID, sFID, Inception Score, Precision, Recall, KID, MIND"
 GENERATION_DESCRIPTION = """Compare generated images with a reference.
 
   python evaluate.py generation --samples exps/ldm/samples-… --ref VIRTUAL_imagenet256_labeled.npz
@@ -55,7 +55,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--name", help=NAME_HELP)
     output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images at once on a process")
     output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
-    output.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="seed of KID's subsets")
+    output.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="seed of KID's and MIND's draws")
     output.add_argument(
         "--dry-run", action="store_true", help="two batches, random weights if need be; print sizes; write nothing"
     )
@@ -89,6 +89,10 @@ def add_samples_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num-samples", type=positive_int, metavar="N", help="the first N of them (default: all)")
 
 
+def _canonical(name: str) -> str:
+    return DINOV2 if name.lower() == DINOV2.lower() else name
+
+
 def add_metric_arguments(group: argparse._ArgumentGroup) -> None:
     """The flags that generate.py has too."""
     group.add_argument(
@@ -98,9 +102,11 @@ def add_metric_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         FEATURES_FLAG,
+        type=_canonical,
         default=INCEPTION,
         metavar="NAME",
-        help="whose features: inception, a name of --enc-type, or timm/NAME; all but inception give FD-NAME, not FID",
+        help="whose features: inception; DINOv2: the class token of ViT-L/14, for FD-DINOv2; a name of --enc-type: the "
+        "mean of its patch tokens; or timm/NAME. All but inception give FD-NAME, not FID",
     )
     group.add_argument(
         INCEPTION_FLAG, metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: torch's hub cache)"

@@ -1,4 +1,4 @@
-"""Networks by whose features sets of images are compared: Inception, a VFM of ``--enc-type``, any network of timm."""
+"""Networks by whose features sets of images are compared: Inception, DINOv2's class token, a VFM, any of timm's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from torch import nn
 
 from errors import UserError, one_line
 from files import weights_checksum
-from metrics import inception
+from metrics import dinov2, inception
+from metrics.arguments import DINOV2, INCEPTION
 from metrics.arguments import FEATURES_FLAG as FLAG
-from metrics.arguments import INCEPTION
 from models.encoders import ENCODERS, Encoder, EncoderSpec, build_encoder
 from models.encoders.weights import find_weights
 from models.weight_files import NotWeightsError, read_state_dict
@@ -128,7 +128,7 @@ def build_extractor(name: str, checkpoint: str | None = None, random_weights: bo
     """Build the network that ``--features`` names.
 
     Args:
-        name: ``inception``, a name of ``--enc-type``, or ``timm/`` and a model of timm.
+        name: ``inception``, ``DINOv2``, a name of ``--enc-type``, or ``timm/`` and a model of timm.
         checkpoint: file with the weights; by default they are looked for where the network's usually lie.
         random_weights: to measure sizes and speed.
 
@@ -138,15 +138,18 @@ def build_extractor(name: str, checkpoint: str | None = None, random_weights: bo
     if name == INCEPTION:
         network = inception.build_inception(checkpoint, random_weights)
         return Extractor(name, network, network.weights_sha256)
+    if name == DINOV2:
+        network = dinov2.build_dinov2(checkpoint, random_weights)
+        return Extractor(name, network, network.weights_sha256)
     if name.startswith(TIMM):
         network = _build_timm(name.removeprefix(TIMM), checkpoint, random_weights)
         return Extractor(name, Pooled(network), weights_checksum(network.state_dict()))
     if name not in ENCODERS:
-        close = get_close_matches(name, [INCEPTION, *ENCODERS], 1)
+        close = get_close_matches(name, [INCEPTION, DINOV2, *ENCODERS], 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"{FLAG} {name} is not known; {hint}there are {INCEPTION}, {', '.join(ENCODERS)}, and {TIMM}NAME for any "
-            "model of timm"
+            f"{FLAG} {name} is not known; {hint}there are {INCEPTION}, {DINOV2}, {', '.join(ENCODERS)}, and {TIMM}NAME "
+            "for any model of timm"
         )
     stride = ENCODERS[name].stride
     grid = GRID if stride <= COARSEST_STRIDE else GRID * COARSEST_STRIDE // stride

@@ -1,4 +1,4 @@
-"""Generated images against a reference: FID, sFID, Inception Score, Precision, Recall (ADM's protocol) and KID.
+"""Generated images against a reference: FID, sFID, Inception Score, Precision, Recall (ADM's protocol), KID and MIND.
 
 ADM (Dhariwal & Nichol 2021, arXiv 2105.05233): Inception-v3 of 2015-12-05; statistics of the reference as its ``.npz``
 brings them; Precision and Recall with k = 3 on all samples and the reference's images; the Inception Score over splits
@@ -19,6 +19,7 @@ from metrics.features import Extractor, without_tf32
 from metrics.frechet import frechet_distance
 from metrics.inception_score import SPLIT_SIZE
 from metrics.kid import SUBSETS, choose_subset_size, kernel_distance
+from metrics.mind import PROJECTIONS, choose_size, monge_distance
 from metrics.precision_recall import NEIGHBOUR, count_pairs, precision_recall
 from metrics.record import Measurement
 from metrics.sources import ImageSet
@@ -39,7 +40,7 @@ class Settings:
         num_samples: the first so many images; None: all.
         batch_size: images at once on a process.
         num_workers: reading threads.
-        seed: of KID's subsets.
+        seed: of KID's subsets and MIND's draws.
         ref_cache: folder that keeps the reference's features; None: next to the reference.
     """
 
@@ -61,7 +62,7 @@ def choose_metrics(wanted: Sequence[str] | None, features: str) -> tuple[str, ..
             raise UserError(f"--metrics {metric} is not known; there are {', '.join(METRICS)}, separated by commas")
         if metric not in possible:
             raise UserError(
-                f"--metrics {metric} is defined for Inception alone; with --features {features}: fid,pr,kid"
+                f"--metrics {metric} is defined for Inception alone; with --features {features}: fid,pr,kid,mind"
             )
     return tuple(metric for metric in METRICS if metric in wanted)
 
@@ -115,7 +116,7 @@ def evaluate(
         pooled="fid" in metrics,
         spatial="sfid" in metrics,
         scores="is" in metrics,
-        features="pr" in metrics or "kid" in metrics,
+        features=not {"pr", "kid", "mind"}.isdisjoint(metrics),
     )
     ours = summarise(
         samples.images,
@@ -139,7 +140,7 @@ def summarise_reference(
         pooled="fid" in metrics and not _brings(reference, "fid", name),
         spatial="sfid" in metrics and not _brings(reference, "sfid", name),
         scores=False,
-        features="pr" in metrics or "kid" in metrics,
+        features=not {"pr", "kid", "mind"}.isdisjoint(metrics),
     )
     summary = Summary(0)
     if needs != Needs(False, False, False, False):
@@ -189,6 +190,9 @@ def compare(ours: Summary, theirs: Summary, name: str, settings: Settings) -> di
             size = choose_subset_size(len(ours.features), len(theirs.features))
             mean, deviation = kernel_distance(ours.features, theirs.features, subset_size=size, seed=settings.seed)
             values[f"KID{suffix}"], values[f"KID{suffix}-std"] = mean, deviation
+        if "mind" in metrics:
+            size = choose_size(len(ours.features), len(theirs.features))
+            values[f"MIND{suffix}"] = monge_distance(ours.features, theirs.features, size=size, seed=settings.seed)
     return values
 
 
@@ -222,6 +226,8 @@ def measurement(
             "seed": settings.seed,
             "kid_subsets": SUBSETS,
             "kid_subset_size": choose_subset_size(count, len(images)) if images is not None else None,
+            "mind_size": choose_size(count, len(images)) if images is not None else None,
+            "mind_projections": PROJECTIONS,
             "is_split_size": SPLIT_SIZE,
             "neighbour": NEIGHBOUR,
             "precision": "float32",

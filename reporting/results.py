@@ -26,7 +26,7 @@ PROBES = {
     "discrimination": "Probe: discrimination of latents",
 }
 SECTIONS = (GENERATION, READING, RECONSTRUCTION, *PROBES.values())
-ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "rFID", "PSNR", "SSIM", "LPIPS-alex", "LPIPS-vgg",
+ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "MIND", "rFID", "PSNR", "SSIM", "LPIPS-alex", "LPIPS-vgg",
          "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5")  # fmt: skip
 GENERIC_NAMES = ("packed", "packed-val", "train", "val", "test")  # of a dataset: its parent's name says more
 BENCHMARKS = ("celeba", "deepfashion", "awa")

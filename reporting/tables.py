@@ -15,7 +15,7 @@ PUBLISHED = "published"
 DIGITS = {"IS": 1, "PSNR": 2, "FID": 2, "sFID": 2, "rFID": 2, "Precision": 3, "Recall": 3, "SSIM": 3}
 PUBLISHED_DIGITS = {"IS": 1, "LPIPS": 3, "F1": 4}  # 2 for all others
 HIGHER_IS_BETTER = ("IS", "Precision", "Recall", "PSNR", "SSIM", "F1", "mAP", "top", "asked", "clear", "held")
-LOWER_IS_BETTER = ("FID", "sFID", "rFID", "FD", "rFD", "KID", "LPIPS", "gini")
+LOWER_IS_BETTER = ("FID", "sFID", "rFID", "FD", "rFD", "KID", "MIND", "LPIPS", "gini")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tests.inception_weights import write_inception_weights
 from tests.ldm_runs import flags as ldm_flags
 from tests.ldm_runs import write_ldm_run
 from tests.test_distributed import torchrun
-from tests.test_set_metrics import mmd2_in_words, precision_recall_in_words
+from tests.test_set_metrics import mind_in_words, mmd2_in_words, precision_recall_in_words
 
 LITE0 = "efficientnet-lite0"
 
@@ -84,7 +84,7 @@ def distance_of_few(x: np.ndarray, y: np.ndarray) -> float:
 def values_in_words(
     ours: tuple[np.ndarray, ...], theirs: tuple[np.ndarray, ...], distance: Callable = distance
 ) -> dict[str, float]:
-    """All five metrics from all features at once."""
+    """All metrics from all features at once; MIND of sets of one size."""
     p = torch.from_numpy(ours[2]).softmax(1).numpy()
     pooled = [torch.from_numpy(x[0]).float() for x in (ours, theirs)]
     precision, recall = precision_recall_in_words(*pooled)
@@ -95,6 +95,7 @@ def values_in_words(
         "Precision": precision,
         "Recall": recall,
         "KID": mmd2_in_words(ours[0], theirs[0]),
+        **({"MIND": mind_in_words(ours[0], theirs[0])} if len(ours[0]) == len(theirs[0]) else {}),
     }
 
 
@@ -136,7 +137,7 @@ def test_inception_with_adms_reference(tmp_path, capsys):
     assert {name: found.values[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert found.reference["statistics_of_the_file"] == ["fid", "sfid"]
     assert min(found.values["FID"], found.values["sFID"], found.values["IS"] - 1) > 1e-3
-    again = measured(samples, ref, inception_ckpt=weights, batch_size=1, metrics="is,pr,kid").values
+    again = measured(samples, ref, inception_ckpt=weights, batch_size=1, metrics="is,pr,kid,mind").values
     assert again.pop("KID-std") is found.values["KID-std"] is None  # a subset is all of the 7
     assert again == pytest.approx({name: found.values[name] for name in again}, rel=1e-4)
     assert "FID " in capsys.readouterr().out
@@ -168,7 +169,7 @@ def test_neither_batch_nor_layout_nor_processes_matter(tmp_path):
     }
     expected = found.pop("packed")
     assert list(expected) == [f"{name}-{LITE0}{end}" for name, end in (
-        ("FD", ""), ("Precision", ""), ("Recall", ""), ("KID", ""), ("KID", "-std"))]  # fmt: skip
+        ("FD", ""), ("Precision", ""), ("Recall", ""), ("KID", ""), ("KID", "-std"), ("MIND", ""))]  # fmt: skip
     assert expected[f"FD-{LITE0}"] > 0.01
     assert {values.pop(f"KID-{LITE0}-std") for values in (expected, *found.values())} == {None}  # subsets are the sets
     for values in found.values():
@@ -307,7 +308,7 @@ def test_a_timm_network(tmp_path):
     with torch.no_grad():
         expected = network.forward_head(network.forward_features((images / 255 - mean) / std), pre_logits=True)
     torch.testing.assert_close(extractor(images).pooled, expected, rtol=1e-4, atol=1e-4)
-    assert generation.choose_metrics(None, extractor.name) == ("fid", "pr", "kid")
+    assert generation.choose_metrics(None, extractor.name) == ("fid", "pr", "kid", "mind")
     image_set = open_image_set(write_packed(tmp_path / "a", random_images(4, 0)), "--samples")
     assert generation.measurement_name(image_set, extractor.name) == "generation-timm-resnet10t"
 

@@ -1,14 +1,17 @@
-"""KID, Inception Score, Precision and Recall against definitions written out."""
+"""KID, MIND, Inception Score, Precision and Recall against definitions written out."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from metrics import precision_recall as module
+from metrics.frechet import Gaussian, frechet_distance
 from metrics.inception_score import InceptionScore
 from metrics.kid import choose_subset_size, kernel_distance, unbiased_mmd2
+from metrics.mind import choose_size, monge_distance
 from metrics.precision_recall import count_pairs, precision_recall, squared_radii
 
 
@@ -24,6 +27,45 @@ def mmd2_in_words(x: np.ndarray, y: np.ndarray) -> float:
 
     within = sum(np.mean([kernel(*pair) for pair in itertools.permutations(z, 2)]) for z in (x, y))
     return within - 2 * np.mean([kernel(a, b) for a in x for b in y])
+
+
+def mind_in_words(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
+    """Of two sets of one size: along each direction the cheapest assignment, found among all that there are."""
+    directions = np.random.Generator(np.random.PCG64(seed)).standard_normal((x.shape[1], 1000)).T
+    costs = []
+    for direction in directions:
+        along = [z @ (direction / np.sqrt(direction @ direction)) for z in (x, y)]
+        cost = (along[0][:, None] - along[1][None]) ** 2
+        costs.append(cost[linear_sum_assignment(cost)].mean())
+    return 3 * x.shape[1] * np.mean(costs)
+
+
+def test_mind_against_assignments():
+    x, y = normal(12, 5, 0), normal(12, 5, 1, 0.3, 1.5)
+    expected = mind_in_words(x.double().numpy(), y.double().numpy())
+    assert monge_distance(x, y, size=12) == pytest.approx(expected, rel=1e-9)
+    assert monge_distance(x, x.flip(0), size=12) == 0
+
+
+def test_mind_of_a_shift_and_of_a_scale():
+    """Three times the squared length of a shift (1,000 directions: within 5 %); of N(0, s²), 3·D·(s − 1)²."""
+    x = normal(4000, 6, 0)
+    shift = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.0, 0.3])
+    assert monge_distance(x, x + shift, size=4000) == pytest.approx(3 * shift.square().sum().item(), rel=0.05)
+    assert monge_distance(x, 1.5 * normal(4000, 6, 1), size=4000) == pytest.approx(3 * 6 * 0.5**2, rel=0.05)
+    assert monge_distance(x[:, :1], 2 + x[:, :1], size=4000) == pytest.approx(12, rel=1e-9)  # one direction only
+
+
+def test_mind_ranks_as_the_frechet_distance_does_and_counts_its_draws():
+    reference = normal(3000, 8, 0)
+    sets = [normal(3000, 8, 1), *(normal(3000, 8, 2 + i, 0.1 * i, 1 + 0.1 * i) for i in range(1, 5))]
+    distances = [monge_distance(each, reference, size=1000) for each in sets]
+    gaussians = [Gaussian(z.double().mean(0).numpy(), np.cov(z.double().numpy(), rowvar=False)) for z in sets]
+    theirs = Gaussian(reference.double().mean(0).numpy(), np.cov(reference.double().numpy(), rowvar=False))
+    assert np.argsort(distances).tolist() == np.argsort([frechet_distance(g, theirs) for g in gaussians]).tolist()
+    assert monge_distance(sets[1], reference, size=1000) == distances[1]
+    assert monge_distance(sets[1], reference, size=1000, seed=1) != distances[1]
+    assert (choose_size(50_000, 10_000), choose_size(300, 10_000)) == (5000, 300)
 
 
 def test_mmd_against_all_pairs():
