@@ -3,6 +3,7 @@
 import hashlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 EPSILON = 1e-4  # added to the variance, both ways (REPA-E's BatchNorm)
@@ -85,6 +86,11 @@ def normalize_by_batch(z: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     mean = total / count
     std = ((squares / count - mean.square()).clamp_min(0) + EPSILON).sqrt()
     return (z.float() - mean.float()[:, None, None]) / std.float()[:, None, None]
+
+
+def standardised(z: torch.Tensor) -> torch.Tensor:
+    """Latent ``[B, C, h, w]`` → normalised by its own mean and biased variance, which the gradient passes through."""
+    return F.batch_norm(z.float(), None, None, training=True, eps=EPSILON)
 
 
 @torch.no_grad()

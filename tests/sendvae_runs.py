@@ -37,6 +37,7 @@ FLAGS = {
     "noise_times": "uniform",
     "noise_shift": 1.0,
     "noise_max": 1.0,
+    "noise_statistics": "running",
     "align_schedule": "constant",
     "align_until": None,
     "vf_weight": 0.1,

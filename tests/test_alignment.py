@@ -183,6 +183,40 @@ def test_scores_are_the_mean_cosines_of_each_image_as_in_training_and_clean(alig
         torch.testing.assert_close(score.double(), cosine.mean(1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_what_a_larger_latent_gains_under_noise(by_batch):
+    """With running statistics a finer prediction: the loss falls with the scale. With the batch's own, nothing."""
+    trainer = tiny_trainer()
+    alignment = trainer.alignment.train()
+    alignment.by_batch = by_batch
+    (vfm,), draws = alignment.features, draws_for(3)
+    latent, features = normal(15, 3, *LATENT).float(), [normal(17, 3, vfm.grid**2, vfm.width).float()]
+    scale = torch.ones((), requires_grad=True)
+    seen = alignment.noisy(scale * latent, trainer.statistics, draws)
+    signal = ((seen * latent).sum() / latent.norm()).abs()
+    (of_signal,) = torch.autograd.grad(signal, scale, retain_graph=True)
+    loss = alignment(scale * latent, trainer.statistics, features, torch.zeros(3), draws)["alignment"]
+    (of_loss,) = torch.autograd.grad(loss, scale)
+    if by_batch:
+        t = draws.times.view(3, 1, 1, 1)
+        mean, var = (
+            latent.double().mean((0, 2, 3), keepdim=True),
+            latent.double().var((0, 2, 3), keepdim=True, correction=0),
+        )
+        expected = (1 - t) * (latent - mean) / (var + 1e-4).sqrt() + t * draws.noise
+        torch.testing.assert_close(seen.double(), expected.double(), rtol=0, atol=1e-5)
+        assert abs(of_signal) < 1e-2 * signal
+        assert abs(of_loss) < 1e-4
+        running = trainer.statistics.normalize(latent)
+        alignment.eval()  # validation goes by what a denoiser will be given
+        t = draws.times.view(3, 1, 1, 1)
+        expected = (1 - t) * running + t * draws.noise
+        torch.testing.assert_close(alignment.noisy(latent, trainer.statistics, draws), expected)
+    else:
+        assert of_signal > 0.1 * signal
+        assert abs(of_loss) > 1e-4
+
+
 # --- its flags --------------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ MENTIONED = {
 UNSAID = {
     **{"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0, "velocity_cosine_coeff": 0.0},
     **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp"},
-    **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0},
+    **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
 }
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(

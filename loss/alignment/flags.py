@@ -12,7 +12,7 @@ from diffusion import WEIGHTINGS
 from errors import UserError
 from runtime.cli import fraction, non_negative_float, non_negative_int, positive_float, positive_int
 
-MAPPER_HEADS = ("mlp", "conv")
+MAPPER_HEADS, NOISE_STATISTICS = ("mlp", "conv"), ("running", "batch")
 # VAE-REPA: published for B, L and XL; smaller denoisers follow B.
 DEEP, DEPTHS = 12, (2, 8)  # the block, of denoisers of up to so many blocks and of deeper ones
 
@@ -93,6 +93,7 @@ class MapperFlags(TokenizerAlignmentFlags):
         "noise_times": "uniform",
         "noise_shift": 1.0,
         "noise_max": 1.0,
+        "noise_statistics": "running",
     }
 
     @classmethod
@@ -135,6 +136,12 @@ class MapperFlags(TokenizerAlignmentFlags):
             type=fraction,
             metavar="T",
             help="cosine only: the latest of those times, in whose range all are scaled; 1 is noise alone (default: 1)",
+        )
+        group.add_argument(
+            "--noise-statistics",
+            choices=NOISE_STATISTICS,
+            help="cosine only: by what latents are normalised before the noise: running statistics, as constants, or "
+            "the batch's own, so that a larger latent is no way around the noise (default: running)",
         )
 
     @classmethod

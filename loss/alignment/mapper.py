@@ -11,7 +11,7 @@ from diffusion.flow import add_noise, training_times
 from loss.alignment.base import FeaturePrediction, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged, patch_cosine_loss
 from loss.alignment.flags import MapperFlags
-from models.latent_statistics import LatentStatistics
+from models.latent_statistics import LatentStatistics, standardised
 from models.mapper import Mapper
 from models.tokenizers import Code
 
@@ -26,6 +26,9 @@ class MapperAlignment(FeaturePrediction, MapperFlags):
         path_type: ``linear`` or ``cosine`` interpolant; None: no noise is added.
         times: what ``diffusion.flow.training_times`` makes times of draws by: weighting and shift.
         latest: time, in whose range all are scaled.
+        statistics: ``running`` or ``batch``: by which latents are normalised in training. Running ones are constants to
+            the gradient, which then makes latents larger and larger, as that drowns the noise; their own mean and
+            variance, of the micro-batch on one process, leave the alignment nothing to gain from scale.
     """
 
     def __init__(
@@ -36,9 +39,11 @@ class MapperAlignment(FeaturePrediction, MapperFlags):
         path_type: str | None,
         times: tuple[str, float] = ("uniform", 1.0),
         latest: float = 1.0,
+        statistics: str = "running",
     ):
         super().__init__(mappers, features)
         self.weight, self.path_type, self.times, self.latest = weight, path_type, times, latest
+        self.by_batch = statistics == "batch"
 
     @classmethod
     def from_arguments(
@@ -48,7 +53,7 @@ class MapperAlignment(FeaturePrediction, MapperFlags):
         sizes = args.mapper_depth, args.mapper_width, args.mapper_head
         mappers = [Mapper(channels, side, vfm.grid, vfm.width, *sizes) for vfm in features]
         path_type, times = args.path_type if args.noise_injection else None, (args.noise_times, args.noise_shift)
-        return cls(mappers, features, args.align_coeff, path_type, times, args.noise_max)
+        return cls(mappers, features, args.align_coeff, path_type, times, args.noise_max, args.noise_statistics)
 
     def forward(
         self,
@@ -77,7 +82,7 @@ class MapperAlignment(FeaturePrediction, MapperFlags):
 
     def noisy(self, latent: torch.Tensor, statistics: LatentStatistics, draws: Draws) -> torch.Tensor:
         """What the mappers see in training: normalised, and with noise where that is switched on."""
-        z = statistics.normalize(latent)
+        z = standardised(latent) if self.by_batch and self.training else statistics.normalize(latent)
         if self.path_type is None:
             return z
         weighting, shift = self.times
