@@ -184,7 +184,7 @@ def build_extractor(args: argparse.Namespace, process: Process, sets: Mapping[Pa
         for path, images in sets.items():
             if min(args.num_images or len(images), len(images)) < 2:
                 raise UserError(f"{path}: rFID needs at least 2 images; give more, or --metrics without rfid")
-        return extractor_of(args, process)
+        return extractor_of(args, process).to(process.device)
     except UserError as error:
         if wanted or args.inception_ckpt or args.enc_ckpt:
             raise

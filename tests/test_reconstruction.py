@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from files import weights_checksum
 from formats.vae import load_tokenizer
 from loss.perceptual import build_lpips
 from loss.reconstruction import psnr
+from metrics.evaluate_reconstruction import build_extractor as build_extractor_of_sets
 from metrics.features import build_extractor
 from metrics.reconstruction import PairScores, ssim, worst
 from metrics.record import read_measurements
@@ -316,6 +318,14 @@ def test_two_sets_are_measured_as_by_two_commands(sets, vae, tmp_path, capsys):
         assert [row[:3] for row in rows] == [[str(path), *facts[path.name]] for path in order]
         records = [without_time(found[f"reconstruction{'-large' if path == sets[1] else ''}.json"]) for path in order]
         assert [row[3:] for row in rows] == [[f"{value:.4f}" for value in each["values"].values()] for each in records]
+
+
+def test_features_are_computed_where_the_images_are(sets):
+    """On the process's device, as LPIPS is; ``meta`` stands for a GPU."""
+    args = evaluate.parse_arguments(flags(sets[0], Path("vae")))
+    process = SimpleNamespace(device=torch.device("meta"), is_main=True)
+    extractor = build_extractor_of_sets(args, process, {sets[0]: open_images(sets[0])})
+    assert extractor.device.type == "meta"
 
 
 def test_each_set_has_its_own_dry_run(sets, vae, tmp_path, capsys):
