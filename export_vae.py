@@ -3,6 +3,7 @@
   python export_vae.py exps/sendvae pretrained/sendvae --format diffusers
   python export_vae.py exps/sendvae pretrained/sendvae.safetensors --format ldm --train-steps 50000
   python export_vae.py exps/sendvae pretrained/sendvae/sendvae.pt --format repa-e
+  python export_vae.py exps/sendvae pretrained/sendvae-unit --format diffusers --fold-statistics
 
 SOURCE is anything that --vae-ckpt takes elsewhere: a run of ours (its vae/, or with --train-steps any of its
 checkpoints), an LDM, Lightning, Stable Diffusion or REPA-E file, a diffusers folder or file, a name on the hub. So this
@@ -15,6 +16,9 @@ diffusers  OUT is a folder that AutoencoderKL.from_pretrained and diffusers' pip
 ldm        OUT is one .pt or .safetensors file in latent-diffusion's layout. It has no place for statistics.
 repa-e     OUT is a .pt file X.pt in the same layout; next to it X-latents-stats.pt and, where there is a discriminator
            in SOURCE, next to it (NAME-discriminator-ckpt.pt) or in --disc-pretrained-ckpt, X-discriminator-ckpt.pt.
+
+--fold-statistics is for code that knows one scaling factor or none, where channels differ: the VAE written encodes to
+latents of mean 0 and std 1 and decodes these. docs/bridge.md says who needs it.
 """
 
 import argparse
@@ -65,6 +69,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=DTYPES[0],
         help="of the weights, for --format diffusers; float16 takes half the space and rounds them",
     )
+    add(
+        "--fold-statistics",
+        action="store_true",
+        help="for diffusers and ldm: normalise inside the VAE, so that its latents have mean 0 and std 1",
+    )
     add("--overwrite", action="store_true", help="replace what OUT holds (default: refuse)")
     add(
         "--dry-run", action="store_true", help="read and convert everything, print what would be written, write nothing"
@@ -86,6 +95,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"{out}: REPA-E replaces every .pt in the path to find the statistics; let it occur once")
     if args.dtype != DTYPES[0] and args.format != "diffusers":
         raise UserError(f"--dtype {args.dtype} is for --format diffusers; leave it out")
+    if args.fold_statistics and args.format == "repa-e":
+        raise UserError("--fold-statistics: --format repa-e has a file for the statistics; leave the flag out")
     if args.disc_pretrained_ckpt and args.format != "repa-e":
         raise UserError(f"--disc-pretrained-ckpt: --format {args.format} has no place for it; take --format repa-e")
     if args.format == "diffusers" and out.exists():
@@ -114,7 +125,7 @@ if __name__ == "__main__":
 from files import checksum
 from formats.architecture import known_names
 from formats.discriminator import named_discriminator, read_discriminator
-from formats.export import ldm_state, repae_files, scaling_config, set_scaling, write_files
+from formats.export import fold_statistics, ldm_state, repae_files, scaling_config, set_scaling, write_files
 from formats.layers import State
 from formats.statistics import discriminator_beside
 from formats.vae import LoadedVAE, load_vae
@@ -129,6 +140,8 @@ def main(argv: Sequence[str]) -> int:
     if not isinstance(loaded.tokenizer, KLTokenizer):
         raise UserError(f"{args.source} is a {type(loaded.tokenizer).__name__}, which other software does not read")
     describe(args.source, loaded)
+    if args.fold_statistics:
+        fold(args.source, loaded)
     if args.format == "diffusers":
         export_folder(args, loaded)
     else:
@@ -143,6 +156,17 @@ def describe(source: str, loaded: LoadedVAE) -> None:
     name = names[0] if names else f"f{vae.downsampling}d{vae.latent_channels} of its own kind"
     print(f"{source}: {loaded.layout}, {name}, {count_parameters(vae)[0]:,} parameters")
     print(f"latent statistics: {loaded.statistics_source or 'none'}")
+
+
+def fold(source: str, loaded: LoadedVAE) -> None:
+    """Latents of mean 0 and std 1, or the reason why not."""
+    if loaded.statistics_source is None:
+        raise UserError(f"--fold-statistics: {source} has no latent statistics; give --vae-latents-stats")
+    try:
+        fold_statistics(loaded.tokenizer)
+    except ValueError as error:
+        raise UserError(f"--fold-statistics: {error}; leave the flag out") from error
+    print("folded into the VAE: its latents have mean 0 and std 1")
 
 
 def export_folder(args: argparse.Namespace, loaded: LoadedVAE) -> None:
@@ -180,7 +204,7 @@ def export_files(args: argparse.Namespace, loaded: LoadedVAE) -> None:
     existing = [path for path in files if path.exists()]
     if existing and not args.overwrite:
         raise UserError(f"{existing[0]} exists; give another OUT, or --overwrite to replace it")
-    if args.format == "ldm" and loaded.statistics_source is not None:
+    if args.format == "ldm" and loaded.statistics_source is not None and not args.fold_statistics:
         print("the latent statistics are left out, because the layout has no place for them (repa-e has)")
     if args.dry_run:
         for path, state in files.items():

@@ -47,6 +47,29 @@ def scaling_config(tokenizer: KLTokenizer) -> dict[str, object]:
     return {name: tokenizer.network.config[name] for name in names}
 
 
+@torch.no_grad()
+def fold_statistics(tokenizer: KLTokenizer) -> None:
+    """Put the latent statistics into the 1×1 convolutions on both sides of the latent, which is then normalised itself.
+
+    The first gives mean and log-variance of ``(z − mean) / std``, the second takes it; images stay the same, but for
+    rounding. The statistics become mean 0 and std 1.
+
+    Raises:
+        ValueError: there are no such convolutions.
+    """
+    before, after = tokenizer.network.quant_conv, tokenizer.network.post_quant_conv
+    if before is None or after is None:
+        raise ValueError("this VAE has no 1×1 convolutions on both sides of its latent")
+    mean, std = tokenizer.statistics.mean.double(), tokenizer.statistics.std.double()
+    zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+    scale, shift = torch.cat([std, ones]), torch.cat([mean, 2 * std.log()])  # of mean and log-variance
+    before.weight.copy_(before.weight.double() / scale[:, None, None, None])
+    before.bias.copy_((before.bias.double() - shift) / scale)
+    after.bias.copy_(after.bias.double() + after.weight.double()[:, :, 0, 0] @ mean)
+    after.weight.copy_(after.weight.double() * std[:, None, None])
+    tokenizer.statistics.load(zeros, ones)
+
+
 def ldm_state(tokenizer: KLTokenizer) -> State:
     """The network's tensors by LDM names, float32 on the CPU."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.network.state_dict().items()}

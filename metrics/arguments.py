@@ -1,6 +1,7 @@
 """Flags of evaluate.py and of what else measures; needs no torch."""
 
 import argparse
+import os
 from pathlib import Path
 
 from formats.arguments import add_unfinished_argument, add_vae_source_arguments
@@ -26,11 +27,15 @@ RECONSTRUCTION_HELP = "a VAE on held-out images: rFID, PSNR, SSIM, LPIPS"
 RECONSTRUCTION_DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
 
   python evaluate.py reconstruction --vae exps/sendvae/vae --data data/imagenet256-val
+  python evaluate.py reconstruction --vae exps/sendvae/vae --data data/imagenet256-val,data/coco512-val
 
 Writes to the VAE's metrics folder (of DIR/FILE: DIR/metrics): NAME.json, NAME.csv (a row an image) and NAME-worst.png
 (originals above their reconstructions, the worst first). Reconstructions are compared as 8-bit images, clamped and
 rounded; the reference of rFID are the originals of the very images that are reconstructed. Any number of processes
-share the work; neither their number nor the batch changes a value."""
+share the work; neither their number nor the batch changes a value.
+
+Several sets are measured one after the other, each as a command of its own would, and a table follows. Their sides may
+differ, and differ from that of the VAE's training."""
 READING_HELP = "what a linear reader finds in generated images: the class asked for, clear attributes"
 READING_DESCRIPTION = """Read generated images with linear probes trained on labelled real ones.
 
@@ -126,9 +131,16 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is compared")
     add_vae_arguments(group)
     add = group.add_argument
-    add("--data", "--data-dir", metavar="DIR", help="held-out images: packed dataset, class-folder tree or zip")
-    add("--resolution", type=positive_int, metavar="PX", help="side, pixels (default: the packed dataset's, or 256)")
-    add("--num-images", type=positive_int, metavar="N", help="evenly spread over the set (default: all)")
+    add(
+        "--data",
+        "--data-dir",
+        type=_sets,
+        metavar="A,B,…",
+        help="held-out images: packed dataset, class-folder tree or zip; several separated by commas (a text that is a "
+        "path as it stands is one set)",
+    )
+    add("--resolution", type=positive_int, metavar="PX", help="side, pixels (default: a packed dataset's own, or 256)")
+    add("--num-images", type=positive_int, metavar="N", help="evenly spread over a set (default: all)")
     add("--sample", action="store_true", help="reconstruct from a sample of the posterior instead of its mean")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of the samples' noise")
     add = parser.add_argument_group("metrics").add_argument
@@ -153,7 +165,8 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--name",
         help="name of the files that are written or replaced (default: reconstruction, for a VAE in a file "
-        "followed by its name; where that exists for other --data, also by theirs)",
+        "followed by its name; where that exists for other --data, also by theirs); with several sets those after the "
+        "first are NAME-DATA",
     )
     add("--worst", type=non_negative_int, default=16, metavar="N", help="images in NAME-worst.png; 0: no such file")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once; changes no value")
@@ -162,6 +175,19 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-tf32", action=argparse.BooleanOptionalAction, default=False, help="TF32 on Ampere and up")
     add("--dry-run", action="store_true", help="two batches; print sizes, seconds and memory; write nothing")
     add_debug_argument(group)
+
+
+def _sets(text: str) -> list[Path]:
+    """``A,B`` → the paths; a text that is itself a path, commas and all, is that path."""
+    if not text:
+        return []
+    parts = [text] if os.path.exists(text) else text.split(",")
+    if "" in parts:
+        raise argparse.ArgumentTypeError(f"{text}: an entry is empty; give A,B")
+    paths = [Path(part) for part in parts]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise argparse.ArgumentTypeError(f"{text}: a set is given twice")
+    return paths
 
 
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ class ReconstructionEvaluation:
     """What is needed for a batch.
 
     Attributes:
+        data: where the images lie.
+        name: of the files that are written.
         subject: the VAE.
         images: the dataset, of which ``items`` are measured.
         items: int64 ``[N]``.
@@ -63,6 +66,8 @@ class ReconstructionEvaluation:
         sample_seed: None decodes posterior means.
     """
 
+    data: Path
+    name: str
     subject: Subject
     images: ImageDataset
     items: np.ndarray
@@ -100,26 +105,53 @@ def run(args: argparse.Namespace) -> int:
     args.metrics = None if args.metrics is None else _metric_names(args.metrics)
     process = this_process()
     set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
-    images = open_images(args.data, args.resolution, default=DEFAULT_RESOLUTION)
+    sets = {path: open_images(path, args.resolution, default=DEFAULT_RESOLUTION) for path in args.data}
     if not args.dry_run:
-        verify([images], process.rank, process.world_size)
+        verify(list(sets.values()), process.rank, process.world_size)
     subject = open_vae(args, process)
-    if not args.dry_run:
-        place = metrics_folder(output_subject(args))
-        usual = f"reconstruction{file_suffix(args)}"
-        args.name = args.name or default_name(place, usual, Path(args.data), images.fingerprint, subject.description)
-    subject.tokenizer.latent_shape(images.resolution)
-    networks, extractor = build_networks(args, process), build_extractor(args, process, len(images))
+    names = [""] * len(sets) if args.dry_run else names_of(args, sets, subject)
+    check_resolutions(sets, subject)
+    scores = PairScores(build_networks(args, process))
+    extractor = build_extractor(args, process, sets)
+    if args.dry_run and process.is_main:
+        describe(subject, scores, extractor)
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads, process_group(process):
-        evaluation = build_evaluation(args, subject, images, networks, extractor, process, threads)
-        try:
-            if args.dry_run:
-                dry_run(args, evaluation, process)
-            else:
-                evaluate(args, evaluation, process)
-        finally:
-            evaluation.close()
+        measurements = []
+        for (path, images), name in zip(sets.items(), names, strict=True):
+            evaluation = build_evaluation(args, path, name, subject, images, scores, extractor, process, threads)
+            try:
+                if args.dry_run:
+                    dry_run(args, evaluation, process)
+                else:
+                    measurements.append(evaluate(args, evaluation, process))
+            finally:
+                evaluation.close()
+    if process.is_main and len(measurements) > 1:
+        print_table(measurements)
+    if process.is_main and args.dry_run:
+        print(f"peak memory: {peak_memory(process.device)}; nothing was written")
     return 0
+
+
+def names_of(args: argparse.Namespace, sets: Mapping[Path, ImageDataset], subject: Subject) -> list[str]:
+    """Names of the measurements: as if the sets were measured one command each."""
+    if args.name and len(sets) == 1:
+        return [args.name]
+    place = metrics_folder(output_subject(args))
+    usual = args.name or f"reconstruction{file_suffix(args)}"
+    names: list[str] = []
+    for path, images in sets.items():
+        names.append(default_name(place, usual, path, images.fingerprint, subject.description, names))
+    return names
+
+
+def check_resolutions(sets: Mapping[Path, ImageDataset], subject: Subject) -> None:
+    """Refuse sets whose images the VAE cannot take."""
+    for path, images in sets.items():
+        try:
+            subject.tokenizer.latent_shape(images.resolution)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 def build_networks(args: argparse.Namespace, process: Process) -> dict[str, nn.Module]:
@@ -142,16 +174,17 @@ def build_networks(args: argparse.Namespace, process: Process) -> dict[str, nn.M
     return networks
 
 
-def build_extractor(args: argparse.Namespace, process: Process, available: int) -> Extractor | None:
+def build_extractor(args: argparse.Namespace, process: Process, sets: Mapping[Path, ImageDataset]) -> Extractor | None:
     """The network whose features rFID compares; as with LPIPS, one without weights is left out unless asked for."""
     wanted = args.metrics is not None or args.features is not None
     if args.metrics is not None and "rfid" not in args.metrics:
         return None
     args.features = args.features or INCEPTION
     try:
-        if min(args.num_images or available, available) < 2:
-            raise UserError("rFID needs at least 2 images; give more, or --metrics without rfid")
-        return extractor_of(args, process)
+        for path, images in sets.items():
+            if min(args.num_images or len(images), len(images)) < 2:
+                raise UserError(f"{path}: rFID needs at least 2 images; give more, or --metrics without rfid")
+        return extractor_of(args, process).to(process.device)
     except UserError as error:
         if wanted or args.inception_ckpt or args.enc_ckpt:
             raise
@@ -162,9 +195,11 @@ def build_extractor(args: argparse.Namespace, process: Process, available: int) 
 
 def build_evaluation(
     args: argparse.Namespace,
+    path: Path,
+    name: str,
     subject: Subject,
     images: ImageDataset,
-    networks: dict[str, nn.Module],
+    scores: PairScores,
     extractor: Extractor | None,
     process: Process,
     threads: int,
@@ -172,10 +207,12 @@ def build_evaluation(
     count = min(args.num_images or len(images), len(images))
     chunk = chunk_size(images.resolution, process.device)
     return ReconstructionEvaluation(
+        path,
+        name,
         subject,
         images,
         np.linspace(0, len(images) - 1, count).round().astype(np.int64),
-        PairScores(networks),
+        scores,
         extractor,
         ChunkEncoder(process.device, chunk, threads, autocast_for(process.device, args.mixed_precision)),
         ChunkEncoder(process.device, chunk, threads, nullcontext),
@@ -183,8 +220,8 @@ def build_evaluation(
     )
 
 
-def evaluate(args: argparse.Namespace, evaluation: ReconstructionEvaluation, process: Process) -> None:
-    """Measure all images over all processes; the main one writes."""
+def evaluate(args: argparse.Namespace, evaluation: ReconstructionEvaluation, process: Process) -> Measurement | None:
+    """Measure all images over all processes; the main one writes and returns the measurement."""
     items, size = evaluation.items, whole_chunks(args.batch_size, evaluation.vae_worker.chunk)
     places = [np.arange(first, min(first + size, len(items))) for first in range(0, len(items), size)]
     mine = [places[number] for number in process.share(len(places))]
@@ -205,8 +242,7 @@ def evaluate(args: argparse.Namespace, evaluation: ReconstructionEvaluation, pro
     if process.world_size > 1:
         dist.all_reduce(values)  # every row is zero but in one process: a sum that rounds nothing
         collect(moments, shares, process)
-    if process.is_main:
-        write_results(args, evaluation, values.numpy(), moments)
+    return write_results(args, evaluation, values.numpy(), moments) if process.is_main else None
 
 
 def collect(moments: list[Moments], shares: list[int], process: Process) -> None:
@@ -227,27 +263,27 @@ def collect(moments: list[Moments], shares: list[int], process: Process) -> None
 
 def write_results(
     args: argparse.Namespace, evaluation: ReconstructionEvaluation, values: np.ndarray, moments: list[Moments]
-) -> None:
-    """The table on the terminal, the record, the CSV and the grid."""
+) -> Measurement:
+    """The values on the terminal, the record, the CSV and the grid."""
     names, items = evaluation.scores.names, evaluation.items
     chosen = [place for place, name in enumerate(names) if args.metrics is None or name.lower() in args.metrics]
     names, scores = [names[place] for place in chosen], values[:, chosen]
     folder = output_folder(args)
-    write_table(folder / f"{args.name}.csv", names, scores, evaluation.images, items)
+    write_table(folder / f"{evaluation.name}.csv", names, scores, evaluation.images, items)
     if args.worst:
-        save_worst(folder / f"{args.name}-worst.png", evaluation, worst(values[:, 0], args.worst))
+        save_worst(folder / f"{evaluation.name}-worst.png", evaluation, worst(values[:, 0], args.worst))
     averages, extractor = summary(names, scores), evaluation.extractor
     if extractor is not None:
         name = "rFID" if extractor.is_inception else f"rFD-{extractor.name}"
         averages = {name: frechet_distance(*(part.gaussian() for part in moments))} | averages
     measurement = Measurement(
-        name=args.name,
+        name=evaluation.name,
         kind="reconstruction",
         values=averages,
         count=len(items),
         subject=evaluation.subject.description,
         reference={
-            "path": str(Path(args.data)),
+            "path": str(evaluation.data),
             "what": "the same images, cropped alike",
             "fingerprint": evaluation.images.fingerprint(),
             "count": len(items),
@@ -267,7 +303,21 @@ def write_results(
         print(f"{name:<{max(map(len, averages))}}{value:>10.4f}")
     if extractor is not None and len(items) < FEW_IMAGES:
         print(f"note: Fréchet distances of {len(items)} images are larger than those of 50000; compare like with like")
-    print(f"{len(items)} images of {args.data}; {path}")
+    print(f"{len(items)} images of {evaluation.data}; {path}")
+    return measurement
+
+
+def print_table(measurements: Sequence[Measurement]) -> None:
+    """A row a set."""
+    rows = [["set", "px", "images", *measurements[0].values]]
+    for each in measurements:
+        values = [f"{value:.4f}" for value in each.values.values()]
+        rows.append([each.reference["path"], str(each.settings["resolution"]), str(each.count), *values])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for name, *others in rows:
+        right = [word.rjust(width) for word, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *right]))
 
 
 def save_worst(path: Path, evaluation: ReconstructionEvaluation, places: np.ndarray) -> None:
@@ -281,6 +331,13 @@ def save_worst(path: Path, evaluation: ReconstructionEvaluation, places: np.ndar
     missing = -len(items) % columns
     pairs = torch.cat([pairs, torch.full((missing, 6, side, side), 255, dtype=torch.uint8)])
     save_grid([row for part in pairs.split(columns) for row in part.chunk(2, 1)], path)
+
+
+def describe(subject: Subject, scores: PairScores, extractor: Extractor | None) -> None:
+    """The networks, for a dry run."""
+    print(f"VAE: {count_parameters(subject.tokenizer)[0]:,} parameters")
+    features = [] if extractor is None else [f"features of {extractor.describe()['name']}"]
+    print(f"{', '.join(scores.names + features)}; LPIPS with random weights where no file is given")
 
 
 def dry_run(args: argparse.Namespace, evaluation: ReconstructionEvaluation, process: Process) -> None:
@@ -298,11 +355,9 @@ def dry_run(args: argparse.Namespace, evaluation: ReconstructionEvaluation, proc
     if not process.is_main:
         return
     rate = size / seconds[-1] * process.world_size
-    print(f"VAE: {count_parameters(evaluation.subject.tokenizer)[0]:,} parameters")
-    features = [] if evaluation.extractor is None else [f"features of {evaluation.extractor.describe()['name']}"]
-    print(f"{', '.join(evaluation.scores.names + features)}; LPIPS with random weights where no file is given")
+    which = f"{evaluation.data}, {side} px: " if len(args.data) > 1 else ""
     print(
-        f"batches of {size}: {seconds[0]:.2f} and {seconds[1]:.2f} s; {rate:.2f} images/s with {process.world_size} "
-        f"processes, about {len(evaluation.items) / rate / 60:.1f} minutes for {len(evaluation.items)} images"
+        f"{which}batches of {size}: {seconds[0]:.2f} and {seconds[1]:.2f} s; {rate:.2f} images/s with "
+        f"{process.world_size} processes, about {len(evaluation.items) / rate / 60:.1f} minutes for "
+        f"{len(evaluation.items)} images"
     )
-    print(f"peak memory: {peak_memory(process.device)}; nothing was written")

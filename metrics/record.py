@@ -1,7 +1,7 @@
 """What a measurement leaves behind: ``metrics/NAME.json`` next to what it measured."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -116,7 +116,12 @@ def check_name(name: str | None) -> None:
 
 
 def default_name(
-    folder: Path, name: str, data: Path, fingerprint: Callable[[], str | None], subject: Mapping | None = None
+    folder: Path,
+    name: str,
+    data: Path,
+    fingerprint: Callable[[], str | None],
+    subject: Mapping | None = None,
+    taken: Sequence[str] = (),
 ) -> str:
     """The name of a measurement that nobody named: one that replaces no measurement of, or against, something else.
 
@@ -126,11 +131,14 @@ def default_name(
         data: what is compared with, or measured on.
         fingerprint: of the data; asked for where a record is there that names another path.
         subject: of the measurement, where the folder does not tell.
+        taken: names of measurements with other data that the same command will write.
 
     Raises:
         UserError: a record of that name is there, of another subject, or with other data called alike.
     """
     for candidate in (name, f"{name}-{label_of(data)}"):
+        if candidate in taken:
+            continue
         path = folder / f"{candidate}.json"
         try:
             there = _read_measurement(path)
@@ -149,6 +157,8 @@ def default_name(
             known.get("fingerprint") is not None and known["fingerprint"] == fingerprint()
         ):
             return candidate
+    if candidate in taken:
+        raise UserError(f"--data {data} is called like a set before it; measure it in a command of its own with --name")
     raise UserError(f"{path} is a measurement with {known.get('path')}, not with {data}; give --name")
 
 

@@ -30,6 +30,7 @@ ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "MIND", "rFID", "PSN
          "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5")  # fmt: skip
 GENERIC_NAMES = ("packed", "packed-val", "train", "val", "test")  # of a dataset: its parent's name says more
 BENCHMARKS = ("celeba", "deepfashion", "awa")
+PUBLISHED_RESOLUTION = 256  # of all published reconstructions
 PUBLISHED_F1 = "F1-macro"  # compared with the published F1, whose averaging is not published
 
 
@@ -93,7 +94,18 @@ def result_rows(runs: Sequence[Run], reproduced: Mapping[str, PublishedRow], pub
         row = reproduced.get(run.name)
         places = [(None, m) for m in run.measurements] + [(s, m) for s in run.samples for m in s.measurements]
         rows += [_row(run, samples, measurement, row, published) for samples, measurement in places]
-    return sorted(rows, key=lambda row: _section_order(row.section))
+    return sorted(_with_resolutions(rows), key=lambda row: _section_order(row.section))
+
+
+def _with_resolutions(rows: Sequence[Row]) -> list[Row]:
+    """Reconstructions of several sides say which."""
+    sides = [row.measurement.settings.get("resolution") if row.section == RECONSTRUCTION else None for row in rows]
+    if len(set(filter(None, sides))) < 2:
+        return list(rows)
+    return [
+        replace(row, detail=", ".join(filter(None, [row.detail, f"{side} px"]))) if side else row
+        for row, side in zip(rows, sides, strict=True)
+    ]
 
 
 def with_means(rows: Sequence[Row]) -> list[Row]:
@@ -286,7 +298,8 @@ def _published_value(
         group = {"unknown": None, "none": "generation"}.get(guidance, "guided")
         return published.value(row, group, metric) if group else None
     if section == RECONSTRUCTION:
-        return published.value(row, "reconstruction", metric)
+        same = measurement.settings.get("resolution", PUBLISHED_RESOLUTION) == PUBLISHED_RESOLUTION
+        return published.value(row, "reconstruction", metric) if same else None
     benchmark = benchmark_of(measurement)
     if benchmark and metric == f"attributes/{PUBLISHED_F1}":
         return published.value(row, "probe", f"{benchmark}/F1")

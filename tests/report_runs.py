@@ -85,10 +85,17 @@ def index_of(count: int, source: dict) -> dict:
     }
 
 
-def write_reconstruction(folder: Path, values: dict[str, float], count: int = 50_000) -> None:
+def write_reconstruction(
+    folder: Path,
+    values: dict[str, float],
+    count: int = 50_000,
+    data: str = "data/imagenet256-val",
+    name: str = "reconstruction",
+    **settings: object,
+) -> None:
     """What evaluate.py reconstruction leaves."""
-    settings = {"data": "data/imagenet256-val"}
-    measurement = Measurement("reconstruction", "reconstruction", values, count, {"path": "x"}, settings=settings)
+    settings = {"data": data} | settings
+    measurement = Measurement(name, "reconstruction", values, count, {"path": "x"}, settings=settings)
     write_measurement(measurement, folder)
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,16 +25,20 @@ from files import weights_checksum
 from formats.vae import load_tokenizer
 from loss.perceptual import build_lpips
 from loss.reconstruction import psnr
+from metrics.evaluate_reconstruction import build_extractor as build_extractor_of_sets
 from metrics.features import build_extractor
 from metrics.reconstruction import PairScores, ssim, worst
 from metrics.record import read_measurements
 from models.pixels import to_uint8
+from runtime.cli import run
 from tests.command_line import argv_of
+from tests.image_sets import random_images, write_packed
 from tests.latent_caches import save_vae
 
 ROOT = Path(evaluate.__file__).parent
 COUNT = 21
 RFD = "rFD-efficientnet-lite0"
+SIDES = {"small": 32, "large": 64}  # px of two packed sets
 
 
 def flags(data: Path, vae: Path, **changes) -> list[str]:
@@ -270,3 +275,108 @@ def test_only_a_finished_run_s_step_is_the_vae_s(data, vae, tmp_path, status, st
     assert evaluate.main(argv) == 0
     (record,) = tmp_path.rglob("metrics/reconstruction.json")
     assert json.loads(record.read_text())["subject"].get("step") == step
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> tuple[Path, Path]:
+    """Packed images of 32 px, and of 64 px in a folder of another name."""
+    folder = tmp_path_factory.mktemp("sets")
+    return tuple(write_packed(folder / name, random_images(5 + side // 32, side, side)) for name, side in SIDES.items())
+
+
+def several(*paths: Path) -> str:
+    return ",".join(map(str, paths))
+
+
+def of_several(data: str, vae: Path, folder: Path, **changes) -> list[str]:
+    return flags(data, vae, output_dir=folder, resolution=None, **changes)
+
+
+def without_time(path: Path) -> dict:
+    return json.loads(path.read_text()) | {"created": ""}
+
+
+def test_two_sets_are_measured_as_by_two_commands(sets, vae, tmp_path, capsys):
+    """Files, values and names, in either order; the sides differ; a row a set."""
+    for path in sets:
+        assert evaluate.main(of_several(str(path), vae, tmp_path / "single")) == 0
+    expected = {path.name: path for path in (tmp_path / "single" / "metrics").iterdir()}
+    assert {"reconstruction.json", "reconstruction-large.json", "reconstruction-large-worst.png"} < set(expected)
+    capsys.readouterr()
+    for order in (sets, sets[::-1]):
+        assert evaluate.main(of_several(several(*order), vae, tmp_path / "both")) == 0
+        found = {path.name: path for path in (tmp_path / "both" / "metrics").iterdir()}
+        assert set(found) == set(expected)
+        for name in expected:
+            if name.endswith(".json"):
+                assert without_time(found[name]) == without_time(expected[name])
+            else:
+                assert found[name].read_bytes() == expected[name].read_bytes()
+        title, *rows = [line.split() for line in capsys.readouterr().out.split("\n\n")[-1].splitlines()]
+        assert title == ["set", "px", "images", RFD, "PSNR", "SSIM"]
+        facts = {"small": ["32", "6"], "large": ["64", "7"]}
+        assert [row[:3] for row in rows] == [[str(path), *facts[path.name]] for path in order]
+        records = [without_time(found[f"reconstruction{'-large' if path == sets[1] else ''}.json"]) for path in order]
+        assert [row[3:] for row in rows] == [[f"{value:.4f}" for value in each["values"].values()] for each in records]
+
+
+def test_features_are_computed_where_the_images_are(sets):
+    """On the process's device, as LPIPS is; ``meta`` stands for a GPU."""
+    args = evaluate.parse_arguments(flags(sets[0], Path("vae")))
+    process = SimpleNamespace(device=torch.device("meta"), is_main=True)
+    extractor = build_extractor_of_sets(args, process, {sets[0]: open_images(sets[0])})
+    assert extractor.device.type == "meta"
+
+
+def test_each_set_has_its_own_dry_run(sets, vae, tmp_path, capsys):
+    assert evaluate.main(of_several(several(*sets), vae, tmp_path / "out", dry_run=True)) == 0
+    out = capsys.readouterr().out
+    assert [f"{path}, {side} px: batches of" in out for path, side in zip(sets, (32, 64), strict=True)] == [True, True]
+    assert out.count("parameters") == 1 and out.count("nothing was written") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_with_a_comma_is_one_set(sets, vae, tmp_path):
+    path = tmp_path / "large, packed"
+    shutil.copytree(sets[1], path)
+    assert evaluate.main(of_several(str(path), vae, tmp_path, metrics="psnr", features=None, worst=0)) == 0
+    (record,) = read_measurements(tmp_path / "metrics")
+    assert record.reference["path"] == str(path) and record.name == "reconstruction"
+
+
+def test_names_of_several_sets(sets, vae, tmp_path, capsys):
+    """--name stands for the usual one; sets that are called alike are told apart, or refused."""
+    alike = [tmp_path / place / "val" for place in "abc"]
+    for number, path in enumerate(alike):
+        write_packed(path, random_images(3, number, 32))
+    few = {"metrics": "psnr", "features": None, "worst": 0}
+    assert run(evaluate.main, of_several(several(*alike), vae, tmp_path / "three", **few)) == 2
+    assert f"--data {alike[2]} is called like a set before it" in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()
+    assert run(evaluate.main, of_several(several(*alike[:2]), vae, tmp_path / "two", name="mine", **few)) == 0
+    assert run(evaluate.main, of_several(str(alike[2]), vae, tmp_path / "two", name="third", **few)) == 0
+    found = {record.name: record.reference["path"] for record in read_measurements(tmp_path / "two" / "metrics")}
+    assert found == {"mine": str(alike[0]), "mine-val": str(alike[1]), "third": str(alike[2])}
+
+
+@pytest.mark.parametrize("bad", ["nowhere", "30 px", "one image", "twice", "empty entry", "resolution"])
+def test_a_bad_set_is_refused_before_any_is_measured(bad, sets, vae, tmp_path, capsys):
+    named, resolution = tmp_path / bad, None
+    if bad == "30 px":
+        write_packed(named, random_images(3, 0, 30))
+    elif bad == "one image":
+        write_packed(named, random_images(1, 0, 32))
+    elif bad == "twice":
+        named = sets[0].parent / "." / sets[0].name
+    elif bad == "resolution":
+        named, resolution = sets[1], 32
+    data = f"{sets[0]},," if bad == "empty entry" else several(sets[0], named)
+    argv = flags(data, vae, output_dir=tmp_path / "out", resolution=resolution)
+    try:
+        code = run(evaluate.main, argv)
+    except SystemExit as left:  # a flag that is wrong in itself
+        code = left.code
+    assert code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1 and (str(named) in errors[0] or data in errors[0]), errors
+    assert not (tmp_path / "out").exists()

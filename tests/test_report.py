@@ -234,6 +234,27 @@ def test_a_mean_is_of_runs_and_of_the_same_measurement(tmp_path, capsys):
     assert not any("PSNR" in row.cells for row in gather([str(tmp_path / "t-*")]).rows if row.seeds > 1)
 
 
+def test_reconstructions_of_several_sets_are_rows_of_their_own(tmp_path, capsys):
+    """Sides are told where they differ, and only those of 256 px stand beside published ones."""
+    run = write_run(tmp_path / "mine", "VAE")
+    others = {"data": "data/coco/val", "name": "reconstruction-val"}
+    write_reconstruction(run, {"rFID": 0.3}, resolution=256)
+    write_reconstruction(run, {"rFID": 0.9}, 5000, resolution=256, **others)
+    words = (run, "--published", "mine=table7/sendvae", "--no-html")
+    lines = printed(capsys, *words).splitlines()
+    assert _cells(lines[1])[:3] == ["run", "of", "images"]
+    assert [_cells(line)[:5] for line in lines[3:5]] == [
+        ["mine", "coco/val", "5,000", "0.90", "0.31"],
+        ["mine", "imagenet256-val", "50,000", "0.30", "0.31"],
+    ]
+    write_reconstruction(run, {"rFID": 0.9}, 5000, resolution=512, **others)
+    lines = printed(capsys, *words).splitlines()
+    assert [_cells(line)[:5] for line in lines[3:5]] == [
+        ["mine", "coco/val, 512 px", "5,000", "0.90", "–"],
+        ["mine", "imagenet256-val, 256 px", "50,000", "0.30", "0.31"],
+    ]
+
+
 def test_pearson_is_numpy_s():
     generator = np.random.default_rng(0)
     for count in (3, 7, 50):
