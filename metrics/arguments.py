@@ -158,9 +158,9 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     add_debug_argument(group)
 
 
-def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
+def add_vae_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """The VAE's flags; random weights (``--vae-ckpt none``) are a baseline, drawn from ``--seed``."""
-    add_vae_source_arguments(parser, default=None)
+    add_vae_source_arguments(parser, default=None, several=several)
     add_unfinished_argument(parser)
 
 
