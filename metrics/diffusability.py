@@ -68,7 +68,8 @@ def encode_diffused(
     for part, code, items in zip(*(each.split(SAMPLES_AT_ONCE) for each in (samples, stored, numbers)), strict=True):
         noise = counted_normal(latents.seed, items, 0, part.shape[1:], Purpose.POSTERIOR)
         part.copy_(statistics.normalize(tokenizer.sample(code, noise)))
-    foreground = encoded(lambda images: foreground_grid(images, height, width), (1, height, width))
+    # on the CPU everywhere: integers and comparisons, the same bits whatever the encoder runs on
+    foreground = encoded(lambda images: foreground_grid(images.cpu(), height, width), (1, height, width))
     errors = {}
     for name, transform in TRANSFORMS.items():
         side = int(resolution * transform.scale)

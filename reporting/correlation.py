@@ -95,7 +95,7 @@ def views(rows: Sequence[Row]) -> list[View]:
     """All comparable sets of points, those of most VAEs first; without guidance before with, FID before others.
 
     A VAE is identified by the checksum in its measurement, in whatever folder. Several probes of one VAE on the same
-    data are averaged.
+    data are averaged. VAEs without F1 are views of their own.
     """
     probed: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -115,8 +115,8 @@ def views(rows: Sequence[Row]) -> list[View]:
                 probes, distance = _mean_probe(same), row.cells[metric].value
                 point = Point(same[0].run, row.run, checksum, probes, distance, reconstruction)
                 key = (data, metric, row.guidance, row.reference, _sit_of(row))
-                found.setdefault(key, []).append(point)
-    made = (View(*key, points) for key, points in found.items())
+                found.setdefault((MAIN_METRIC in probes, *key), []).append(point)
+    made = (View(*key, points) for (_, *key), points in found.items())
     return sorted(
         (view for view in made if view.names),
         key=lambda view: (not view.has_f1, -view.vaes, view.guidance != "none", view.metric != "FID", view.metric),

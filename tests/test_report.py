@@ -330,6 +330,15 @@ def test_measures_without_f1_are_correlated_but_not_drawn(tmp_path, capsys):
         report.main([str(tmp_path / "ldm*"), "--no-html", "--figure1", str(tmp_path / "f.png")])
 
 
+def test_a_vae_without_f1_does_not_take_it_from_the_others(tmp_path):
+    published_table_8(tmp_path)
+    run = write_run(tmp_path / "ldm9", vae_checksum="vae9")
+    write_measures(run, "vae9", {"LDS": 0.1})
+    write_samples(run, {"FID": 5.0}, vae="vae9")
+    found = gather([str(tmp_path / "ldm*")]).views
+    assert [(view.vaes, view.has_f1) for view in found] == [(4, True), (1, False)]
+
+
 def test_an_interval_is_that_of_draws_one_by_one(monkeypatch):
     monkeypatch.setattr(coefficients, "RESAMPLES", 300)
     generator = np.random.default_rng(5)
