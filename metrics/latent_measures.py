@@ -28,9 +28,7 @@ def spectral_slope(latents: Tensor) -> float:
     for part in latents.split(BLOCK_ITEMS):
         power += np.square(scipy.fft.dctn(part.double().numpy(), axes=(2, 3), norm="ortho")).sum((0, 1))
     power = power.flatten()[1:]
-    frequency = np.hypot(*np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")).flatten()[
-        1:
-    ]
+    frequency = np.hypot(np.arange(height)[:, None] / height, np.arange(width) / width).flatten()[1:]
     if not power.any() or len(np.unique(frequency)) < 2:
         return math.nan
     x, y = np.log(frequency), np.log(np.maximum(power, FLOOR * power.mean()))
