@@ -3,15 +3,19 @@
   python probe.py attributes --vae exps/sendvae/vae --data data/celeba
   python probe.py attributes uniformity discrimination pictures --vae exps/quickstart-vae/vae --data data/toy
   python probe.py classes --vae exps/sendvae/vae --data data/imagenet256 --val-data data/imagenet256-val
+  python probe.py attributes diffusability --vae exps/one/vae --vae exps/other/vae --data data/celeba
 
   attributes      linear probe of binary attributes on the flattened latent: F1, mean average precision, top-5 recall
   classes         linear probe of the class: top-1 and top-5 accuracy
   uniformity      how evenly latent vectors are spread: Gini coefficient of a kernel density estimate, 0 is perfect
   discrimination  fit of Gaussian mixtures to whole latents: log-likelihood, BIC, agreement of components with classes
+  diffusability   measures that are said to matter for diffusion: spatial structure, spectrum, equivariance, dimension…
   pictures        latents as colours, a map by class, the way from one image to another
   all             all of these that the data allow; a line says why one is left out
 
-The images are encoded once (posterior mean) and stay in memory. Values go into metrics/probe-WHAT.json next to the VAE.
+The images are encoded once (posterior mean) and stay in memory; diffusability encodes them again (a posterior sample,
+and transformed images). Values go into metrics/probe-WHAT.json next to the VAE. Several --vae are probed one after the
+other, and compared in a table at the end.
 What latents may be compared with, all with --output-dir: --features pixels, or a VFM's tokens (--features
 dinov2-vit-b), both without a VAE; or a random VAE (--vae f4d4-tiny --vae-ckpt none).
 """
@@ -19,8 +23,9 @@ dinov2-vit-b), both without a VAE; or a random VAE (--vae f4d4-tiny --vae-ckpt n
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from dataset.attributes import READERS
@@ -29,7 +34,7 @@ from metrics.arguments import CHECKPOINT_FLAG, add_output_arguments, add_vae_arg
 from runtime.cli import ArgumentParser, add_debug_argument, answer_early, non_negative_int, positive_int, run
 
 LATENT, PIXELS = "latent", "pixels"
-PROBES = ("attributes", "classes", "uniformity", "discrimination", "pictures")
+PROBES = ("attributes", "classes", "uniformity", "discrimination", "diffusability", "pictures")
 MAP_IMAGES = 2000
 MOMENTS_ITEMS = 256  # latents whose moments are summed at once
 
@@ -38,7 +43,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="probe.py", usage="%(prog)s WHAT … --vae DIR --data DIR [flags]", description=__doc__)
     parser.add_argument("what", nargs="+", choices=(*PROBES, "all"), metavar="WHAT", help=f"{', '.join(PROBES)}, all")
     group = parser.add_argument_group("what is probed")
-    add_vae_arguments(group)
+    add_vae_arguments(group, several=True)
     add = group.add_argument
     add(
         "--features",
@@ -65,7 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         type=positive_int,
         default=10000,
         metavar="N",
-        help="images in uniformity (3 at least) and mixtures",
+        help="images in uniformity (3 at least), mixtures and diffusability",
     )
     add("--tsne", action=argparse.BooleanOptionalAction, default=True, help="uniformity over a t-SNE, as VA-VAE's")
     add(
@@ -99,6 +104,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is built."""
     if not args.data:
         raise UserError("--data is needed: photographs with their annotation files, or a packed dataset")
+    check_vaes(args)
     if args.features != LATENT and (args.vae or args.vae_ckpt):
         raise UserError(f"--features {args.features} are probed without a VAE: leave out --vae and --vae-ckpt")
     args.is_vfm = args.features not in (LATENT, PIXELS)
@@ -116,6 +122,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.components = sorted({int(part) for part in parts})
     args.wants_all = "all" in args.what
     args.what = [name for name in PROBES if args.wants_all or name in args.what]
+    if args.features != LATENT and "diffusability" in args.what:
+        if not args.wants_all:
+            raise UserError("diffusability is of a VAE: give --vae, without --features")
+        args.what.remove("diffusability")
+
+
+def check_vaes(args: argparse.Namespace) -> None:
+    """One VAE may have its weights and statistics in other flags; several have their records next to themselves."""
+    args.vaes = args.vae or [None]
+    if len(args.vaes) > 1:
+        single = (("--vae-ckpt", args.vae_ckpt), ("--vae-latents-stats", args.vae_latents_stats))
+        for flag, given in single:
+            if given is not None:
+                raise UserError(f"{flag} is for one VAE, and there are {len(args.vaes)}: give each by --vae alone")
+        if len(set(args.vaes)) < len(args.vaes):
+            raise UserError("the same --vae is given twice; leave one out")
+    args.vae = args.vaes[0]
 
 
 if __name__ == "__main__":
@@ -126,6 +149,7 @@ import torch
 
 from dataset.images import DEFAULT_RESOLUTION
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
+from metrics.diffusability import Diffused, encode_diffused, measure_diffusability
 from metrics.encoding import chunked, encode_dataset, latent_modes, scaled_pixels, token_grids
 from metrics.features import build_vfm
 from metrics.latent_pictures import pick, save_colours, save_map, save_ways, ways
@@ -148,6 +172,7 @@ from metrics.reconstruction import decoder
 from metrics.record import Measurement, default_name, metrics_folder, write_measurement
 from metrics.subject import Subject, file_suffix, open_vae, output_folder, output_subject
 from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance
+from reporting.tables import NOTHING, Column, aligned
 from runtime.log import progress_bar
 from runtime.measure import count_parameters, peak_memory
 from runtime.processes import Process, set_inference_numerics, this_process
@@ -172,9 +197,40 @@ def main(argv: Sequence[str]) -> int:
     args.what = possible_probes(args, data)
     if args.is_vfm:
         args.features_grid = args.features_grid or max(1, data.images.resolution // 16)
+    found = {}
+    for vae, label in zip(args.vaes, labels_of(args.vaes), strict=True):
+        of_one = argparse.Namespace(**vars(args) | {"vae": vae, "label": label})
+        found[label] = probe_one(of_one, data, process)
+    if len(found) > 1 and not args.dry_run:
+        print(comparison(found))
+    return 0
+
+
+def labels_of(vaes: Sequence[str | None]) -> list[str]:
+    """What VAEs are called side by side: names of runs or folders, or whole paths where two are called alike."""
+    paths = [Path(vae or "") for vae in vaes]
+    names = [path.parent.name if path.name == "vae" and path.parent.name else path.stem for path in paths]
+    return names if len(set(names)) == len(names) else [str(path).strip("/").replace("/", "-") for path in paths]
+
+
+def comparison(found: Mapping[str, Mapping[str, float | None]]) -> str:
+    """A table with a row for each VAE, and a column for each figure that one has."""
+    keys = list(dict.fromkeys(key for values in found.values() for key in values))
+    columns = [Column("VAE", is_number=False), *(Column(key.partition("/")[2]) for key in keys)]
+    return aligned(columns, [[label, *(word(values.get(key)) for key in keys)] for label, values in found.items()])
+
+
+def word(value: float | None) -> str:
+    """A figure with four digits; a dash for one that is not defined."""
+    return NOTHING if value is None else f"{value:.4f}"
+
+
+def probe_one(args: argparse.Namespace, data: ProbeData, process: Process) -> dict[str, float | None]:
+    """Encode the images with one VAE, and run the probes on the latents; the figures as ``WHAT/NAME``."""
     subject = open_vae(args, process) if args.features == LATENT else None
     names = {} if args.dry_run else names_of(args, data, subject)
     function, shape = encoder_of(args, subject, data.images.resolution, process)
+    diffused = None
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads:
         autocast = autocast_for(process.device, args.mixed_precision)
         chunk = chunk_size(data.images.resolution, process.device)
@@ -183,22 +239,36 @@ def main(argv: Sequence[str]) -> int:
             dry_run(args, data, subject, function, shape, worker, process)
         else:
             show_plan(data, shape)
-            with progress_bar(len(data.items), 0, "encoding", "img", True) as progress:
-                raw = encode_dataset(
-                    data.images,
-                    data.items,
-                    function,
-                    shape,
-                    worker,
-                    batch_size=args.batch_size,
-                    num_workers=args.num_workers,
-                    progress=progress,
-                )
-    if not args.dry_run:
-        statistics = normalise(raw, subject)
-        probe_all(args, names, Latents(raw, data, process.device, args.seed), subject, statistics, worker)
+            encoded = partial(encode_all, args, data, worker)
+            raw = encoded(function, shape)
+            statistics = normalise(raw, subject)
+            latents = Latents(raw, data, process.device, args.seed)
+            if "diffusability" in names:
+                diffused = encode_diffused(latents, subject.tokenizer, statistics, encoded)
+    found = {} if args.dry_run else probe_all(args, names, latents, subject, statistics, worker, diffused)
     worker.close()
-    return 0
+    return found
+
+
+def encode_all(
+    args: argparse.Namespace,
+    data: ProbeData,
+    worker: ChunkEncoder,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """All images through a function, float32 ``[N, *shape]``."""
+    with progress_bar(len(data.items), 0, "encoding", "img", True) as progress:
+        return encode_dataset(
+            data.images,
+            data.items,
+            function,
+            shape,
+            worker,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            progress=progress,
+        )
 
 
 def possible_probes(args: argparse.Namespace, data: ProbeData) -> list[str]:
@@ -208,6 +278,7 @@ def possible_probes(args: argparse.Namespace, data: ProbeData) -> list[str]:
         "classes": lambda: check_classes(data),
         "uniformity": lambda: check_points(data, args.num_points),
         "discrimination": lambda: plan_mixtures(data, args.num_points, args.components),
+        "diffusability": lambda: check_points(data, args.num_points),
     }
     found = []
     for what in args.what:
@@ -233,6 +304,8 @@ def names_of(args: argparse.Namespace, data: ProbeData, subject: Subject | None)
     for what in args.what:
         text = args.name or (data.kind if what == "attributes" and data.kind != "csv" else None)
         names[what] = f"probe-{what}" + (f"-{text}" if text else "")
+        if args.output_dir is not None and len(args.vaes) > 1:
+            names[what] += f"-{args.label}"
         if args.name is None:
             usual = f"{names[what]}{file_suffix(args)}"
             names[what] = default_name(
@@ -294,15 +367,18 @@ def probe_all(
     subject: Subject | None,
     statistics: LatentStatistics,
     worker: ChunkEncoder,
-) -> None:
+    diffused: Diffused | None,
+) -> dict[str, float | None]:
     """Run the probes one by one, as ``names`` has them; each one's results are written before the next begins."""
     probes = {
         "attributes": lambda name: probe_attributes(latents),
         "classes": lambda name: probe_classes(latents),
         "uniformity": lambda name: probe_uniformity(latents, args.num_points, args.tsne),
         "discrimination": lambda name: probe_discrimination(latents, args.num_points, args.components),
+        "diffusability": lambda name: measure_diffusability(latents, diffused, args.num_points),
         "pictures": lambda name: draw_pictures(args, latents, subject, statistics, worker, name),
     }
+    found = {}
     for what, name in names.items():
         try:
             outcome = probes[what](name)
@@ -310,6 +386,8 @@ def probe_all(
             leave_out(args, what, error)
             continue
         write_outcome(args, latents, subject, what, name, outcome)
+        found |= {f"{what}/{key}": value for key, value in outcome.values.items()}
+    return found
 
 
 def write_outcome(
@@ -339,7 +417,7 @@ def write_outcome(
     )
     path = write_measurement(measurement, output_subject(args))
     for key, value in outcome.values.items():
-        print(f"{what + '/' + key:<36}{value:>10.4f}")
+        print(f"{what + '/' + key:<36}{word(value):>10}")
     print(path)
 
 

@@ -10,8 +10,13 @@ while (($#)) && [[ $1 != -* ]]; do
     shift
 done
 
+vae=(--vae "${VAE:-${EXP_PATH:-exps/sendvae-f16d32-dinov2-vit-b}/vae}")
+for word in "$@"; do # --vae may be repeated, so that one of yours takes the place of this
+    [[ $word == --vae || $word == --vae=* || $word == --vae-arch* ]] && vae=()
+done
+
 NUM_PROCESSES=1 exec ./launch.sh probe.py "${what[@]:-all}" \
-    --vae "${VAE:-${EXP_PATH:-exps/sendvae-f16d32-dinov2-vit-b}/vae}" \
+    "${vae[@]}" \
     --data "${DATA_DIR:-data/imagenet256}" \
     --batch-size "${BATCH_SIZE:-64}" \
     --num-workers "${NUM_WORKERS:-4}" \

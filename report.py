@@ -7,7 +7,8 @@
 RUN is the folder of a training, an experiment (all its runs), a VAE, a folder of generated images, or any folder with
 measurements (metrics/). Figures come from the metrics/*.json that evaluate.py and probe.py write; report.py measures
 nothing itself and needs no GPU. Where a VAE was probed and a SiT was trained on its latents, the probe's F1 is plotted
-against the SiT's FID, with Pearson's correlation over the VAEs (the paper's Figure 1). The page is a single file that
+against the SiT's FID, with Pearson's correlation over the VAEs (the paper's Figure 1), beside it those of the measures
+of probe.py diffusability on the same data, with intervals and given the VAE's rFID. The page is a single file that
 loads nothing, so you can keep it or send it.
 """
 
@@ -79,9 +80,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     report = gather(args.runs, args.published, args.baseline)
-    drawn = [view for view in report.views if view.vaes >= correlation.ENOUGH]
+    drawn = [view for view in report.views if view.is_drawn]
     if args.figure1 and not drawn:
-        most = max((view.vaes for view in report.views), default=0)
+        most = max((view.vaes for view in report.views if view.has_f1), default=0)
         raise UserError(
             f"--figure1 needs {correlation.ENOUGH} VAEs with probe F1 (probe.py attributes) and a SiT's FID "
             f"(evaluate.py generation); there are {most}"

@@ -22,14 +22,19 @@ def add_encoder_arguments(group: argparse._ArgumentGroup, default: str | None) -
     )
 
 
-def add_vae_source_arguments(group: argparse._ActionsContainer, default: str | None) -> None:
-    """Flags that name a VAE, its weights and its latent statistics: what ``formats.vae.load_tokenizer`` takes."""
+def add_vae_source_arguments(group: argparse._ActionsContainer, default: str | None, several: bool = False) -> None:
+    """Flags that name a VAE, its weights and its latent statistics: what ``formats.vae.load_tokenizer`` takes.
+
+    With ``several``, ``--vae`` may be repeated, and gives a list.
+    """
     group.add_argument(
         "--vae",
         "--vae-arch",
         default=default,
+        action="append" if several else "store",
         metavar="NAME",
-        help=f"architecture ({', '.join(architecture_names())}), or a VAE in any form that --vae-ckpt takes",
+        help=f"architecture ({', '.join(architecture_names())}), or a VAE in any form that --vae-ckpt takes"
+        f"{'; repeat it for several VAEs' if several else ''}",
     )
     group.add_argument(
         "--vae-ckpt",

@@ -190,9 +190,9 @@ def _sets(text: str) -> list[Path]:
     return paths
 
 
-def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
+def add_vae_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """The VAE's flags; random weights (``--vae-ckpt none``) are a baseline, drawn from ``--seed``."""
-    add_vae_source_arguments(parser, default=None)
+    add_vae_source_arguments(parser, default=None, several=several)
     add_unfinished_argument(parser)
 
 

@@ -50,9 +50,9 @@ class Latents:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``values`` by name, ``settings`` they depend on, and ``files`` to be written next to the record."""
+    """``values`` by name (None: undefined), ``settings`` they depend on, and ``files`` to write next to the record."""
 
-    values: dict[str, float]
+    values: dict[str, float | None]
     settings: dict = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
 
@@ -86,13 +86,18 @@ def probe_classes(latents: Latents) -> Outcome:
 def probe_uniformity(latents: Latents, points: int, with_tsne: bool = True) -> Outcome:
     """Evenness of the latent vectors at one random position of each of ``points`` images, as VA-VAE samples them."""
     check_points(latents.data, points)
+    vectors = one_vector_an_image(latents, points)
+    values = uniformity(vectors.numpy(), latents.seed, with_tsne)
+    return Outcome(values, {"points": len(vectors), "channels": vectors.shape[1]})
+
+
+def one_vector_an_image(latents: Latents, points: int) -> Tensor:
+    """The latent vectors at one random position of each of ``points`` images, ``[≤ points, C]``."""
     places = spread(len(latents.values), points)
-    channels, height, width = latents.values.shape[1:]
+    height, width = latents.values.shape[2:]
     numbers = torch.from_numpy(latents.data.items[places])
     positions = counted_integers(latents.seed, numbers, height * width)
-    vectors = latents.values[places].flatten(2)[torch.arange(len(places)), :, positions].numpy()
-    values = uniformity(vectors, latents.seed, with_tsne)
-    return Outcome(values, {"points": len(places), "channels": channels})
+    return latents.values[places].flatten(2)[torch.arange(len(places)), :, positions]
 
 
 def probe_discrimination(latents: Latents, points: int, components: Sequence[int] | None) -> Outcome:

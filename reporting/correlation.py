@@ -1,19 +1,25 @@
-"""Probes of VAEs against the images that diffusion models make with them: the paper's Figure 1 from one's own runs."""
+"""Probes of VAEs against the images that diffusion models make with them: the paper's Figure 1 from one's own runs.
+
+Beside attribute F1 stand all the measures of ``probe.py diffusability`` that were made on the same data.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from statistics import correlation, fmean
+from statistics import fmean
 
 from metrics.published import Published
-from reporting.results import BENCHMARKS, PROBES, PUBLISHED_F1, Row
+from reporting.coefficients import bootstrap_interval, partial_correlation, pearson
+from reporting.results import BENCHMARKS, PROBES, PUBLISHED_F1, RECONSTRUCTION, Row, short_name
 from reporting.tables import NOTHING, Column, aligned, markdown_table, number_word
 
 ATTRIBUTES = "attributes/"
 MAIN_METRIC = f"{ATTRIBUTES}{PUBLISHED_F1}"
+MEASURES = "diffusability/"
 COMPARED = (MAIN_METRIC, *(f"{ATTRIBUTES}{name}" for name in ("F1-micro", "mAP", "top5-recall")))
 ENOUGH = 3  # a correlation of two points is ±1
+FEW = 10  # VAEs, below which an interval says little
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -24,8 +30,9 @@ class Point:
     vae: str  # names of the runs
     sit: str
     checksum: str  # of the VAE
-    probes: Mapping[str, float]  # attribute metrics of the VAE, by name
+    probes: Mapping[str, float]  # attribute metrics and measures of the VAE, by name
     distance: float  # of the SiT's images
+    reconstruction: float | None = None  # the same distance of the VAE's reconstructions, if measured
 
 
 @dataclass(frozen=True)
@@ -46,61 +53,99 @@ class View:
     @property
     def title(self) -> str:
         guided = "" if self.guidance in ("none", "") else f", guidance {self.guidance}"
-        return f"Probe F1{f' on {self.data}' if self.data else ''} against {self.metric} ({self.sit}{guided})"
+        what = "Probe F1" if self.has_f1 else "Measures of latents"
+        return f"{what}{f' on {self.data}' if self.data else ''} against {self.metric} ({self.sit}{guided})"
+
+    @property
+    def has_f1(self) -> bool:
+        return all(MAIN_METRIC in point.probes for point in self.points)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it makes a Figure 1."""
+        return self.has_f1 and self.vaes >= ENOUGH
+
+    @property
+    def names(self) -> list[str]:
+        """The probes' metrics that all points have."""
+        first, *others = (point.probes for point in self.points)
+        return [name for name in first if all(name in probes for probes in others)]
 
     def correlations(self) -> dict[str, float]:
-        """Pearson's r of each attribute metric that all points have with the distance; NaN where one does not vary."""
-        shared = set.intersection(*(set(point.probes) for point in self.points))
-        names = [name for name in COMPARED if name in shared]
-        distances = [point.distance for point in self.points]
-        return {name: pearson([point.probes[name] for point in self.points], distances) for name in names}
+        """Pearson's r of each metric that all points have with the distance; NaN where one does not vary."""
+        return {name: pearson(*self._pairs(name)) for name in self.names}
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % interval of each, by a bootstrap over VAEs."""
+        groups = [point.checksum for point in self.points]
+        return {name: bootstrap_interval(*self._pairs(name), groups) for name in self.names}
 
-def pearson(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's correlation coefficient; NaN if one of the sequences is constant or not finite."""
-    try:
-        return correlation(x, y)
-    except (ValueError, OverflowError):
-        return math.nan
+    def partial_correlations(self) -> dict[str, float]:
+        """Each given the distance of the VAEs' reconstructions, where all have one; NaN where it leaves nothing."""
+        given = [point.reconstruction for point in self.points]
+        if None in given:
+            return {}
+        return {name: partial_correlation(*self._pairs(name), given) for name in self.names}
+
+    def _pairs(self, name: str) -> tuple[list[float], list[float]]:
+        return [point.probes[name] for point in self.points], [point.distance for point in self.points]
 
 
 def views(rows: Sequence[Row]) -> list[View]:
     """All comparable sets of points, those of most VAEs first; without guidance before with, FID before others.
 
     A VAE is identified by the checksum in its measurement, in whatever folder. Several probes of one VAE on the same
-    data are averaged.
+    data are averaged. VAEs without F1 are views of their own.
     """
     probed: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row.section == PROBES["attributes"] and row.measurement and MAIN_METRIC in row.cells:
+        if row.section in (PROBES["attributes"], PROBES["diffusability"]) and row.measurement:
             checksum = row.measurement.subject.get("vae_checksum")
             if checksum:  # raw pixels have none
                 probed.setdefault((checksum, row.detail), []).append(row)
     found: dict[tuple, list[Point]] = {}
     for row in rows:
-        if row.metric_of_images is None or row.owner is None:
+        metric = row.metric_of_images
+        if metric is None or row.owner is None:
             continue
         made_with = _vae_of(row)
         for (checksum, data), same in probed.items():
             if checksum == made_with:
-                distance = row.cells[row.metric_of_images].value
-                point = Point(same[0].run, row.run, checksum, _mean_probe(same), distance)
-                key = (data, row.metric_of_images, row.guidance, row.reference, _sit_of(row))
-                found.setdefault(key, []).append(point)
-    made = [View(*key, points) for key, points in found.items()]
-    return sorted(made, key=lambda view: (-view.vaes, view.guidance != "none", view.metric != "FID", view.metric))
+                reconstruction = _reconstruction(rows, checksum, f"r{metric}")
+                probes, distance = _mean_probe(same), row.cells[metric].value
+                point = Point(same[0].run, row.run, checksum, probes, distance, reconstruction)
+                key = (data, metric, row.guidance, row.reference, _sit_of(row))
+                found.setdefault((MAIN_METRIC in probes, *key), []).append(point)
+    made = (View(*key, points) for (_, *key), points in found.items())
+    return sorted(
+        (view for view in made if view.names),
+        key=lambda view: (not view.has_f1, -view.vaes, view.guidance != "none", view.metric != "FID", view.metric),
+    )
 
 
 def _mean_probe(rows: Sequence[Row]) -> dict[str, float]:
-    names = [name for name in COMPARED if all(name in row.cells for row in rows)]
-    return {name: fmean(row.cells[name].value for row in rows) for name in names}
+    """Means over the measurements of each figure, attribute metrics first; without measures that are not defined."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, cell in row.cells.items():
+            found.setdefault(name, []).append(cell.value)
+    names = [name for name in COMPARED if name in found]
+    names += [name for name, values in found.items() if name.startswith(MEASURES) and all(map(math.isfinite, values))]
+    return {name: fmean(found[name]) for name in names}
+
+
+def _reconstruction(rows: Sequence[Row], checksum: str, metric: str) -> float | None:
+    """Of a VAE; None where it was not measured, or more than once: nothing chooses between the sets."""
+    measured = [row for row in rows if row.section == RECONSTRUCTION and metric in row.cells and row.measurement]
+    values = [row.cells[metric].value for row in measured if row.measurement.subject.get("vae_checksum") == checksum]
+    return values[0] if len(values) == 1 else None
 
 
 def points_table(view: View) -> tuple[list[Column], list[list[str]]]:
     """The points, best images first."""
-    metrics = list(view.correlations())
+    metrics = view.names
     columns = [Column("VAE", is_number=False), Column("SiT", is_number=False)]
-    columns += [Column(name.removeprefix(ATTRIBUTES), name) for name in metrics] + [Column(view.metric, view.metric)]
+    columns += [Column(short_name(name), name) for name in metrics] + [Column(view.metric, view.metric)]
     rows = []
     for point in sorted(view.points, key=lambda point: point.distance):
         figures = [number_word(name, point.probes[name]) for name in metrics]
@@ -120,30 +165,47 @@ def as_markdown(view: View, published: Published) -> str:
 
 
 def records(found: Iterable[View]) -> list[dict[str, object]]:
-    """One record for each view, for ``--format json``; a correlation of fewer than ``ENOUGH`` VAEs is null."""
+    """One record for each view, for ``--format json``; what fewer than ``ENOUGH`` VAEs do not tell is null."""
     return [
         asdict(view)
-        | {"vaes": view.vaes}
         | {
-            "pearson": {
-                k: r if view.vaes >= ENOUGH and math.isfinite(r) else None for k, r in view.correlations().items()
-            }
+            "vaes": view.vaes,
+            "pearson": {name: _known(view, r) for name, r in view.correlations().items()},
+            "interval": {name: [_known(view, end) for end in ends] for name, ends in view.intervals().items()},
+            "given_reconstruction": {name: _known(view, r) for name, r in view.partial_correlations().items()},
         }
         for view in found
     ]
 
 
+def _known(view: View, r: float) -> float | None:
+    return r if view.vaes >= ENOUGH and math.isfinite(r) else None
+
+
 def correlation_lines(view: View, published: Published) -> list[str]:
-    """Pearson's r in words, the published one after it."""
+    """Pearson's r in words with its interval, the published one after them."""
     if view.vaes < ENOUGH:
         return [f"Pearson's r: {ENOUGH} VAEs are needed, there are {view.vaes}"]
-    lines = [
-        f"Pearson's r of {name.removeprefix(ATTRIBUTES)} with {view.metric}: "
-        f"{NOTHING if math.isnan(r) else f'{r:.4f}'} ({len(view.points)} SiTs, {view.vaes} VAEs)"
-        for name, r in view.correlations().items()
-    ]
-    other = published.correlations["figure1"]
-    return [*lines, f"published: {other.value} over {other.vaes} VAEs ({other.label}; {other.source})"]
+    intervals, partial = view.intervals(), view.partial_correlations()
+    lines = []
+    for name, r in view.correlations().items():
+        what = f"Pearson's r of {short_name(name)} with {view.metric}"
+        low, high = (_word(end, 2) for end in intervals[name])
+        between = f"; 95 % interval {low} to {high}" if low != NOTHING else ""
+        given = f"; given r{view.metric} {_word(partial[name], 2)}" if name in partial else ""
+        lines.append(f"{what}: {_word(r)} ({len(view.points)} SiTs, {view.vaes} VAEs){between}{given}")
+    if view.vaes < FEW:
+        lines.append(
+            f"{view.vaes} VAEs are few: their interval is a hint at best, and of many measures some fit by chance"
+        )
+    if view.has_f1:
+        other = published.correlations["figure1"]
+        lines.append(f"published: {other.value} over {other.vaes} VAEs ({other.label}; {other.source})")
+    return lines
+
+
+def _word(r: float, digits: int = 4) -> str:
+    return f"{r:.{digits}f}" if math.isfinite(r) else NOTHING
 
 
 def published_points(view: View, published: Published) -> list[tuple[str, float, float]]:

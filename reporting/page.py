@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from files import remove_leftovers, write_atomically
-from reporting.correlation import ENOUGH, View, correlation_lines, points_table, published_points
+from reporting.correlation import View, correlation_lines, points_table, published_points
 from reporting.curves import HIDDEN, MOST_LINES, Chart, Series, charts_of, compared, final_values, read_series
 from reporting.drawing import Drawing, chart_figure, drawing, scatter_figure
 from reporting.gather import Report
@@ -80,7 +80,7 @@ def _marked(table: Table) -> tuple[set[tuple[int, int]], set[int]]:
 def _scatter(view: View, report: Report) -> dict[str, Any]:
     """Probe against distance: a drawing with its correlations, the table alone if there are too few VAEs."""
     lines, drawn = correlation_lines(view, report.published), None
-    if view.vaes >= ENOUGH:
+    if view.is_drawn:
         drawn = drawing(*scatter_figure(view, report.published))
         if published_points(view, report.published):
             lines = ["Filled: measured by this code. Hollow: published (Table 8).", *lines]

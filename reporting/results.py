@@ -24,10 +24,13 @@ PROBES = {
     "classes": "Probe: classes",
     "uniformity": "Probe: uniformity of latents",
     "discrimination": "Probe: discrimination of latents",
+    "diffusability": "Probe: measures of latents",
 }
 SECTIONS = (GENERATION, READING, RECONSTRUCTION, *PROBES.values())
 ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "MIND", "rFID", "PSNR", "SSIM", "LPIPS-alex", "LPIPS-vgg",
-         "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5")  # fmt: skip
+         "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5", "LDS", "CDS", "SRSS", "spectral-slope",
+         "flip-error", "rotation-error", "shift-error", "scale-error", "channel-correlation", "sphere-uniformity",
+         "participation-token", "participation-latent", "TwoNN", "velocity-gaussian", "velocity-variance")  # fmt: skip
 GENERIC_NAMES = ("packed", "packed-val", "train", "val", "test")  # of a dataset: its parent's name says more
 BENCHMARKS = ("celeba", "deepfashion", "awa")
 PUBLISHED_RESOLUTION = 256  # of all published reconstructions
@@ -246,8 +249,17 @@ def _row(
         compared = _published_value(row, section, guidance, metric, measurement, published) if row else None
         cells[metric] = Cell(_figure(run, measurement, metric), std, compared)
     preset = (run.preset.name, run.preset.changes) if run.preset else (None, ())
-    what = (section, run.name, detail, guidance, reference, measurement.count)
+    what = (section, _name_of(run, measurement), detail, guidance, reference, measurement.count)
     return Row(*what, cells, row, *preset, measurement=measurement, owner=run, samples=samples)
+
+
+def _name_of(run: Run, measurement: Measurement) -> str:
+    """The run's, or the VAE's own where several were measured into one folder."""
+    vaes = {each.subject.get("vae_checksum") for each in run.measurements if each.subject.get("vae_checksum")}
+    if len(vaes) < 2 or measurement not in run.measurements:
+        return run.name
+    path = Path(str(measurement.subject.get("path")))
+    return path.parent.name if path.name == "vae" else path.name
 
 
 def _figure(run: Run, measurement: Measurement, metric: str) -> float:

@@ -13,6 +13,7 @@ import preprocessing
 import probe
 from dataset.attributes import TEST, TRAIN, VALIDATION
 from dataset.toy import write_toy_dataset
+from errors import UserError
 from formats.vae import load_tokenizer
 from metrics.probe_data import open_probe_data
 from metrics.record import read_measurements
@@ -72,6 +73,36 @@ def test_all_probes_leave_their_records(probed, data, vae):
     assert len(rows) == 26 and rows[0]["attribute"] == "shape=circle"
     macro = np.mean([float(row["F1"]) for row in rows])
     assert macro == pytest.approx(found["probe-attributes"]["attributes/F1-macro"], abs=1e-4)
+
+
+def test_several_vaes_are_compared_and_the_batch_changes_no_bit(data, vae, tmp_path, capsys):
+    """Two VAEs into one folder, then one of them alone, with another batch: the same figures, and a table of both."""
+    other = save_vae(tmp_path / "other-run", seed=1)
+    both = ["diffusability", "attributes", "--vae", str(vae), "--vae", str(other)]
+    rest = {"data": data, "resolution": 32, "num_workers": 1, "max_images": 80}
+    assert probe.main([*both, *argv_of(rest | {"output_dir": tmp_path / "both"})]) == 0
+    table = capsys.readouterr().out.splitlines()[-4:]
+    found, labels = values_of(tmp_path / "both"), [vae.parent.name, "other-run"]
+    assert set(found) == {f"probe-{what}-{label}" for what in ("diffusability", "attributes") for label in labels}
+    assert table[0].split()[:3] == ["VAE", "F1-macro", "F1-micro"] and "velocity-variance" in table[0]
+    for label, line in zip(labels, table[2:], strict=True):
+        values = found[f"probe-attributes-{label}"] | found[f"probe-diffusability-{label}"]
+        assert line.split() == [label, *(f"{value:.4f}" for value in values.values())]
+        assert all(np.isfinite(value) for value in values.values())
+    alone = flags("diffusability", data, other, max_images=80, output_dir=tmp_path / "alone", batch_size=1)
+    assert probe.main(alone) == 0
+    assert values_of(tmp_path / "alone")["probe-diffusability"] == found["probe-diffusability-other-run"]
+
+
+def test_several_vaes_that_cannot_be_meant_are_refused(data, vae):
+    for changes, words in (
+        ({"vae": [vae, vae]}, "given twice"),
+        ({"vae": [vae, "f4d4-tiny"], "vae_ckpt": "none"}, "--vae-ckpt is for one VAE, and there are 2"),
+        ({"features": "pixels"}, "diffusability is of a VAE"),
+    ):
+        vaes = [word for path in changes.pop("vae", []) for word in ("--vae", str(path))]
+        with pytest.raises(UserError, match=words):
+            probe.parse_arguments(["diffusability", "--data", str(data), *vaes, *argv_of(changes)])
 
 
 def test_pictures_have_their_sizes(probed):
@@ -151,7 +182,7 @@ def test_all_goes_on_without_what_cannot_be_done(tmp_path, capsys):
     write_toy_dataset(tmp_path / "toy", 12, 32, seed=0, num_workers=1)
     folder = save_vae(tmp_path / "run", change=spoil)
     assert probe.main(flags("all", tmp_path / "toy", folder, output_dir=tmp_path / "out")) == 0
-    assert set(values_of(tmp_path / "out")) == {"probe-attributes", "probe-classes"}
+    assert set(values_of(tmp_path / "out")) == {f"probe-{what}" for what in ("attributes", "classes", "diffusability")}
     lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert [line.partition(" ")[0] for line in lines] == ["discrimination", "uniformity", "pictures"]
     assert "8 training images" in lines[0] and all("has collapsed" in line for line in lines[1:])

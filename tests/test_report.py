@@ -5,6 +5,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import pytest
 import report
 from errors import UserError
 from metrics.record import Measurement, write_measurement
-from reporting.correlation import distinguishing_parts, pearson
+from reporting import coefficients
+from reporting.coefficients import bootstrap_interval, partial_correlation, pearson
+from reporting.correlation import distinguishing_parts
 from reporting.differences import paired_difference
 from reporting.gather import gather
 from reporting.results import with_means
@@ -291,6 +294,102 @@ def test_probe_and_distance_stand_together_with_their_correlation(tmp_path, caps
     correlations = json.loads(printed(capsys, tmp_path / "ldm*", "--no-html", "--format", "json"))["correlations"]
     assert [(view["guidance"], view["vaes"]) for view in correlations] == [("none", 4), ("2 on [0, 0.75]", 4)]
     assert correlations[0]["pearson"]["attributes/F1-macro"] == pytest.approx(r)
+
+
+def write_measures(folder: Path, vae: str, values: dict[str, float | None], data: str = "data/celeba") -> None:
+    """What probe.py diffusability leaves, in a folder of its own or in a common one."""
+    found = {f"diffusability/{name}": value for name, value in values.items()}
+    subject = {"path": f"exps/{vae}/vae", "vae_checksum": vae}
+    write_measurement(
+        Measurement(f"probe-diffusability-{vae}", "probe", found, 100, subject, settings={"data": data}), folder
+    )
+
+
+def test_measures_of_latents_stand_beside_f1_with_intervals_and_given_rfid(tmp_path, capsys):
+    published_table_8(tmp_path)
+    slopes, rfids = [-0.3, -0.9, -1.1, -2.0], [1.0, 0.4, 0.7, 0.5]
+    for number, (slope, rfid) in enumerate(zip(slopes, rfids, strict=True)):
+        write_measures(tmp_path / "measured", f"vae{number}", {"spectral-slope": slope, "SRSS": None})
+        subject = {"path": "x", "vae_checksum": f"vae{number}"}
+        settings = {"data": "data/val"}
+        found = Measurement("reconstruction", "reconstruction", {"rFID": rfid}, 50, subject, settings=settings)
+        write_measurement(found, tmp_path / f"ldm{number}")
+    runs = [tmp_path / "measured", tmp_path / "ldm*"]
+    out = printed(capsys, *runs, "--no-html")
+    fids = [17.43, 11.40, 8.96, 7.57]
+    r = np.corrcoef(slopes, fids)[0, 1]
+    rest = [np.array(values) - np.polyval(np.polyfit(rfids, values, 1), rfids) for values in (slopes, fids)]
+    given = np.corrcoef(*rest)[0, 1]
+    line = next(line for line in out.splitlines() if line.startswith("Pearson's r of spectral-slope"))
+    low, high = bootstrap_interval(slopes, fids, "abcd")
+    assert line == (
+        f"Pearson's r of spectral-slope with FID: {r:.4f} (4 SiTs, 4 VAEs); 95 % interval {low:.2f} to {high:.2f}; "
+        f"given rFID {given:.2f}"
+    )
+    assert "r of SRSS" not in out and "4 VAEs are few" in out
+    assert [_cells(line)[0] for line in out.split("measures of latents\n")[1].splitlines()[2:6]] == [
+        f"vae{number}" for number in range(4)
+    ]
+    (view,) = json.loads(printed(capsys, *runs, "--no-html", "--format", "json"))["correlations"]
+    assert view["given_reconstruction"]["diffusability/spectral-slope"] == pytest.approx(given)
+    assert view["interval"]["diffusability/spectral-slope"] == pytest.approx([low, high])
+    assert "diffusability/SRSS" not in view["interval"]
+    assert {point["reconstruction"] for point in view["points"]} == set(rfids)
+
+
+def test_measures_without_f1_are_correlated_but_not_drawn(tmp_path, capsys):
+    for number in range(3):
+        run = write_run(tmp_path / f"ldm{number}", vae_checksum=f"vae{number}")
+        write_measures(run, f"vae{number}", {"LDS": 0.1 * number})
+        write_samples(run, {"FID": 5.0 + number**2}, vae=f"vae{number}")
+    html = tmp_path / "report.html"
+    out = printed(capsys, tmp_path / "ldm*", "--html", html)
+    assert "Measures of latents on celeba against FID" in out and "published: -0.95" not in out
+    assert f"Pearson's r of LDS with FID: {np.corrcoef([0, 1, 2], [0, 1, 4])[0, 1]:.4f} (3 SiTs, 3 VAEs)\n" in out
+    assert "Measures of latents on celeba" in html.read_text()
+    with pytest.raises(UserError, match="there are 0"):
+        report.main([str(tmp_path / "ldm*"), "--no-html", "--figure1", str(tmp_path / "f.png")])
+
+
+def test_a_vae_without_f1_does_not_take_it_from_the_others(tmp_path):
+    published_table_8(tmp_path)
+    run = write_run(tmp_path / "ldm9", vae_checksum="vae9")
+    write_measures(run, "vae9", {"LDS": 0.1})
+    write_samples(run, {"FID": 5.0}, vae="vae9")
+    found = gather([str(tmp_path / "ldm*")]).views
+    assert [(view.vaes, view.has_f1) for view in found] == [(4, True), (1, False)]
+
+
+def test_an_interval_is_that_of_draws_one_by_one(monkeypatch):
+    monkeypatch.setattr(coefficients, "RESAMPLES", 300)
+    generator = np.random.default_rng(5)
+    x, groups = generator.normal(size=7), ["a", "a", "b", "c", "d", "e", "e"]
+    y = x + generator.normal(size=7)
+    names, found = ["a", "b", "c", "d", "e"], []
+    for drawn in np.random.default_rng(0).integers(5, size=(300, 5)):
+        if len(set(drawn)) >= 3:
+            places = [place for number in drawn for place, group in enumerate(groups) if group == names[number]]
+            found.append(np.corrcoef(x[places], y[places])[0, 1])
+    assert bootstrap_interval(x, y, groups) == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=1e-12)
+    assert all(math.isnan(end) for end in bootstrap_interval(x[:3], y[:3], "abc"))
+    assert all(math.isnan(end) for end in bootstrap_interval(np.ones(7), y, "abcdefg"))
+
+
+def test_an_interval_of_many_points_is_fisher_s():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=400)
+    y = 0.6 * x + 0.8 * generator.normal(size=400)
+    z = np.arctanh(np.corrcoef(x, y)[0, 1])
+    expected = np.tanh([z - 1.96 / np.sqrt(397), z + 1.96 / np.sqrt(397)])
+    assert bootstrap_interval(x, y, [str(n) for n in range(400)]) == pytest.approx(expected, abs=0.02)
+
+
+def test_a_partial_correlation_is_that_of_what_a_line_leaves():
+    generator = np.random.default_rng(1)
+    x, y, z = generator.normal(size=(3, 8))
+    rest = [values - np.polyval(np.polyfit(z, values, 1), z) for values in (x + z, y - z)]
+    assert partial_correlation(x + z, y - z, z) == pytest.approx(np.corrcoef(*rest)[0, 1], abs=1e-12)
+    assert math.isnan(partial_correlation(x, z, z)) and math.isnan(partial_correlation(x[:3], y[:3], z[:3]))
 
 
 def test_sits_of_other_lengths_are_not_mixed(tmp_path):
