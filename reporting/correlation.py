@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from statistics import correlation, fmean
 
+from formats.averages import MAIN
 from metrics.published import Published
 from reporting.results import BENCHMARKS, PROBES, PUBLISHED_F1, Row
 from reporting.tables import NOTHING, Column, aligned, markdown_table, number_word
@@ -36,7 +37,7 @@ class View:
     metric: str  # of the images, ``FID`` or ``FD-NAME``
     guidance: str  # of the samples
     reference: str  # that they were compared with
-    sit: str  # model and steps of the SiTs
+    sit: str  # model, steps and weights of the SiTs
     points: list[Point]  # one for each SiT
 
     @property
@@ -192,4 +193,5 @@ def _sit_of(row: Row) -> str:
     arguments = row.owner.arguments
     model = arguments.get("model") or (arguments.get("denoiser") or {}).get("model") or "SiT"
     steps = settings.get("train_steps") or row.owner.status.get("step")
-    return f"{model}, {steps:,} steps" if steps else str(model)
+    sit = f"{model}, {steps:,} steps" if steps else str(model)
+    return sit if row.weights in ("", MAIN) else f"{sit}, {row.weights}"
