@@ -77,8 +77,8 @@ class StartingRun:
         """Load weights, average, projectors and moments into a method whose configuration :meth:`check` accepted."""
         self.checkpoint.load_module("model", method.denoiser)
         for name, average in method.averages.items():  # one that it lacks begins as its main one, or as its weights
-            there = next(each for each in (name, MAIN, MODEL) if each == MODEL or self._holds(each))
-            self.checkpoint.load_module(there, average.module)
+            begins_as = next(each for each in (name, MAIN, MODEL) if each == MODEL or self._holds(each))
+            self.checkpoint.load_module(begins_as, average.module)
         if len(method.alignment):
             there = method.alignment.state_dict()  # what is not aligned any more is left
             state = {key: tensor for key, tensor in self.state("alignment").items() if key in there}

@@ -62,8 +62,8 @@ class VAEPhase(Phase):
 class DenoiserPhase(Phase):
     """Second half: the denoiser on the same latents, detached, with the same times and noise."""
 
-    def __init__(self, vae: SendVAE, ldm: LDM, statistics: Iterable[Average]):
-        self.vae, self.ldm, self.statistics = vae, ldm, statistics
+    def __init__(self, vae: SendVAE, ldm: LDM, statistics_averages: Iterable[Average]):
+        self.vae, self.ldm, self.statistics_averages = vae, ldm, statistics_averages
 
     def accumulate(
         self, step: int, micro_step: int, batch: Encoded, share: float, synchronise: bool
@@ -75,7 +75,7 @@ class DenoiserPhase(Phase):
     def update(self, step: int, metrics: Metrics, kept: Sequence[None]) -> Metrics:
         """The denoiser's optimizer, its averages and those of the statistics."""
         values = self.ldm.update(step, metrics, kept)
-        for average in self.statistics:
+        for average in self.statistics_averages:
             average.update(step)
         return values | {"skipped": torch.maximum(values["skipped"], metrics["vae_skipped"])}
 
@@ -94,19 +94,20 @@ class Repae(Method):
         assert ldm.tokenizer is vae.tokenizer
         self.args, self.accelerator, self.vae, self.ldm = ldm.args, ldm.accelerator, vae, ldm
         # each belongs to an average of the denoiser, whose latents it normalises
-        self.statistics = {statistics_of(n): each for n, each in build_averages(ldm.args, vae.statistics).items()}
-        self.statistics_ema = self.statistics.get(statistics_of(MAIN))
+        averages = build_averages(ldm.args, vae.statistics)
+        self.statistics_averages = {statistics_of(name): average for name, average in averages.items()}
+        self.statistics_ema = self.statistics_averages.get(statistics_of(MAIN))
         # generate.py needs the VAE of the same step as the denoiser
         self.milestone = (*ldm.milestone, *self._beside(ldm.milestone))
         self.snapshot, self.beside_snapshot = ldm.snapshot, self._beside(ldm.snapshot)
 
     @property
     def phases(self) -> Sequence[Phase]:
-        return VAEPhase(self.vae, self.ldm), DenoiserPhase(self.vae, self.ldm, self.statistics.values())
+        return VAEPhase(self.vae, self.ldm), DenoiserPhase(self.vae, self.ldm, self.statistics_averages.values())
 
     def _beside(self, names: Sequence[str]) -> tuple[str, ...]:
         """What sampling needs with these weights."""
-        return (OWN_VAE, *(name for name in map(statistics_of, names) if name in self.statistics))
+        return (OWN_VAE, *(name for name in map(statistics_of, names) if name in self.statistics_averages))
 
     @property
     def tuned_vae(self) -> Tokenizer:
@@ -121,7 +122,7 @@ class Repae(Method):
 
     def modules(self) -> dict[str, nn.Module | None]:
         modules = self.ldm.modules() | {OWN_VAE: self.vae.tokenizer, "feature_norm": self.vae.feature_norm}
-        statistics = {name: average.module for name, average in self.statistics.items()}
+        statistics = {name: average.module for name, average in self.statistics_averages.items()}
         return self.vae.modules() | modules | statistics
 
     def states(self) -> dict[str, object]:
@@ -143,7 +144,7 @@ class Repae(Method):
     def measure_statistics(self, batches, images: int) -> int:
         """As :meth:`SendVAE.measure_statistics`; the averaged statistics start from them."""
         count = self.vae.measure_statistics(batches, images)
-        for average in self.statistics.values():
+        for average in self.statistics_averages.values():
             average.module.load_state_dict(self.vae.statistics.state_dict())
         return count
 
