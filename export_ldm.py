@@ -48,8 +48,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--weights",
         type=weights_name,
         metavar="NAME",
-        help="ema, model, ema_X or posthoc_X, as generate.py has them; the format repa holds an average beside the weights "
-        "as trained (default: ema)",
+        help="ema, model, ema_X or posthoc_X, as generate.py has them; the format repa holds an average beside what "
+        "was trained (default: ema)",
     )
     group = parser.add_argument_group("what other people's checkpoint does not say itself, for --format run")
     add_foreign_vae_arguments(group)

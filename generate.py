@@ -81,7 +81,7 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         "--train-steps",
         type=positive_int,
         metavar="N",
-        help="checkpoint, milestone or snapshot of step N, also of an unfinished run (default: a finished run's newest)",
+        help="checkpoint, milestone or snapshot of step N, of an unfinished run too (default: a finished run's newest)",
     )
     group.add_argument(
         "--weights",
