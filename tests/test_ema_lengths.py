@@ -180,6 +180,11 @@ def test_repae_averages_its_statistics_with_each(data, tmp_path):
         assert torch.equal(tokenizer.statistics.mean, module(several, step, f"statistics_{name}")["mean"])
         expected = module(several, step, "vae")["network.decoder.conv_out.weight"]
         assert torch.equal(tokenizer.decoder_last_layer, expected)
+    first, second = (module(several, step, "vae")["statistics.mean"].double() for step in (1, 2))
+    for length in (0.05, 0.1):  # β(1) = 0, β(2) = (1/2)^(γ+1)
+        decay, name = 0.5 ** (gamma_of(length) + 1), f"statistics_posthoc_{length}"
+        for step, expected in ((1, first), (2, decay * first + (1 - decay) * second)):
+            torch.testing.assert_close(module(several, step, name)["mean"].double(), expected, rtol=1e-5, atol=1e-6)
     between = open_trained_ldm(several, 2, "posthoc_0.07").load_autoencoder().statistics.mean
     stored = [module(several, step, f"statistics_posthoc_{x}")["mean"] for step in (1, 2) for x in (0.05, 0.1)]
     shares, _ = combination([1, 1, 2, 2], [gamma_of(x) for x in (0.05, 0.1, 0.05, 0.1)], 2, gamma_of(0.07))
