@@ -29,7 +29,7 @@ from pathlib import Path
 from diffusion import PATH_TYPES
 from errors import UserError
 from formats.arguments import add_foreign_vae_arguments
-from inference import WEIGHTS
+from formats.averages import MAIN, MODEL, weights_name
 from runtime.cli import ArgumentParser, add_debug_argument, answer_early, flag_of, positive_int, run
 
 FORMATS = ("diffusers", "repa", "run")
@@ -46,8 +46,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--weights",
-        choices=WEIGHTS,
-        help="their moving average, or as trained; the formats repa and run hold both (default: ema)",
+        type=weights_name,
+        metavar="NAME",
+        help="ema, model, ema_X or posthoc_X, as generate.py has them; the format repa holds an average beside what "
+        "was trained (default: ema)",
     )
     group = parser.add_argument_group("what other people's checkpoint does not say itself, for --format run")
     add_foreign_vae_arguments(group)
@@ -140,7 +142,7 @@ def open_run(args: argparse.Namespace) -> TrainedLDM:
             "leave the flag out"
         )
     try:
-        trained = open_trained_ldm(args.source, args.train_steps, args.weights or "ema", warn)
+        trained = open_trained_ldm(args.source, args.train_steps, args.weights or MAIN, warn)
     except UserError as error:
         raise UserError(str(error).replace("--exp-path", "SOURCE")) from error
     print(f"{trained.config.model} of step {trained.step}, {trained.resolution} px")
@@ -179,15 +181,16 @@ def export_repae(args: argparse.Namespace, trained: TrainedLDM) -> Callable[[Pat
     if not isinstance(trained.config, SiTConfig):
         raise UserError(f"--format repa: REPA-E knows no {trained.config.model}, only SiTs; take --format diffusers")
     tokenizer, arguments = open_vae(args, trained), trained.checkpoint.manifest()["args"]
-    modules = {name: load_module(trained.checkpoint, name) for name in ("model", "ema", "alignment")}
-    sets = {name: modules[name] or modules[trained.weights] for name in ("model", "ema")}
-    has_projectors = any(name.startswith(REPA_PREFIX) for name in modules["alignment"])
+    model, alignment = (load_module(trained.checkpoint, name) for name in (MODEL, "alignment"))
+    chosen = trained.load_model().state_dict()
+    sets = {"model": model or chosen, "ema": chosen}
+    if trained.weights == MODEL:
+        sets["ema"] = load_module(trained.checkpoint, MAIN) or chosen
+    has_projectors = any(name.startswith(REPA_PREFIX) for name in alignment)
     facts = repae_facts(trained.config, arguments, has_projectors)
     for reason in what_repae_lacks(facts, arguments.get("projector_width") if has_projectors else None):
         warn(f"REPA-E's own code cannot use this as it is: {reason}")
-    checkpoint = repae_checkpoint(
-        sets, modules["alignment"], tokenizer.statistics, ldm_state(tokenizer), facts, trained.step
-    )
+    checkpoint = repae_checkpoint(sets, alignment, tokenizer.statistics, ldm_state(tokenizer), facts, trained.step)
     print(f"model and ema: {sum(tensor.numel() for tensor in checkpoint['ema'].values()):,} numbers each")
 
     def write(folder: Path) -> None:

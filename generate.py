@@ -25,8 +25,9 @@ from pathlib import Path
 from dataset.images import DEFAULT_RESOLUTION
 from diffusion import PATH_TYPES
 from errors import UserError
+from formats.averages import MAIN, weights_name
 from formats.run_folders import refuse_foreign
-from inference import LABEL_SAMPLINGS, MODES, ROUNDINGS, WEIGHTS
+from inference import LABEL_SAMPLINGS, MODES, ROUNDINGS
 from metrics.arguments import INCEPTION, add_metric_arguments
 from runtime import DEFAULT_VAE
 from runtime.cli import (
@@ -80,9 +81,16 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         "--train-steps",
         type=positive_int,
         metavar="N",
-        help="checkpoint or milestone of step N, also of an unfinished run (default: a finished run's newest)",
+        help="checkpoint, milestone or snapshot of step N, of an unfinished run too (default: a finished run's newest)",
     )
-    group.add_argument("--weights", choices=WEIGHTS, default="ema", help="ema: their moving average; model: as trained")
+    group.add_argument(
+        "--weights",
+        type=weights_name,
+        default=MAIN,
+        metavar="NAME",
+        help="ema: their moving average; model: as trained; ema_X: the average of a further --ema-decay X; posthoc_X: "
+        "an average of any relative length X, of a run with --posthoc-ema",
+    )
 
 
 def add_untrained_arguments(group: argparse._ArgumentGroup) -> None:
@@ -393,7 +401,7 @@ def default_folder(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM)
     if args.cfg_scale != 1:
         channels = "" if args.guidance_channels is None else f"-{args.guidance_channels}ch"
         parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}{channels}")
-    if args.weights != "ema":
+    if args.weights != MAIN:
         parts.append(args.weights)
     if args.label_sampling != "random":
         parts.append(args.label_sampling)

@@ -85,7 +85,8 @@ def plain_update(model: Denoiser) -> Callable[[], None]:
 def our_step(model: Denoiser, loader: BatchLoader, accelerator: Accelerator) -> Callable[[], None]:
     flags = argparse.Namespace(
         seed=0, path_type="linear", weighting="uniform", time_shift=1.0, cfg_prob=0.1, ema_decay=0.9999,
-        max_grad_norm=1.0, learning_rate=1e-4, lr_schedule="constant", warmup_steps=0, max_train_steps=1_000_000,
+        posthoc_ema="none", max_grad_norm=1.0, learning_rate=1e-4, lr_schedule="constant", warmup_steps=0,
+        max_train_steps=1_000_000,
         optimizer="adamw", adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0, adam_epsilon=1e-8,
     )  # fmt: skip
     # small networks, which no step runs: of a tokenizer it takes the sample and the statistics

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TypedDict
 
 from errors import UserError
+from formats import averages
 from schema import MalformedError, read_json
 
 MANIFEST = "manifest.json"
 ARGUMENTS = "args.json"
 PLACES = ("checkpoints", "milestones")
 # A run that trains its VAE along keeps it in every checkpoint, with the statistics that belong to the averaged SiT.
-OWN_VAE, OWN_STATISTICS = "vae", "statistics_ema"
+OWN_VAE, OWN_STATISTICS = "vae", averages.statistics_of(averages.MAIN)
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 

@@ -1,6 +1,5 @@
 """What runs finished networks over a set: latent caching, sampling. The names that flags choose from need no torch."""
 
-WEIGHTS = ("ema", "model")  # of a checkpoint
 MODES = ("sde", "ode")
 LABEL_SAMPLINGS = ("random", "equal")
 ROUNDINGS = ("round", "truncate")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TypedDict
 
 from errors import UserError, one_line
-from formats.run_folders import OWN_STATISTICS, OWN_VAE, arguments_of, status_of
+from formats.averages import FURTHER, MAIN, MODEL, POSTHOC, posthoc_length, statistics_of
+from formats.run_folders import OWN_VAE, arguments_of, status_of
 from formats.vae import load_tokenizer
-from inference import WEIGHTS
+from inference.posthoc import PosthocCheckpoint
 from models.denoisers import Denoiser, DenoiserConfig, denoiser_config
 from models.tokenizers import STATISTICS_FILE, Tokenizer, build_tokenizer
 from runtime.checkpoint import Checkpoint, CheckpointFolder
@@ -38,8 +39,8 @@ class TrainedLDM:
 
     Attributes:
         folder: of the run.
-        checkpoint: a whole one or a milestone; its weights are verified.
-        weights: ``"ema"`` or ``"model"``.
+        checkpoint: a whole one, a milestone or a snapshot; its weights are verified.
+        weights: their name, see ``formats.averages``.
         config: of the denoiser.
         path_type: of the interpolant it was trained on.
         class_names: label ``c`` means ``class_names[c]``.
@@ -114,8 +115,8 @@ class TrainedLDM:
 
     def _own_autoencoder(self) -> Tokenizer:
         """The VAE in the checkpoint, with the statistics that belong to the weights."""
-        names = (OWN_VAE, OWN_STATISTICS) if self.weights == "ema" else (OWN_VAE,)
-        for name in names:
+        statistics = statistics_of(self.weights)
+        for name in filter(None, (OWN_VAE, statistics)):
             if fault := self.checkpoint.fault(name):
                 raise UserError(f"{self.checkpoint.folder} is damaged ({fault}); choose another with --train-steps")
         try:
@@ -123,8 +124,8 @@ class TrainedLDM:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.checkpoint.folder}: vae_config of manifest.json: {one_line(error)}") from error
         self.checkpoint.load_module(OWN_VAE, tokenizer)
-        if OWN_STATISTICS in names:
-            self.checkpoint.load_module(OWN_STATISTICS, tokenizer.statistics)
+        if statistics is not None:
+            self.checkpoint.load_module(statistics, tokenizer.statistics)
         return tokenizer.requires_grad_(False)
 
 
@@ -136,8 +137,8 @@ def open_trained_ldm(
     Args:
         folder: of the run (``--exp-path``).
         train_steps: of the checkpoint or milestone; None: the newest intact one of a finished run.
-        weights: one of ``WEIGHTS``.
-        report: is told of damaged checkpoints that were passed over.
+        weights: their name, see ``formats.averages``.
+        report: is told of damaged checkpoints that were passed over, and of a length that snapshots do not give well.
 
     Raises:
         UserError: no such run, not finished, no such checkpoint, damaged, or not made by train_ldm.py.
@@ -157,17 +158,20 @@ def open_trained_ldm(
             report(f"{folder} was trained for {last_step} steps; its newest intact checkpoint is of {checkpoint.step}")
     else:
         checkpoint = _at_step(folder, train_steps, checkpoints, weights)
+    if isinstance(checkpoint, PosthocCheckpoint) and (doubts := checkpoint.doubts()):
+        report(doubts)
     return _describe(folder, checkpoint, weights)
 
 
 def _checkpoints(folder: Path, weights: str) -> dict[int, Checkpoint]:
-    """Those that hold the weights, whole ones and milestones, by step, newest first."""
-    places = CheckpointFolder(folder)
+    """Those that hold the weights, whole ones and milestones or else snapshots, by step, newest first."""
+    places, is_posthoc = CheckpointFolder(folder), posthoc_length(weights) is not None
+    pattern = f"{POSTHOC}*.safetensors" if is_posthoc else f"{weights}.safetensors"
     found = {}
-    for place in (places.milestones, places.whole):
+    for place in (places.snapshots,) if is_posthoc else (places.milestones, places.whole):
         for path in place.glob("[0-9]*") if place.is_dir() else ():
-            if path.name.isdigit() and (path / f"{weights}.safetensors").exists():
-                found[int(path.name)] = Checkpoint(path)
+            if path.name.isdigit() and any(path.glob(pattern)):
+                found[int(path.name)] = PosthocCheckpoint(path, weights) if is_posthoc else Checkpoint(path)
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -215,9 +219,14 @@ def _at_step(folder: Path, step: int, checkpoints: Mapping[int, Checkpoint], wei
 
 
 def _without_weights(folder: Path, weights: str) -> UserError:
-    others = [name for name in WEIGHTS if name != weights and _checkpoints(folder, name)]
+    places = CheckpointFolder(folder)
+    files = (path for place in (places.whole, places.milestones) for path in place.glob("[0-9]*/*.safetensors"))
+    others = sorted({path.stem for path in files if path.stem in (MAIN, MODEL) or path.stem.startswith(FURTHER)})
+    if any(places.snapshots.glob(f"[0-9]*/{POSTHOC}*.safetensors")):
+        others.append(f"{POSTHOC}X with any X")
     if others:
-        return UserError(f"--weights {weights}: no checkpoint of {folder} holds them; take --weights {others[0]}")
+        there = " or ".join(others)
+        return UserError(f"--weights {weights}: no checkpoint of {folder} holds them; take --weights {there}")
     return UserError(f"{folder} has no checkpoints with a diffusion model; give the folder of a train_ldm.py run")
 
 
@@ -241,7 +250,7 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             resolution=arguments["resolution"],
             vae_checksum=arguments["vae_checksum"],
             statistics_checksum=arguments.get("statistics_checksum"),
-            checksum=manifest["files"][f"{weights}.safetensors"]["sha256"],
+            checksum=checkpoint.checksum(weights),
             vae_config=arguments.get("vae_config"),
             cfg_prob=arguments.get("cfg_prob", 0.1),
             time_shift=arguments.get("time_shift", 1.0),

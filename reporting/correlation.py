@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from statistics import fmean
 
+from formats.averages import MAIN
 from metrics.published import Published
 from reporting.coefficients import bootstrap_interval, partial_correlation, pearson
 from reporting.results import BENCHMARKS, PROBES, PUBLISHED_F1, RECONSTRUCTION, Row, short_name
@@ -43,7 +44,7 @@ class View:
     metric: str  # of the images, ``FID`` or ``FD-NAME``
     guidance: str  # of the samples
     reference: str  # that they were compared with
-    sit: str  # model and steps of the SiTs
+    sit: str  # model, steps and weights of the SiTs
     points: list[Point]  # one for each SiT
 
     @property
@@ -254,4 +255,5 @@ def _sit_of(row: Row) -> str:
     arguments = row.owner.arguments
     model = arguments.get("model") or (arguments.get("denoiser") or {}).get("model") or "SiT"
     steps = settings.get("train_steps") or row.owner.status.get("step")
-    return f"{model}, {steps:,} steps" if steps else str(model)
+    sit = f"{model}, {steps:,} steps" if steps else str(model)
+    return sit if row.weights in ("", MAIN) else f"{sit}, {row.weights}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
@@ -18,6 +19,7 @@ from files import as_os_error, remove_leftovers, whole_file
 from metrics.published import Published
 from reporting.correlation import MAIN_METRIC, View, labelled_points, published_points
 from reporting.curves import Chart, Series
+from reporting.ema_lengths import LengthChart
 from reporting.tables import printable
 
 MOST_POINTS = 240  # of a drawn line
@@ -85,17 +87,48 @@ def chart_figure(chart: Chart, log: bool) -> tuple[Figure, list[tuple[float, flo
         if log:
             low, high = min(line[4].min() for line in lines), max(line[5].max() for line in lines)
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-            axes.yaxis.set_minor_locator(LogLocator(subs=()))
+            _log_ticks(axes.yaxis, low, high)
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND, integer=True))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        longest = max(len(short(value)) for value in axes.get_yticks())
-        left = max(0.145, 0.04 + 0.0175 * longest)  # 0.001025 takes more room than 0.5; all others stay aligned
-        axes.set_position((left, 0.12, 0.98 - left, 0.84))
+        _settle_ticks(axes)
     return figure, points
+
+
+def length_figure(chart: LengthChart) -> tuple[Figure, list[tuple[float, float, str]]]:
+    """A distance against the half-life of averages, in steps on a log scale; returns what ``chart_figure`` does."""
+    points = []
+    with style():
+        figure = Figure(figsize=(3.6, 2.1))
+        axes = figure.add_axes((0.145, 0.2, 0.835, 0.76))
+        for number, line in enumerate(chart.series):
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(line.half_lives, line.values, color=colour, linewidth=1.3, marker="o", markersize=4)
+            points += [
+                (length, value, f"{weights}: {value:.6g} (half-life {length:,.0f} steps)")
+                for weights, length, value in zip(line.weights, line.half_lives, line.values, strict=True)
+            ]
+        axes.set_xscale("log")
+        lengths = [length for line in chart.series for length in line.half_lives]
+        _log_ticks(axes.xaxis, min(lengths), max(lengths))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+        axes.set_xlabel("half-life of the average, steps", labelpad=1)
+        _settle_ticks(axes, bottom=0.2)
+    return figure, points
+
+
+def _log_ticks(axis: Axis, low: float, high: float) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_minor_locator(LogLocator(subs=()))
+
+
+def _settle_ticks(axes: Axes, bottom: float = 0.12) -> None:
+    """Short numbers, and as much room as they take."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    longest = max(len(short(value)) for value in axes.get_yticks())
+    left = max(0.145, 0.04 + 0.0175 * longest)  # 0.001025 takes more room than 0.5; all others stay aligned
+    axes.set_position((left, bottom, 0.98 - left, 0.96 - bottom))
 
 
 def scatter_figure(view: View, published: Published, ink: str = GREY) -> tuple[Figure, list[tuple[float, float, str]]]:

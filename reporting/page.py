@@ -12,7 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from files import remove_leftovers, write_atomically
 from reporting.correlation import View, correlation_lines, points_table, published_points
 from reporting.curves import HIDDEN, MOST_LINES, Chart, Series, charts_of, compared, final_values, read_series
-from reporting.drawing import Drawing, chart_figure, drawing, scatter_figure
+from reporting.drawing import Drawing, chart_figure, drawing, length_figure, scatter_figure
+from reporting.ema_lengths import length_charts
 from reporting.gather import Report
 from reporting.pictures import inline, pictures_of, spread, step_of
 from reporting.results import Row
@@ -116,6 +117,7 @@ def _one_run(report: Report, run: Run, series: dict[str, Series]) -> dict[str, A
         line for name, line in series.items() if name not in (*HIDDEN, "skipped", "grad_norm") and "lr" not in name
     )
     pictures, earlier = pictures_of(run)
+    lengths = [(chart, drawing(*length_figure(chart)), None) for chart in length_charts(run, report.rows)]
     return {
         "name": run.name,
         "sort": run.sort,
@@ -127,7 +129,7 @@ def _one_run(report: Report, run: Run, series: dict[str, Series]) -> dict[str, A
         "pictures": [(inline(path), caption) for path, caption in pictures],
         "earlier": [(inline(path), step_of(path)) for path in spread(earlier)],
         "earlier_count": len(earlier),
-        "charts": _drawn(charts_of(series)),
+        "charts": _drawn(charts_of(series)) + lengths,
         "flags": [[flag_of(name), _value(value)] for name, value in sorted(run.arguments.items())],
         "command": re.sub(r" (?=--)", " \\\n  ", " ".join(map(str, run.command))),
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items() if version) or NOTHING,

@@ -60,6 +60,7 @@ class Row:
     published: PublishedRow | None = None  # to compare with
     preset: str | None = None  # that made the run
     changes: tuple[str, ...] = ()  # flags given in addition to the preset's that change what is done
+    weights: str = ""  # which ones made generated images, see ``formats.averages``; empty if unknown
     seeds: int = 1  # how many measurements it is the mean of
     measurement: Measurement | None = None
     owner: Run | None = None
@@ -119,7 +120,15 @@ def with_means(rows: Sequence[Row]) -> list[Row]:
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        what = (row.section, row.detail, row.guidance, row.reference, row.images, _usual_name(row.measurement))
+        what = (
+            row.section,
+            row.detail,
+            row.weights,
+            row.guidance,
+            row.reference,
+            row.images,
+            _usual_name(row.measurement),
+        )
         key = (row.preset, row.changes, *what, tuple(row.cells)) if row.preset else (id(row),)
         groups.setdefault(key, []).append(row)
     found = []
@@ -183,6 +192,7 @@ def records(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "preset": row.preset,
             "section": row.section,
             "detail": row.detail,
+            "weights": row.weights or None,
             "guidance": row.guidance or None,
             "reference": row.reference or None,
             "images": row.images,
@@ -250,7 +260,8 @@ def _row(
         cells[metric] = Cell(_figure(run, measurement, metric), std, compared)
     preset = (run.preset.name, run.preset.changes) if run.preset else (None, ())
     what = (section, _name_of(run, measurement), detail, guidance, reference, measurement.count)
-    return Row(*what, cells, row, *preset, measurement=measurement, owner=run, samples=samples)
+    weights = _made_by(measurement, samples).get("weights") or ""
+    return Row(*what, cells, row, *preset, weights, measurement=measurement, owner=run, samples=samples)
 
 
 def _name_of(run: Run, measurement: Measurement) -> str:
@@ -273,8 +284,13 @@ def _figure(run: Run, measurement: Measurement, metric: str) -> float:
     return float(value)
 
 
+def _made_by(measurement: Measurement, samples: Samples | None) -> Mapping[str, Any]:
+    """How images were made, as far as it is known."""
+    return (samples.settings if samples else {}) or measurement.subject.get("made_by") or {}
+
+
 def _guidance(measurement: Measurement, samples: Samples | None) -> str:
-    settings = (samples.settings if samples else {}) or measurement.subject.get("made_by") or {}
+    settings = _made_by(measurement, samples)
     scale = settings.get("cfg_scale")
     if scale is None:
         return "unknown"

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from formats.averages import MAIN
 from reporting.results import GENERATION, OTHER_FEATURES, Cell, Row, metric_order, records, short_name
 
 NOTHING = "–"
@@ -54,6 +55,8 @@ def _table(title: str, rows: list[Row]) -> Table:
     details = {row.detail for row in rows}
     if details != {""} and not (title.startswith(GENERATION) and len(details) == 1):
         columns.append(Column("of", is_number=False))
+    if any(row.weights not in ("", MAIN) for row in rows):
+        columns.append(Column("weights", is_number=False))
     columns += [Column("guidance", is_number=False)] if any(row.guidance for row in rows) else []
     columns += [Column("reference", is_number=False)] if any(row.reference for row in rows) else []
     columns += [Column("images")]
@@ -78,8 +81,8 @@ def _word(row: Row, column: Column) -> str:
     if column.title == "published row":
         compared = any(cell.published is not None for cell in row.cells.values())
         return row.published.id if compared else NOTHING
-    words = {"run": row.run, "of": row.detail, "guidance": row.guidance, "reference": row.reference}
-    return (words | {"images": f"{row.images:,}"})[column.title] or NOTHING
+    words = {"run": row.run, "of": row.detail, "weights": row.weights, "guidance": row.guidance}
+    return (words | {"reference": row.reference, "images": f"{row.images:,}"})[column.title] or NOTHING
 
 
 def cell_word(metric: str, cell: Cell | None, is_published: bool) -> str:

@@ -102,11 +102,19 @@ class Checkpoint:
             return f"{MANIFEST} is not readable ({error})"
         return None
 
+    def checksum(self, module: str) -> str:
+        """SHA-256 of a module's weights, as the manifest says it."""
+        return self.manifest()["files"][f"{module}.safetensors"]["sha256"]
+
+    def read_module(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of ``name.safetensors``."""
+        return read_safetensors(self.folder / f"{name}.safetensors")
+
     def load_module(self, name: str, module: nn.Module, without: str | tuple[str, ...] = ()) -> None:
         """Load ``name.safetensors``; keys must be exactly the module's, those that begin with ``without`` left out."""
         path = self.folder / f"{name}.safetensors"
         try:
-            weights = read_safetensors(path)
+            weights = self.read_module(name)
             module.load_state_dict({k: v for k, v in weights.items() if not k.startswith(without)})
         except (OSError, SafetensorError, RuntimeError) as error:
             if is_out_of_reach(error):
@@ -135,6 +143,8 @@ class CheckpointFolder:
     def __init__(self, run_folder: Path):
         self.whole = Path(run_folder) / "checkpoints"
         self.milestones = Path(run_folder) / "milestones"
+        self.snapshots = Path(run_folder) / "snapshots"
+        self._places = (self.whole, self.milestones, self.snapshots)
 
     def list(self) -> list[Checkpoint]:
         """Whole checkpoints, newest first."""
@@ -187,14 +197,15 @@ class CheckpointFolder:
         return None if found < 0 else self.of_step(found)
 
     def set_aside_newer(self, step: int) -> Path | None:
-        """Move checkpoints and milestones of later steps out of the way of a run that continues from ``step``.
+        """Move what was kept of later steps out of the way of a run that continues from ``step``.
 
         Left in place they would count as the newest, and what is saved from now on as old.
 
         Returns:
-            the folder inside ``checkpoints/`` (of milestones alone: inside ``milestones/``) that they lie in, or None.
+            the folder inside ``checkpoints/`` (of milestones or snapshots alone: inside theirs) that they lie in, or
+            None.
         """
-        moved = [self._set_aside_newer(place, step) for place in (self.whole, self.milestones)]
+        moved = [self._set_aside_newer(place, step) for place in self._places]
         return next(filter(None, moved), None)
 
     @staticmethod
@@ -224,21 +235,32 @@ class CheckpointFolder:
     def keep_milestone(self, checkpoint: Checkpoint, modules: Sequence[str], arguments: Mapping) -> None:
         """Keep some modules of a checkpoint for good, under ``milestones/``: hard links, so that it costs no time."""
         with whole_folder(self.milestone(checkpoint)) as temporary:
-            for module in modules:
-                source = checkpoint.folder / f"{module}.safetensors"
-                try:
-                    os.link(source, temporary / source.name)
-                except OSError:  # file systems without hard links
-                    shutil.copyfile(source, temporary / source.name)
+            _link(checkpoint, modules, temporary)
+            _write_manifest(temporary, checkpoint.step, arguments)
+
+    def keep_snapshot(
+        self, checkpoint: Checkpoint, averages: Sequence[str], others: Sequence[str], arguments: Mapping
+    ) -> None:
+        """Keep averages in float16, which is half the size, and other modules as they are, under ``snapshots/``."""
+        with whole_folder(self.snapshot(checkpoint)) as temporary:
+            for name in averages:
+                tensors = checkpoint.read_module(name)
+                halves = {key: each.half() if each.is_floating_point() else each for key, each in tensors.items()}
+                write_safetensors(halves, temporary / f"{name}.safetensors")
+            _link(checkpoint, others, temporary)
             _write_manifest(temporary, checkpoint.step, arguments)
 
     def milestone(self, checkpoint: Checkpoint) -> Path:
         """Where that of a checkpoint is kept."""
         return self.milestones / checkpoint.folder.name
 
+    def snapshot(self, checkpoint: Checkpoint) -> Path:
+        """Where that of a checkpoint is kept."""
+        return self.snapshots / checkpoint.folder.name
+
     def remove_leftovers(self) -> None:
         """Delete what an interrupted save left; of a run that nobody else is writing."""
-        for place in (self.whole, self.milestones):
+        for place in self._places:
             remove_leftovers(place, "[0-9]*")
 
     def prune(self, keep: int) -> None:
@@ -249,6 +271,16 @@ class CheckpointFolder:
             shutil.rmtree(doomed, ignore_errors=True)
             checkpoint.folder.rename(doomed)
         self.remove_leftovers()
+
+
+def _link(checkpoint: Checkpoint, modules: Sequence[str], folder: Path) -> None:
+    """Put a checkpoint's modules into another folder as well."""
+    for module in modules:
+        source = checkpoint.folder / f"{module}.safetensors"
+        try:
+            os.link(source, folder / source.name)
+        except OSError:  # file systems without hard links
+            shutil.copyfile(source, folder / source.name)
 
 
 def _checkpoints_in(place: Path) -> list[Checkpoint]:

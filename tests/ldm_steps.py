@@ -35,6 +35,7 @@ FLAGS = {
     "adam_weight_decay": 0.0,
     "adam_epsilon": 1e-8,
     "ema_decay": 0.0,
+    "posthoc_ema": "none",
     "proj_coeff": 0.5,
     "encoder_depth": 4,
     "projector_width": 16,

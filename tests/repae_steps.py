@@ -52,6 +52,7 @@ FLAGS = {
     "adam_weight_decay": ADAMW["weight_decay"],
     "adam_epsilon": ADAMW["eps"],
     "ema_decay": EMA_DECAY,
+    "posthoc_ema": "none",
     "encoder_depth": DEPTH,
     "projector_width": 16,
 }

@@ -26,6 +26,8 @@ RUN = {
     "val_steps": 20,
     "cfg_prob": 0.2,
     "weighting": "lognormal",
+    "ema_decay": "0.9,0.5",
+    "posthoc_ema": "0.05,0.1",
 }
 
 
@@ -58,10 +60,14 @@ def start(data: Path, name: str, **changes) -> subprocess.Popen:
 def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     last = [run / "checkpoints" / "0000040" for run in (a, b)]
-    for name in ("model", "ema", "alignment"):
+    for name in ("model", "ema", "ema_0.5", "posthoc_0.05", "posthoc_0.1", "alignment"):
         x, y = (load_file(folder / f"{name}.safetensors") for folder in last)
         assert x.keys() == y.keys()
         assert all(torch.equal(x[key], y[key]) for key in x), name
+    for step in ("0000020", "0000040"):
+        for name in ("posthoc_0.05.safetensors", "posthoc_0.1.safetensors"):
+            kept = [(run / "snapshots" / step / name).read_bytes() for run in (a, b)]
+            assert kept[0] == kept[1]
     x, y = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in last)
     assert x["param_groups"] == y["param_groups"]
     for index in x["state"]:

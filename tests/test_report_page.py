@@ -19,6 +19,7 @@ from PIL import Image
 import report
 from reporting.curves import Chart, Series, charts_of, read_series
 from reporting.drawing import COLOURS, chart_figure, downsample, drawing, label_of, scatter_figure, short, write_scatter
+from reporting.ema_lengths import length_charts
 from reporting.gather import gather
 from reporting.pictures import inline
 from tests.report_runs import (
@@ -102,6 +103,52 @@ def test_every_figure_curve_and_picture_is_there(tmp_path):
     for word in ("9.20", "11.00", "table2/depth1", "Pearson's r of F1-macro with FID: ", "--encoder-depth"):
         assert word in " ".join(found.words)
     assert "30.25" in found.words and "val/psnr" in found.words
+
+
+def write_lengths(exps: Path) -> Path:
+    """A run sampled with five weights without guidance, with two of them guided."""
+    run = write_run(exps / "several", ema_decay="0.9999,0.999", posthoc_ema="0.05,0.1")
+    unguided = {"ema": 9.5, "ema_0.999": 8.5, "posthoc_0.1": 8.0, "posthoc_0.08": 7.5, "model": 20.0}
+    for weights, fid in unguided.items():
+        write_samples(run, UNGUIDED | {"FID": fid}, name=f"a-{weights}", weights=weights)
+    for weights, fid in (("ema", 3.5), ("ema_0.999", 2.5)):
+        write_samples(run, UNGUIDED | {"FID": fid}, 2.5, name=f"b-{weights}", weights=weights)
+    write_samples(run, UNGUIDED | {"FID": 1.0}, 4.0, name="c-ema")  # nothing to compare it with
+    return run
+
+
+def test_distance_against_the_length_of_the_average(tmp_path):
+    run = write_lengths(tmp_path / "exps")
+    found = gather([str(run)])
+    (chart,) = length_charts(found.runs[0], found.rows)
+    assert chart.title == "FID"
+    unguided, guided = sorted(chart.series, key=lambda series: -max(series.values))
+    assert (unguided.name, guided.name) == (
+        "cfg scale 1.0, guidance high 1.0", "cfg scale 2.5, guidance high 0.75",
+    )  # fmt: skip
+    # an average by a power function looks back a share of its 400 steps: (1 − x)^(γ + 1) = 1/2
+    assert unguided.weights == ["posthoc_0.08", "posthoc_0.1", "ema_0.999", "ema"]
+    assert unguided.half_lives == pytest.approx([400 * (1 - 0.5 ** (1 / each)) for each in (10.45225, 7.93720)]
+                                                + [692.8, 6931.1], rel=1e-4)  # fmt: skip
+    assert unguided.values == [7.5, 8.0, 8.5, 9.5]
+    assert (guided.weights, guided.values) == (["ema_0.999", "ema"], [2.5, 3.5])
+
+    page = Elements(page_of(tmp_path, str(run)))
+    titles = [attributes["title"] for tag, attributes in page.tags if tag == "i" and "title" in attributes]
+    assert "ema_0.999: 8.5 (half-life 693 steps)" in titles
+    assert page.words.count("weights") == 1  # a column of the results
+    plain = write_run(tmp_path / "plain")
+    write_samples(plain, UNGUIDED)
+    assert "weights" not in Elements(page_of(tmp_path, str(plain))).words
+
+
+def test_a_length_that_nobody_knows_is_left_out(tmp_path):
+    run = write_run(tmp_path / "run")  # an older one, without its flags
+    for weights in ("ema", "ema_0.5", "posthoc_x", "posthoc_0.1", "other"):
+        write_samples(run, UNGUIDED, name=weights, weights=weights)
+    found = gather([str(run)])
+    assert length_charts(found.runs[0], found.rows) == []
+    assert "posthoc_x" in " ".join(Elements(page_of(tmp_path, str(run))).words)
 
 
 def test_help_and_refusals_import_nothing_heavy():

@@ -154,12 +154,12 @@ def test_ema_starts_as_the_copy_and_follows_parameters_and_buffers():
     module = network()
     ema = EMA(module, decay=0.75)
     expected = {name: tensor.double() for name, tensor in module.state_dict().items()}
-    for _ in range(3):
+    for step in range(3):
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(1.0)
         module(torch.randn(6, 3))
-        ema.update()
+        ema.update(step)
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():
                 expected[name] = 0.75 * expected[name] + 0.25 * tensor.double()

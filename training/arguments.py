@@ -5,10 +5,12 @@ from pathlib import Path
 
 from diffusion import PATH_TYPES, WEIGHTINGS
 from errors import UserError
+from formats import averages
 from formats.arguments import add_verify_argument
 from models.denoisers import DENOISERS
 from runtime.cli import (
     add_debug_argument,
+    flag_of,
     fraction,
     fraction_below_one,
     non_negative_float,
@@ -41,6 +43,7 @@ UNSAID = {
     **{"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0, "velocity_cosine_coeff": 0.0},
     **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp"},
     **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
+    "posthoc_ema": averages.NO_LENGTHS,
 }
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
@@ -48,6 +51,7 @@ CHANGEABLE = frozenset(
         *("max_train_steps", "epochs"),
         *("num_workers", "prefetch", "stage_dir", "verify", "data_dir", "vae_latents_name", "val_vae_latents_name"),
         *("log_steps", "val_steps", "sampling_steps", "checkpointing_steps", "keep_checkpoints", "milestone_steps"),
+        "posthoc_steps",
         *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
         *("gradient_checkpointing", "micro_batch_size", *MENTIONED),
     }
@@ -182,7 +186,29 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     )
     group.add_argument("--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="learning rate")
     group.add_argument(
-        "--ema-decay", type=fraction, default=0.9999, metavar="X", help="decay of the averaged weights; 0: no EMA"
+        "--ema-decay",
+        type=averages.ema_decays,
+        default=0.9999,
+        metavar="X[,Y,…]",
+        help="decay of the averaged weights; 0: no EMA; further ones are averages beside the main one, for generate.py "
+        "--weights ema_Y",
+    )
+    group.add_argument(
+        "--posthoc-ema",
+        type=averages.relative_lengths,
+        nargs="?",
+        const=averages.DEFAULT_LENGTHS,
+        default=averages.NO_LENGTHS,
+        metavar="X,Y",
+        help="also average by power functions of these relative lengths (the flag alone: "
+        f"{averages.DEFAULT_LENGTHS}) and keep snapshots, out of which generate.py --weights posthoc_Z makes an "
+        "average of any length Z; none: do not",
+    )
+    group.add_argument(
+        "--posthoc-steps",
+        type=positive_int,
+        metavar="N",
+        help="steps between those snapshots (default: --checkpointing-steps)",
     )
 
 
@@ -340,11 +366,16 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse combinations of the shared flags that cannot be meant."""
     if args.random_weights and not args.dry_run:
         raise UserError("--random-weights is for --dry-run: a random VFM or LPIPS teaches nothing")
-    if args.milestone_steps % args.checkpointing_steps:
-        raise UserError(
-            f"--milestone-steps {args.milestone_steps} is not a multiple of --checkpointing-steps "
-            f"{args.checkpointing_steps}"
-        )
+    if getattr(args, "posthoc_steps", None) and args.posthoc_ema == averages.NO_LENGTHS:
+        raise UserError("--posthoc-steps is for --posthoc-ema: add it, or leave the flag out")
+    for name in ("milestone_steps", "posthoc_steps"):
+        steps = getattr(args, name, None) or 0
+        if steps % args.checkpointing_steps:
+            raise UserError(
+                f"{flag_of(name)} {steps} is not a multiple of --checkpointing-steps {args.checkpointing_steps}"
+            )
+    if getattr(args, "posthoc_ema", averages.NO_LENGTHS) != averages.NO_LENGTHS:
+        args.posthoc_steps = args.posthoc_steps or args.checkpointing_steps
     if getattr(args, "cfg_prob", None) == 0:  # without a null class there is nothing to guide with
         args.grid_cfg_scale = 1.0
 

@@ -16,6 +16,7 @@ from diffusion.draws import Draws, Stream, draw, seeded_generator
 from diffusion.flow import add_noise, training_times, velocity
 from diffusion.guidance import guided
 from diffusion.samplers import model_velocity, sample_ode
+from formats.averages import MAIN, posthoc_names
 from loss.alignment import DenoiserAlignments
 from loss.denoising import denoising_error, direction_error
 from loss.total import total
@@ -26,7 +27,7 @@ from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
 from training.alignment_schedule import alignment_factor
-from training.ema import EMA
+from training.ema import build_averages
 from training.features import batch_features
 from training.method import Method, Metrics, micro_batch_size, to_device
 from training.optimizer import build_optimizer, optimizer_step, scheduled_rate
@@ -95,14 +96,16 @@ class LDM(Method):
         self.feature_norm = feature_norm
         networks = AlignedDenoiser(denoiser, alignment)
         self.optimizer = build_optimizer(args, networks, args.optimizer)
-        self.ema = EMA(denoiser, args.ema_decay) if args.ema_decay else None
+        self.averages = build_averages(args, denoiser)
+        self.ema = self.averages.get(MAIN)
         self.networks = accelerator.prepare_model(networks)
-        self.milestone = ("model",) if self.ema is None else ("ema",)
+        self.snapshot = tuple(posthoc_names(args.posthoc_ema))
+        self.milestone = tuple(name for name in self.averages if name not in self.snapshot) or ("model",)
         self.held_out: LatentDataset | None = None
 
     @property
     def sampled(self) -> Denoiser:
-        """The network that samples: the average where there is one."""
+        """The network that samples: the main average where there is one."""
         return self.denoiser if self.ema is None else self.ema.module
 
     def accumulate(
@@ -163,19 +166,19 @@ class LDM(Method):
         return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
 
     def update(self, step: int, metrics: Metrics, kept: Sequence[None]) -> Metrics:
-        """Optimizer and average."""
+        """Optimizer and averages."""
         rate, scaler = self.rates(step)["lr"], self.accelerator.scaler
         norm, skipped = optimizer_step(self.optimizer, rate, self.args.max_grad_norm, scaler)
-        if self.ema is not None:
-            self.ema.update()
+        for average in self.averages.values():
+            average.update(step)
         return {"grad_norm": norm, "skipped": skipped}
 
     def rates(self, step: int) -> dict[str, float]:
         return {"lr": scheduled_rate(self.args, self.args.learning_rate, step)}
 
     def modules(self) -> dict[str, nn.Module | None]:
-        ema = None if self.ema is None else self.ema.module
-        return {"model": self.denoiser, "alignment": self.alignment, "ema": ema, "feature_norm": self.feature_norm}
+        averages = {name: average.module for name, average in self.averages.items()}
+        return {"model": self.denoiser, "alignment": self.alignment, "feature_norm": self.feature_norm} | averages
 
     def states(self) -> dict[str, object]:
         return {"optimizer": self.optimizer, "scaler": self.accelerator.scaler}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from errors import UserError, one_line
 from files import is_out_of_reach, read_safetensors
+from formats.averages import MAIN, MODEL
 from formats.run_folders import OWN_STATISTICS, arguments_of, refuse_foreign
 from loss.alignment import DENOISER_ALIGNMENTS, parse_sum
 from models.denoisers import DenoiserConfig, denoiser_config
@@ -67,14 +68,17 @@ class StartingRun:
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a module; empty where the checkpoint has none of that name."""
-        path = self.checkpoint.folder / f"{name}.safetensors"
-        return read_safetensors(path) if path.is_file() else {}
+        return self.checkpoint.read_module(name) if self._holds(name) else {}
+
+    def _holds(self, name: str) -> bool:
+        return (self.checkpoint.folder / f"{name}.safetensors").is_file()
 
     def take_over(self, method: LDM) -> None:
         """Load weights, average, projectors and moments into a method whose configuration :meth:`check` accepted."""
         self.checkpoint.load_module("model", method.denoiser)
-        if method.ema is not None:
-            self.checkpoint.load_module("ema" if self.state("ema") else "model", method.ema.module)
+        for name, average in method.averages.items():  # one that it lacks begins as its main one, or as its weights
+            begins_as = next(each for each in (name, MAIN, MODEL) if each == MODEL or self._holds(each))
+            self.checkpoint.load_module(begins_as, average.module)
         if len(method.alignment):
             there = method.alignment.state_dict()  # what is not aligned any more is left
             state = {key: tensor for key, tensor in self.state("alignment").items() if key in there}

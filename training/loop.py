@@ -182,14 +182,20 @@ class Loop:
         """What was due at the step that the run continues from, and not done when it died after the save."""
         if not step or not self.run.is_main:
             return
-        milestone, checkpoint = self.args.milestone_steps, self.checkpoints.of_step(step)
-        is_due = milestone and step % milestone == 0 and checkpoint.folder.is_dir()
-        if is_due and not self.checkpoints.milestone(checkpoint).is_dir():
-            self._keep_milestone(checkpoint)
+        checkpoint = self.checkpoints.of_step(step)
+        if checkpoint.folder.is_dir():
+            self._keep(checkpoint, only_missing=True)
         self.checkpoints.prune(self.args.keep_checkpoints)
 
-    def _keep_milestone(self, checkpoint: Checkpoint) -> None:
-        self.checkpoints.keep_milestone(checkpoint, self.method.milestone, self.run.arguments | self.method.facts())
+    def _keep(self, checkpoint: Checkpoint, only_missing: bool = False) -> None:
+        """What is due at its step and outlives a checkpoint: a milestone, and a snapshot for averages of any length."""
+        checkpoints, method, step = self.checkpoints, self.method, checkpoint.step
+        arguments, milestone = checkpoint.manifest()["args"], self.args.milestone_steps
+        if milestone and step % milestone == 0 and not (only_missing and checkpoints.milestone(checkpoint).is_dir()):
+            checkpoints.keep_milestone(checkpoint, method.milestone, arguments)
+        is_due = method.snapshot and (step % self.args.posthoc_steps == 0 or step == self.max_steps)
+        if is_due and not (only_missing and checkpoints.snapshot(checkpoint).is_dir()):
+            checkpoints.keep_snapshot(checkpoint, method.snapshot, method.beside_snapshot, arguments)
 
     def _save(self, step: int) -> None:
         if step == self.saved_step:
@@ -200,9 +206,7 @@ class Loop:
         if self.run.is_main:
             arguments = self.run.arguments | self.method.facts()
             checkpoint = self.checkpoints.save(step, self._modules(), states, arguments)
-            milestone = self.args.milestone_steps
-            if milestone and step % milestone == 0:
-                self._keep_milestone(checkpoint)
+            self._keep(checkpoint)
             self.checkpoints.prune(self.args.keep_checkpoints)
         self.saved_step = step
         self.run.set_status("running", step, self.max_steps)

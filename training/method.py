@@ -54,11 +54,15 @@ class Method(Phase):
         args: the flags of its script.
         accelerator: precision and processes.
         milestone: names of the modules in :meth:`modules` that milestones keep.
+        snapshot: of averages that snapshots keep in float16, for other lengths of them after the training.
+        beside_snapshot: of modules that snapshots keep with them, as they are.
     """
 
     args: argparse.Namespace
     accelerator: Accelerator
     milestone: tuple[str, ...]
+    snapshot: tuple[str, ...] = ()
+    beside_snapshot: tuple[str, ...] = ()
 
     @property
     def phases(self) -> Sequence[Phase]:

@@ -1,6 +1,6 @@
 """REPA-E (arXiv 2504.10483): a VAE, its discriminator and a denoiser trained together, end to end."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +10,11 @@ from torch import nn
 from dataset.images import ImageDataset
 from dataset.loader import ImageBatch
 from diffusion.draws import Draws, Stream, draw, seeded_generator
-from formats.run_folders import OWN_STATISTICS, OWN_VAE
+from formats.averages import MAIN, statistics_of
+from formats.run_folders import OWN_VAE
 from models.latent_statistics import normalize_by_batch
 from models.tokenizers import Tokenizer
-from training.ema import EMA
+from training.ema import Average, build_averages
 from training.ldm import LDM
 from training.method import Method, Metrics, Phase, frozen
 from training.sendvae import SendVAE
@@ -61,8 +62,8 @@ class VAEPhase(Phase):
 class DenoiserPhase(Phase):
     """Second half: the denoiser on the same latents, detached, with the same times and noise."""
 
-    def __init__(self, vae: SendVAE, ldm: LDM, statistics_ema: EMA | None):
-        self.vae, self.ldm, self.statistics_ema = vae, ldm, statistics_ema
+    def __init__(self, vae: SendVAE, ldm: LDM, statistics_averages: Iterable[Average]):
+        self.vae, self.ldm, self.statistics_averages = vae, ldm, statistics_averages
 
     def accumulate(
         self, step: int, micro_step: int, batch: Encoded, share: float, synchronise: bool
@@ -72,10 +73,10 @@ class DenoiserPhase(Phase):
         return self.ldm.backward(x, batch.draws, batch.labels, batch.features, share, synchronise), None
 
     def update(self, step: int, metrics: Metrics, kept: Sequence[None]) -> Metrics:
-        """The denoiser's optimizer, its average and that of the statistics."""
+        """The denoiser's optimizer, its averages and those of the statistics."""
         values = self.ldm.update(step, metrics, kept)
-        if self.statistics_ema is not None:
-            self.statistics_ema.update()
+        for average in self.statistics_averages:
+            average.update(step)
         return values | {"skipped": torch.maximum(values["skipped"], metrics["vae_skipped"])}
 
 
@@ -92,14 +93,21 @@ class Repae(Method):
     def __init__(self, vae: SendVAE, ldm: LDM):
         assert ldm.tokenizer is vae.tokenizer
         self.args, self.accelerator, self.vae, self.ldm = ldm.args, ldm.accelerator, vae, ldm
-        # belongs to the denoiser's average, whose latents it normalises
-        self.statistics_ema = None if ldm.ema is None else EMA(vae.statistics, ldm.args.ema_decay)
+        # each belongs to an average of the denoiser, whose latents it normalises
+        averages = build_averages(ldm.args, vae.statistics)
+        self.statistics_averages = {statistics_of(name): average for name, average in averages.items()}
+        self.statistics_ema = self.statistics_averages.get(statistics_of(MAIN))
         # generate.py needs the VAE of the same step as the denoiser
-        self.milestone = ("model", OWN_VAE) if ldm.ema is None else ("ema", OWN_VAE, OWN_STATISTICS)
+        self.milestone = (*ldm.milestone, *self._beside(ldm.milestone))
+        self.snapshot, self.beside_snapshot = ldm.snapshot, self._beside(ldm.snapshot)
 
     @property
     def phases(self) -> Sequence[Phase]:
-        return VAEPhase(self.vae, self.ldm), DenoiserPhase(self.vae, self.ldm, self.statistics_ema)
+        return VAEPhase(self.vae, self.ldm), DenoiserPhase(self.vae, self.ldm, self.statistics_averages.values())
+
+    def _beside(self, names: Sequence[str]) -> tuple[str, ...]:
+        """What sampling needs with these weights."""
+        return (OWN_VAE, *(name for name in map(statistics_of, names) if name in self.statistics_averages))
 
     @property
     def tuned_vae(self) -> Tokenizer:
@@ -114,10 +122,8 @@ class Repae(Method):
 
     def modules(self) -> dict[str, nn.Module | None]:
         modules = self.ldm.modules() | {OWN_VAE: self.vae.tokenizer, "feature_norm": self.vae.feature_norm}
-        modules = self.vae.modules() | modules
-        if self.statistics_ema is not None:
-            modules[OWN_STATISTICS] = self.statistics_ema.module
-        return modules
+        statistics = {name: average.module for name, average in self.statistics_averages.items()}
+        return self.vae.modules() | modules | statistics
 
     def states(self) -> dict[str, object]:
         vae = self.vae.states()
@@ -138,8 +144,8 @@ class Repae(Method):
     def measure_statistics(self, batches, images: int) -> int:
         """As :meth:`SendVAE.measure_statistics`; the averaged statistics start from them."""
         count = self.vae.measure_statistics(batches, images)
-        if self.statistics_ema is not None:
-            self.statistics_ema.module.load_state_dict(self.vae.statistics.state_dict())
+        for average in self.statistics_averages.values():
+            average.module.load_state_dict(self.vae.statistics.state_dict())
         return count
 
     def validate(self) -> dict[str, float]:

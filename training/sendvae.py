@@ -205,7 +205,7 @@ class SendVAE(Method):
         if self.objective.lecam is not None and "logits_real" in metrics:
             self.objective.lecam.update(*(mean_over_processes(metrics[f"logits_{kind}"]) for kind in ("real", "fake")))
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(step)
         return updated
 
     def gradient(self, loss: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

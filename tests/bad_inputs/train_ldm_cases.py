@@ -185,6 +185,15 @@ CASES = [
         with_flags(model="SiT-Ti/4"),
         ("16 tokens of 112", "SiT-Ti/4 needs 4", "--features-grid 2"),
     ),
+    Case("an average twice", with_flags(ema_decay="0.9,0.99,0.90"), ("--ema-decay", "the same number twice")),
+    Case("no average among others", with_flags(ema_decay="0.9,0"), ("--ema-decay", "0 means no average")),
+    Case("an average of no length", with_flags(posthoc_ema="0.05,0.5"), ("--posthoc-ema", "0.2887")),
+    Case("snapshots of nothing", with_flags(posthoc_steps=10), ("--posthoc-steps", "--posthoc-ema")),
+    Case(
+        "snapshots between checkpoints",
+        with_flags(posthoc_ema=True, posthoc_steps=15, checkpointing_steps=10),
+        ("--posthoc-steps 15", "--checkpointing-steps 10"),
+    ),
     Case("no flipped copy", with_flags(hflip=True), ("flipped", "--hflip")),
     Case(
         "no images for REPA",
