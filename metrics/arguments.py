@@ -10,6 +10,7 @@ INCEPTION = "inception"
 FEATURES_FLAG, CHECKPOINT_FLAG = "--features", "--enc-ckpt"
 INCEPTION_FLAG = "--inception-ckpt"
 GENERATION_METRICS = ("fid", "sfid", "is", "pr", "kid")
+SWEEP_METRICS = ("fid",)  # by which generate.py --sweep chooses, the default first; metrics.sweep.MEASURES
 RECONSTRUCTION_METRICS = ("rfid", "psnr", "ssim", "lpips-alex", "lpips-vgg")
 LPIPS_FLAGS = {"alex": "--lpips-alex-ckpt", "vgg": "--lpips-ckpt"}
 TRUNK_NAMES = {"alex": "AlexNet", "vgg": "VGG16"}

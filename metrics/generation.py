@@ -169,12 +169,17 @@ def summarise_reference(
     return summary
 
 
+def frechet_name(features: str) -> str:
+    """What a Fréchet distance of a network's features is called."""
+    return "FID" if features == INCEPTION else f"FD-{features}"
+
+
 def compare(ours: Summary, theirs: Summary, name: str, settings: Settings) -> dict[str, float | None]:
     """The values of :attr:`Settings.metrics` by name, in that order; KID's deviation None where it means nothing."""
     values: dict[str, float | None] = {}
     metrics, suffix = settings.metrics, "" if name == INCEPTION else f"-{name}"
     if "fid" in metrics:
-        values[f"FD{suffix}" if suffix else "FID"] = frechet_distance(ours.pooled, theirs.pooled)
+        values[frechet_name(name)] = frechet_distance(ours.pooled, theirs.pooled)
     if "sfid" in metrics:
         values["sFID"] = frechet_distance(ours.spatial, theirs.spatial)
     if "is" in metrics:
@@ -201,7 +206,6 @@ def measurement(
     name: str,
 ) -> Measurement:
     """What is written next to the samples."""
-    stored = [metric for metric in settings.metrics if _brings(reference, metric, extractor.name)]
     images = reference.images
     count = samples.count(settings.num_samples)
     return Measurement(
@@ -210,12 +214,7 @@ def measurement(
         values=dict(values),
         count=count,
         subject=samples.describe(),
-        reference={
-            "path": str(reference.path),
-            "count": len(images) if images is not None else None,
-            "fingerprint": images.fingerprint() if images is not None else None,
-            "statistics_of_the_file": stored,
-        },
+        reference=describe_reference(reference, extractor, settings),
         extractor=extractor.describe(),
         settings={
             "metrics": list(settings.metrics),
@@ -227,6 +226,17 @@ def measurement(
             "precision": "float32",
         },
     )
+
+
+def describe_reference(reference: ImageSet, extractor: Extractor, settings: Settings) -> dict:
+    """What a measurement says of the set that it was compared with."""
+    images = reference.images
+    return {
+        "path": str(reference.path),
+        "count": len(images) if images is not None else None,
+        "fingerprint": images.fingerprint() if images is not None else None,
+        "statistics_of_the_file": [name for name in settings.metrics if _brings(reference, name, extractor.name)],
+    }
 
 
 def measurement_name(samples: ImageSet, features: str) -> str:
