@@ -59,16 +59,14 @@ OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
 COMPILED_FROM = 1000  # fewer images take less time than compiling for them
 SAMPLES = 50_000
-FLAGS = {
-    "precision": "--mixed-precision",
-    "guide_sha256": "--guide",
-}  # which flag a setting comes from; of the model those of MODEL_SETTINGS
+# Which flag a setting comes from; of the model those of MODEL_SETTINGS.
+FLAGS = {"precision": "--mixed-precision", "guide_sha256": "--guide"}
 UNSAID = {"time_shift": 1.0}  # of settings that older samples were made without
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
 # What only --model says, and what export_ldm.py says of other people's checkpoints; a run says it itself.
 UNTRAINED_FLAGS, FOREIGN_FLAGS = ("vae", "path_type", "resolution"), ("vae_ckpt", "vae_latents_stats")
+SWEPT = {"scale": "cfg_scale", "low": "guidance_low", "high": "guidance_high"}  # axes of a sweep
 # What a sweep's last word, the command for the full sample, says anew or leaves out; the last where nothing guides.
-SWEPT = {"scale": "cfg_scale", "low": "guidance_low", "high": "guidance_high"}
 SWEEP_FLAGS = ("--sweep", "--keep-images", "--no-keep-images", "--num-fid-samples", OUTPUT_FLAG)
 POINT_FLAGS, GUIDE_FLAGS = ("--cfg-scale", "--guidance-low", "--guidance-high"), ("--guide", "--guidance-channels")
 

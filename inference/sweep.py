@@ -41,10 +41,10 @@ def points_of(axes: Sequence[tuple[str, tuple[float, ...]]], others: Mapping[str
     """Every combination, once: without guidance there is no interval, and one that ends before it begins is none.
 
     Args:
-        axes: of :func:`axis`; of two with one name, the values of both.
+        axes: of :func:`axis`, each name at most once.
         others: the value of each axis that is not swept.
     """
-    grid = {name: [value for each, values in axes if each == name for value in values] for name in AXES}
-    combinations = product(*(grid[name] or [others[name]] for name in AXES))
+    grid = dict(axes)
+    combinations = product(*(grid.get(name, (others[name],)) for name in AXES))
     points = (Point(scale, low, high) if scale != 1 else Point(1.0) for low, high, scale in combinations if low <= high)
     return sorted(dict.fromkeys(points), key=lambda point: (point.is_guided, point.low, point.high, point.scale))

@@ -19,12 +19,14 @@ from errors import UserError
 from files import write_json
 from inference.sweep import Point, axis, points_of
 from inference.trained_ldm import open_trained_ldm
+from metrics.arguments import SWEEP_METRICS
 from metrics.features import Extractor
 from metrics.record import Measurement, read_measurements, write_measurement
 from metrics.summary import Summary
 from metrics.sweep import (
     FEW_ERRORS,
     GROUPS,
+    MEASURES,
     WITHOUT,
     Figure,
     PointRecords,
@@ -118,6 +120,10 @@ def test_the_standard_error_is_that_of_other_samples():
     estimated = np.sqrt(np.mean([jackknife_error(figure.without) ** 2 for figure in figures]))
     print(f"true {true:.4f}, estimated {estimated:.4f}")
     assert estimated == pytest.approx(true, rel=0.15)
+
+
+def test_every_measure_has_its_name_among_the_flags():
+    assert tuple(MEASURES) == SWEEP_METRICS
 
 
 def test_few_images_tell_no_error():
