@@ -1,6 +1,8 @@
 """Stage 4: images from a diffusion transformer, as packed shards and one .npz for the evaluators.
 
   python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
+  python generate.py --exp-path exps/ldm --cfg-scale 2 --guide exps/ldm-small@20000             # autoguidance
+  python generate.py --exp-path exps/ldm --evaluate REF.npz --sweep scale=1,1.5,2,2.5 high=0.75,1
   python generate.py --dry-run --model SiT-XL/1 --vae f16d32    # what it would take, before anything is trained
 
 What the model is, its path, its classes, its VAE and its resolution come from the run. Other people's checkpoints
@@ -14,13 +16,22 @@ folder then are
   samples.npz                             arr_0: uint8 [N, H, W, 3]
   preview.png
   metrics/generation.json                 with --evaluate
+
+--sweep makes a small sample at each scale and interval of guidance, all with the same labels and noise, measures them
+against REF, and prints the command for the full sample at the best. In its folder are sweep.json, sweep.csv, sweep.png,
+the figures in metrics/, and a folder of samples for each point. The same command continues, also with further points.
 """
 
 import argparse
+import functools
+import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from dataset.images import DEFAULT_RESOLUTION
 from diffusion import PATH_TYPES
@@ -28,7 +39,8 @@ from errors import UserError
 from formats.averages import MAIN, weights_name
 from formats.run_folders import refuse_foreign
 from inference import LABEL_SAMPLINGS, MODES, ROUNDINGS
-from metrics.arguments import INCEPTION, add_metric_arguments
+from inference.sweep import DEFAULT_SAMPLES, Point, axis, points_of
+from metrics.arguments import INCEPTION, SWEEP_METRICS, add_metric_arguments
 from runtime import DEFAULT_VAE
 from runtime.cli import (
     ArgumentParser,
@@ -47,11 +59,17 @@ from runtime.cli import (
 OUTPUT_FLAG = "--sample-dir"
 EVALUATION_LOCK_NAME = ".evaluation.lock"
 COMPILED_FROM = 1000  # fewer images take less time than compiling for them
-FLAGS = {"precision": "--mixed-precision"}  # which flag a setting comes from; of the model those of MODEL_SETTINGS
+SAMPLES = 50_000
+# Which flag a setting comes from; of the model those of MODEL_SETTINGS.
+FLAGS = {"precision": "--mixed-precision", "guide_sha256": "--guide"}
 UNSAID = {"time_shift": 1.0}  # of settings that older samples were made without
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
 # What only --model says, and what export_ldm.py says of other people's checkpoints; a run says it itself.
 UNTRAINED_FLAGS, FOREIGN_FLAGS = ("vae", "path_type", "resolution"), ("vae_ckpt", "vae_latents_stats")
+SWEPT = {"scale": "cfg_scale", "low": "guidance_low", "high": "guidance_high"}  # axes of a sweep
+# What a sweep's last word, the command for the full sample, says anew or leaves out; the last where nothing guides.
+SWEEP_FLAGS = ("--sweep", "--keep-images", "--no-keep-images", "--num-fid-samples", OUTPUT_FLAG)
+POINT_FLAGS, GUIDE_FLAGS = ("--cfg-scale", "--guidance-low", "--guidance-high"), ("--guide", "--guidance-channels")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -67,6 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_output_arguments(parser.add_argument_group("output"))
     add_speed_arguments(parser.add_argument_group("precision and speed"))
     add_evaluation_arguments(parser.add_argument_group("evaluation"))
+    add_sweep_arguments(parser.add_argument_group("sweep of the guidance"))
     args = parser.parse_args(argv)
     check_arguments(args)
     args.npz = args.evaluate is None if args.npz is None else args.npz
@@ -107,7 +126,18 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num-steps", type=positive_int, default=250, metavar="N", help="steps of the sampler")
     group.add_argument("--heun", action="store_true", help="for the ODE: second order, almost twice the evaluations")
     group.add_argument(
-        "--cfg-scale", type=non_negative_float, default=1.0, metavar="X", help="classifier-free guidance; 1: none"
+        "--cfg-scale",
+        type=non_negative_float,
+        default=1.0,
+        metavar="X",
+        help="guidance: how many times as far from the null class's velocity (classifier-free), or --guide's; 1: none",
+    )
+    group.add_argument(
+        "--guide",
+        type=run_and_step,
+        metavar="RUN[@STEP]",
+        help="autoguidance (arXiv 2406.02507): in the place of the null class a weaker denoiser on the same latents "
+        "guides, smaller or of an earlier step; @STEP alone: of --exp-path",
     )
     group.add_argument(
         "--guidance-low", type=fraction, default=0.0, metavar="T", help="guide from this time on (data: 0)"
@@ -129,7 +159,12 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_label_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--num-fid-samples", type=positive_int, default=50_000, metavar="N", help="images")
+    group.add_argument(
+        "--num-fid-samples",
+        type=positive_int,
+        metavar="N",
+        help=f"images (default: {SAMPLES}; at each point of a sweep {DEFAULT_SAMPLES})",
+    )
     group.add_argument(
         "--label-sampling",
         choices=LABEL_SAMPLINGS,
@@ -147,7 +182,8 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         OUTPUT_FLAG,
         type=Path,
         metavar="DIR",
-        help="folder of these images (default: in --exp-path, named by step, sampler, guidance, number and seed)",
+        help="folder of these images, or of a sweep (default: in --exp-path, named by step, sampler, guidance, number "
+        "and seed)",
     )
     group.add_argument(
         "--npz",
@@ -213,6 +249,37 @@ def add_evaluation_arguments(group: argparse._ArgumentGroup) -> None:
     add_metric_arguments(group)
 
 
+def add_sweep_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--sweep",
+        type=axis,
+        nargs="+",
+        metavar="NAME=A,B,…",
+        help="small samples at every combination of scale=A,B,… (in the place of --cfg-scale), low=A,B,… and "
+        "high=A,B,… (of --guidance-low and --guidance-high; only low up to high); each one's FID (with --features: "
+        "FD-NAME) against --evaluate REF; the best one's command",
+    )
+    group.add_argument(
+        "--keep-images",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep each point's images once they are measured (default: yes); the figures stay in any case",
+    )
+
+
+def run_and_step(text: str) -> tuple[Path | None, int | None]:
+    """An argparse type: ``RUN``, ``RUN@STEP`` or ``@STEP``; no folder: the run that is sampled."""
+    folder, at, step = text.rpartition("@")
+    if not at or Path(text).is_dir():
+        return Path(text), None
+    try:
+        return Path(folder) if folder else None, positive_int(step)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give RUN, RUN@STEP or @STEP, STEP an integer of at least 1"
+        ) from error
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
     check_source(args)
@@ -220,12 +287,45 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--heun is for --mode ode; the SDE is solved by Euler–Maruyama")
     if args.guidance_low > args.guidance_high:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
-    if args.cfg_scale == 1:  # nothing is guided, at any time
-        args.guidance_low, args.guidance_high, args.guidance_channels = 0.0, 1.0, None
+    check_guidance(args)
+    args.num_fid_samples = args.num_fid_samples or (SAMPLES if args.sweep is None else DEFAULT_SAMPLES)
     if args.evaluate is None and (args.metrics or args.ref_cache or args.features != INCEPTION):
         raise UserError("--metrics, --features and --ref-cache belong to --evaluate REF; add it, or leave them out")
     if args.sample_dir is not None and args.sample_dir.exists() and not args.sample_dir.is_dir():
         raise UserError(f"{OUTPUT_FLAG} {args.sample_dir} is a file; give a folder")
+
+
+def check_guidance(args: argparse.Namespace) -> None:
+    """Settle ``args.points``: those of the sweep, or one alone."""
+    if args.sweep is None:
+        if args.keep_images is not None:
+            raise UserError("--keep-images belongs to --sweep; leave it out")
+        args.points = [Point(args.cfg_scale, args.guidance_low, args.guidance_high)]
+    else:
+        check_sweep(args)
+    if args.guide is not None and not any(point.is_guided for point in args.points):
+        raise UserError("--guide: at scale 1 nothing is guided; add --cfg-scale, e.g. 2, or leave the guide out")
+    if args.cfg_scale == 1 and args.sweep is None:  # nothing is guided, at any time
+        args.guidance_low, args.guidance_high, args.guidance_channels = 0.0, 1.0, None
+
+
+def check_sweep(args: argparse.Namespace) -> None:
+    if args.evaluate is None:
+        raise UserError("--sweep compares by a figure: add --evaluate with a reference")
+    names = [name for name, _ in args.sweep]
+    if len(set(names)) < len(names):
+        raise UserError(f"--sweep gives {max(names, key=names.count)}= twice; give all its values at once, with commas")
+    others = {name: getattr(args, flag) for name, flag in SWEPT.items()}
+    args.points = points_of(args.sweep, others)
+    if len(args.points) < 2:
+        raise UserError(
+            f"--sweep: {len(args.points)} point{'' if len(args.points) == 1 else 's'}, as low may not lie above high "
+            "and without guidance (scale=1) there is no interval; give more values"
+        )
+    args.metrics = args.metrics or SWEEP_METRICS[0]
+    if args.metrics not in SWEEP_METRICS:
+        raise UserError(f"--metrics {args.metrics}: a sweep compares by one of {', '.join(SWEEP_METRICS)}")
+    args.keep_images = args.keep_images is not False
 
 
 def check_source(args: argparse.Namespace) -> None:
@@ -238,6 +338,8 @@ def check_source(args: argparse.Namespace) -> None:
     words = [word for pair in given_flags(args, ("train_steps", *UNTRAINED_FLAGS, *FOREIGN_FLAGS)) for word in pair]
     for flag, path in given_flags(args, ("ckpt", "exp_path")):
         refuse_foreign(Path(path), flag, "--exp-path", *words)
+    if args.guide is not None and args.guide[0] is not None:
+        refuse_foreign(args.guide[0], "--guide", "--guide")
     if args.ckpt is not None:
         raise UserError(f"--ckpt {args.ckpt} is not a file: give a run's folder with --exp-path")
     for names, whose in ((("vae", "resolution"), "--model"), (FOREIGN_FLAGS, "export_ldm.py --format run")):
@@ -249,7 +351,7 @@ def check_untrained(args: argparse.Namespace) -> None:
     """Random networks have no checkpoint, and their images are worth nothing."""
     if not args.dry_run:
         raise UserError("--model builds networks of random weights, for --dry-run only; give --exp-path")
-    for flag, _ in given_flags(args, ("exp_path", "ckpt", "train_steps", *FOREIGN_FLAGS)):
+    for flag, _ in given_flags(args, ("exp_path", "ckpt", "train_steps", "guide", *FOREIGN_FLAGS)):
         raise UserError(f"{flag} and --model exclude each other: --model has random weights")
 
 
@@ -268,8 +370,9 @@ import torch
 from dataset.images import ImageDataset, open_images
 from dataset.npz import npz_bytes
 from dataset.packing import PackingJob, check_space, given_back_if_refused, lock_if_free, sigterm_as_interrupt
-from dataset.shards import ShardSpec
+from dataset.shards import ShardSpec, is_unfinished, read_index
 from diffusion.flow import settled_shift
+from diffusion.samplers import model_velocity
 from inference.latent_cache import autocast_for, chunk_size
 from inference.sampling import (
     NPZ_NAME,
@@ -280,16 +383,45 @@ from inference.sampling import (
     complete,
     default_shard_size,
 )
-from inference.trained_ldm import TrainedLDM, open_trained_ldm
+from inference.trained_ldm import TrainedLDM, open_guide, open_trained_ldm
 from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
 from metrics.evaluate_generation import GenerationEvaluation, plan, settings_of
 from metrics.generation import check_count
 from metrics.sources import open_image_set
+from metrics.sweep import TABLE_NAME, PointRecords, figures_of, rank, remarks, table, write_table
 from models.denoisers import Denoiser
 from models.tokenizers import Tokenizer
 from runtime.log import progress_bar
 from runtime.measure import count_parameters, peak_memory
 from runtime.processes import Process, set_inference_numerics, this_process
+
+
+class Networks(NamedTuple):
+    """On the device, compiled where that is wanted."""
+
+    model: Denoiser
+    guide: Denoiser | None
+    tokenizer: Tokenizer
+
+
+class Job(NamedTuple):
+    """What a sample, or every point of a sweep, is made from.
+
+    Attributes:
+        trained: the checkpoint, its guide with it.
+        tokenizer: the VAE.
+        classes: that are sampled.
+        process: who this is.
+        networks: loads them, once.
+        beside: real images for the preview.
+    """
+
+    trained: TrainedLDM
+    tokenizer: Tokenizer
+    classes: Sequence[int]
+    process: Process
+    networks: Callable[[], Networks]
+    beside: ImageDataset | None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -307,13 +439,16 @@ def main(argv: Sequence[str]) -> int:
     evaluation = plan_evaluation(args, trained.resolution, process)
     beside = None if args.preview_beside is None else open_beside(args.preview_beside, trained.resolution)
     tokenizer = trained.load_autoencoder()
+    networks = functools.cache(functools.partial(load_networks, args, trained, tokenizer, process))
+    job = Job(trained, tokenizer, classes, process, networks, beside)
     try:
         if args.dry_run:
-            dry_run(args, trained, tokenizer, process)
+            dry_run(args, job)
         else:
             with sigterm_as_interrupt():
-                is_complete = generate(args, trained, tokenizer, classes, process, beside)
-                if evaluation is not None and is_complete:
+                if args.sweep is not None:
+                    sweep(args, job, evaluation, argv)
+                elif generate(args, job) and evaluation is not None:
                     evaluate_complete(args.sample_dir, evaluation, process)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -356,10 +491,14 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
         raise UserError(
             f"--path-type {args.path_type}: {args.exp_path} was trained on {trained.path_type}; leave it out"
         )
-    if trained.cfg_prob == 0 and args.cfg_scale != 1:
+    if args.guide is not None:
+        return replace(trained, guide=open_guide(trained, *args.guide, report))
+    scale = next((point.scale for point in args.points if point.is_guided), None)
+    if trained.cfg_prob == 0 and scale is not None:
+        flag = f"--cfg-scale {scale:g}" if args.sweep is None else f"--sweep scale={scale:g}"
         raise UserError(
-            f"--cfg-scale {args.cfg_scale:g}: {args.exp_path} was trained with --cfg-prob 0, without the null class "
-            "that guidance needs; leave the flag out"
+            f"{flag}: {args.exp_path} was trained with --cfg-prob 0, without the null class that guidance needs; leave "
+            "the flag out, or give a --guide"
         )
     return trained
 
@@ -394,18 +533,44 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> list[int]:
 
 
 def default_folder(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> Path:
-    """A folder in the run, named by what is most often varied."""
-    parts = ["samples", trained.label, f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}"]
+    """A folder in the run, named by what is most often varied; of a sweep, whose points have the rest in theirs."""
+    parts = [
+        "samples" if args.sweep is None else "sweep",
+        trained.label,
+        f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}",
+    ]
     if args.time_shift is not None:
         parts.append(f"shift{args.time_shift if args.time_shift == 'auto' else format(args.time_shift, 'g')}")
-    if args.cfg_scale != 1:
-        channels = "" if args.guidance_channels is None else f"-{args.guidance_channels}ch"
-        parts.append(f"cfg{args.cfg_scale:g}-{args.guidance_low:g}-{args.guidance_high:g}{channels}")
+    if args.sweep is None and args.cfg_scale != 1:
+        parts.append(guidance_name(args, trained))
     if args.weights != MAIN:
         parts.append(args.weights)
     if args.label_sampling != "random":
         parts.append(args.label_sampling)
     return trained.folder / "-".join([*parts, f"{args.num_fid_samples}", f"seed{args.seed}"])
+
+
+def guidance_name(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> str:
+    """Scale, interval, channels and guide, for the names of folders."""
+    if args.cfg_scale == 1:
+        return "unguided"
+    kind, guide = "cfg" if trained.guide is None else "auto", trained.guide
+    parts = [f"{kind}{args.cfg_scale:g}", f"{args.guidance_low:g}", f"{args.guidance_high:g}"]
+    if args.guidance_channels is not None:
+        parts.append(f"{args.guidance_channels}ch")
+    if guide is not None:
+        is_own = guide.folder.resolve() == trained.folder.resolve()
+        parts += [*([] if is_own else [guide.folder.resolve().name]), guide.label]
+    return "-".join(parts)
+
+
+def at_point(args: argparse.Namespace, point: Point, trained: TrainedLDM | UntrainedLDM) -> argparse.Namespace:
+    """The flags of a point of a sweep, as if they had been given for it alone."""
+    own = argparse.Namespace(**vars(args))
+    own.cfg_scale, own.guidance_low, own.guidance_high = point.scale, point.low, point.high
+    own.guidance_channels = args.guidance_channels if point.is_guided else None
+    own.sample_dir = args.sample_dir / guidance_name(own, trained)
+    return own
 
 
 def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> SamplerSettings:
@@ -430,86 +595,91 @@ def time_shift(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> 
     return settled_shift(args.time_shift, trained.config.latent_shape)
 
 
-def describe(
-    args: argparse.Namespace,
-    trained: TrainedLDM,
-    tokenizer: Tokenizer,
-    classes: Sequence[int],
-    process: Process,
-) -> dict:
+def describe(args: argparse.Namespace, job: Job) -> dict:
     """All that the images depend on; goes into the index, and a rerun in the same folder must agree with it."""
-    tf32 = process.device.type == "cuda" and args.allow_tf32
+    trained, tf32 = job.trained, job.process.device.type == "cuda" and args.allow_tf32
+    guide = None if args.cfg_scale == 1 else trained.guide
     return {
         "train_steps": trained.step,
         "weights": trained.weights,
         "weights_sha256": trained.checksum,
         "vae": trained.vae_checksum,
-        "latent_statistics": tokenizer.statistics.checksum(),
+        "latent_statistics": job.tokenizer.statistics.checksum(),
         **vars(sampler_settings(args, trained)),
+        "guide": None if guide is None else f"{guide.config.model} of step {guide.step}",
+        "guide_sha256": None if guide is None else guide.checksum,
         "num_fid_samples": args.num_fid_samples,
         "label_sampling": args.label_sampling,
-        "classes": None if len(classes) == len(trained.class_names) else list(classes),
+        "classes": None if len(job.classes) == len(trained.class_names) else list(job.classes),
         "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if tf32 else "float32",
         "rounding": args.rounding,
         "shard_size": args.shard_size,
     }
 
 
-def build_sampler(
+def load_networks(
     args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM, tokenizer: Tokenizer, process: Process
-) -> tuple[ImageSampler, Denoiser]:
-    """The networks on the device."""
+) -> Networks:
+    """The denoiser, its guide and the VAE on the device."""
     device = process.device
     model = trained.load_model().to(device)
+    guide = None if trained.guide is None else trained.guide.load_model().to(device)
     tokenizer.to(device)
     if device.type == "cpu":
         tokenizer.to(memory_format=torch.channels_last)
-    if args.compile:
-        model.compile(dynamic=False)  # two sizes: with and without guidance
-        tokenizer.compile(dynamic=False)
-    sampler = ImageSampler(
-        model,
-        tokenizer,
+    networks = Networks(model, guide, tokenizer)
+    for network in networks if args.compile else ():
+        if network is not None:
+            network.compile(dynamic=False)  # the denoiser for two sizes: with and without the null class
+    return networks
+
+
+def build_sampler(
+    args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM, networks: Networks, process: Process
+) -> ImageSampler:
+    return ImageSampler(
+        networks.model,
+        networks.tokenizer,
         sampler_settings(args, trained),
         truncate=args.rounding == "truncate",
-        decode_batch=chunk_size(trained.resolution, device),
-        autocast=autocast_for(device, args.mixed_precision),
+        decode_batch=chunk_size(trained.resolution, process.device),
+        autocast=autocast_for(process.device, args.mixed_precision),
+        guide=networks.guide,
     )
-    return sampler, model
 
 
-def generate(
-    args: argparse.Namespace,
-    trained: TrainedLDM,
-    tokenizer: Tokenizer,
-    classes: Sequence[int],
-    process: Process,
-    beside: ImageDataset | None = None,
-) -> bool:
+def packing_job(args: argparse.Namespace, job: Job) -> PackingJob:
+    """The folder of a sample."""
+    spec = ShardSpec("images", (3, job.trained.resolution, job.trained.resolution), "uint8")
+    flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path")
+    return PackingJob(args.sample_dir, spec, describe(args, job), OUTPUT_FLAG, flags, UNSAID)
+
+
+def count_shards(args: argparse.Namespace) -> int:
+    return -(-args.num_fid_samples // args.shard_size)
+
+
+def generate(args: argparse.Namespace, job: Job) -> bool:
     """Make what is missing of this process's shards, complete what is complete, say what came out.
 
     Returns:
         whether all images are there.
     """
-    spec = ShardSpec("images", (3, trained.resolution, trained.resolution), "uint8")
-    settings = describe(args, trained, tokenizer, classes, process)
-    flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path")
-    packing = PackingJob(args.sample_dir, spec, settings, OUTPUT_FLAG, flags, UNSAID)
+    packing, process, shards = packing_job(args, job), job.process, count_shards(args)
     show = print if process.is_main else lambda text: None
     with given_back_if_refused(packing, alone=process.world_size == 1):
         packing.begin()
-        labels = choose_labels(args.num_fid_samples, classes, args.label_sampling, args.seed)
-        shards = -(-len(labels) // args.shard_size)
+        labels = choose_labels(args.num_fid_samples, job.classes, args.label_sampling, args.seed)
         todo = packing.missing(process.share(shards))
         if process.is_main:
-            show_plan(args, packing, labels, len(classes), shards)
+            show_plan(args, packing, labels, len(job.classes), shards)
         if todo:
-            sampler, _ = build_sampler(args, trained, tokenizer, process)
+            sampler = build_sampler(args, job.trained, job.networks(), process)
             make_shards(args, packing, sampler, labels, todo, process)
-        if not packing.finish(shards, trained.class_names):
+        if not packing.finish(shards, job.trained.class_names):
             show(f"{args.sample_dir}: this process's shards are complete; whoever comes last completes the folder")
             return False
-        complete(packing, args.npz, args.preview, beside)
+        complete(packing, args.npz, args.preview, job.beside)
         show(f"{args.sample_dir} is complete: {len(labels)} images" + (f", {NPZ_NAME}" if args.npz else ""))
     return True
 
@@ -553,39 +723,140 @@ def make_shards(
     print(f"process {process.rank} of {process.world_size}: {rate}")
 
 
-def dry_run(
-    args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM, tokenizer: Tokenizer, process: Process
+def sweep(args: argparse.Namespace, job: Job, evaluation: GenerationEvaluation, argv: Sequence[str]) -> None:
+    """A sample and a figure for each point that has none; who writes the last figure writes the table."""
+    if args.sample_dir.joinpath("args.json").is_file() or is_unfinished(args.sample_dir) or read_index(args.sample_dir):
+        raise UserError(f"{OUTPUT_FLAG} {args.sample_dir} is a run or a sample; give an empty or new folder to a sweep")
+    if job.process.world_size > 1 and not args.keep_images:
+        raise UserError("--no-keep-images is for one process: others may still read what it deletes; leave it out")
+    runs = {own.sample_dir.name: own for own in (at_point(args, point, job.trained) for point in args.points)}
+    records = PointRecords(args.sample_dir, evaluation)
+    if not plan_sweep(args, job, records, runs) and job.process.is_main:
+        conclude_sweep(args, records, runs, argv)
+    for name, own in runs.items():
+        is_new = name not in records.found() and make_point(own, job, records)
+        if is_new and runs.keys() <= records.found().keys():
+            conclude_sweep(args, records, runs, argv)
+        if not args.keep_images and name in records.found():
+            shutil.rmtree(own.sample_dir, ignore_errors=True)
+
+
+def make_point(args: argparse.Namespace, job: Job, records: PointRecords) -> bool:
+    """Sample and measure a point of a sweep; whether this process measured it, and not another one."""
+    if not generate(args, job):
+        return False
+    with lock_if_free(args.sample_dir / EVALUATION_LOCK_NAME) as is_ours:
+        if not is_ours or args.sample_dir.name in records.found():
+            return False
+        records.measure(args.sample_dir.name, open_image_set(args.sample_dir, OUTPUT_FLAG), job.process)
+    return True
+
+
+def plan_sweep(
+    args: argparse.Namespace, job: Job, records: PointRecords, runs: Mapping[str, argparse.Namespace]
+) -> list[str]:
+    """The points without a figure, once those with one are known to be of the same settings; whether there is room."""
+    found, missing, images = records.found(), [], 0
+    for name, own in runs.items():
+        packing = packing_job(own, job)
+        if name in found:
+            packing.check_settings(found[name].subject["made_by"])
+        else:
+            missing.append(name)
+            images += min(len(packing.missing(range(count_shards(own)))) * own.shard_size, own.num_fid_samples)
+    if job.process.is_main:
+        print(
+            f"sweep of {len(runs)} points, {args.num_fid_samples} images each; {len(missing)} are still to be measured"
+        )
+        if images and args.keep_images:
+            there = next(folder for folder in (args.sample_dir, *args.sample_dir.parents) if folder.exists())
+            advice = "take fewer points or --num-fid-samples, or --no-keep-images"
+            check_space(there, images * packing.spec.item_bytes, advice)
+    return missing
+
+
+def conclude_sweep(
+    args: argparse.Namespace, records: PointRecords, runs: Mapping[str, argparse.Namespace], argv: Sequence[str]
 ) -> None:
-    """Two images in two steps, and what all of them would take at that rate."""
-    forwards, steps = sampler_settings(args, trained).forwards(), args.num_steps
+    """Table, picture, and the command for the full sample at the best point."""
+    from metrics.sweep_picture import save_sweep  # matplotlib takes a second to import
+
+    points = {name: Point(own.cfg_scale, own.guidance_low, own.guidance_high) for name, own in runs.items()}
+    rows, best = rank(points, figures_of(records.found(), records.title))
+    command = full_command(argv, best.point)
+    facts = {"count": args.num_fid_samples, "reference": str(args.evaluate), "features": args.features}
+    write_table(args.sample_dir, rows, best, records.title, {**facts, "command": command})
+    picture = args.sample_dir / f"{TABLE_NAME}.png"
+    save_sweep(picture, rows, best, records.title, args.num_fid_samples)
+    print(f"{args.num_fid_samples} images at each point against {args.evaluate}:")
+    print("\n".join([table(rows, best, records.title), *remarks(rows, best, args.num_fid_samples)]))
+    print(f"written to {args.sample_dir / TABLE_NAME}.json, .csv and .png")
+    print(f"the full sample at the best:\n{command}")
+
+
+def full_command(argv: Sequence[str], point: Point) -> str:
+    """The sweep's command line, turned into that of the usual number of samples at one of its points."""
+    replaced = {*SWEEP_FLAGS, *POINT_FLAGS, *(() if point.is_guided else GUIDE_FLAGS)}
+    kept, is_kept = [], True
+    for word in argv:
+        if word.startswith("--"):
+            is_kept = word.partition("=")[0] not in replaced
+        if is_kept:
+            kept.append(word)
+    return shlex.join(["python", "generate.py", *kept, *point.flags()])
+
+
+def dry_run(args: argparse.Namespace, job: Job) -> None:
+    """Two images in two steps, and what all of them would take at the rate of a forward pass."""
+    trained, process, steps, points = job.trained, job.process, args.num_steps, args.points
+    settings = [sampler_settings(at_point(args, point, trained), trained) for point in points]
+    passes, guided = (sum(numbers) for numbers in zip(*(each.forwards() for each in settings), strict=True))
     args.num_steps = min(2, steps)
-    sampler, model = build_sampler(args, trained, tokenizer, process)
+    networks = job.networks()
+    sampler = build_sampler(at_point(args, points[-1], trained), trained, networks, process)
     items = torch.arange(2, device=process.device)
     labels = items % len(trained.class_names)
-    sampler(items, labels)[0].cpu()  # warms up, or compiles
-    begin = time.perf_counter()
-    z = sampler.latents(items, labels).cpu()
-    step_seconds = (time.perf_counter() - begin) / sampler.settings.forwards()
-    begin = time.perf_counter()
     with torch.inference_mode():
-        sampler.decode(z.to(process.device)).cpu()
-    decode_seconds = time.perf_counter() - begin
+        sampler(items, labels)[0].cpu()  # warms up, or compiles
+        z = sampler.noise(items, 0)
+        own_seconds = pass_seconds(networks.model, sampler, z, labels)
+        guide_seconds = own_seconds if networks.guide is None else pass_seconds(networks.guide, sampler, z, labels)
+        begin = time.perf_counter()
+        sampler.decode(z).cpu()
+        decode_seconds = time.perf_counter() - begin
     if not process.is_main:
         return
-    seconds = (forwards * step_seconds + decode_seconds) / 2 * args.num_fid_samples / process.world_size
-    size = npz_bytes(args.num_fid_samples, trained.resolution)
+    count, share = args.num_fid_samples * len(points), args.num_fid_samples / process.world_size
+    seconds = (passes * own_seconds + guided * guide_seconds + len(points) * decode_seconds) / 2 * share
+    size = len(points) * npz_bytes(args.num_fid_samples, trained.resolution)
     print(
         f"{trained.config.model}, checkpoint {trained.label} ({trained.weights}): "
-        f"{count_parameters(model)[0]:,} parameters"
+        f"{count_parameters(networks.model)[0]:,} parameters"
     )
-    print(f"VAE: {count_parameters(tokenizer)[0]:,} parameters")
-    print(f"batch of 2: {step_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
+    if networks.guide is not None:
+        print(
+            f"guide: {trained.guide.config.model}, checkpoint {trained.guide.label}: "
+            f"{count_parameters(networks.guide)[0]:,} parameters, {guide_seconds:.3f} s a forward pass"
+        )
+    print(f"VAE: {count_parameters(networks.tokenizer)[0]:,} parameters")
+    print(f"batch of 2: {own_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
+    own, of_guide = (passes + guided, "") if networks.guide is None else (passes, f" and {guided} of the guide")
+    of_sweep = "" if args.sweep is None else f" over the {len(points)} points of the sweep"
     print(
-        f"{forwards} forward passes an image ({args.mode}, {steps} steps): about {seconds / 3600:.2f} hours for "
-        f"{args.num_fid_samples} images with {process.world_size} processes at this rate; larger batches are faster"
+        f"{own} forward passes{of_guide} an image{of_sweep} ({args.mode}, {steps} steps): about {seconds / 3600:.2f} "
+        f"hours for {count} images with {process.world_size} processes at this rate; larger batches are faster"
     )
     print(f"{size} bytes of shards" + (f", {size} of {NPZ_NAME}" if args.npz else ""))
     print(f"peak memory: {peak_memory(process.device)}; nothing was written")
+
+
+def pass_seconds(network: Denoiser, sampler: ImageSampler, x: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of one forward pass; a first one is not counted."""
+    velocity = model_velocity(network, sampler.autocast)
+    velocity(x, 1.0, labels).cpu()
+    begin = time.perf_counter()
+    velocity(x, 1.0, labels).cpu()
+    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

@@ -373,9 +373,10 @@ def measure_sampling(report: Report, sizes: Sizes, variants: Sequence[str]) -> N
         torch.manual_seed(0)  # the same random weights for all
         trained = generate.open_model(args, print)
         args.mode, args.num_steps = "ode", sizes.sample_steps
-        sampler, model = generate.build_sampler(args, trained, trained.load_autoencoder(), process)
+        networks = generate.load_networks(args, trained, trained.load_autoencoder(), process)
+        sampler = generate.build_sampler(args, trained, networks, process)
         with torch.no_grad():
-            for parameter in model.parameters():  # what starts at zero would make a velocity of zero
+            for parameter in networks.model.parameters():  # what starts at zero would make a velocity of zero
                 if not parameter.any():
                     parameter.normal_(std=0.02)
         items = torch.arange(sizes.sample_batch, device=process.device)
@@ -390,7 +391,7 @@ def measure_sampling(report: Report, sizes: Sizes, variants: Sequence[str]) -> N
         seconds = PUBLISHED_IMAGES / len(items) * (PUBLISHED_STEPS * evaluation + decoding)
         figures = {"hours_50k": seconds / 3600, "decode_seconds": decoding, "difference": relative(z, exact)}
         report.add("sampling", what, evaluation, len(items), **figures)
-        del sampler, model
+        del sampler, networks
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:

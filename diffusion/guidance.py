@@ -1,4 +1,6 @@
-"""Classifier-free guidance, a wrapper around a velocity."""
+"""Guidance, a wrapper around a velocity: away from that of no class, or from that of a weaker network."""
+
+from collections.abc import Callable
 
 import torch
 
@@ -21,15 +23,50 @@ def guided(
         high: end of the interval near the noise.
         channels: guide only the first ones of the latent, as LightningDiT does with 3; None: all.
     """
+
+    def with_and_without_class(x: torch.Tensor, t: float, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return velocity(torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, null_class)])).chunk(2)
+
+    return _extrapolated(velocity, with_and_without_class, scale, low, high, channels)
+
+
+def autoguided(
+    velocity: Velocity, guide: Velocity, scale: float, low: float = 0.0, high: float = 1.0, channels: int | None = None
+) -> Velocity:
+    """``v_g + scale·(v − v_g)``, v_g the velocity of a weaker network for the same class (autoguidance, arXiv
+    2406.02507).
+
+    Score and denoised data are affine in the velocity, so that extrapolating the one is extrapolating the others.
+
+    Args:
+        velocity: of the network that is guided.
+        guide: of one with the same faults, only worse: smaller, or trained for fewer steps, on the same latents.
+        scale, low, high, channels: as in :func:`guided`.
+    """
+
+    def with_guide(x: torch.Tensor, t: float, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return velocity(x, t, y), guide(x, t, y)
+
+    return _extrapolated(velocity, with_guide, scale, low, high, channels)
+
+
+def _extrapolated(
+    velocity: Velocity,
+    pair: Callable[[torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    scale: float,
+    low: float,
+    high: float,
+    channels: int | None,
+) -> Velocity:
+    """Inside the interval, ``scale`` times as far from the second of a pair of velocities as the first is."""
     if scale == 1:
         return velocity
 
     def guided_velocity(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
         if not low <= t <= high:
             return velocity(x, t, y)
-        both = velocity(torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, null_class)]))
-        conditional, unconditional = both.chunk(2)
-        together = unconditional + scale * (conditional - unconditional)
-        return together if channels is None else torch.cat([together[:, :channels], conditional[:, channels:]], dim=1)
+        own, other = pair(x, t, y)
+        together = other + scale * (own - other)
+        return together if channels is None else torch.cat([together[:, :channels], own[:, channels:]], dim=1)
 
     return guided_velocity

@@ -16,7 +16,7 @@ from dataset.npz import write_npz
 from dataset.packing import PackingJob
 from dataset.verification import verify
 from diffusion.counted_noise import counted_integers, counted_normal
-from diffusion.guidance import guided
+from diffusion.guidance import autoguided, guided
 from diffusion.samplers import evaluation_times, model_velocity, sample_ode, sample_sde
 from errors import UserError
 from models.denoisers import Denoiser
@@ -59,12 +59,12 @@ class SamplerSettings:
     seed: int
     guidance_channels: int | None = None
 
-    def forwards(self) -> int:
-        """Forward passes of the model for one image; two for each guided evaluation."""
+    def forwards(self) -> tuple[int, int]:
+        """For one image: evaluations of the velocity, and how many of them are guided, which takes a second pass."""
         times = evaluation_times(self.mode, self.num_steps, self.heun, self.time_shift, self.path_type)
         if self.cfg_scale == 1:
-            return len(times)
-        return sum(2 if self.guidance_low <= time <= self.guidance_high else 1 for time in times)
+            return len(times), 0
+        return len(times), sum(self.guidance_low <= time <= self.guidance_high for time in times)
 
 
 class ImageSampler:
@@ -76,7 +76,8 @@ class ImageSampler:
         settings: of the sampler.
         truncate: cut off the fraction of pixel values, as REPA-E does, instead of rounding.
         decode_batch: latents decoded at once.
-        autocast: precision of both networks, a new context each time.
+        autocast: precision of all networks, a new context each time.
+        guide: the network that guides in the place of the null class, on the same device (autoguidance); or None.
     """
 
     def __init__(
@@ -88,18 +89,17 @@ class ImageSampler:
         truncate: bool,
         decode_batch: int,
         autocast: Callable[[], AbstractContextManager],
+        guide: Denoiser | None = None,
     ):
         self.tokenizer, self.settings, self.truncate = tokenizer, settings, truncate
         self.decode_batch, self.autocast = decode_batch, autocast
         self.latent_shape = model.latent_shape
-        self.velocity = guided(
-            model_velocity(model, autocast),
-            settings.cfg_scale,
-            model.null_class,
-            settings.guidance_low,
-            settings.guidance_high,
-            settings.guidance_channels,
-        )
+        velocity = model_velocity(model, autocast)
+        interval = settings.guidance_low, settings.guidance_high, settings.guidance_channels
+        if guide is None:
+            self.velocity = guided(velocity, settings.cfg_scale, model.null_class, *interval)
+        else:
+            self.velocity = autoguided(velocity, model_velocity(guide, autocast), settings.cfg_scale, *interval)
 
     @torch.inference_mode()
     def __call__(self, items: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,6 +51,7 @@ class TrainedLDM:
         vae_config: architecture of the VAE where it lies in the checkpoint, because it was trained along; or None.
         cfg_prob: share of labels that were dropped; with 0 the null class was never trained, and nothing can guide.
         time_shift: of its training times.
+        guide: the weaker one that guides it (:func:`open_guide`), or None.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class TrainedLDM:
     vae_config: dict | None = None
     cfg_prob: float = 0.1
     time_shift: float = 1.0
+    guide: "TrainedLDM | None" = None
 
     @property
     def step(self) -> int:
@@ -161,6 +163,54 @@ def open_trained_ldm(
     if isinstance(checkpoint, PosthocCheckpoint) and (doubts := checkpoint.doubts()):
         report(doubts)
     return _describe(folder, checkpoint, weights)
+
+
+def open_guide(
+    trained: TrainedLDM, folder: Path | None, step: int | None, report: Callable[[str], object] = lambda message: None
+) -> TrainedLDM:
+    """The checkpoint whose velocity guides another's, of the same kind of weights; any size and architecture.
+
+    Args:
+        trained: what it guides.
+        folder: of its run (``--guide``); None: of the same run.
+        step: of the checkpoint or milestone; None: the newest intact one of a finished run.
+        report: is told of damaged checkpoints that were passed over.
+
+    Raises:
+        UserError: no such checkpoint, or velocities that cannot be compared.
+    """
+    folder = folder or trained.folder
+    try:
+        guide = open_trained_ldm(folder, step, trained.weights, report)
+    except UserError as error:
+        reason = str(error).removeprefix("--exp-path ").replace(f"--train-steps {step}: ", f"{folder}@{step}: ")
+        raise UserError(f"--guide {reason.replace('--train-steps', f'--guide {folder}@STEP')}") from error
+    if guide.checksum == trained.checksum:
+        raise UserError(f"--guide {folder}@{guide.step} is what it would guide; give an earlier step or another run")
+    if difference := _difference(trained, guide):
+        raise UserError(
+            f"--guide {folder}@{guide.step} {difference}: its velocity means something else than that of "
+            f"{trained.folder} at step {trained.step}; give a run on the same latents and classes"
+        )
+    return guide
+
+
+def _difference(trained: TrainedLDM, guide: TrainedLDM) -> str | None:
+    """Why two velocities, or their labels, do not mean the same."""
+    ours, theirs = trained.config.latent_shape, guide.config.latent_shape
+    if ours != theirs:
+        return f"makes latents {theirs}, not {ours}"
+    if guide.vae_checksum != trained.vae_checksum:
+        return "was trained on latents of another VAE"
+    if guide.path_type != trained.path_type:
+        return f"was trained on the {guide.path_type} path, not {trained.path_type}"
+    if guide.class_names != trained.class_names:
+        return "has other classes"
+    if None not in (checksums := (guide.statistics_checksum, trained.statistics_checksum)):
+        is_same = checksums[0] == checksums[1]
+    else:  # older runs do not say
+        is_same = len({run.load_autoencoder().statistics.checksum() for run in (guide, trained)}) == 1
+    return None if is_same else "was trained on latents that other statistics normalise"
 
 
 def _checkpoints(folder: Path, weights: str) -> dict[int, Checkpoint]:

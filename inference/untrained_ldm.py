@@ -19,7 +19,7 @@ class UntrainedLDM:
         config: of the denoiser.
         resolution: side of the images in pixels.
         path_type: of the interpolant.
-        folder, label, weights, time_shift, class_names: as of a trained one; they say that it is none.
+        folder, label, weights, time_shift, guide, class_names: as of a trained one; they say that it is none.
     """
 
     config: DenoiserConfig
@@ -30,6 +30,7 @@ class UntrainedLDM:
     label: str = "none"
     weights: str = "random"
     time_shift: float = 1.0
+    guide: None = None
 
     @property
     def class_names(self) -> list[str]:

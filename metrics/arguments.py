@@ -11,6 +11,7 @@ INCEPTION, DINOV2 = "inception", "DINOv2"
 FEATURES_FLAG, CHECKPOINT_FLAG = "--features", "--enc-ckpt"
 INCEPTION_FLAG = "--inception-ckpt"
 GENERATION_METRICS = ("fid", "sfid", "is", "pr", "kid", "mind")
+SWEEP_METRICS = ("fid", "mind")  # by which generate.py --sweep chooses, the default first; metrics.sweep.MEASURES
 RECONSTRUCTION_METRICS = ("rfid", "psnr", "ssim", "lpips-alex", "lpips-vgg")
 LPIPS_FLAGS = {"alex": "--lpips-alex-ckpt", "vgg": "--lpips-ckpt"}
 TRUNK_NAMES = {"alex": "AlexNet", "vgg": "VGG16"}

@@ -170,12 +170,18 @@ def summarise_reference(
     return summary
 
 
+def figure_name(metric: str, features: str) -> str:
+    """What ``fid`` and ``mind`` of a network's features are called."""
+    names = {"fid": "FID" if features == INCEPTION else "FD", "mind": "MIND"}
+    return names[metric] if features == INCEPTION else f"{names[metric]}-{features}"
+
+
 def compare(ours: Summary, theirs: Summary, name: str, settings: Settings) -> dict[str, float | None]:
     """The values of :attr:`Settings.metrics` by name, in that order; KID's deviation None where it means nothing."""
     values: dict[str, float | None] = {}
     metrics, suffix = settings.metrics, "" if name == INCEPTION else f"-{name}"
     if "fid" in metrics:
-        values[f"FD{suffix}" if suffix else "FID"] = frechet_distance(ours.pooled, theirs.pooled)
+        values[figure_name("fid", name)] = frechet_distance(ours.pooled, theirs.pooled)
     if "sfid" in metrics:
         values["sFID"] = frechet_distance(ours.spatial, theirs.spatial)
     if "is" in metrics:
@@ -192,7 +198,9 @@ def compare(ours: Summary, theirs: Summary, name: str, settings: Settings) -> di
             values[f"KID{suffix}"], values[f"KID{suffix}-std"] = mean, deviation
         if "mind" in metrics:
             size = choose_size(len(ours.features), len(theirs.features))
-            values[f"MIND{suffix}"] = monge_distance(ours.features, theirs.features, size=size, seed=settings.seed)
+            values[figure_name("mind", name)] = monge_distance(
+                ours.features, theirs.features, size=size, seed=settings.seed
+            )
     return values
 
 
@@ -205,7 +213,6 @@ def measurement(
     name: str,
 ) -> Measurement:
     """What is written next to the samples."""
-    stored = [metric for metric in settings.metrics if _brings(reference, metric, extractor.name)]
     images = reference.images
     count = samples.count(settings.num_samples)
     return Measurement(
@@ -214,12 +221,7 @@ def measurement(
         values=dict(values),
         count=count,
         subject=samples.describe(),
-        reference={
-            "path": str(reference.path),
-            "count": len(images) if images is not None else None,
-            "fingerprint": images.fingerprint() if images is not None else None,
-            "statistics_of_the_file": stored,
-        },
+        reference=describe_reference(reference, extractor, settings),
         extractor=extractor.describe(),
         settings={
             "metrics": list(settings.metrics),
@@ -233,6 +235,17 @@ def measurement(
             "precision": "float32",
         },
     )
+
+
+def describe_reference(reference: ImageSet, extractor: Extractor, settings: Settings) -> dict:
+    """What a measurement says of the set that it was compared with."""
+    images = reference.images
+    return {
+        "path": str(reference.path),
+        "count": len(images) if images is not None else None,
+        "fingerprint": images.fingerprint() if images is not None else None,
+        "statistics_of_the_file": [name for name in settings.metrics if _brings(reference, name, extractor.name)],
+    }
 
 
 def measurement_name(samples: ImageSet, features: str) -> str:

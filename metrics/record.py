@@ -60,6 +60,7 @@ class MadeBy(TypedDict):
     guidance_low: float | None
     guidance_high: float | None
     guidance_channels: int | None
+    guide: str | None
 
 
 class _Place(TypedDict):

@@ -116,5 +116,6 @@ def _how(made: Mapping[str, object], count: int | None) -> str:
         words.append(f"times shifted by {made['time_shift']:g}")
     scale = made.get("cfg_scale")
     if scale is not None:
-        words.append("no guidance" if scale == 1 else f"guidance {scale:g}")
+        by = "" if made.get("guide") is None else f" by {made['guide']}"
+        words.append("no guidance" if scale == 1 else f"guidance {scale:g}{by}")
     return ", ".join(words) or "generated images"

@@ -300,7 +300,8 @@ def _guidance(measurement: Measurement, samples: Samples | None) -> str:
         return "none"
     channels = settings.get("guidance_channels")
     of_channels = "" if channels is None else f" of {channels} channels"
-    return f"{scale:g}{of_channels}" + ("" if (low, high) == (0, 1) else f" on [{low:g}, {high:g}]")
+    by = "" if settings.get("guide") is None else f" by {settings['guide']}"
+    return f"{scale:g}{by}{of_channels}" + ("" if (low, high) == (0, 1) else f" on [{low:g}, {high:g}]")
 
 
 def _generation_section(measurement: Measurement) -> str:

@@ -13,8 +13,7 @@ from files import write_json
 from formats.vae import load_tokenizer
 from loss.alignment import DenoiserAlignments, TokenGrid
 from loss.alignment.repa import REPA
-from models.denoisers.config import SiTConfig
-from models.denoisers.sit import SiT
+from models.denoisers import denoiser_config
 from runtime.checkpoint import CheckpointFolder
 from tests.command_line import argv_of
 
@@ -36,6 +35,8 @@ def write_ldm_run(
     path_type: str = "linear",
     state: str = "finished",
     milestone: bool = False,
+    seed: int = 0,
+    model: str = "SiT-Ti/2",
     **changes: object,
 ) -> Path:
     """Write a run with a checkpoint of step 10.
@@ -44,19 +45,21 @@ def write_ldm_run(
         folder: ``exps/NAME``.
         path_type: of the interpolant.
         state: what status.json says.
-        milestone: also keep a milestone of step 5, the EMA alone.
+        milestone: also keep a milestone of step 5, the EMA alone, of other weights.
+        seed: of the weights.
+        model: of the denoiser.
         changes: entries of the manifest's ``args`` to replace, None to leave out.
     """
     torch.manual_seed(0)
     tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
     tokenizer.statistics.load(torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.5, 1.0, 0.8]))
     tokenizer.save(folder / "vae")
-    config = SiTConfig("SiT-Ti/2", 4, RESOLUTION // 4, len(CLASS_NAMES))
-    model, ema = SiT(config), SiT(config)
-    repa = REPA(model, [TokenGrid("vfm", config.grid, 16)], depth=2, width=32, weight=0.5)
-    modules = {"model": model, "alignment": DenoiserAlignments({"repa": repa}), "ema": ema}
-    for name, seed in (("model", 1), ("ema", 2), ("alignment", 3)):
-        random_weights(modules[name], seed)
+    config = denoiser_config(
+        {"model": model, "latent_channels": 4, "latent_size": RESOLUTION // 4, "num_classes": len(CLASS_NAMES)}
+    )
+    trained, ema = config.build(), config.build()
+    repa = REPA(trained, [TokenGrid("vfm", trained.grid, 16)], depth=2, width=32, weight=0.5)
+    modules = {"model": trained, "alignment": DenoiserAlignments({"repa": repa}), "ema": ema}
     arguments = {
         "denoiser": config.to_dict(),
         "align": "repa",
@@ -73,13 +76,20 @@ def write_ldm_run(
     arguments = {name: value for name, value in arguments.items() if value is not None}
     checkpoints = CheckpointFolder(folder)
     if milestone:
+        draw_weights(modules, seed + 10)
         early = checkpoints.save(STEP // 2, modules, {}, arguments)
         checkpoints.keep_milestone(early, ("ema",), arguments)
+    draw_weights(modules, seed)
     checkpoints.save(STEP, modules, {"optimizer": {}}, arguments)
     checkpoints.prune(1)
     write_json(folder / "args.json", {"args": arguments})
     write_json(folder / "status.json", {"state": state, "step": STEP, "max_train_steps": STEP, "reason": None})
     return folder
+
+
+def draw_weights(modules: dict[str, nn.Module], seed: int) -> None:
+    for offset, name in enumerate(("model", "ema", "alignment"), start=1):
+        random_weights(modules[name], seed + offset)
 
 
 def flags(run: Path, **changes: object) -> list[str]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from diffusion.counted_noise import counted_normal
 from errors import UserError
 from formats.vae import load_tokenizer
 from inference.sampling import choose_labels, default_shard_size, preview_rows
-from inference.trained_ldm import open_trained_ldm
+from inference.trained_ldm import open_guide, open_trained_ldm
 from models.denoisers.config import SiTConfig
 from models.denoisers.sit import SiT
+from models.denoisers.transformer import Transformer
 from runtime import cli
 from tests.ldm_runs import CLASS_NAMES, RESOLUTION, STEP, flags, write_ldm_run
 
@@ -98,7 +100,9 @@ def test_noise_of_an_image(run):
     """Bit for bit the same in any batch, another for each image and step."""
     trained = open_trained_ldm(run, None, "ema")
     args = generate.parse_arguments(flags(run))
-    sampler, _ = generate.build_sampler(args, trained, trained.load_autoencoder(), generate.this_process())
+    process = generate.this_process()
+    networks = generate.load_networks(args, trained, trained.load_autoencoder(), process)
+    sampler = generate.build_sampler(args, trained, networks, process)
     whole = sampler.noise(torch.arange(14), 3)
     for size in (4, 7):
         parts = [sampler.noise(items, 3) for items in torch.arange(14).split(size)]
@@ -381,6 +385,139 @@ def test_a_folder_from_before_there_were_shifts_goes_on(run, tmp_path):
     assert generate.main(argv) == 0
     with pytest.raises(UserError, match="another --time-shift"):
         generate.main([*argv, "--time-shift", "2"])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another run on the same latents, of another architecture."""
+    return write_ldm_run(tmp_path_factory.mktemp("others") / "small", model="LightningDiT-Ti/2", seed=7)
+
+
+@pytest.mark.parametrize("mode", ["sde", "ode"])
+@pytest.mark.parametrize("channels", [None, 3])
+def test_against_autoguidance_written_out(run, small, tmp_path, mode, channels):
+    """Each step from the formulas, the guide of another architecture: the same pixels within one level."""
+    scale, low, high, steps, count = 2.5, 0.1, 0.8, 6, 4
+    guidance = {"cfg_scale": scale, "guidance_low": low, "guidance_high": high, "guidance_channels": channels}
+    sampling = {"mode": mode, "num_steps": steps, "num_fid_samples": count, "label_sampling": "equal", "seed": 5}
+    found = sampled(run, tmp_path / "out", guide=f"{small}@{STEP}", **guidance, **sampling)
+    model, guide = (open_trained_ldm(folder, STEP, "ema").load_model() for folder in (run, small))
+    items, labels = torch.arange(count), torch.arange(count) % len(CLASS_NAMES)
+    last = 0.04 if mode == "sde" else 1 / steps
+    times = [1 - (1 - last) * k / (steps - 1) for k in range(steps)] + [0.0]
+    x = counted_normal(5, items, 0, (4, 8, 8)).double()
+    with torch.no_grad():
+        for k, (t, then) in enumerate(pairwise(times)):
+            own, other = (network(x.float(), torch.full((count,), t), labels)[0].double() for network in (model, guide))
+            v = own.clone()
+            if low <= t <= high:
+                v[:, :channels] = (scale * own - (scale - 1) * other)[:, :channels]
+            if mode == "ode":
+                x = x + (then - t) * v
+                continue
+            x = x + (then - t) * (v + x + (1 - t) * v)  # v − t·score, score = −(x + (1 − t)·v) / t
+            if k < steps - 1:
+                x = x + (2 * t * (t - then)) ** 0.5 * counted_normal(5, items, k + 1, (4, 8, 8))
+        tokenizer, _ = load_tokenizer(str(run / "vae"))
+        pixels = 127.5 * (tokenizer.decode(tokenizer.statistics.denormalize(x.float())) + 1)
+    expected = pixels.round().clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    assert largest_difference(found, expected) <= 1
+    without = sampled(run, tmp_path / "without", **sampling)
+    classifier_free = sampled(run, tmp_path / "cfg", **guidance, **sampling)
+    assert min(largest_difference(found, other) for other in (without, classifier_free)) > 3
+
+
+def test_a_network_that_guides_itself_changes_nothing(run, tmp_path):
+    """Latents of any scale are those without guidance, to rounding."""
+    trained, process = open_trained_ldm(run, None, "ema"), generate.this_process()
+    items, labels = torch.arange(4), torch.arange(4) % len(CLASS_NAMES)
+    latents = []
+    for scale in (1, 0.5, 4):
+        args = generate.parse_arguments(flags(run, cfg_scale=scale, num_steps=6))
+        networks = generate.load_networks(args, trained, trained.load_autoencoder(), process)
+        latents.append(
+            generate.build_sampler(args, trained, networks._replace(guide=networks.model), process).latents(
+                items, labels
+            )
+        )
+    for found in latents[1:]:
+        torch.testing.assert_close(found, latents[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_folder_says_who_guides(run, small, tmp_path):
+    """By @STEP an earlier one of the same run; a rerun goes on, one by another guide or by none is refused."""
+    argv = flags(run, sample_dir=tmp_path / "out", cfg_scale=2, num_fid_samples=4)
+    by_early = [*argv, "--guide", f"@{STEP // 2}"]
+    assert generate.main([*by_early, "--no-npz"]) == 0
+    early = open_trained_ldm(run, STEP // 2, "ema")
+    made_by = json.loads((tmp_path / "out" / "index.json").read_text())["source"]
+    assert made_by["guide"] == f"SiT-Ti/2 of step {STEP // 2}" and made_by["guide_sha256"] == early.checksum
+    assert made_by["weights_sha256"] == open_trained_ldm(run, STEP, "ema").checksum != early.checksum
+    before = (tmp_path / "out" / "images-00000.npy").stat().st_mtime_ns
+    assert generate.main([*argv, "--guide", f"{run}@{STEP // 2}"]) == 0
+    assert (tmp_path / "out" / "images-00000.npy").stat().st_mtime_ns == before
+    for others in (["--guide", str(small)], []):
+        with pytest.raises(UserError, match="another --guide"):
+            generate.main([*argv, *others])
+    plain = sampled(run, tmp_path / "plain", cfg_scale=2, num_fid_samples=4)
+    assert largest_difference(images_in(tmp_path / "out"), plain) > 3
+    made_by = json.loads((tmp_path / "plain" / "index.json").read_text())["source"]
+    assert made_by["guide"] is None and made_by["guide_sha256"] is None
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_bytes_of_one_with_a_guide(run, small, tmp_path):
+    argv = flags(run, guide=small, cfg_scale=2, guidance_high=0.75, num_fid_samples=15)
+    process = start(*argv, "--sample-dir", str(tmp_path / "two"), processes=2)
+    assert generate.main([*argv, "--sample-dir", str(tmp_path / "one")]) == 0
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    for name in ("samples.npz", "index.json", "labels.npy", "images-00000.npy", "images-00002.npy"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def test_a_guide_needs_no_null_class(small, tmp_path):
+    untrained_null = write_ldm_run(tmp_path / "run", cfg_prob=0.0)
+    assert generate.main(flags(untrained_null, sample_dir=tmp_path / "made", guide=small, cfg_scale=2)) == 0
+
+
+def test_runs_that_do_not_name_their_statistics_are_compared_by_those_themselves(run, tmp_path):
+    silent = write_ldm_run(tmp_path / "silent", seed=7, statistics_checksum=None)
+    assert open_guide(open_trained_ldm(run, None, "ema"), silent, None).folder == silent
+
+
+def test_a_compiled_guide(run, small, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    monkeypatch.setattr(Transformer, "compile", lambda self, **options: compiled.append(self.config.model))
+    sampled(run, tmp_path / "out", guide=small, cfg_scale=2, compile=True)
+    assert compiled == ["SiT-Ti/2", "LightningDiT-Ti/2"]
+
+
+def test_dry_run_counts_the_guide(run, small, capsys):
+    argv = flags(run, guide=small, dry_run=True, num_steps=250, cfg_scale=2, guidance_high=0.5)
+    assert generate.main(argv) == 0
+    output = capsys.readouterr().out
+    inside = sum(1 - 0.96 * k / 249 <= 0.5 for k in range(250))
+    assert f"250 forward passes and {inside} of the guide an image" in output
+    size = sum(p.numel() for p in open_trained_ldm(small, None, "ema").load_model().parameters())
+    assert f"guide: LightningDiT-Ti/2, checkpoint {STEP:07d}: {size:,} parameters" in output
+
+
+def test_default_folders_with_a_guide(run, small):
+    trained = open_trained_ldm(run, None, "ema")
+    for guide, name in ((f"@{STEP // 2}", "0000005"), (small, "small-0000010")):
+        args = generate.parse_arguments(flags(run, cfg_scale=2.5, guidance_high=0.75, guide=guide))
+        guided = replace(trained, guide=open_guide(trained, *args.guide))
+        assert generate.default_folder(args, guided) == run / f"samples-0000010-sde3-auto2.5-0-0.75-{name}-10-seed0"
+
+
+def test_names_of_guides(tmp_path):
+    (tmp_path / "a@7").mkdir()
+    cases = {"exps/a@7": ("exps/a", 7), "exps/a": ("exps/a", None), str(tmp_path / "a@7"): (tmp_path / "a@7", None)}
+    for text, (folder, step) in cases.items():
+        assert generate.run_and_step(text) == (Path(folder), step)
+    assert generate.run_and_step("@20000") == (None, 20000)
 
 
 def test_no_guidance_without_a_null_class(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from diffusion.counted_noise import counted_normal
 from diffusion.flow import shift_times
-from diffusion.guidance import guided
+from diffusion.guidance import autoguided, guided
 from diffusion.samplers import (
     LAST_SDE_TIME,
     evaluation_times,
@@ -230,3 +230,67 @@ def test_guidance_of_a_network():
         together = guided(velocity, 3.0, model.null_class)(x, 0.5, y)
     assert (conditional - unconditional).abs().max() > 1e-3
     torch.testing.assert_close(together, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
+
+
+@PATHS
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.25, 0.75)])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.5])
+def test_autoguidance_in_closed_form(path_type, low, high, scale):
+    """Of N(0, c) the velocity is x·d/dt log r for r² = α²c + σ²: noise is multiplied by r(0)/r(1), and while the guide
+    of another c acts by the ratio of both r over that time, to the power of scale − 1."""
+
+    def deviation(variance: float, t: float) -> float:
+        alpha, sigma = (1 - t, t) if path_type == "linear" else (math.cos(math.pi * t / 2), math.sin(math.pi * t / 2))
+        return math.sqrt(alpha**2 * variance + sigma**2)
+
+    def flow(variance: float) -> GaussianFlow:
+        return GaussianFlow(torch.zeros(1).double(), torch.tensor([[variance]]).double(), path_type)
+
+    data, worse = 0.3, 0.9
+    ratio = [deviation(data, t) / deviation(worse, t) for t in (low, high)]
+    expected = deviation(data, 0) / deviation(data, 1) * (ratio[0] / ratio[1]) ** (scale - 1)
+    velocity = autoguided(flow(data).velocity, flow(worse).velocity, scale, low, high)
+    noise, labels = torch.tensor([[1.0], [-2.0]]).double(), torch.tensor([0, 1])
+    found = [sample_ode(velocity, noise, labels, steps, True, 1.0, path_type) / noise for steps in (256, 512)]
+    errors = [float((each - expected).abs().max()) for each in found]
+    print(f"expected {expected:.5f}, errors {errors[0]:.1e} {errors[1]:.1e}")
+    assert errors[1] < 1e-3 and errors[1] < 0.7 * errors[0]
+    assert scale == 1 or abs(expected - math.sqrt(data)) > 0.05  # that of no guidance
+
+
+def test_autoguidance_inside_and_outside_its_interval():
+    """The guide is asked for the same class, and only inside."""
+    x, y = torch.randn(3, 5).double(), torch.tensor([0, 1, 2])
+    seen, asked = [], []
+    velocity = counting(seen)
+
+    def guide(x, t, y):
+        asked.append((t, y))
+        return x.cos() * (2 - y[:, None]) - t
+
+    both = autoguided(velocity, guide, 2.5, low=0.2, high=0.75)
+    for t in (0.0, 0.19, 0.76, 1.0):
+        assert torch.equal(both(x, t, y), x.sin() * (1 + y[:, None]) + t)
+    assert not asked and {count for _, count in seen} == {3}
+    for t in (0.2, 0.5, 0.75):
+        own, other = x.sin() * (1 + y[:, None]) + t, x.cos() * (2 - y[:, None]) - t
+        torch.testing.assert_close(both(x, t, y), 2.5 * own - 1.5 * other, rtol=1e-12, atol=1e-12)
+        assert asked.pop() == (t, y) and not asked
+    own, some = velocity(x, 0.5, y), autoguided(velocity, guide, 2.5, channels=2)(x, 0.5, y)
+    assert torch.equal(some, torch.cat([both(x, 0.5, y)[:, :2], own[:, 2:]], dim=1))
+    assert autoguided(velocity, guide, 1.0) is velocity
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7, 3.0, 10.0])
+@pytest.mark.parametrize("mode", ["ode", "heun", "sde"])
+def test_guided_by_itself_nothing_changes(mode, scale):
+    flow, labels = gaussian_flow("linear"), torch.zeros(5, dtype=torch.int64)
+    noise = counted_normal(0, torch.arange(5), 0, (3,), dtype=torch.float64)
+
+    def sample(velocity):
+        if mode == "sde":
+            return sample_sde(velocity, noise, labels, 16, lambda step: noise / (1 + step))
+        return sample_ode(velocity, noise, labels, 16, mode == "heun")
+
+    guided_by_itself = sample(autoguided(flow.velocity, flow.velocity, scale, 0.1, 0.8))
+    torch.testing.assert_close(guided_by_itself, sample(flow.velocity), rtol=1e-12, atol=1e-12)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from files import checksum, write_json
+from models.denoisers import denoiser_config
 from tests.bad_inputs.case import Case
 from tests.image_sets import random_images, write_npz
 from tests.ldm_runs import STEP, flags, write_ldm_run
@@ -145,6 +146,21 @@ def no_run(tmp_path: Path) -> Path:
     return tmp_path / "plain"
 
 
+def other_run(step: str = "", **changes: object):
+    """What ``--guide`` is given: a second run, differently made."""
+    return lambda tmp_path: f"{write_ldm_run(tmp_path / 'other', **({'seed': 5} | changes))}{step}"
+
+
+def sweeping(*axes: str, **changes: object):
+    """A sweep against a reference that fits."""
+
+    def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        others = {"evaluate": reference_of(32), "features": "efficientnet-lite0"} | changes
+        return [*with_flags(**others)(tmp_path, monkeypatch), "--sweep", *axes]
+
+    return prepare
+
+
 def file_at(tmp_path: Path) -> Path:
     (tmp_path / "file").write_text("")
     return tmp_path / "file"
@@ -189,6 +205,10 @@ def foreign(**changes: object):
     return prepare
 
 
+def shared_run_of(folder: Path) -> Path:
+    return shared_run(folder.parent)
+
+
 def their_file(folder: Path) -> Path:
     return folder / "checkpoints" / "0000007.pt"
 
@@ -201,6 +221,7 @@ def reference_of(side: int):
     return lambda tmp_path: write_npz(tmp_path / "ref.npz", random_images(4, 0, side))
 
 
+SMALLER = denoiser_config({"model": "SiT-Ti/2", "latent_channels": 4, "latent_size": 4, "num_classes": 3}).to_dict()
 NEVER_FREE = {"dataset.packing.SHARED_LOCK_SECONDS": 0.0, "dataset.packing._try_lock": lambda descriptor: False}
 FULL = namedtuple("usage", "total used free")(10**9, 10**9 - 5, 5)
 
@@ -278,5 +299,40 @@ CASES = [
     Case("a reference of another size", with_flags(evaluate=reference_of(64)), ("have 32 px", "--evaluate", "64 px")),
     Case("too few to evaluate", with_flags(evaluate=reference_of(32), num_fid_samples=3), ("--num-fid-samples", "(3)")),
     Case("metrics of nothing", with_flags(metrics="fid"), ("--metrics", "--evaluate")),
+    Case("a guide without guidance", with_flags(guide="@5"), ("--guide", "at scale 1", "--cfg-scale")),
+    Case("guided by itself", with_flags(guide="@10", cfg_scale=2), ("@10 is what it would guide", "earlier step")),
+    Case("no such guide", with_flags(guide="none", cfg_scale=2), ("--guide none: no such folder",)),
+    Case("a guide's step in words", with_flags(guide="run@last", cfg_scale=2), ("--guide", "RUN@STEP", "at least 1")),
+    Case("no such step of the guide", with_flags(guide="@7", cfg_scale=2), ("--guide", "@7", "there are: 5, 10")),
+    Case("a guide that is not finished", with_flags(guide=other_run(state="running"), cfg_scale=2),
+         ("--guide", "not finished (running", "other@STEP", "there are: 10")),
+    Case("a guide without weights", with_flags(guide=other_run("@5", milestone=True), weights="model", cfg_scale=2),
+         ("--guide", "no checkpoint of that step with --weights model", "there are: 10")),
+    Case("a guide of another VAE", with_flags(guide=other_run(vae_checksum="0"), cfg_scale=2), ("another VAE",)),
+    Case("a guide with other statistics", with_flags(guide=other_run(statistics_checksum="0"), cfg_scale=2),
+         ("--guide", "other statistics")),
+    Case("a guide on another path", with_flags(guide=other_run(path_type="cosine"), cfg_scale=2),
+         ("on the cosine path, not linear",)),
+    Case("a guide of other classes", with_flags(guide=other_run(class_names=["a", "b", "c"]), cfg_scale=2),
+         ("has other classes",)),
+    Case("a guide for other latents", with_flags(guide=other_run(denoiser=SMALLER), cfg_scale=2),
+         ("makes latents (4, 4, 4), not (4, 8, 8)",)),
+    Case("a guide for random networks", lambda path, _: ["--model", "SiT-Ti/2", "--dry-run", "--guide", "x"],
+         ("--guide and --model exclude each other",)),
+    Case("their experiment as a guide", foreign(exp_path=shared_run_of, guide=lambda folder: folder, cfg_scale=2),
+         ("--guide", "export_ldm.py", "--format run")),
+    Case("another guide", begun_with({"cfg_scale": 2, "guide": "@5"}, cfg_scale=2), ("another --guide", "step 5, now")),
+    Case("a sweep of nothing", with_flags(sweep="scale=1,2"), ("--sweep", "add --evaluate")),
+    Case("an unknown axis", sweeping("steps=1,2"), ("--sweep", "'steps=1,2': give scale=A,B")),
+    Case("an axis without values", sweeping("scale="), ("--sweep", "'scale=': give scale=A,B")),
+    Case("an axis of words", sweeping("scale=1,two"), ("--sweep", "'two' is not a number")),
+    Case("an interval of a sweep beyond 1", sweeping("scale=2", "high=0.5,1.5"), ("--sweep", "[0, 1]")),
+    Case("an axis twice", sweeping("scale=1,2", "scale=3"), ("gives scale= twice",)),
+    Case("a sweep of one point", sweeping("scale=1", "high=0.5,1"), ("--sweep: 1 point,", "give more")),
+    Case("a sweep without points", sweeping("scale=2", "low=0.9", "high=0.5"), ("--sweep: 0 points,", "give more")),
+    Case("a sweep by another figure", sweeping("scale=1,2", metrics="kid"), ("--metrics kid", "one of fid")),
+    Case("a sweep that only has a guide", sweeping("high=0.5,0.75", guide="@5"), ("--sweep: 1 point,",)),
+    Case("a sweep in a run", sweeping("scale=1,2", sample_dir=shared_run), ("is a run or a sample",)),
+    Case("no sweep to keep images of", with_flags(keep_images=True), ("--keep-images belongs to --sweep",)),
     Case("a rank too many", environment(RANK="2", WORLD_SIZE="2"), ("RANK=2", "launch.sh")),
 ]  # fmt: skip

@@ -26,7 +26,8 @@ def sampler_on(run, process: Process, **changes) -> ImageSampler:
     args = generate.parse_arguments(flags(run, **changes))
     set_inference_numerics(process, args.mixed_precision, allow_tf32=False)
     trained = open_trained_ldm(run, None, "ema")
-    return generate.build_sampler(args, trained, trained.load_autoencoder(), process)[0]
+    networks = generate.load_networks(args, trained, trained.load_autoencoder(), process)
+    return generate.build_sampler(args, trained, networks, process)
 
 
 def test_noise():
