@@ -6,16 +6,17 @@ Makes the folder latents-sendvae in the packed dataset (or any folder, given as 
 the whole set, a copy of the VAE, and on demand the latents of the mirrored images and VFM features. Any number of
 processes work on it, under python, torchrun or accelerate launch; none waits for another. Stopped at any moment, the
 same command makes the missing shards, and ends with the same bytes whatever the batch and the number of processes.
-Run it again with --hflip or --cache-features to add these to a complete cache.
+Run it again with --hflip, --cache-features or --cache-class-tokens to add these to a complete cache.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from errors import UserError
 from files import read_safetensors
@@ -73,6 +74,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--hflip", action="store_true", help="also encode the mirrored images (twice the size and time)")
     add("--cache-features", action="store_true", help="also store VFM features, for small sets (--dry-run: how many)")
+    add(
+        "--cache-class-tokens",
+        action="store_true",
+        help="also store the VFM's class token of each image, for train_ldm.py --reg-coeff (2 GB for ImageNet)",
+    )
     add_encoder_arguments(parser, default=None)
     add("--features-grid", type=positive_int, metavar="N", help="its tokens along a side (default: resolution / 16)")
     add(
@@ -125,12 +131,20 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.data_dir = args.data_dir or (None if args.dry_run else default_data_dir())
     if not args.dry_run and not args.data_dir:
         raise UserError("--data-dir is needed: a packed dataset (preprocessing.py), a tree of class folders or a zip")
-    if args.cache_features and not args.enc_type:
-        raise UserError(f"--cache-features needs --enc-type: {', '.join(ENCODERS)}")
-    if not args.cache_features and (args.enc_type or args.enc_ckpt or args.features_grid):
-        raise UserError("--enc-type, --enc-ckpt and --features-grid belong to --cache-features; add it")
+    if needs_vfm(args) and not args.enc_type:
+        flag = "--cache-features" if args.cache_features else "--cache-class-tokens"
+        raise UserError(f"{flag} needs --enc-type: {', '.join(ENCODERS)}")
+    if not needs_vfm(args) and (args.enc_type or args.enc_ckpt or args.features_grid):
+        raise UserError(
+            "--enc-type, --enc-ckpt and --features-grid belong to --cache-features and --cache-class-tokens; add one"
+        )
     if not args.allow_unfinished:
         refuse_unfinished(args.vae, args.vae_ckpt)
+
+
+def needs_vfm(args: argparse.Namespace) -> bool:
+    """Whether something of a VFM is stored."""
+    return args.cache_features or args.cache_class_tokens
 
 
 if __name__ == "__main__":
@@ -140,7 +154,7 @@ import numpy as np
 import torch
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
-from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, features_name, latents_folder
+from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, class_tokens_name, features_name, latents_folder
 from dataset.packing import PackingJob, check_space, given_back_if_refused, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from dataset.verification import verify
@@ -174,7 +188,7 @@ class Networks:
         tokenizer: the VAE.
         statistics: where its latent statistics come from; None where it has none.
         keeps_statistics: whether training is to normalise with those, and not with the measured ones.
-        encoders: the VFMs of --cache-features.
+        encoders: the VFMs of --cache-features and --cache-class-tokens.
     """
 
     tokenizer: Tokenizer
@@ -242,13 +256,13 @@ def vae_label(source: str) -> str:
 
 def build_networks(args: argparse.Namespace, process: Process) -> Networks:
     """VAE and VFM, on the device."""
-    if args.cache_features:
+    if needs_vfm(args):
         args.features_grid = args.features_grid or max(1, args.resolution // 16)
         names = encoder_names(args.enc_type)  # its error comes before a large VAE is read
     tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
     tokenizer.latent_shape(args.resolution)
     encoders = []
-    if args.cache_features:
+    if needs_vfm(args):
         encoders = build_encoders(names, args.features_grid, args.enc_ckpt, args.random_weights)
     if args.compile is None:
         args.compile = process.device.type == "cuda" and not args.dry_run
@@ -299,27 +313,55 @@ def build_targets(
         else:
             measured = MeasuredStatistics(job, vae)
             targets.append(Target(name, job, encode, flipped, images.class_names, before_index, measured.shard))
-    for encoder, what in zip(networks.encoders, features_kinds(networks), strict=True):
+    for seen in vfm_parts(args, networks):
+        encoder = seen.encoder
         settings = {"enc_type": encoder.name, "grid": encoder.grid, "encoder": encoder.checksum()}
         for flipped in (False, True) if args.hflip else (False,):
-            job = packing(folder / features_name(encoder.name, flipped), what, settings | {"flipped": flipped})
-            name = f"mirrored {what}" if flipped else what
-            targets.append(Target(name, job, features_encoder(encoder, dtype), flipped, images.class_names))
+            job = packing(folder / seen.folder_name(encoder.name, flipped), seen.name, settings | {"flipped": flipped})
+            name = f"mirrored {seen.name}" if flipped else seen.name
+            targets.append(Target(name, job, seen.encode, flipped, images.class_names, part=seen.part))
     return targets
 
 
-def features_kinds(networks: Networks) -> list[str]:
-    """What the features of each VFM are called in what is printed."""
-    several = len(networks.encoders) > 1
-    return [f"features of {encoder.name}" if several else "features" for encoder in networks.encoders]
+class VFMPart(NamedTuple):
+    """What is stored of a VFM: its patch tokens, or its class token.
+
+    Attributes:
+        name: in what is printed.
+        encoder: the VFM.
+        encode, part: as of a :class:`Target`.
+        spec: of an item.
+        folder_name: (name of the VFM, whether mirrored) → the sub-folder.
+    """
+
+    name: str
+    encoder: Encoder
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    part: int | slice | None
+    spec: ShardSpec
+    folder_name: Callable[[str, bool], str]
+
+
+def vfm_parts(args: argparse.Namespace, networks: Networks) -> list[VFMPart]:
+    """Of each VFM, with a single pass through it."""
+    parts = []
+    for encoder in networks.encoders:
+        of = f" of {encoder.name}" if len(networks.encoders) > 1 else ""
+        encode = features_encoder(encoder, getattr(torch, args.dtype), args.cache_class_tokens)
+        if args.cache_features:
+            spec = ShardSpec("features", (encoder.grid**2, encoder.embed_dim), args.dtype)
+            patches = slice(1, None) if args.cache_class_tokens else None
+            parts.append(VFMPart(f"features{of}", encoder, encode, patches, spec, features_name))
+        if args.cache_class_tokens:
+            spec = ShardSpec("class-tokens", (encoder.embed_dim,), args.dtype)
+            parts.append(VFMPart(f"class tokens{of}", encoder, encode, 0, spec, class_tokens_name))
+    return parts
 
 
 def build_specs(args: argparse.Namespace, networks: Networks) -> dict[str, ShardSpec]:
-    """What an item is, of the latents and of the features of each VFM."""
-    specs = {"latents": ShardSpec("latents", networks.tokenizer.stored_shape(args.resolution), args.dtype)}
-    for encoder, what in zip(networks.encoders, features_kinds(networks), strict=True):
-        specs[what] = ShardSpec("features", (encoder.grid**2, encoder.embed_dim), args.dtype)
-    return specs
+    """What an item is, of the latents and of what is stored of each VFM."""
+    latents = ShardSpec("latents", networks.tokenizer.stored_shape(args.resolution), args.dtype)
+    return {"latents": latents} | {seen.name: seen.spec for seen in vfm_parts(args, networks)}
 
 
 def make_cache(
@@ -422,16 +464,19 @@ def dry_run(
     """Encode two batches and say what the whole would take."""
     count = IMAGENET_IMAGES if images is None else len(images)
     dtype, vae = getattr(torch, args.dtype), networks.tokenizer
-    specs, encoders = build_specs(args, networks), {"latents": latents_encoder(vae, dtype)}
-    for encoder, what in zip(networks.encoders, features_kinds(networks), strict=True):
-        encoders[what] = features_encoder(encoder, dtype)
+    specs, encoders = build_specs(args, networks), {"latents": (latents_encoder(vae, dtype), None)}
+    encoders |= {seen.name: (seen.encode, seen.part) for seen in vfm_parts(args, networks)}
     chunk = chunk_size(args.resolution, process.device)
     size = -(-min(args.pproc_batch_size, 4 * chunk * threads) // chunk) * chunk
     batch = torch.randint(0, 256, (size, 3, args.resolution, args.resolution), dtype=torch.uint8)
     if images is not None:
         images.read_into(np.arange(size) % len(images), batch.numpy())
     flips = (False, True) if args.hflip else (False,)
-    targets = [Target(name, None, encode, flipped, ()) for name, encode in encoders.items() for flipped in flips]
+    targets = [
+        Target(name, None, encode, flipped, (), part=part)
+        for name, (encode, part) in encoders.items()
+        for flipped in flips
+    ]
     worker = ChunkEncoder(process.device, chunk, threads, autocast_for(process.device, args.mixed_precision))
     seconds = []
     for _ in range(2):

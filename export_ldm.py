@@ -180,6 +180,8 @@ def export_repae(args: argparse.Namespace, trained: TrainedLDM) -> Callable[[Pat
     """What writes the format repa: both sets of weights, and REPA's projectors with each."""
     if not isinstance(trained.config, SiTConfig):
         raise UserError(f"--format repa: REPA-E knows no {trained.config.model}, only SiTs; take --format diffusers")
+    if trained.config.class_token_width:
+        raise UserError("--format repa: REPA-E knows no class token (--reg-coeff); take --format diffusers")
     tokenizer, arguments = open_vae(args, trained), trained.checkpoint.manifest()["args"]
     model, alignment = (load_module(trained.checkpoint, name) for name in (MODEL, "alignment"))
     chosen = trained.load_model().state_dict()

@@ -500,6 +500,11 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
             f"{flag}: {args.exp_path} was trained with --cfg-prob 0, without the null class that guidance needs; leave "
             "the flag out, or give a --guide"
         )
+    if trained.config.class_token_width and args.guidance_channels is not None:
+        raise UserError(
+            f"--guidance-channels {args.guidance_channels}: {args.exp_path} was trained with --reg-coeff, and a class "
+            "token has no such channels; leave the flag out"
+        )
     return trained
 
 

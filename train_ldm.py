@@ -1,7 +1,7 @@
 """Stage 3: train a SiT or LightningDiT on cached latents, its hidden states aligned with frozen VFM features (REPA).
 
 --align vae aligns them with the VAE's latents instead (VAE-REPA), without any VFM; repa+vae with both, none with
-neither.
+neither. --reg-coeff also generates the VFM's class token beside the latent (REG).
 
   python train_ldm.py --exp-name ldm --data-dir data/imagenet256 --vae-latents-name sendvae --model SiT-XL/1
 
@@ -21,7 +21,7 @@ from errors import UserError, one_line
 from formats.arguments import add_encoder_arguments
 from loss.alignment import DENOISER_ALIGNMENTS, NONE, parse_sum, settle_arguments
 from models.tokenizers import architecture_names
-from runtime.cli import ArgumentParser, answer_early, run
+from runtime.cli import ArgumentParser, answer_early, non_negative_float, run
 from training import arguments
 
 CONTINUE_HELP = (
@@ -94,6 +94,14 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the VFM on the images, or read cached features; auto: features where the cache has them, or where "
         "--cached-features says so",
     )
+    group.add_argument(
+        "--reg-coeff",
+        type=non_negative_float,
+        default=0.0,
+        metavar="X",
+        help="REG: generate the class token of the (first) VFM of --enc-type beside the latent; weight of its loss, in "
+        "the paper 0.03; 0: the latent alone",
+    )
     for alignment in DENOISER_ALIGNMENTS.values():
         alignment.add_arguments(group)
 
@@ -102,7 +110,7 @@ def settle_alignment(args: argparse.Namespace) -> None:
     """Settle what is aligned; what has weight 0 is not, and flags of what is not are refused."""
     names = parse_sum(args.align)
     settle_arguments(args, names, DENOISER_ALIGNMENTS, "--align")
-    if not any(DENOISER_ALIGNMENTS[name].needs_features for name in names):
+    if not args.reg_coeff and not any(DENOISER_ALIGNMENTS[name].needs_features for name in names):
         for flag, given in (("--enc-ckpt", args.enc_ckpt), ("--repa-source", args.repa_source != "auto")):
             if given:
                 raise UserError(
@@ -113,7 +121,7 @@ def settle_alignment(args: argparse.Namespace) -> None:
         raise UserError("--cached-features are not read with --repa-source images: leave one of them out")
     args.align = "+".join(name for name in names if DENOISER_ALIGNMENTS[name].weight_of(args)) or NONE
     is_aligned = any(DENOISER_ALIGNMENTS[name].needs_features for name in parse_sum(args.align))
-    arguments.check_feature_arguments(args, is_aligned, f"--align {args.align}")
+    arguments.check_feature_arguments(args, is_aligned, f"--align {args.align}", bool(args.reg_coeff))
 
 
 if __name__ == "__main__":
@@ -132,7 +140,7 @@ from training import dry_run, ldm_source
 from training.alignment_cost import alignment_cost_lines
 from training.alignment_schedule import settle_alignment_schedule
 from training.data import measure_features
-from training.latent_data import check_features, open_latents, open_tokenizer
+from training.latent_data import check_features, class_token_vfm, open_latents, open_tokenizer, with_class_token
 from training.ldm import LDM
 from training.loop import Loop
 from training.micro_batch import Trial
@@ -189,6 +197,7 @@ def resolve(args: argparse.Namespace, latents: LatentDataset | None, tokenizer: 
         latent_size=side,
         num_classes=NUM_CLASSES if latents is None else len(latents.class_names),
     )
+    config = with_class_token(config, args)
     args.denoiser = config.to_dict()
     args.time_shift = settled_shift(args.time_shift, config.latent_shape)
     with torch.device("meta"):  # what does not fit the denoiser is refused, and what follows from it settled
@@ -211,7 +220,7 @@ def build(args: argparse.Namespace, config: DenoiserConfig, tokenizer: Tokenizer
     """Everything that is trained, and the VFMs that images are run through."""
     denoiser, alignment = build_aligned_denoiser(args, config, parse_sum(args.align), accelerator)
     encoders = None
-    if alignment.needs_features and args.repa_source != "features":
+    if (alignment.needs_features or denoiser.class_token_width) and args.repa_source != "features":
         encoders = build_vfms(args, denoiser.grid, accelerator)
     tokenizer.requires_grad_(False).to(accelerator.device)
     norm = build_feature_norm(args, alignment.features, accelerator)
@@ -230,11 +239,13 @@ def keep_vae(this_run: Run, tokenizer: Tokenizer, is_new: bool) -> None:
 def describe(args: argparse.Namespace, method: LDM, latents: LatentDataset) -> list[str]:
     """The resolved sizes, for the log."""
     denoiser, held = method.denoiser, latents.held_bytes / 1e9
-    source = [f"VFM features come from {args.repa_source}"] if method.alignment.needs_features else []
+    source = [] if args.repa_source == "none" else [f"VFM features come from {args.repa_source}"]
+    reg = [f"class token of {class_token_vfm(args)} beside the latent, weight {args.reg_coeff:g}"]
     return [
         f"{len(latents)} latents {denoiser.latent_shape}, {denoiser.null_class} classes, {held:.2f} GB held in memory",
         denoiser.describe(),
         *method.alignment.describe(),
+        *(reg if args.reg_coeff else []),
         *source,
     ]
 
@@ -259,16 +270,18 @@ def prepare_dry_run(args: argparse.Namespace, source: ldm_source.StartingRun | N
 
 def random_batch(args: argparse.Namespace, method: LDM, count: int) -> LatentBatch:
     """What a batch of the cache would hold, made up."""
-    images = features = None
+    images = features = class_token = None
     if args.repa_source == "features":
         features = tuple(torch.randn(count, grid**2, width) for _, grid, width in method.alignment.features)
-    elif method.alignment.needs_features:
+        class_token = torch.randn(count, method.denoiser.class_token_width) if args.reg_coeff else None
+    elif method.encoders is not None:
         images = torch.randint(0, 256, (count, 3, args.resolution, args.resolution), dtype=torch.uint8)
     return LatentBatch(
         stored=torch.rand(count, *method.tokenizer.stored_shape(args.resolution)),
         labels=torch.randint(0, method.denoiser.null_class, (count,)),
         images=images,
         features=features,
+        class_token=class_token,
     )
 
 

@@ -9,6 +9,8 @@
     flipped/                  a packed dataset: latents of the mirrored images
     features/ENC/             a packed dataset of kind "features": [N, D], what the VFM ENC sees
     features-flipped/ENC/     the same of the mirrored images
+    class-tokens/ENC/         a packed dataset of kind "class-tokens": [D], the class token of the VFM ENC
+    class-tokens-flipped/ENC/ the same of the mirrored images
 
 ENC is a name of --enc-type, with -- for /.
 """
@@ -47,17 +49,24 @@ class LatentBatch(NamedTuple):
         labels: int64 ``[b]``.
         images: uint8 ``[b, 3, H, W]``, 0…255, or None.
         features: ``[b, N, D]`` of each VFM, of the cache's type, in the order asked for; or None.
+        class_token: ``[b, D]`` of a VFM, of the cache's type, or None.
     """
 
     stored: Tensor
     labels: Tensor
     images: Tensor | None = None
     features: tuple[Tensor, ...] | None = None
+    class_token: Tensor | None = None
 
 
 def features_name(enc_type: str, flipped: bool = False) -> str:
     """The sub-folder of a VFM's features."""
     return f"{'features-flipped' if flipped else 'features'}/{enc_type.replace('/', '--')}"
+
+
+def class_tokens_name(enc_type: str, flipped: bool = False) -> str:
+    """The sub-folder of a VFM's class tokens."""
+    return f"{'class-tokens-flipped' if flipped else 'class-tokens'}/{enc_type.replace('/', '--')}"
 
 
 def latents_folder(data_dir: str | os.PathLike | None, name: str, flag: str = "--vae-latents-name") -> Path:
@@ -90,7 +99,8 @@ class LatentDataset:
         folder: of the cache.
         hflip: open the mirrored copy too.
         features: VFMs whose features are read, names of ``--enc-type``.
-        features_folder: another cache of the same images that has them; by default this one.
+        features_folder: another cache of the same images that has them, and class tokens; by default this one.
+        class_token: VFM whose class token is read; None: none is.
         images: the dataset that the cache was made from, to read its images too.
         memory_limit: bytes that may be held in memory; by default a quarter of what is available, divided by the
             processes; 0 reads from the files always.
@@ -105,6 +115,7 @@ class LatentDataset:
         vae_folder: diffusers folder of the VAE that made the cache.
         statistics: of samples over the whole set.
         feature_shapes: (N, D) of each VFM.
+        class_token_source: which VFM and grid the class tokens come from, and their width; None where none is read.
         has_flipped: whether items can be mirrored.
         source: what the cache was made from and how, from its index.
 
@@ -119,6 +130,7 @@ class LatentDataset:
         hflip: bool = False,
         features: Sequence[str] = (),
         features_folder: str | os.PathLike | None = None,
+        class_token: str | None = None,
         images: ImageDataset | None = None,
         memory_limit: int | None = None,
         local_processes: int = 1,
@@ -143,13 +155,23 @@ class LatentDataset:
         limit = available_memory() // (4 * local_processes) if memory_limit is None else memory_limit
         readers = [latents, self._open(FLIPPED_NAME, "latents", "--hflip")] if hflip else [latents]
         self._stored = _Array(readers, limit, show_progress)
-        self._features: dict[str, _Array] = {}
+        flips = (False, True) if hflip else (False,)
+        self._of_vfms: dict[str, _Array] = {}
         for enc_type in features:
-            names = [features_name(enc_type, flipped) for flipped in ((False, True) if hflip else (False,))]
+            names = [features_name(enc_type, flipped) for flipped in flips]
             flags = f"--cache-features --enc-type {enc_type}{' --hflip' if hflip else ''}"
             readers = [self._open(name, "features", flags, features_folder) for name in names]
-            self._features[names[0]] = _Array(readers, limit - self.held_bytes, show_progress)
-        self.feature_shapes = tuple(array.spec.shape for array in self._features.values())
+            self._of_vfms[names[0]] = _Array(readers, limit - self.held_bytes, show_progress)
+        self._feature_names = tuple(self._of_vfms)
+        self.feature_shapes = tuple(array.spec.shape for array in self._of_vfms.values())
+        self.class_token_source: dict | None = None
+        if class_token is not None:
+            names = [class_tokens_name(class_token, flipped) for flipped in flips]
+            flags = f"--cache-class-tokens --enc-type {class_token}{' --hflip' if hflip else ''}"
+            readers = [self._open(name, "class-tokens", flags, features_folder) for name in names]
+            self._of_vfms["class_token"] = _Array(readers, limit - self.held_bytes, show_progress)
+            source = {key: readers[0].index["source"].get(key) for key in ("enc_type", "encoder", "grid")}
+            self.class_token_source = source | {"width": readers[0].spec.shape[0]}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -161,14 +183,14 @@ class LatentDataset:
     @property
     def readers(self) -> list[PackedReader]:
         """Packed files that can be compared with their checksums; what is held in memory was, as it was read."""
-        arrays = [self._stored, *self._features.values()]
+        arrays = [self._stored, *self._of_vfms.values()]
         readers = [reader for array in arrays if not array.held_bytes for reader in array.readers]
         return readers + ([] if self._images is None else self._images.readers)
 
     @property
     def held_bytes(self) -> int:
         """Bytes that this process holds in memory."""
-        return self._stored.held_bytes + sum(array.held_bytes for array in self._features.values())
+        return self._stored.held_bytes + sum(array.held_bytes for array in self._of_vfms.values())
 
     @property
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -176,7 +198,7 @@ class LatentDataset:
         layout = {"stored": _torch_layout(self._stored), "labels": ((), torch.int64)}
         if self._images is not None:
             layout["images"] = ((3, self._images.resolution, self._images.resolution), torch.uint8)
-        return layout | {name: _torch_layout(array) for name, array in self._features.items()}
+        return layout | {name: _torch_layout(array) for name, array in self._of_vfms.items()}
 
     def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
         """Read n items into arrays ``[n, …]`` of :attr:`layout`; those in ``flips``, bool ``[n]``, mirrored."""
@@ -187,13 +209,15 @@ class LatentDataset:
             self._images.read_into(items, pixels)
             if flips is not None:
                 pixels[flips] = pixels[flips, :, :, ::-1]
-        for name, array in self._features.items():
+        for name, array in self._of_vfms.items():
             array.read(items, flips, out[name])
 
     def batch(self, tensors: Mapping[str, Tensor]) -> LatentBatch:
         """What the loader hands out."""
-        features = tuple(tensors[name] for name in self._features) or None
-        return LatentBatch(tensors["stored"], tensors["labels"], tensors.get("images"), features)
+        features = tuple(tensors[name] for name in self._feature_names) or None
+        return LatentBatch(
+            tensors["stored"], tensors["labels"], tensors.get("images"), features, tensors.get("class_token")
+        )
 
     def _latent_shape(self, latents: PackedReader) -> tuple[int, int, int]:
         shape = latents.spec.shape
@@ -315,7 +339,8 @@ def cache_files(folder: Path, parts: Sequence[str] | None) -> tuple[list[str], l
         parts: sub-folders in use, e.g. ``"flipped"`` or ``features_name(...)``; None: all that are complete.
     """
     if parts is None:
-        found = [folder / FLIPPED_NAME, *sorted(folder.glob("features/*")), *sorted(folder.glob("features-flipped/*"))]
+        kinds = ("features", "features-flipped", "class-tokens", "class-tokens-flipped")
+        found = [folder / FLIPPED_NAME, *(path for kind in kinds for path in sorted(folder.glob(f"{kind}/*")))]
         parts = [path.relative_to(folder).as_posix() for path in found if read_index(path) is not None]
     others = [STATISTICS_NAME, *(f"{VAE_NAME}/{path.name}" for path in sorted((folder / VAE_NAME).iterdir()))]
     return [*parts, "."], others

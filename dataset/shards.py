@@ -40,7 +40,7 @@ FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 LABELS_NAME = "labels.npy"
 REJECTED_NAME = "rejected.csv"
-KINDS, CODECS = ("images", "latents", "features"), ("raw", "png")
+KINDS, CODECS = ("images", "latents", "features", "class-tokens"), ("raw", "png")
 MOST_VALUES = 1 << 32  # of an item: beyond that an index is damaged
 _READ_BYTES = 1 << 22
 # Up to this many files a dataset is measured when it is opened, so that a damaged copy is found before hours of work
@@ -55,7 +55,7 @@ class ShardSpec:
 
     Attributes:
         kind: of :data:`KINDS`; also the first part of the file names.
-        shape: of one item, ``(3, H, W)``, ``(2C, h, w)`` or ``(N, D)``.
+        shape: of one item, ``(3, H, W)``, ``(2C, h, w)``, ``(N, D)`` or ``(D,)``.
         dtype: numpy's name of the item's type, ``"uint8"``, ``"float16"`` or ``"float32"``.
         codec: of :data:`CODECS`: ``"raw"`` for arrays, ``"png"`` for encoded files.
     """

@@ -10,6 +10,7 @@ import math
 from enum import IntEnum
 
 import torch
+from torch import nn
 
 from diffusion import MAX_SEED
 
@@ -25,6 +26,7 @@ class Purpose(IntEnum):
     NOISE = 0
     LABEL = 1
     POSTERIOR = 2
+    CLASS_TOKEN = 3
 
 
 def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
@@ -80,6 +82,18 @@ def counted_normal(
     pairs = [_box_muller(radius_a, angle_a), _box_muller(radius_b, angle_b)]
     normal = torch.stack([number for pair in pairs for number in pair], dim=-1)  # [B, blocks, 4]
     return normal.flatten(1)[:, :size].unflatten(1, shape).to(dtype)
+
+
+def counted_state(denoiser: nn.Module, seed: int, items: torch.Tensor, step: int) -> torch.Tensor:
+    """Noise ``[B, *state_shape]`` for a denoiser: of the latent and, where it has one, of the class token.
+
+    Args:
+        denoiser: a ``models.denoisers.Denoiser``.
+        seed, items, step: as of :func:`counted_normal`.
+    """
+    latent, width = counted_normal(seed, items, step, denoiser.latent_shape), denoiser.class_token_width
+    token = counted_normal(seed, items, step, (width,), Purpose.CLASS_TOKEN) if width else None
+    return denoiser.pack(latent, token)
 
 
 def counted_integers(

@@ -21,7 +21,8 @@ class Draws(NamedTuple):
 
     Attributes:
         posterior: standard normal ``[B, C, h, w]``, makes a latent of an encoded image.
-        noise: standard normal ``[B, C, h, w]``, the other end of the interpolant.
+        noise: standard normal ``[B, C, h, w]``, the other end of the interpolant; where a class token goes with the
+            latent, in the shape of both (``Denoiser.state_shape``).
         times: ``[B]``, uniform or standard normal, as ``diffusion.flow.training_times`` wants them.
         dropout: uniform ``[B]``; the label is dropped where it is below the probability.
     """

@@ -49,9 +49,9 @@ from {module} import {name}
 folder, label = {folder!r}, 0
 sit, vae = {name}.from_pretrained(f"{{folder}}/{transformer}"), AutoencoderKL.from_pretrained(f"{{folder}}/{vae}")
 mean, std = (load_file(f"{{folder}}/{vae}/{statistics}")[name][:, None, None] for name in ("mean", "std"))
-noise = torch.randn(1, *sit.latent_shape, generator=torch.Generator().manual_seed(0))
+noise = torch.randn(1, *sit.state_shape, generator=torch.Generator().manual_seed(0))
 z = sample_ode(guided(model_velocity(sit), 2.5, sit.null_class, high=0.75), noise, torch.tensor([label]), num_steps=50)
-image = vae.decode(z * std + mean).sample[0].detach().clamp(-1, 1)
+image = vae.decode(sit.unpack(z)[0] * std + mean).sample[0].detach().clamp(-1, 1)
 Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save("sample.png")"""
 
 

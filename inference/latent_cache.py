@@ -49,11 +49,13 @@ class Target:
     Args:
         name: for messages.
         packing: the folder and what must agree.
-        encode: uint8 images ``[n, 3, H, W]`` → items ``[n, …]`` of the folder's type.
+        encode: uint8 images ``[n, 3, H, W]`` → items ``[n, …]`` of the folder's type, or what has them; targets that
+            share it run it once.
         flipped: whether it sees the images mirrored.
         class_names: of the dataset.
         before_index: see :meth:`PackingJob.finish`.
         after_shard: called when a shard is complete, with its number.
+        part: what of the encoded is an item; None: all.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Target:
     class_names: Sequence[str]
     before_index: Callable[[], None] | None = None
     after_shard: Callable[[int], object] | None = None
+    part: int | slice | None = None
 
     def finish(self, shards: int) -> bool:
         """Complete the folder if all shards are there; whether it is complete."""
@@ -74,9 +77,9 @@ def latents_encoder(tokenizer: Tokenizer, dtype: torch.dtype) -> Callable[[Tenso
     return lambda images: tokenizer.encode(images).stored().to(dtype)
 
 
-def features_encoder(encoder: Encoder, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """uint8 images → VFM features ``[n, N, D]``."""
-    return lambda images: encoder(images).to(dtype)
+def features_encoder(encoder: Encoder, dtype: torch.dtype, class_token: bool = False) -> Callable[[Tensor], Tensor]:
+    """uint8 images → VFM features ``[n, N, D]``; with the class token in front ``[n, 1 + N, D]``."""
+    return lambda images: encoder(images, class_token).to(dtype)
 
 
 class ChunkEncoder:
@@ -126,8 +129,10 @@ class ChunkEncoder:
             images = torch.cat([images, images[-1:].expand(self.chunk - count, -1, -1, -1)])
         flipped = images.flip(3) if any(target.flipped for target in targets) else None
         with self._autocast():
-            results = [target.encode(flipped if target.flipped else images) for target in targets]
-        return [result[:count].contiguous() for result in results]
+            wanted = dict.fromkeys((target.encode, target.flipped) for target in targets)
+            made = {(encode, flip): encode(flipped if flip else images)[:count] for encode, flip in wanted}
+        results = [(target.part, made[target.encode, target.flipped]) for target in targets]
+        return [(result if part is None else result[:, part]).contiguous() for part, result in results]
 
 
 class Cacher:

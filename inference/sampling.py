@@ -15,7 +15,7 @@ from dataset.images import ImageDataset, open_images
 from dataset.npz import write_npz
 from dataset.packing import PackingJob
 from dataset.verification import verify
-from diffusion.counted_noise import counted_integers, counted_normal
+from diffusion.counted_noise import counted_integers, counted_state
 from diffusion.guidance import autoguided, guided
 from diffusion.samplers import evaluation_times, model_velocity, sample_ode, sample_sde
 from errors import UserError
@@ -93,7 +93,7 @@ class ImageSampler:
     ):
         self.tokenizer, self.settings, self.truncate = tokenizer, settings, truncate
         self.decode_batch, self.autocast = decode_batch, autocast
-        self.latent_shape = model.latent_shape
+        self.model = model
         velocity = model_velocity(model, autocast)
         interval = settings.guidance_low, settings.guidance_high, settings.guidance_channels
         if guide is None:
@@ -118,16 +118,18 @@ class ImageSampler:
         settings = self.settings
         noise, times = self.noise(items, 0), {"path_type": settings.path_type, "shift": settings.time_shift}
         if settings.mode == "ode":
-            return sample_ode(self.velocity, noise, labels, settings.num_steps, settings.heun, **times)
+            state = sample_ode(self.velocity, noise, labels, settings.num_steps, settings.heun, **times)
+            return self.model.unpack(state)[0]
 
         def step_noise(step: int) -> torch.Tensor:
             return self.noise(items, step + 1)
 
-        return sample_sde(self.velocity, noise, labels, settings.num_steps, step_noise, **times)
+        state = sample_sde(self.velocity, noise, labels, settings.num_steps, step_noise, **times)
+        return self.model.unpack(state)[0]
 
     def noise(self, items: torch.Tensor, step: int) -> torch.Tensor:
         """Step 0 is where sampling starts, step k + 1 belongs to the SDE's step k."""
-        return counted_normal(self.settings.seed, items, step, self.latent_shape)
+        return counted_state(self.model, self.settings.seed, items, step)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Normalised latents → images ``[B, 3, H, W]``, nominally in [-1, 1]."""

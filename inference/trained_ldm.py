@@ -200,6 +200,9 @@ def _difference(trained: TrainedLDM, guide: TrainedLDM) -> str | None:
     ours, theirs = trained.config.latent_shape, guide.config.latent_shape
     if ours != theirs:
         return f"makes latents {theirs}, not {ours}"
+    ours, theirs = trained.config.class_token_width, guide.config.class_token_width
+    if ours != theirs:
+        return f"generates {_token(theirs)} beside the latent, not {_token(ours)} (--reg-coeff)"
     if guide.vae_checksum != trained.vae_checksum:
         return "was trained on latents of another VAE"
     if guide.path_type != trained.path_type:
@@ -211,6 +214,10 @@ def _difference(trained: TrainedLDM, guide: TrainedLDM) -> str | None:
     else:  # older runs do not say
         is_same = len({run.load_autoencoder().statistics.checksum() for run in (guide, trained)}) == 1
     return None if is_same else "was trained on latents that other statistics normalise"
+
+
+def _token(width: int) -> str:
+    return f"a class token of {width}" if width else "nothing"
 
 
 def _checkpoints(folder: Path, weights: str) -> dict[int, Checkpoint]:

@@ -15,21 +15,28 @@ from tests.sendvae_runs import gradients
 BATCH = 8
 
 
-def batch_draws(weighting: str = "uniform") -> Draws:
-    return draw((BATCH, *CONFIG.latent_shape), torch.Generator().manual_seed(2), weighting)
+def batch_draws(weighting: str = "uniform", class_token_width: int = 0) -> Draws:
+    generator = torch.Generator().manual_seed(2)
+    draws = draw((BATCH, *CONFIG.latent_shape), generator, weighting)
+    if not class_token_width:
+        return draws
+    token = torch.randn(BATCH, class_token_width, generator=generator)
+    return draws._replace(noise=torch.cat([draws.noise.flatten(1), token], 1))
 
 
-def config_of(model: str) -> DenoiserConfig:
-    return denoiser_config(CONFIG.to_dict() | {"model": model})
+def config_of(model: str, class_token_width: int = 0) -> DenoiserConfig:
+    return denoiser_config(CONFIG.to_dict() | {"model": model, "class_token_width": class_token_width})
 
 
-def main(path: str, model: str) -> None:
+def main(path: str, model: str, width: str = "0") -> None:
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     rank, half = accelerator.process_index, BATCH // accelerator.num_processes
     assert accelerator.num_processes == 2
-    trainer = tiny_trainer(accelerator, config=config_of(model))
+    config = config_of(model, int(width))
+    trainer = tiny_trainer(accelerator, config=config, reg_coeff=0.5)
     mine = slice(rank * half, (rank + 1) * half)
-    accumulate(trainer, part_of(random_batch(BATCH), mine), part_of(batch_draws(), mine))
+    draws = batch_draws(class_token_width=config.class_token_width)
+    accumulate(trainer, part_of(random_batch(BATCH, config=config), mine), part_of(draws, mine))
     save_file(gradients(networks(trainer)), f"{path}-{rank}.safetensors")
     accelerator.end_training()
 

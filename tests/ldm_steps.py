@@ -46,6 +46,7 @@ FLAGS = {
     "feature_norm": "none",
     "irepa_coeff": 0.5,
     "irepa_strength": 1.0,
+    "reg_coeff": 0.0,
     "align_schedule": "constant",
     "align_until": None,
 }
@@ -101,7 +102,9 @@ def random_batch(
     std = torch.rand(count, *config.latent_shape, generator=generator)
     cached = tuple(torch.randn(count, grid**2, width, generator=generator).half() for _, grid, width in features)
     labels = torch.randint(0, config.num_classes, (count,), generator=generator)
-    return LatentBatch(torch.cat([mean, std], 1).half(), labels, None, cached)
+    width = config.class_token_width
+    token = 3 * torch.randn(count, width, generator=generator).half() if width else None
+    return LatentBatch(torch.cat([mean, std], 1).half(), labels, None, cached, token)
 
 
 def part_of(batch: tuple, part: slice):

@@ -177,12 +177,13 @@ def test_the_direction_of_a_velocity(path_type):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["SiT-Ti/2", "LightningDiT-Ti/2"])
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, model):
-    torchrun("tests/distributed_ldm_step.py", str(tmp_path / "gradients"), model)
+@pytest.mark.parametrize(("model", "token"), [("SiT-Ti/2", 0), ("SiT-Ti/2", 12), ("LightningDiT-Ti/2", 0)])
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, model, token):
+    torchrun("tests/distributed_ldm_step.py", str(tmp_path / "gradients"), model, str(token))
     ranks = [load_file(tmp_path / f"gradients-{rank}.safetensors") for rank in (0, 1)]
-    trainer = tiny_trainer(config=config_of(model))
-    accumulate(trainer, random_batch(BATCH), batch_draws())
+    config = config_of(model, token)
+    trainer = tiny_trainer(config=config, reg_coeff=0.5)
+    accumulate(trainer, random_batch(BATCH, config=config), batch_draws(class_token_width=token))
     expected = gradients(networks(trainer))
     assert ranks[0].keys() == expected.keys()
     assert max((ranks[0][name] - expected[name]).abs().max().item() for name in expected) < 1e-5

@@ -33,7 +33,7 @@ class Cost:
 
 def denoiser_cost(denoiser: Denoiser) -> Cost:
     """Of a denoiser on the meta device: nothing is allocated."""
-    x = torch.empty(1, *denoiser.latent_shape, device="meta")
+    x = torch.empty(1, *denoiser.state_shape, device="meta")
     t, y = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
     return Cost(count_parameters(denoiser)[0], _flops(denoiser, x, t, y))
 

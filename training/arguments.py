@@ -41,7 +41,7 @@ MENTIONED = {
 # By runs that are older than the flag, and by other people's.
 UNSAID = {
     **{"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0, "velocity_cosine_coeff": 0.0},
-    **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp"},
+    **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp", "reg_coeff": 0.0},
     **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
     "posthoc_ema": averages.NO_LENGTHS,
 }
@@ -415,11 +415,16 @@ def add_alignment_schedule_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def check_feature_arguments(args: argparse.Namespace, is_aligned: bool, without: str) -> None:
+def check_feature_arguments(
+    args: argparse.Namespace, is_aligned: bool, without: str, needs_class_token: bool = False
+) -> None:
     """Refuse the flags of features that nothing asks for; ``without`` is the flag that switched them off."""
-    given = {"--cached-features": args.cached_features is not None, "--feature-norm": args.feature_norm != "none"}
-    for flag, is_given in given.items():
-        if is_given and not is_aligned:
+    unused = {
+        "--cached-features": args.cached_features is not None and not (is_aligned or needs_class_token),
+        "--feature-norm": args.feature_norm != "none" and not is_aligned,
+    }
+    for flag, is_unused in unused.items():
+        if is_unused:
             raise UserError(f"{flag} with {without}: nothing asks for features; leave {flag} out")
 
 

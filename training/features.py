@@ -25,3 +25,18 @@ def batch_features(
         with accelerator.autocast():
             features = [encoder(batch.images) for encoder in encoders]
     return features if norm is None else norm(features)
+
+
+@torch.no_grad()
+def features_and_class_token(
+    accelerator: Accelerator,
+    encoders: Sequence[Encoder],
+    norm: FeatureNorm | SpatialNorm | None,
+    images: torch.Tensor,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Of uint8 images, in one pass: as :func:`batch_features`, and the first VFM's class token ``[b, D]`` as it is."""
+    first, *others = encoders
+    with accelerator.autocast():
+        tokens = first(images, class_token=True)
+        features = [tokens[:, 1:], *(encoder(images) for encoder in others)]
+    return features if norm is None else norm(features), tokens[:, 0]

@@ -7,15 +7,15 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
-from dataset.latents import FLIPPED_NAME, LatentDataset, features_name, latents_folder
+from dataset.latents import FLIPPED_NAME, LatentDataset, class_tokens_name, features_name, latents_folder
 from dataset.loader import stage_dataset
 from dataset.shards import read_index
 from dataset.verification import verify
 from errors import UserError
 from formats.vae import load_tokenizer
 from loss.alignment import DENOISER_ALIGNMENTS, TokenGrid, parse_sum
-from models.denoisers import Denoiser
-from models.encoders import encoder_names
+from models.denoisers import Denoiser, DenoiserConfig
+from models.encoders import encoder_names, encoder_spec
 from models.tokenizers import STATISTICS_FILE, Tokenizer
 from runtime import DEFAULT_VAE
 from runtime.processes import goes_first, this_process
@@ -39,15 +39,17 @@ def open_latents(
     if args.repa_source == "images":
         images = open_repa_images(args, accelerator)
     share = {"local_processes": this_process().local_size}
-    features = encoder_names(args.enc_type) if args.repa_source == "features" else ()
+    is_cached = args.repa_source == "features"
+    features = encoder_names(args.enc_type) if is_cached and needs_features(args) else ()
+    class_token = class_token_vfm(args) if is_cached else None
     if args.cached_features is None:
         features_folder = folder
-    latents = LatentDataset(
-        folder, hflip=args.hflip, features=features, features_folder=features_folder, images=images, **share
-    )
+    vfm = {"features": features, "features_folder": features_folder, "class_token": class_token}
+    latents = LatentDataset(folder, hflip=args.hflip, images=images, **vfm, **share)
     held_out = None
     if args.val_data_dir or args.val_vae_latents_name:
-        held_out = LatentDataset(held_out_folder(args), **share)
+        images = open_held_out_images(args) if class_token_vfm(args) and not is_cached else None
+        held_out = LatentDataset(held_out_folder(args), class_token=class_token, images=images, **share)
         check_held_out(held_out, latents)
     verify_once(args, latents, held_out)
     return latents, held_out
@@ -58,8 +60,15 @@ def used_parts(args: argparse.Namespace) -> list[str]:
     flips = (False, True) if args.hflip else (False,)
     parts = [FLIPPED_NAME] if args.hflip else []
     if args.repa_source == "features" and args.cached_features is None:  # another cache's are read where they are
-        parts += [features_name(name, flipped) for name in encoder_names(args.enc_type) for flipped in flips]
+        parts += [name for flipped in flips for name in vfm_parts(args, flipped)]
     return parts
+
+
+def vfm_parts(args: argparse.Namespace, flipped: bool = False) -> list[str]:
+    """The sub-folders of a cache with all that is asked of VFMs."""
+    parts = [features_name(name, flipped) for name in encoder_names(args.enc_type)] if needs_features(args) else []
+    class_token = class_token_vfm(args)
+    return parts if class_token is None else [*parts, class_tokens_name(class_token, flipped)]
 
 
 def stage_once(
@@ -93,6 +102,7 @@ def check_held_out(held_out: LatentDataset, latents: LatentDataset) -> None:
         "VAE": (held_out.source.get("vae"), latents.source.get("vae")),
         "resolution": (held_out.resolution, latents.resolution),
         "classes": (held_out.class_names, latents.class_names),
+        "VFM of class tokens": (held_out.class_token_source, latents.class_token_source),
     }
     for what, (theirs, ours) in same.items():
         if theirs != ours:
@@ -104,14 +114,25 @@ def needs_features(args: argparse.Namespace) -> bool:
     return any(DENOISER_ALIGNMENTS[name].needs_features for name in parse_sum(args.align))
 
 
+def class_token_vfm(args: argparse.Namespace) -> str | None:
+    """The VFM whose class token is generated beside the latent: the first of --enc-type; None without --reg-coeff."""
+    return encoder_names(args.enc_type)[0] if args.reg_coeff else None
+
+
+def with_class_token(config: DenoiserConfig, args: argparse.Namespace) -> DenoiserConfig:
+    """A denoiser's configuration, with the class token that --reg-coeff asks for."""
+    name = class_token_vfm(args)
+    return config if name is None else config.with_class_token(encoder_spec(name).embed_dim)
+
+
 def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
     """Where the features come from: ``none``, ``features`` (those in ``folder``) or ``images``."""
-    if not needs_features(args):
+    if not (needs_features(args) or args.reg_coeff):
         return "none"
     if args.cached_features is not None:
         return "features"
     if args.repa_source == "auto":
-        indices = [read_index(folder / features_name(name)) for name in encoder_names(args.enc_type)]
+        indices = [read_index(folder / name) for name in vfm_parts(args)]
         return "images" if None in indices else "features"
     return args.repa_source
 
@@ -123,6 +144,16 @@ def open_repa_images(args: argparse.Namespace, accelerator: Accelerator) -> Imag
     if args.stage_dir and not args.dry_run and read_index(path) is not None:
         path = stage_once(path, "images", None, args, accelerator)
     return open_images(path, args.resolution, default=DEFAULT_RESOLUTION)
+
+
+def open_held_out_images(args: argparse.Namespace) -> ImageDataset:
+    """What the class tokens of held-out latents are computed from."""
+    if not args.val_data_dir:
+        raise UserError(
+            "--val-data-dir is needed: --reg-coeff computes class tokens of the held-out images (or cache them, "
+            "cache_latents.py --cache-class-tokens, for both sets)"
+        )
+    return open_images(args.val_data_dir, args.resolution, default=DEFAULT_RESOLUTION)
 
 
 def open_tokenizer(args: argparse.Namespace, latents: LatentDataset | None) -> Tokenizer:
@@ -150,10 +181,18 @@ def open_tokenizer(args: argparse.Namespace, latents: LatentDataset | None) -> T
 
 
 def check_features(args: argparse.Namespace, denoiser: Denoiser, latents: LatentDataset) -> None:
-    """Cached features must lie on the denoiser's token grid."""
+    """Cached features must lie on the denoiser's token grid, and class tokens be of images that give such a grid."""
     if args.repa_source != "features":
         return
-    check_feature_shapes(latents, vfm_features(args.enc_type, denoiser.grid), args.model)
+    if needs_features(args):
+        check_feature_shapes(latents, vfm_features(args.enc_type, denoiser.grid), args.model)
+    source, grid, width = latents.class_token_source, denoiser.grid, denoiser.class_token_width
+    if source is not None and (source["grid"], source["width"]) != (grid, width):
+        raise UserError(
+            f"{latents.folder}: cached class tokens of {source['enc_type']} are {source['width']} numbers, from images "
+            f"of {source['grid']}×{source['grid']} tokens; {args.model} needs {width} and {grid}×{grid}: cache them "
+            f"with --features-grid {grid}"
+        )
 
 
 def check_feature_shapes(latents: LatentDataset, needed: Sequence[TokenGrid], whose: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dataset.latents import LatentBatch, LatentDataset
 from dataset.loader import read_batches
-from diffusion.counted_noise import counted_normal
+from diffusion.counted_noise import counted_state
 from diffusion.draws import Draws, Stream, draw, seeded_generator
 from diffusion.flow import add_noise, training_times, velocity
 from diffusion.guidance import guided
@@ -28,10 +28,10 @@ from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
 from training.alignment_schedule import alignment_factor
 from training.ema import build_averages
-from training.features import batch_features
+from training.features import batch_features, features_and_class_token
 from training.method import Method, Metrics, micro_batch_size, to_device
 from training.optimizer import build_optimizer, optimizer_step, scheduled_rate
-from training.validation import HeldOutLatents, mean_denoising_error
+from training.validation import HeldOutLatents, mean_denoising_errors
 
 GRID_COLUMNS, GRID_ROWS = 8, 2
 
@@ -56,7 +56,7 @@ class AlignedDenoiser(nn.Module):
         x: torch.Tensor,
         features: Sequence[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Noisy and clean latents ``[B, C, h, w]``, times and labels ``[B]``, features → velocity and aligned terms.
+        """Noisy states, times, labels ``[B]``, clean latents ``[B, C, h, w]``, features → velocity and aligned terms.
 
         Without features (None) nothing is aligned.
         """
@@ -115,14 +115,20 @@ class LDM(Method):
         draws = self.draws(step, micro_step, batch)
         x = self.normalised(batch, draws)
         factor = alignment_factor(self.args, step)
-        features = self.features(batch) if factor else None
-        return self.backward(x, draws, batch.labels, features, share, synchronise, factor), None
+        features, class_token = self.seen(batch, is_aligned=bool(factor))
+        return self.backward(x, draws, batch.labels, features, share, synchronise, factor, class_token), None
 
     def draws(self, step: int, micro_step: int, batch: LatentBatch) -> Draws:
         """A function of (seed, step, micro-step, rank)."""
         device, counters = self.accelerator.device, (step, micro_step, self.accelerator.process_index)
         generator = seeded_generator(device, Stream.TRAINING, self.args.seed, *counters)
-        return draw((len(batch.labels), *self.denoiser.latent_shape), generator, self.args.weighting)
+        return self._draw(len(batch.labels), generator, self.args.weighting)
+
+    def _draw(self, count: int, generator: torch.Generator, weighting: str = "uniform") -> Draws:
+        """With noise in the shape of the denoiser's state; a class token's comes last and moves no other number."""
+        draws = draw((count, *self.denoiser.latent_shape), generator, weighting)
+        token = torch.randn(count, self.denoiser.class_token_width, generator=generator, device=generator.device)
+        return draws._replace(noise=self.denoiser.pack(draws.noise, token))
 
     def normalised(self, batch: LatentBatch, draws: Draws) -> torch.Tensor:
         """Samples of what the cache holds, normalised, float32 ``[B, C, h, w]``."""
@@ -134,6 +140,16 @@ class LDM(Method):
             return []
         return batch_features(self.accelerator, self.encoders, self.feature_norm, batch)
 
+    def seen(self, batch: LatentBatch, is_aligned: bool) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
+        """:meth:`features`, None where nothing is aligned; the class token ``[b, D]``, None where there is none."""
+        if not self.denoiser.class_token_width or batch.class_token is not None:
+            token = None if batch.class_token is None else batch.class_token.float()
+            return self.features(batch) if is_aligned else None, token
+        uses_features = is_aligned and self.alignment.needs_features
+        encoders, norm = (self.encoders, self.feature_norm) if uses_features else (self.encoders[:1], None)
+        features, token = features_and_class_token(self.accelerator, encoders, norm, batch.images)
+        return (features if uses_features else []) if is_aligned else None, token
+
     def backward(
         self,
         x: torch.Tensor,
@@ -143,19 +159,25 @@ class LDM(Method):
         share: float,
         synchronise: bool,
         factor: float = 1.0,
+        class_token: torch.Tensor | None = None,
     ) -> Metrics:
         """Add the gradients of normalised latents ``x`` ``[B, C, h, w]``; the rest as in ``Phase.accumulate``.
 
-        The alignment's weights are multiplied by ``factor``.
+        The alignment's weights are multiplied by ``factor``; ``class_token`` ``[B, D]`` is of the same images.
         """
         args = self.args
         t = training_times(draws.times, args.weighting, args.path_type, args.time_shift)
         labels = torch.where(draws.dropout < args.cfg_prob, self.denoiser.null_class, labels)
         with self.reducing(self.networks, synchronise):
-            noisy = add_noise(x, t, draws.noise, args.path_type)
+            state = self.denoiser.pack(x, class_token)
+            noisy = add_noise(state, t, draws.noise, args.path_type)
             prediction, aligned = self.networks(noisy, t, labels, x, features)
-            target = velocity(x, t, draws.noise, args.path_type)
+            prediction, token_prediction = self.denoiser.unpack(prediction)
+            target, token_target = self.denoiser.unpack(velocity(state, t, draws.noise, args.path_type))
             terms, weights = {"denoise": denoising_error(prediction, target).mean()}, {"denoise": 1.0}
+            if class_token is not None:
+                terms["class_token"] = denoising_error(token_prediction, token_target).mean()
+                weights["class_token"] = args.reg_coeff
             if args.velocity_cosine_coeff:
                 terms["velocity_cosine"] = direction_error(prediction, target).mean()
                 weights["velocity_cosine"] = args.velocity_cosine_coeff
@@ -200,8 +222,11 @@ class LDM(Method):
             return {}
         networks = {"val": self.denoiser} | ({} if self.ema is None else {"val_ema": self.ema.module})
         return {
-            f"{name}/denoise": mean_denoising_error(self, network, self.args.path_type, self._held_out_latents())
+            f"{name}/{term}": error
             for name, network in networks.items()
+            for term, error in mean_denoising_errors(
+                self, network, self.args.path_type, self._held_out_latents()
+            ).items()
         }
 
     def sample(self, path: Path) -> None:
@@ -228,10 +253,11 @@ class LDM(Method):
         count = GRID_COLUMNS * GRID_ROWS
         items = torch.arange(count, device=accelerator.device)
         labels = items * max(1, classes // count) % classes
-        noise = counted_normal(self.args.seed, items, 0, network.latent_shape)
+        noise = counted_state(network, self.args.seed, items, 0)
         sampled = guided(model_velocity(network, accelerator.autocast), cfg_scale, network.null_class)
         shift, path_type = self.args.time_shift, self.args.path_type
-        latent = sample_ode(sampled, noise, labels, self.args.grid_steps, shift=shift, path_type=path_type)
+        state = sample_ode(sampled, noise, labels, self.args.grid_steps, shift=shift, path_type=path_type)
+        latent, _ = network.unpack(state)
         with accelerator.autocast():
             return to_uint8(tokenizer.decode(tokenizer.statistics.denormalize(latent)))
 
@@ -248,5 +274,7 @@ class LDM(Method):
         ):
             batch = to_device(batch, accelerator.device)
             generator = seeded_generator(accelerator.device, Stream.VALIDATION, args.seed, int(numbers[0]))
-            draws = draw((len(numbers), *self.denoiser.latent_shape), generator)
-            yield HeldOutLatents(numbers, self.normalised(batch, draws), draws.noise, batch.labels)
+            draws = self._draw(len(numbers), generator)
+            _, class_token = self.seen(batch, is_aligned=False)
+            state = self.denoiser.pack(self.normalised(batch, draws), class_token)
+            yield HeldOutLatents(numbers, state, draws.noise, batch.labels)

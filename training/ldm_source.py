@@ -35,6 +35,7 @@ SAME = {
     "latent_channels": "the cache's VAE: latent channels",
     "latent_size": "the cache: latent side",
     "num_classes": "the cache: classes",
+    "class_token_width": "--reg-coeff, and the first VFM of --enc-type",
 }
 OF_THE_CACHE = ("num_classes", "latent_channels", "latent_size")
 

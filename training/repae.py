@@ -18,7 +18,7 @@ from training.ema import Average, build_averages
 from training.ldm import LDM
 from training.method import Method, Metrics, Phase, frozen
 from training.sendvae import SendVAE
-from training.validation import HeldOutLatents, held_out_batches, mean_denoising_error
+from training.validation import HeldOutLatents, held_out_batches, mean_denoising_errors
 
 
 class Encoded(NamedTuple):
@@ -167,7 +167,8 @@ class Repae(Method):
         self.tuned_vae.save(folder / "vae")
 
     def _denoising_error(self, denoiser: nn.Module, tokenizer: Tokenizer) -> float:
-        return mean_denoising_error(self, denoiser, self.args.path_type, self._held_out_latents(tokenizer))
+        held_out = self._held_out_latents(tokenizer)
+        return mean_denoising_errors(self, denoiser, self.args.path_type, held_out)["denoise"]
 
     @torch.no_grad()
     def _held_out_latents(self, tokenizer: Tokenizer) -> Iterator[HeldOutLatents]:

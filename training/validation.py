@@ -115,7 +115,7 @@ def validate_tokenizer(
 
 
 class HeldOutLatents(NamedTuple):
-    """A held-out batch: item numbers, normalised latents and noise ``[b, C, h, w]``, labels ``[b]``."""
+    """A held-out batch: item numbers, normalised states of the denoiser (``[b, C, h, w]``), noise, labels ``[b]``."""
 
     items: np.ndarray
     x: torch.Tensor
@@ -124,29 +124,34 @@ class HeldOutLatents(NamedTuple):
 
 
 @torch.no_grad()
-def mean_denoising_error(
+def mean_denoising_errors(
     method: Method, denoiser: Denoiser, path_type: str, batches: Iterable[HeldOutLatents]
-) -> float:
-    """Mean error at times that cover [0, 1] evenly, the same at every call; no label dropped.
+) -> dict[str, float]:
+    """Mean errors at times that cover [0, 1] evenly, the same at every call; no label dropped.
 
     Args:
         method: precision and processes.
         denoiser: is measured.
         path_type: of the interpolant.
         batches: this process's share; all get the result.
+
+    Returns:
+        ``denoise``, of latents, and ``class_token`` where there is one.
     """
+    names = ("denoise", "class_token") if denoiser.class_token_width else ("denoise",)
     was_training = denoiser.training
     denoiser.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=method.accelerator.device)
+    sums = torch.zeros(1 + len(names), dtype=torch.float64, device=method.accelerator.device)
     for items, x, noise, labels in batches:
         t = torch.from_numpy((items + 0.5) * GOLDEN_RATIO % 1).to(x.device, torch.float32)
         with method.accelerator.autocast():
             prediction, _ = denoiser(add_noise(x, t, noise, path_type), t, labels)
-        error = denoising_error(prediction, velocity(x, t, noise, path_type))
-        sums += torch.stack([error.double().sum(), sums.new_tensor(float(len(error)))])
+        parts = zip(*map(denoiser.unpack, (prediction, velocity(x, t, noise, path_type))), strict=True)
+        errors = [denoising_error(*pair).double().sum() for pair in list(parts)[: len(names)]]
+        sums += torch.stack([*errors, sums.new_tensor(float(len(items)))])
     denoiser.train(was_training)
-    total, count = sum_over_processes(sums).tolist()
-    return total / count
+    *totals, count = sum_over_processes(sums).tolist()
+    return {name: total / count for name, total in zip(names, totals, strict=True)}
 
 
 def _nth(values: Sequence[float], place: int, size: int) -> Sequence[float]:

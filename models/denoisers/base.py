@@ -1,6 +1,7 @@
 """What every denoiser is: noisy latent, time and class → velocity, and the hidden states on the way."""
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,9 +63,32 @@ class Denoiser(nn.Module, ABC):
         """(C, h, w) of what it is given."""
         return self.config.latent_shape
 
+    @property
+    def class_token_width(self) -> int:
+        """Channels D of the class token beside the latent; 0: none."""
+        return self.config.class_token_width
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of what is noised and sampled: the latent's, or (C·h·w + D,) where a class token goes with it."""
+        width = self.class_token_width
+        return (math.prod(self.latent_shape) + width,) if width else self.latent_shape
+
+    def pack(self, latent: torch.Tensor, class_token: torch.Tensor | None) -> torch.Tensor:
+        """Latents ``[B, C, h, w]`` and class tokens ``[B, D]`` → states; the latents themselves where D is 0."""
+        return torch.cat([latent.flatten(1), class_token], dim=1) if self.class_token_width else latent
+
+    def unpack(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The inverse of :meth:`pack`; no class token (None) where D is 0."""
+        if not self.class_token_width:
+            return state, None
+        latent, class_token = state.tensor_split([math.prod(self.latent_shape)], dim=1)
+        return latent.unflatten(1, self.latent_shape), class_token
+
     def describe(self) -> str:
         """Its sizes, for the log."""
-        return f"{self.config.model}: {self.depth} blocks of {self.width}, {self.grid}×{self.grid} tokens"
+        token = f" and a class token of {self.class_token_width}" if self.class_token_width else ""
+        return f"{self.config.model}: {self.depth} blocks of {self.width}, {self.grid}×{self.grid} tokens{token}"
 
     @abstractmethod
     def forward(
@@ -73,13 +97,14 @@ class Denoiser(nn.Module, ABC):
         """Predict the velocity.
 
         Args:
-            x: noisy normalised latent ``[B, C, h, w]``.
+            x: noisy normalised latent ``[B, C, h, w]``; with a class token the noisy state (:attr:`state_shape`).
             t: time in [0, 1], data at 0, noise at 1, ``[B]``.
             y: class in 0…num_classes, the last one the null class, int64 ``[B]``.
             taps: blocks whose output is wanted, counted from 1.
 
         Returns:
-            velocity ``[B, C, h, w]``; the hidden state ``[B, grid², width]`` after each of the taps.
+            velocity, in the shape of ``x``; the hidden state ``[B, grid², width]`` after each of the taps, without a
+            class token.
         """
 
     def hidden_states(

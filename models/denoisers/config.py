@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from errors import UserError
@@ -18,9 +18,12 @@ class DenoiserConfig:
         latent_channels: C.
         latent_size: h = w of the latent.
         num_classes: real classes; the null class of guidance comes on top.
+        class_token_width: channels of a VFM's class token that is generated beside the latent (REG, arXiv 2507.01467);
+            0: none. A kind that can makes it a field.
     """
 
     names: ClassVar[str] = ""
+    class_token_width = 0  # without a type, so that it is no field here
 
     model: str
     latent_channels: int
@@ -43,6 +46,10 @@ class DenoiserConfig:
     def check(self) -> None:
         """Raise :class:`UserError` for a name or a combination that cannot be built."""
 
+    def with_class_token(self, width: int) -> "DenoiserConfig":
+        """The same, with a class token of ``width`` channels beside the latent."""
+        raise UserError(f"--model {self.model} takes no class token: leave --reg-coeff out, or give a SiT")
+
     def to_dict(self) -> dict:
         """Plain JSON values; :meth:`from_dict` is the inverse."""
         return asdict(self)
@@ -54,7 +61,8 @@ class DenoiserConfig:
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **values: Any) -> "DenoiserConfig":
         """The fields given, and those of the kind's own flags."""
-        own = {field.name: getattr(args, field.name) for field in fields(cls) if field.name not in values}
+        flags = (field.name for field in fields(cls) if field.metadata.get("has_flag", True))
+        own = {name: getattr(args, name) for name in flags if name not in values}
         config = cls(**values | own)
         config.check()
         return config
@@ -86,6 +94,16 @@ class TransformerConfig(DenoiserConfig):
     patches: ClassVar[tuple[int, ...]] = ()
 
     qk_norm: bool = False
+    class_token_width: int = field(default=0, metadata={"has_flag": False})
+
+    def with_class_token(self, width: int) -> "TransformerConfig":
+        return replace(self, class_token_width=width)
+
+    def to_dict(self) -> dict:
+        values = super().to_dict()
+        if not self.class_token_width:  # as before there was such a thing
+            del values["class_token_width"]
+        return values
 
     @staticmethod
     def add_arguments(group: Any) -> None:

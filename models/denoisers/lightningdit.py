@@ -34,7 +34,8 @@ class LightningDiT(Transformer):
     def make_blocks(self) -> Iterator[Block]:
         width, heads = self.width, self.config.size.heads
         qk_norm = self.norm if self.config.qk_norm else nn.Identity
-        rotary = RotaryPositions(width // heads, self.grid)  # one for all blocks
+        # one for all blocks; a class token is nowhere
+        rotary = RotaryPositions(width // heads, self.grid, unplaced=min(1, self.class_token_width))
         for _ in range(self.depth):
             yield Block(width, self.norm, Attention(width, heads, qk_norm, rotary), SwiGLU(width, 8 * width // 3))
 
@@ -61,9 +62,10 @@ class RotaryPositions(nn.Module):
         width: of a head; a multiple of 4.
         grid: tokens along a side, row-major.
         base: frequencies fall from 1 to 1/base.
+        unplaced: tokens before those of the grid, which are not turned.
     """
 
-    def __init__(self, width: int, grid: int, base: float = 10000.0):
+    def __init__(self, width: int, grid: int, base: float = 10000.0, unplaced: int = 0):
         super().__init__()
         if width % 4:
             raise ValueError(f"rotary positions in two dimensions need heads of a multiple of 4 channels, got {width}")
@@ -71,11 +73,12 @@ class RotaryPositions(nn.Module):
         phase = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # [grid, width/4]
         row, column = phase[:, None].expand(-1, grid, -1), phase[None].expand(grid, -1, -1)
         angle = torch.cat([row, column], dim=-1).flatten(0, 1)  # [grid², width/2]
+        angle = F.pad(angle, (0, 0, unplaced, 0))
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries or keys ``[B, heads, grid², width]`` → the same, turned."""
+        """Queries or keys ``[B, heads, unplaced + grid², width]`` → the same, turned."""
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
         turned = first * self.cos - second * self.sin, first * self.sin + second * self.cos
         return torch.stack(turned, dim=-1).flatten(-2)

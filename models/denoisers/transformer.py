@@ -37,10 +37,12 @@ class Transformer(Denoiser):
         size, patch = config.size, config.patch_size
         self.x_embedder = PatchEmbedding(config.latent_channels, size.width, patch)
         self.register_buffer("pos_embed", sincos_positions(size.width, config.grid)[None])
+        token_width = config.class_token_width
+        self.class_token_embedder = ClassTokenEmbedder(token_width, size.width) if token_width else None
         self.t_embedder = TimestepEmbedder(size.width)
         self.y_embedder = LabelEmbedder(config.num_classes, size.width)
         self.blocks = nn.ModuleList(self.make_blocks())
-        self.final_layer = FinalLayer(size.width, patch * patch * config.latent_channels, self.norm)
+        self.final_layer = FinalLayer(size.width, patch * patch * config.latent_channels, self.norm, token_width)
         self._initialise()
 
     @abstractmethod
@@ -67,8 +69,8 @@ class Transformer(Denoiser):
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = ()
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         x, condition, states = self._through_blocks(x, t, y, taps, self.depth)
-        velocity = unpatchify(self.final_layer(x, condition), self.config.latent_shape)
-        return velocity, states
+        patches, class_token = self.final_layer(x, condition)
+        return self.pack(unpatchify(patches, self.config.latent_shape), class_token), states
 
     def hidden_states(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
@@ -83,8 +85,14 @@ class Transformer(Denoiser):
     def _through_blocks(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int], last: int
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Tokens ``[B, N, width]`` after block ``last``, the condition ``[B, width]``, tokens after each tap."""
-        x = self.x_embedder(x) + self.pos_embed  # [B, N, width]
+        """Tokens ``[B, N, width]`` after block ``last``, the condition ``[B, width]``, tokens after each tap.
+
+        A class token stands before the latent's in the first, and is left out of the last.
+        """
+        latent, class_token = self.unpack(x)
+        x = self.x_embedder(latent) + self.pos_embed  # [B, N, width]
+        if class_token is not None:
+            x = torch.cat([self.class_token_embedder(class_token)[:, None], x], dim=1)
         condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
         states = {}
         for number, block in enumerate(self.blocks[:last], start=1):
@@ -93,7 +101,7 @@ class Transformer(Denoiser):
             else:
                 x = block(x, condition)
             if number in taps:
-                states[number] = x
+                states[number] = x if class_token is None else x[:, 1:]
         return x, condition, tuple(states[tap] for tap in taps)
 
     def _initialise(self) -> None:
@@ -105,7 +113,10 @@ class Transformer(Denoiser):
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         zero = [block.adaLN_modulation[1] for block in self.blocks]
-        for layer in (*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        zero += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        if self.final_layer.class_token is not None:
+            zero.append(self.final_layer.class_token)
+        for layer in zero:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -119,6 +130,18 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class ClassTokenEmbedder(nn.Module):
+    """A noisy class token ``[B, D]`` → a token ``[B, width]``: linear, LayerNorm (REG, arXiv 2507.01467)."""
+
+    def __init__(self, token_width: int, width: int):
+        super().__init__()
+        self.proj = nn.Linear(token_width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.proj(x))
 
 
 class TimestepEmbedder(nn.Module):
@@ -198,17 +221,29 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens ``[B, N, width]`` → ``[B, N, out]``, modulated by the condition."""
+    """Tokens ``[B, N, width]``, modulated by the condition → ``[B, N, out]``.
 
-    def __init__(self, width: int, out_features: int, norm: Norm):
+    Args:
+        width: of the tokens.
+        out_features: of a patch.
+        norm: before the modulation.
+        class_token_width: D of a class token, which has a linear layer of its own; 0: there is none.
+    """
+
+    def __init__(self, width: int, out_features: int, norm: Norm, class_token_width: int = 0):
         super().__init__()
         self.norm_final = norm(width)
         self.linear = nn.Linear(width, out_features)
+        self.class_token = nn.Linear(width, class_token_width) if class_token_width else None
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``[B, N, out]`` and None; with a class token, which comes first, ``[B, N − 1, out]`` and ``[B, D]``."""
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        x = modulate(self.norm_final(x), shift, scale)
+        if self.class_token is None:
+            return self.linear(x), None
+        return self.linear(x[:, 1:]), self.class_token(x[:, 0])
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -60,16 +60,34 @@ class Encoder(nn.Module):
                 block.compile(*args, **options)
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images ``[B, 3, H, W]`` → float32 patch features ``[B, grid², D]``, row-major."""
-        x = self.preprocess(images)
+    def forward(self, images: torch.Tensor, class_token: bool = False) -> torch.Tensor:
+        """Frozen features.
+
+        Args:
+            images: uint8 ``[B, 3, H, W]``.
+            class_token: put the class token in front, from where the patch tokens are taken; of a network without one
+                the mean of its patch tokens.
+
+        Returns:
+            float32 patch features ``[B, grid², D]``, row-major, or ``[B, 1 + grid², D]``.
+        """
+        patches, prefix = self._tokens(self.preprocess(images))
+        if not class_token:
+            return patches
+        has_class_token = getattr(self.network, "cls_token", None) is not None
+        first = prefix[:, :1] if has_class_token else patches.mean(1, keepdim=True)
+        return torch.cat([first, patches], dim=1)
+
+    def _tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Patch tokens and, of a ViT, those before them: class token, registers."""
         if self.spec.kind == "cnn":
-            return self.network(x)[0].flatten(2).transpose(1, 2).float()
+            return self.network(x)[0].flatten(2).transpose(1, 2).float(), None
         if self.spec.final_norm:
-            return self.network.forward_features(x)[:, self.network.num_prefix_tokens :].float()
-        return self.network.forward_intermediates(x, indices=1, norm=False, output_fmt="NLC", intermediates_only=True)[
-            -1
-        ].float()
+            tokens = self.network.forward_features(x).float()
+            return tokens[:, self.network.num_prefix_tokens :], tokens[:, : self.network.num_prefix_tokens]
+        options = {"norm": False, "output_fmt": "NLC", "intermediates_only": True, "return_prefix_tokens": True}
+        patches, prefix = self.network.forward_intermediates(x, indices=1, **options)[-1]
+        return patches.float(), prefix.float()
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images ``[B, 3, H, W]`` → normalised float32 ``[B, 3, input_size, input_size]``."""
