@@ -129,6 +129,7 @@ from formats.export import fold_statistics, ldm_state, repae_files, scaling_conf
 from formats.layers import State
 from formats.statistics import discriminator_beside
 from formats.vae import LoadedVAE, load_vae
+from models.tokenizers.diffusers_network import DiffusersTokenizer
 from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError
 from runtime.measure import count_parameters
@@ -137,6 +138,11 @@ from runtime.measure import count_parameters
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     loaded = load_vae(args.vae, args.source, args.vae_latents_stats, step=args.train_steps, flag="")
+    if isinstance(loaded.tokenizer, DiffusersTokenizer) and not isinstance(loaded.tokenizer, KLTokenizer):
+        raise UserError(
+            f"{args.source} is an {loaded.tokenizer.network_name}: diffusers reads its folder as it is, and other "
+            "layouts have no place for it"
+        )
     if not isinstance(loaded.tokenizer, KLTokenizer):
         raise UserError(f"{args.source} is a {type(loaded.tokenizer).__name__}, which other software does not read")
     describe(args.source, loaded)

@@ -114,6 +114,7 @@ def main(argv: Sequence[str]) -> int:
     accelerator = begin(args, folder)
     images, held_out = open_image_data(args, accelerator)
     tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
+    tokenizer.check_trainable()
     config = resolve(args, images, held_out, tokenizer)
     trial = Trial(
         # a copy, because it is trained

@@ -181,6 +181,8 @@ def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Acc
     if args.freeze_vae:  # nothing to reconstruct
         loss_config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.0)
     tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
+    if not args.freeze_vae:
+        tokenizer.check_trainable()
     alignment, encoders = build_alignment(args, tokenizer.latent_shape(args.resolution), accelerator)
     objective, discriminator = build_objective(args, loss_config, accelerator)
     networks = tokenizer, alignment, encoders, objective, discriminator

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 
 from formats.layers import to_ldm
 from models.tokenizers import CONFIG_DIR, architecture_names
-from models.tokenizers.kl import KLTokenizer, list_or_value
+from models.tokenizers.diffusers_network import list_or_value
+from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError
 
 # What names and shapes tell; with how many groups GroupNorm works they do not.

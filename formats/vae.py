@@ -118,14 +118,14 @@ def load_vae(
     if vae is None and checkpoint == RANDOM:
         raise UserError(f"{flag} {RANDOM}: random weights need an architecture; give --vae".strip())
     named, given = find_own_kind(vae), None if checkpoint == RANDOM else find_own_kind(checkpoint)
-    if given is not None and vae is not None and (named is None or named.kind != given.kind):
-        raise UserError(f"{flag} {checkpoint} is a {given.kind.__name__}, not --vae {vae}: give --vae {checkpoint}")
+    if given is not None and vae is not None and (named is None or named.name != given.name):
+        raise UserError(f"{flag} {checkpoint} is of the kind {given.name}, not --vae {vae}: give --vae {checkpoint}")
     if named is not None and given is None and checkpoint not in (None, RANDOM):
         raise UserError(
-            f"{flag} {checkpoint} is not a folder of a {named.kind.__name__}, which --vae {vae} means: give one"
+            f"{flag} {checkpoint} is not a folder of the kind {named.name}, which --vae {vae} means: give one"
         )
     if (named is not None or given is not None) and step is not None:
-        raise UserError(f"--train-steps {step}: of a {(given or named).kind.__name__} only the finished vae/ is read")
+        raise UserError(f"--train-steps {step}: of an {(given or named).name} only the finished vae/ is read")
     if named is not None or given is not None:
         return _load_own_kind(given or named, checkpoint, statistics)
     wanted = None if vae is None else architecture(vae)
@@ -148,7 +148,7 @@ def _load_own_kind(own: OwnKind, checkpoint: str | None, statistics: str | None)
     if checkpoint == RANDOM:
         tokenizer, source, layout = own.build(), None, "random"
     else:
-        (tokenizer, source), layout = own.load(), f"folder of a {own.kind.__name__}"
+        (tokenizer, source), layout = own.load(), f"folder of the kind {own.name}"
     if statistics is not None:
         source = _load_statistics(tokenizer, None, statistics)
     return LoadedVAE(tokenizer, layout, source, own.folder)

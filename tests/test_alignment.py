@@ -14,7 +14,7 @@ from loss.alignment.cosine import constant_predictor_cosine, patch_cosine, patch
 from models.encoders import build_encoder
 from models.latent_statistics import latent_moments
 from models.mapper import Mapper
-from models.tokenizers.kl import Posterior
+from models.tokenizers.posterior import Posterior
 from tests.sendvae_runs import LATENT, draws_for, tiny_trainer
 
 

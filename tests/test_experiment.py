@@ -110,6 +110,34 @@ def test_a_preset_changes_only_what_it_names():
     assert value(sdvae["sendvae"], "epochs") == value(base["sendvae"], "epochs")
 
 
+def test_public_vaes_without_a_discriminator_get_one_later():
+    sd35, flux = commands("sendvae_sd35vae"), commands("sendvae_fluxvae")
+    assert sd35.keys() == flux.keys() == commands("sendvae_imagenet256").keys()
+    assert "--disc-pretrained-ckpt" not in flux["sendvae"]
+    assert value(flux["sendvae"], "loss-override") == "discriminator_start=5000"
+    assert (value(flux["sendvae"], "vae"), value(flux["ldm"], "model")) == ("f8d16", "SiT-XL/2")
+    assert value(flux["sendvae"], "vae-ckpt") == "black-forest-labs/FLUX.1-dev:vae"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "model", "align"),
+    [
+        ("frozen_qwenimage", "AutoencoderKLQwenImage", "SiT-XL/2", True),
+        ("frozen_flux2", "AutoencoderKLFlux2", "SiT-XL/1", True),
+        ("frozen_rae", "AutoencoderRAE", "LightningDiT-XL/1", False),
+    ],
+)
+def test_frozen_public_tokenizers(name, kind, model, align):
+    """The tokenizer by its name on the hub; in a dry run by its class, with random weights."""
+    (found,), _ = resolve_all(name, "exps", [])
+    stages = {stage.name: stage for stage in found.stages}
+    assert list(stages) == ["preprocess", "cache", "ldm", "samples"]
+    assert "/" in value(stages["cache"].command, "vae")
+    assert {value(stages[stage].dry_command, "vae") for stage in ("cache", "ldm", "samples")} == {kind}
+    ldm = stages["ldm"].command
+    assert (value(ldm, "model"), value(ldm, "time-shift"), "--enc-type" in ldm) == (model, "auto", align)
+
+
 def test_stages_of_held_out_data_come_with_their_variable():
     assert "--val-data-dir" not in commands("sendvae_imagenet256")["ldm"]
     found = commands("sendvae_imagenet256", "--val-images", "photographs")

@@ -20,7 +20,7 @@ from loss.vae_objective import VAELossConfig, VAEObjective, gradient_at, load_lo
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.mapper import Mapper
 from models.pixels import to_signed
-from models.tokenizers.kl import Posterior
+from models.tokenizers.posterior import Posterior
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

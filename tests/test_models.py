@@ -19,7 +19,8 @@ from models.layers import sincos_positions
 from models.mapper import Mapper, num_heads
 from models.pixels import to_signed, to_uint8
 from models.tokenizers import CONFIG_DIR, STATISTICS_FILE, Tokenizer, architecture_names
-from models.tokenizers.kl import KLTokenizer, Posterior
+from models.tokenizers.kl import KLTokenizer
+from models.tokenizers.posterior import Posterior
 
 F16_CHANNELS = {"f16d16": 16, "f16d32": 32, "f16d64": 64}
 
@@ -43,11 +44,11 @@ def random_images(seed: int, batch: int = 2, size: int = 32) -> torch.Tensor:
 # --- VAE: structure ---------------------------------------------------------------------------------------------------
 
 
-def test_there_are_six_architectures():
-    assert architecture_names() == ["f16d16", "f16d32", "f16d64", "f4d4-tiny", "f8d16-tiny", "f8d4"]
+def test_there_are_seven_architectures():
+    assert architecture_names() == ["f16d16", "f16d32", "f16d64", "f4d4-tiny", "f8d16", "f8d16-tiny", "f8d4"]
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("f8d4", 83_653_863), ("f16d32", 69_836_067)])
+@pytest.mark.parametrize(("name", "parameters"), [("f8d4", 83_653_863), ("f8d16", 83_819_683), ("f16d32", 69_836_067)])
 def test_parameter_counts_are_the_published_ones(name, parameters):
     assert sum(p.numel() for p in on_meta(name).parameters()) == parameters
 
@@ -68,6 +69,7 @@ def test_f16_variants_differ_only_in_the_layers_next_to_the_latent():
         ("f16d32", 16, 32, (32, 16, 16)),
         ("f16d64", 16, 64, (64, 16, 16)),
         ("f4d4-tiny", 4, 4, (4, 64, 64)),
+        ("f8d16", 8, 16, (16, 32, 32)),
         ("f8d16-tiny", 8, 16, (16, 32, 32)),
     ],
 )
@@ -88,6 +90,7 @@ def test_a_resolution_that_does_not_fit_the_downsampling_is_a_user_error():
     ("name", "widths"),
     [
         ("f8d4", [128, 256, 512, 512]),
+        ("f8d16", [128, 256, 512, 512]),
         ("f16d32", [128, 128, 256, 256, 512]),
         ("f4d4-tiny", [16, 32, 64]),
         ("f8d16-tiny", [16, 32, 64, 64]),
@@ -102,7 +105,7 @@ def test_level_widths_and_residual_blocks_a_level(name, widths):
     assert {len(level.resnets) for level in network.decoder.up_blocks} == {blocks + 1}  # LDM's decoder has one more
 
 
-@pytest.mark.parametrize("name", ["f8d4", "f16d16", "f16d32", "f16d64", "f4d4-tiny", "f8d16-tiny"])
+@pytest.mark.parametrize("name", ["f8d4", "f8d16", "f16d16", "f16d32", "f16d64", "f4d4-tiny", "f8d16-tiny"])
 def test_attention_stands_in_the_middle_and_for_f16_in_the_level_at_16_by_16(name):
     names = {k.split(".to_q")[0] for k in on_meta(name).network.state_dict() if k.endswith("to_q.weight")}
     expected = {f"{side}.mid_block.attentions.0" for side in ("encoder", "decoder")}

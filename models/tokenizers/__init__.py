@@ -13,7 +13,12 @@ from schema import read_json
 __all__ = ["STATISTICS_FILE", "TOKENIZERS", "Code", "PlainCode", "Tokenizer"]
 
 # By the ``_class_name`` of config.json: a class, or where it is.
-TOKENIZERS: dict[str, Any] = {"AutoencoderKL": "models.tokenizers.kl:KLTokenizer"}
+TOKENIZERS: dict[str, Any] = {
+    "AutoencoderKL": "models.tokenizers.kl:KLTokenizer",
+    "AutoencoderKLFlux2": "models.tokenizers.flux2:Flux2Tokenizer",
+    "AutoencoderKLQwenImage": "models.tokenizers.qwenimage:QwenImageTokenizer",
+    "AutoencoderRAE": "models.tokenizers.rae:RAETokenizer",
+}
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "vae"
 CONFIG_FILE, STATISTICS_FILE = "config.json", "latents_stats.safetensors"
 

@@ -124,6 +124,9 @@ class Tokenizer(nn.Module, ABC):
 
     # what training asks of it
 
+    def check_trainable(self) -> None:
+        """Raise a :class:`UserError` where it can only be used as it is."""
+
     @property
     @abstractmethod
     def encoder_last_layer(self) -> nn.Parameter:
@@ -175,16 +178,24 @@ class Tokenizer(nn.Module, ABC):
         (folder / CONFIG_FILE).write_text(json.dumps(self.architecture, indent=2) + "\n")
         write_safetensors(self.network_state(), folder / WEIGHTS_FILE)
 
+    def read_network(self, folder: Path) -> None:
+        """What :meth:`write_network` wrote."""
+        statistics = {f"statistics.{name}": tensor for name, tensor in self.statistics.state_dict().items()}
+        self.load_state_dict(read_safetensors(folder / WEIGHTS_FILE) | statistics)
+
+    def take_statistics(self) -> str | None:
+        """Latent statistics from what the network was saved with: in words from where; None where it has none."""
+        return None
+
     @classmethod
-    def load(cls, folder: Path) -> tuple["Tokenizer", bool]:
-        """What :meth:`save` wrote, in eval mode, and whether statistics came with it."""
+    def load(cls, folder: Path) -> tuple["Tokenizer", str | None]:
+        """What :meth:`save` wrote, in eval mode, and where its statistics come from: None where it has none."""
         folder = Path(folder)
         tokenizer = cls.from_architecture(read_json(folder / CONFIG_FILE))
-        state = read_safetensors(folder / WEIGHTS_FILE) | {
-            f"statistics.{name}": tensor for name, tensor in tokenizer.statistics.state_dict().items()
-        }
-        tokenizer.load_state_dict(state)
-        has_statistics = (folder / STATISTICS_FILE).exists()
-        if has_statistics:
-            tokenizer.statistics.load(**read_safetensors(folder / STATISTICS_FILE))
-        return tokenizer.eval(), has_statistics
+        tokenizer.read_network(folder)
+        file = folder / STATISTICS_FILE
+        if file.exists():
+            tokenizer.statistics.load(**read_safetensors(file))
+            return tokenizer.eval(), str(file)
+        source = tokenizer.take_statistics()
+        return tokenizer.eval(), source and f"{source} in {folder}"
