@@ -22,7 +22,7 @@ from errors import UserError
 from reporting import correlation
 from reporting.gather import Report, gather
 from reporting.tables import as_csv, as_json, as_markdown, as_text
-from runtime.cli import ArgumentParser, add_debug_argument, run
+from runtime.cli import ArgumentParser, add_debug_argument, positive_float, run
 
 FORMATS = ("text", "markdown", "csv", "json")
 
@@ -48,6 +48,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="also list how the other presets differ from this one, seed by seed: mean and 95 %% interval, e.g. "
         "miniature/none",
     )
+    add(
+        "--ep-fid",
+        type=_distances,
+        metavar="K[,K,…]",
+        help="also list after how many epochs images made without guidance were at FID (or FD) K at most (EP_FID@K), "
+        "from the steps that were evaluated",
+    )
     add("--html", type=Path, default=Path("report.html"), metavar="FILE", help="where to write the page")
     add("--no-html", action="store_true", help="write no page")
     add("--title", default="Send-VAE report", help="title of the page")
@@ -62,6 +69,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_arguments(args)
     return args
+
+
+def _distances(text: str) -> tuple[float, ...]:
+    return tuple(positive_float(part) for part in text.split(","))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -79,7 +90,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
-    report = gather(args.runs, args.published, args.baseline)
+    report = gather(args.runs, args.published, args.baseline, args.ep_fid or ())
     drawn = [view for view in report.views if view.is_drawn]
     if args.figure1 and not drawn:
         most = max((view.vaes for view in report.views if view.has_f1), default=0)

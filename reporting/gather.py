@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from metrics.published import Published, PublishedRow, load_published
 from reporting.correlation import View, views
 from reporting.differences import difference_tables
+from reporting.epochs import epochs_table
 from reporting.results import Row, notes, published_rows, result_rows, with_means
 from reporting.runs import Run, find_runs
 from reporting.tables import Table, result_tables
@@ -25,18 +26,23 @@ class Report:
     published: Published  # all published numbers
 
 
-def gather(paths: Sequence[str], given: Sequence[str] = (), baseline: str | None = None) -> Report:
+def gather(
+    paths: Sequence[str], given: Sequence[str] = (), baseline: str | None = None, thresholds: Sequence[float] = ()
+) -> Report:
     """Read runs and their measurements.
 
     Args:
         paths: of the runs, see ``find_runs``.
         given: published rows to compare with, ``RUN=ROW`` each.
         baseline: a preset that others are compared with.
+        thresholds: distances, for a table of the epochs after which images came as close; none: no such table.
     """
     published, runs = load_published(), find_runs(paths)
     reproduced = published_rows(runs, given, published)
     rows = result_rows(runs, reproduced, published)
     found = views(rows)
     differences = [] if baseline is None else difference_tables(rows, baseline)
+    epochs = epochs_table(rows, thresholds) if thresholds else None
     rows = with_means(rows)
-    return Report(runs, rows, result_tables(rows), differences, found, notes(rows), reproduced, published)
+    tables = [*result_tables(rows), *([] if epochs is None else [epochs])]
+    return Report(runs, rows, tables, differences, found, notes(rows), reproduced, published)

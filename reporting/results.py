@@ -61,6 +61,7 @@ class Row:
     preset: str | None = None  # that made the run
     changes: tuple[str, ...] = ()  # flags given in addition to the preset's that change what is done
     weights: str = ""  # which ones made generated images, see ``formats.averages``; empty if unknown
+    labels: str = ""  # how classes of generated images were drawn: ``random`` or ``equal``; empty if unknown
     seeds: int = 1  # how many measurements it is the mean of
     measurement: Measurement | None = None
     owner: Run | None = None
@@ -124,6 +125,7 @@ def with_means(rows: Sequence[Row]) -> list[Row]:
             row.section,
             row.detail,
             row.weights,
+            row.labels,
             row.guidance,
             row.reference,
             row.images,
@@ -193,6 +195,7 @@ def records(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "section": row.section,
             "detail": row.detail,
             "weights": row.weights or None,
+            "labels": row.labels or None,
             "guidance": row.guidance or None,
             "reference": row.reference or None,
             "images": row.images,
@@ -261,7 +264,8 @@ def _row(
     preset = (run.preset.name, run.preset.changes) if run.preset else (None, ())
     what = (section, _name_of(run, measurement), detail, guidance, reference, measurement.count)
     weights = _made_by(measurement, samples).get("weights") or ""
-    return Row(*what, cells, row, *preset, weights, measurement=measurement, owner=run, samples=samples)
+    origin = {"measurement": measurement, "owner": run, "samples": samples}
+    return Row(*what, cells, row, *preset, weights, _labels(measurement, samples), **origin)
 
 
 def _name_of(run: Run, measurement: Measurement) -> str:
@@ -287,6 +291,13 @@ def _figure(run: Run, measurement: Measurement, metric: str) -> float:
 def _made_by(measurement: Measurement, samples: Samples | None) -> Mapping[str, Any]:
     """How images were made, as far as it is known."""
     return (samples.settings if samples else {}) or measurement.subject.get("made_by") or {}
+
+
+def _labels(measurement: Measurement, samples: Samples | None) -> str:
+    settings = _made_by(measurement, samples)
+    classes = settings.get("classes")
+    of_some = "" if classes is None else f" of {len(classes)} classes"
+    return f"{settings['label_sampling']}{of_some}" if settings.get("label_sampling") else ""
 
 
 def _guidance(measurement: Measurement, samples: Samples | None) -> str:

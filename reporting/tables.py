@@ -57,6 +57,7 @@ def _table(title: str, rows: list[Row]) -> Table:
         columns.append(Column("of", is_number=False))
     if any(row.weights not in ("", MAIN) for row in rows):
         columns.append(Column("weights", is_number=False))
+    columns += [Column("labels", is_number=False)] if any(row.labels for row in rows) else []
     columns += [Column("guidance", is_number=False)] if any(row.guidance for row in rows) else []
     columns += [Column("reference", is_number=False)] if any(row.reference for row in rows) else []
     columns += [Column("images")]
@@ -81,7 +82,8 @@ def _word(row: Row, column: Column) -> str:
     if column.title == "published row":
         compared = any(cell.published is not None for cell in row.cells.values())
         return row.published.id if compared else NOTHING
-    words = {"run": row.run, "of": row.detail, "weights": row.weights, "guidance": row.guidance}
+    words = {"run": row.run, "of": row.detail, "weights": row.weights, "labels": row.labels}
+    words |= {"guidance": row.guidance}
     return (words | {"reference": row.reference, "images": f"{row.images:,}"})[column.title] or NOTHING
 
 

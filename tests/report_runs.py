@@ -55,11 +55,13 @@ def write_samples(
     vae: str = "",
     reference: str = "imagenet256.npz",
     weights: str = "ema",
+    **settings: object,
 ) -> Path:
     """A folder of generated images in a run, without the images, and what was measured of it."""
     folder = run / name
     source = {"train_steps": 400, "weights": weights, "mode": "sde", "num_steps": 250, "heun": False}
     source |= {"cfg_scale": cfg_scale, "guidance_low": 0.0, "guidance_high": 1.0 if cfg_scale == 1 else 0.75}
+    source |= settings
     write_picture(folder / "preview.png")
     write_json(folder / "index.json", index_of(count, source | ({"vae": vae} if vae else {})))
     extractor = next((metric for metric in values if metric.startswith("FD-")), "")[3:].replace("/", "-")
