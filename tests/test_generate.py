@@ -22,6 +22,7 @@ from dataset.shards import PackedReader
 from diffusion.counted_noise import counted_normal
 from errors import UserError
 from formats.vae import load_tokenizer
+from inference.arguments import run_and_step
 from inference.sampling import choose_labels, default_shard_size, preview_rows
 from inference.trained_ldm import open_guide, open_trained_ldm
 from models.denoisers.config import SiTConfig
@@ -516,8 +517,8 @@ def test_names_of_guides(tmp_path):
     (tmp_path / "a@7").mkdir()
     cases = {"exps/a@7": ("exps/a", 7), "exps/a": ("exps/a", None), str(tmp_path / "a@7"): (tmp_path / "a@7", None)}
     for text, (folder, step) in cases.items():
-        assert generate.run_and_step(text) == (Path(folder), step)
-    assert generate.run_and_step("@20000") == (None, 20000)
+        assert run_and_step(text) == (Path(folder), step)
+    assert run_and_step("@20000") == (None, 20000)
 
 
 def test_no_guidance_without_a_null_class(tmp_path):
