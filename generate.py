@@ -90,7 +90,7 @@ def add_sweep_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME=A,B,…",
         help="small samples at every combination of scale=A,B,… (in the place of --cfg-scale), low=A,B,… and "
         "high=A,B,… (of --guidance-low and --guidance-high; only low up to high); each one's FID (with --features: "
-        "FD-NAME) against --evaluate REF; the best one's command",
+        "FD-NAME), or MIND by --metrics mind, against --evaluate REF; the best one's command",
     )
     group.add_argument(
         "--keep-images",

@@ -16,11 +16,6 @@ def gamma_of(length: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
 
 
-def length_of(gamma: float) -> float:
-    """The relative length of an exponent."""
-    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
-
-
 def decay_at(step: int, gamma: float) -> float:
     """β(t) = (1 − 1/t)^(γ+1), the weight of the old average in step t, counted from 1."""
     return (1 - 1 / step) ** (gamma + 1)

@@ -37,10 +37,6 @@ def halved(images: Tensor) -> Tensor:
     return F.avg_pool2d(images.float(), 2).round().to(images.dtype)
 
 
-def _turned(values: Tensor) -> Tensor:
-    return values.rot90(1, (2, 3))
-
-
 TRANSFORMS = {
     "flip": Transform(lambda images, _: images.flip(3), lambda plain, moved: (plain.flip(3), moved)),
     "rotation": Transform(

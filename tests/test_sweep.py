@@ -173,19 +173,20 @@ def test_equals_are_decided_for_less_guidance():
     assert "too few images" in remarks(*rank(points, {"p1": Figure(1.0), "p2": Figure(2.0)}), 3)[1]
 
 
-def test_figures_are_those_of_evaluate(run, ref, tiny, tmp_path, capsys):
-    """Of every point the FID that evaluate.py finds, all of the same labels and noise; table, picture, last word."""
+@pytest.mark.parametrize("metric", SWEEP_METRICS)
+def test_figures_are_those_of_evaluate(run, ref, tiny, tmp_path, capsys, metric):
+    """Of every point what evaluate.py finds, all of the same labels and noise; table, picture, last word."""
     folder = tmp_path / "sweep"
-    assert generate.main(sweep_flags(run, ref, folder)) == 0
+    assert generate.main([*sweep_flags(run, ref, folder), "--metrics", metric]) == 0
     output = capsys.readouterr().out
     found = result(folder)
     assert [row["name"] for row in found["points"]] == NAMES
     for row in found["points"]:
         argv = ["generation", "--samples", str(folder / row["name"]), "--ref", str(ref)]
-        assert evaluate.main([*argv, "--metrics", "fid", "--batch-size", "4"]) == 0
+        assert evaluate.main([*argv, "--metrics", metric, "--batch-size", "4"]) == 0
         (measured,) = read_measurements(folder / row["name"] / "metrics")
-        assert row["value"] == pytest.approx(measured.values["FID"], rel=1e-9)
-        assert row["measure"] == "FID" and row["error"] > 0
+        assert row["value"] == pytest.approx(measured.values[metric.upper()], rel=1e-9)
+        assert row["measure"] == metric.upper() and row["error"] > 0
     values = {row["name"]: row["value"] for row in found["points"]}
     assert found["best"] == min(values, key=values.get) and len(set(values.values())) == len(NAMES)
     with open(folder / "sweep.csv", newline="") as file:
