@@ -24,32 +24,19 @@ the figures in metrics/, and a folder of samples for each point. The same comman
 
 import argparse
 import functools
-import shlex
-import shutil
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from errors import UserError
-from formats.averages import MAIN
 from inference import arguments
 from inference.arguments import COMPILED_FROM, OUTPUT_FLAG, SAMPLES
 from inference.sweep import DEFAULT_SAMPLES, Point, axis, points_of
 from metrics.arguments import INCEPTION, SWEEP_METRICS, add_metric_arguments
 from runtime.cli import ArgumentParser, answer_early, run
 
-EVALUATION_LOCK_NAME = ".evaluation.lock"
-# Which flag a setting comes from; of the model those of MODEL_SETTINGS.
-FLAGS = {"precision": "--mixed-precision", "guide_sha256": "--guide"}
-UNSAID = {"time_shift": 1.0}  # of settings that older samples were made without
-MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
 SWEPT = {"scale": "cfg_scale", "low": "guidance_low", "high": "guidance_high"}  # axes of a sweep
-# What a sweep's last word, the command for the full sample, says anew or leaves out; the last where nothing guides.
-SWEEP_FLAGS = ("--sweep", "--keep-images", "--no-keep-images", "--num-fid-samples", OUTPUT_FLAG)
-POINT_FLAGS, GUIDE_FLAGS = ("--cfg-scale", "--guidance-low", "--guidance-high"), ("--guide", "--guidance-channels")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -151,64 +138,20 @@ def check_sweep(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     answer_early(parse_arguments)
 
-import numpy as np
 import torch
 
 from dataset.images import ImageDataset, open_images
-from dataset.npz import npz_bytes
-from dataset.packing import PackingJob, check_space, given_back_if_refused, lock_if_free, sigterm_as_interrupt
-from dataset.shards import ShardSpec, is_unfinished, read_index
-from diffusion.flow import settled_shift
-from diffusion.samplers import model_velocity
-from inference.latent_cache import autocast_for, chunk_size
-from inference.sampling import (
-    NPZ_NAME,
-    ImageSampler,
-    SamplerSettings,
-    ShardMaker,
-    choose_labels,
-    complete,
-    default_shard_size,
-)
+from dataset.packing import lock_if_free, sigterm_as_interrupt
+from inference.sample_folder import Job, default_folder, load_networks, make_samples
+from inference.sampling import default_shard_size
+from inference.sampling_dry_run import dry_run
 from inference.trained_ldm import TrainedLDM, open_guide, open_trained_ldm
 from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
-from metrics.evaluate_generation import GenerationEvaluation, plan, settings_of
+from metrics.evaluate_generation import EVALUATION_LOCK_NAME, GenerationEvaluation, plan, settings_of
 from metrics.generation import check_count
+from metrics.guidance_sweep import sweep
 from metrics.sources import open_image_set
-from metrics.sweep import TABLE_NAME, PointRecords, figures_of, rank, remarks, table, write_table
-from models.denoisers import Denoiser
-from models.tokenizers import Tokenizer
-from runtime.log import progress_bar
-from runtime.measure import count_parameters, peak_memory
 from runtime.processes import Process, set_inference_numerics, this_process
-
-
-class Networks(NamedTuple):
-    """On the device, compiled where that is wanted."""
-
-    model: Denoiser
-    guide: Denoiser | None
-    tokenizer: Tokenizer
-
-
-class Job(NamedTuple):
-    """What a sample, or every point of a sweep, is made from.
-
-    Attributes:
-        trained: the checkpoint, its guide with it.
-        tokenizer: the VAE.
-        classes: that are sampled.
-        process: who this is.
-        networks: loads them, once.
-        beside: real images for the preview.
-    """
-
-    trained: TrainedLDM
-    tokenizer: Tokenizer
-    classes: Sequence[int]
-    process: Process
-    networks: Callable[[], Networks]
-    beside: ImageDataset | None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -235,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
             with sigterm_as_interrupt():
                 if args.sweep is not None:
                     sweep(args, job, evaluation, argv)
-                elif generate(args, job) and evaluation is not None:
+                elif make_samples(args, job) and evaluation is not None:
                     evaluate_complete(args.sample_dir, evaluation, process)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -322,333 +265,6 @@ def parse_classes(text: str | None, class_names: Sequence[str]) -> list[int]:
             raise UserError(f"--classes names class {part} twice")
         classes.append(number)
     return classes
-
-
-def default_folder(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> Path:
-    """A folder in the run, named by what is most often varied; of a sweep, whose points have the rest in theirs."""
-    parts = [
-        "samples" if args.sweep is None else "sweep",
-        trained.label,
-        f"{args.mode}{'-heun' if args.heun else ''}{args.num_steps}",
-    ]
-    if args.time_shift is not None:
-        parts.append(f"shift{args.time_shift if args.time_shift == 'auto' else format(args.time_shift, 'g')}")
-    if args.sweep is None and args.cfg_scale != 1:
-        parts.append(guidance_name(args, trained))
-    if args.weights != MAIN:
-        parts.append(args.weights)
-    if args.label_sampling != "random":
-        parts.append(args.label_sampling)
-    return trained.folder / "-".join([*parts, f"{args.num_fid_samples}", f"seed{args.seed}"])
-
-
-def guidance_name(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> str:
-    """Scale, interval, channels and guide, for the names of folders."""
-    if args.cfg_scale == 1:
-        return "unguided"
-    kind, guide = "cfg" if trained.guide is None else "auto", trained.guide
-    parts = [f"{kind}{args.cfg_scale:g}", f"{args.guidance_low:g}", f"{args.guidance_high:g}"]
-    if args.guidance_channels is not None:
-        parts.append(f"{args.guidance_channels}ch")
-    if guide is not None:
-        is_own = guide.folder.resolve() == trained.folder.resolve()
-        parts += [*([] if is_own else [guide.folder.resolve().name]), guide.label]
-    return "-".join(parts)
-
-
-def at_point(args: argparse.Namespace, point: Point, trained: TrainedLDM | UntrainedLDM) -> argparse.Namespace:
-    """The flags of a point of a sweep, as if they had been given for it alone."""
-    own = argparse.Namespace(**vars(args))
-    own.cfg_scale, own.guidance_low, own.guidance_high = point.scale, point.low, point.high
-    own.guidance_channels = args.guidance_channels if point.is_guided else None
-    own.sample_dir = args.sample_dir / guidance_name(own, trained)
-    return own
-
-
-def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> SamplerSettings:
-    return SamplerSettings(
-        mode=args.mode,
-        num_steps=args.num_steps,
-        heun=args.heun,
-        cfg_scale=args.cfg_scale,
-        guidance_low=args.guidance_low,
-        guidance_high=args.guidance_high,
-        path_type=trained.path_type,
-        time_shift=time_shift(args, trained),
-        seed=args.seed,
-        guidance_channels=args.guidance_channels,
-    )
-
-
-def time_shift(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> float:
-    """That of the flag, or of the training."""
-    if args.time_shift is None:
-        return trained.time_shift
-    return settled_shift(args.time_shift, trained.config.latent_shape)
-
-
-def describe(args: argparse.Namespace, job: Job) -> dict:
-    """All that the images depend on; goes into the index, and a rerun in the same folder must agree with it."""
-    trained, tf32 = job.trained, job.process.device.type == "cuda" and args.allow_tf32
-    guide = None if args.cfg_scale == 1 else trained.guide
-    return {
-        "train_steps": trained.step,
-        "weights": trained.weights,
-        "weights_sha256": trained.checksum,
-        "vae": trained.vae_checksum,
-        "latent_statistics": job.tokenizer.statistics.checksum(),
-        **vars(sampler_settings(args, trained)),
-        "guide": None if guide is None else f"{guide.config.model} of step {guide.step}",
-        "guide_sha256": None if guide is None else guide.checksum,
-        "num_fid_samples": args.num_fid_samples,
-        "label_sampling": args.label_sampling,
-        "classes": None if len(job.classes) == len(trained.class_names) else list(job.classes),
-        "precision": "bf16" if args.mixed_precision == "bf16" else "tf32" if tf32 else "float32",
-        "rounding": args.rounding,
-        "shard_size": args.shard_size,
-    }
-
-
-def load_networks(
-    args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM, tokenizer: Tokenizer, process: Process
-) -> Networks:
-    """The denoiser, its guide and the VAE on the device."""
-    device = process.device
-    model = trained.load_model().to(device)
-    guide = None if trained.guide is None else trained.guide.load_model().to(device)
-    tokenizer.to(device)
-    if device.type == "cpu":
-        tokenizer.to(memory_format=torch.channels_last)
-    networks = Networks(model, guide, tokenizer)
-    for network in networks if args.compile else ():
-        if network is not None:
-            network.compile(dynamic=False)  # the denoiser for two sizes: with and without the null class
-    return networks
-
-
-def build_sampler(
-    args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM, networks: Networks, process: Process
-) -> ImageSampler:
-    return ImageSampler(
-        networks.model,
-        networks.tokenizer,
-        sampler_settings(args, trained),
-        truncate=args.rounding == "truncate",
-        decode_batch=chunk_size(trained.resolution, process.device),
-        autocast=autocast_for(process.device, args.mixed_precision),
-        guide=networks.guide,
-    )
-
-
-def packing_job(args: argparse.Namespace, job: Job) -> PackingJob:
-    """The folder of a sample."""
-    spec = ShardSpec("images", (3, job.trained.resolution, job.trained.resolution), "uint8")
-    flags = FLAGS | dict.fromkeys(MODEL_SETTINGS, "--exp-path")
-    return PackingJob(args.sample_dir, spec, describe(args, job), OUTPUT_FLAG, flags, UNSAID)
-
-
-def count_shards(args: argparse.Namespace) -> int:
-    return -(-args.num_fid_samples // args.shard_size)
-
-
-def generate(args: argparse.Namespace, job: Job) -> bool:
-    """Make what is missing of this process's shards, complete what is complete, say what came out.
-
-    Returns:
-        whether all images are there.
-    """
-    packing, process, shards = packing_job(args, job), job.process, count_shards(args)
-    show = print if process.is_main else lambda text: None
-    with given_back_if_refused(packing, alone=process.world_size == 1):
-        packing.begin()
-        labels = choose_labels(args.num_fid_samples, job.classes, args.label_sampling, args.seed)
-        todo = packing.missing(process.share(shards))
-        if process.is_main:
-            show_plan(args, packing, labels, len(job.classes), shards)
-        if todo:
-            sampler = build_sampler(args, job.trained, job.networks(), process)
-            make_shards(args, packing, sampler, labels, todo, process)
-        if not packing.finish(shards, job.trained.class_names):
-            show(f"{args.sample_dir}: this process's shards are complete; whoever comes last completes the folder")
-            return False
-        complete(packing, args.npz, args.preview, job.beside)
-        show(f"{args.sample_dir} is complete: {len(labels)} images" + (f", {NPZ_NAME}" if args.npz else ""))
-    return True
-
-
-def show_plan(args: argparse.Namespace, packing: PackingJob, labels: np.ndarray, num_classes: int, shards: int) -> None:
-    """What will be made, and whether there is room."""
-    missing, extra = packing.missing(range(shards)), len(labels) % num_classes
-    if args.label_sampling == "equal" and extra:
-        print(
-            f"note: {len(labels)} images of {num_classes} classes: the first {extra} classes get one more than the rest"
-        )
-    count = min(len(missing) * args.shard_size, len(labels))
-    npz = npz_bytes(len(labels), packing.spec.shape[-1]) if args.npz and not (packing.folder / NPZ_NAME).exists() else 0
-    if count or npz:
-        check_space(packing.folder, count * packing.spec.item_bytes + npz, "take fewer --num-fid-samples or --no-npz")
-
-
-def make_shards(
-    args: argparse.Namespace,
-    packing: PackingJob,
-    sampler: ImageSampler,
-    labels: np.ndarray,
-    todo: Sequence[int],
-    process: Process,
-) -> None:
-    maker = ShardMaker(
-        packing,
-        sampler,
-        labels,
-        shard_size=args.shard_size,
-        batch_size=args.pproc_batch_size,
-        only_whole_batches=args.compile,
-        device=process.device,
-    )
-    count, begin = sum(len(maker.items(number)) for number in todo), time.perf_counter()
-    with progress_bar(count, 0, "sampling", "img", process.is_main) as progress:
-        for number in todo:
-            maker.make(number, progress)
-    seconds = time.perf_counter() - begin
-    rate = f"{count} images in {seconds:.1f} s, {count / seconds:.2f} images/s"
-    print(f"process {process.rank} of {process.world_size}: {rate}")
-
-
-def sweep(args: argparse.Namespace, job: Job, evaluation: GenerationEvaluation, argv: Sequence[str]) -> None:
-    """A sample and a figure for each point that has none; who writes the last figure writes the table."""
-    if args.sample_dir.joinpath("args.json").is_file() or is_unfinished(args.sample_dir) or read_index(args.sample_dir):
-        raise UserError(f"{OUTPUT_FLAG} {args.sample_dir} is a run or a sample; give an empty or new folder to a sweep")
-    if job.process.world_size > 1 and not args.keep_images:
-        raise UserError("--no-keep-images is for one process: others may still read what it deletes; leave it out")
-    runs = {own.sample_dir.name: own for own in (at_point(args, point, job.trained) for point in args.points)}
-    records = PointRecords(args.sample_dir, evaluation)
-    if not plan_sweep(args, job, records, runs) and job.process.is_main:
-        conclude_sweep(args, records, runs, argv)
-    for name, own in runs.items():
-        is_new = name not in records.found() and make_point(own, job, records)
-        if is_new and runs.keys() <= records.found().keys():
-            conclude_sweep(args, records, runs, argv)
-        if not args.keep_images and name in records.found():
-            shutil.rmtree(own.sample_dir, ignore_errors=True)
-
-
-def make_point(args: argparse.Namespace, job: Job, records: PointRecords) -> bool:
-    """Sample and measure a point of a sweep; whether this process measured it, and not another one."""
-    if not generate(args, job):
-        return False
-    with lock_if_free(args.sample_dir / EVALUATION_LOCK_NAME) as is_ours:
-        if not is_ours or args.sample_dir.name in records.found():
-            return False
-        records.measure(args.sample_dir.name, open_image_set(args.sample_dir, OUTPUT_FLAG), job.process)
-    return True
-
-
-def plan_sweep(
-    args: argparse.Namespace, job: Job, records: PointRecords, runs: Mapping[str, argparse.Namespace]
-) -> list[str]:
-    """The points without a figure, once those with one are known to be of the same settings; whether there is room."""
-    found, missing, images = records.found(), [], 0
-    for name, own in runs.items():
-        packing = packing_job(own, job)
-        if name in found:
-            packing.check_settings(found[name].subject["made_by"])
-        else:
-            missing.append(name)
-            images += min(len(packing.missing(range(count_shards(own)))) * own.shard_size, own.num_fid_samples)
-    if job.process.is_main:
-        print(
-            f"sweep of {len(runs)} points, {args.num_fid_samples} images each; {len(missing)} are still to be measured"
-        )
-        if images and args.keep_images:
-            there = next(folder for folder in (args.sample_dir, *args.sample_dir.parents) if folder.exists())
-            advice = "take fewer points or --num-fid-samples, or --no-keep-images"
-            check_space(there, images * packing.spec.item_bytes, advice)
-    return missing
-
-
-def conclude_sweep(
-    args: argparse.Namespace, records: PointRecords, runs: Mapping[str, argparse.Namespace], argv: Sequence[str]
-) -> None:
-    """Table, picture, and the command for the full sample at the best point."""
-    from metrics.sweep_picture import save_sweep  # matplotlib takes a second to import
-
-    points = {name: Point(own.cfg_scale, own.guidance_low, own.guidance_high) for name, own in runs.items()}
-    rows, best = rank(points, figures_of(records.found(), records.title))
-    command = full_command(argv, best.point)
-    facts = {"count": args.num_fid_samples, "reference": str(args.evaluate), "features": args.features}
-    write_table(args.sample_dir, rows, best, records.title, {**facts, "command": command})
-    picture = args.sample_dir / f"{TABLE_NAME}.png"
-    save_sweep(picture, rows, best, records.title, args.num_fid_samples)
-    print(f"{args.num_fid_samples} images at each point against {args.evaluate}:")
-    print("\n".join([table(rows, best, records.title), *remarks(rows, best, args.num_fid_samples)]))
-    print(f"written to {args.sample_dir / TABLE_NAME}.json, .csv and .png")
-    print(f"the full sample at the best:\n{command}")
-
-
-def full_command(argv: Sequence[str], point: Point) -> str:
-    """The sweep's command line, turned into that of the usual number of samples at one of its points."""
-    replaced = {*SWEEP_FLAGS, *POINT_FLAGS, *(() if point.is_guided else GUIDE_FLAGS)}
-    kept, is_kept = [], True
-    for word in argv:
-        if word.startswith("--"):
-            is_kept = word.partition("=")[0] not in replaced
-        if is_kept:
-            kept.append(word)
-    return shlex.join(["python", "generate.py", *kept, *point.flags()])
-
-
-def dry_run(args: argparse.Namespace, job: Job) -> None:
-    """Two images in two steps, and what all of them would take at the rate of a forward pass."""
-    trained, process, steps, points = job.trained, job.process, args.num_steps, args.points
-    settings = [sampler_settings(at_point(args, point, trained), trained) for point in points]
-    passes, guided = (sum(numbers) for numbers in zip(*(each.forwards() for each in settings), strict=True))
-    args.num_steps = min(2, steps)
-    networks = job.networks()
-    sampler = build_sampler(at_point(args, points[-1], trained), trained, networks, process)
-    items = torch.arange(2, device=process.device)
-    labels = items % len(trained.class_names)
-    with torch.inference_mode():
-        sampler(items, labels)[0].cpu()  # warms up, or compiles
-        z = sampler.noise(items, 0)
-        own_seconds = pass_seconds(networks.model, sampler, z, labels)
-        guide_seconds = own_seconds if networks.guide is None else pass_seconds(networks.guide, sampler, z, labels)
-        begin = time.perf_counter()
-        sampler.decode(z).cpu()
-        decode_seconds = time.perf_counter() - begin
-    if not process.is_main:
-        return
-    count, share = args.num_fid_samples * len(points), args.num_fid_samples / process.world_size
-    seconds = (passes * own_seconds + guided * guide_seconds + len(points) * decode_seconds) / 2 * share
-    size = len(points) * npz_bytes(args.num_fid_samples, trained.resolution)
-    print(
-        f"{trained.config.model}, checkpoint {trained.label} ({trained.weights}): "
-        f"{count_parameters(networks.model)[0]:,} parameters"
-    )
-    if networks.guide is not None:
-        print(
-            f"guide: {trained.guide.config.model}, checkpoint {trained.guide.label}: "
-            f"{count_parameters(networks.guide)[0]:,} parameters, {guide_seconds:.3f} s a forward pass"
-        )
-    print(f"VAE: {count_parameters(networks.tokenizer)[0]:,} parameters")
-    print(f"batch of 2: {own_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
-    own, of_guide = (passes + guided, "") if networks.guide is None else (passes, f" and {guided} of the guide")
-    of_sweep = "" if args.sweep is None else f" over the {len(points)} points of the sweep"
-    print(
-        f"{own} forward passes{of_guide} an image{of_sweep} ({args.mode}, {steps} steps): about {seconds / 3600:.2f} "
-        f"hours for {count} images with {process.world_size} processes at this rate; larger batches are faster"
-    )
-    print(f"{size} bytes of shards" + (f", {size} of {NPZ_NAME}" if args.npz else ""))
-    print(f"peak memory: {peak_memory(process.device)}; nothing was written")
-
-
-def pass_seconds(network: Denoiser, sampler: ImageSampler, x: torch.Tensor, labels: torch.Tensor) -> float:
-    """Of one forward pass; a first one is not counted."""
-    velocity = model_velocity(network, sampler.autocast)
-    velocity(x, 1.0, labels).cpu()
-    begin = time.perf_counter()
-    velocity(x, 1.0, labels).cpu()
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

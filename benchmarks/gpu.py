@@ -34,6 +34,7 @@ import generate
 import train_ldm
 import train_sendvae
 from inference.latent_cache import ChunkEncoder, Target, autocast_for, chunk_size, latents_encoder
+from inference.sample_folder import build_sampler, load_networks
 from loss.vae_objective import load_loss_config
 from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
 from runtime.processes import set_inference_numerics, this_process
@@ -373,8 +374,8 @@ def measure_sampling(report: Report, sizes: Sizes, variants: Sequence[str]) -> N
         torch.manual_seed(0)  # the same random weights for all
         trained = generate.open_model(args, print)
         args.mode, args.num_steps = "ode", sizes.sample_steps
-        networks = generate.load_networks(args, trained, trained.load_autoencoder(), process)
-        sampler = generate.build_sampler(args, trained, networks, process)
+        networks = load_networks(args, trained, trained.load_autoencoder(), process)
+        sampler = build_sampler(args, trained, networks, process)
         with torch.no_grad():
             for parameter in networks.model.parameters():  # what starts at zero would make a velocity of zero
                 if not parameter.any():

@@ -29,6 +29,7 @@ from runtime.measure import count_parameters, peak_memory
 from runtime.processes import Process, process_group, set_inference_numerics, this_process
 
 FEW_IMAGES = 10_000
+EVALUATION_LOCK_NAME = ".evaluation.lock"  # of a folder of samples, held by the process that measures it
 
 
 def run(args: argparse.Namespace) -> int:

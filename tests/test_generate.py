@@ -23,6 +23,7 @@ from diffusion.counted_noise import counted_normal
 from errors import UserError
 from formats.vae import load_tokenizer
 from inference.arguments import run_and_step
+from inference.sample_folder import build_sampler, default_folder, load_networks
 from inference.sampling import choose_labels, default_shard_size, preview_rows
 from inference.trained_ldm import open_guide, open_trained_ldm
 from models.denoisers.config import SiTConfig
@@ -102,8 +103,8 @@ def test_noise_of_an_image(run):
     trained = open_trained_ldm(run, None, "ema")
     args = generate.parse_arguments(flags(run))
     process = generate.this_process()
-    networks = generate.load_networks(args, trained, trained.load_autoencoder(), process)
-    sampler = generate.build_sampler(args, trained, networks, process)
+    networks = load_networks(args, trained, trained.load_autoencoder(), process)
+    sampler = build_sampler(args, trained, networks, process)
     whole = sampler.noise(torch.arange(14), 3)
     for size in (4, 7):
         parts = [sampler.noise(items, 3) for items in torch.arange(14).split(size)]
@@ -363,11 +364,11 @@ def test_what_cannot_be_sampled_untrained(words, said, capsys):
 
 def test_default_folder(run, tmp_path):
     args = generate.parse_arguments(flags(run, cfg_scale=2.5, guidance_high=0.75))
-    folder = generate.default_folder(args, open_trained_ldm(run, None, "ema"))
+    folder = default_folder(args, open_trained_ldm(run, None, "ema"))
     assert folder == run / "samples-0000010-sde3-cfg2.5-0-0.75-10-seed0"
 
     args = generate.parse_arguments(flags(run, mode="ode", cfg_scale=2.5, guidance_channels=3, time_shift=2))
-    folder = generate.default_folder(args, open_trained_ldm(run, None, "ema"))
+    folder = default_folder(args, open_trained_ldm(run, None, "ema"))
     assert folder == run / "samples-0000010-ode3-shift2-cfg2.5-0-1-3ch-10-seed0"
 
 
@@ -435,11 +436,9 @@ def test_a_network_that_guides_itself_changes_nothing(run, tmp_path):
     latents = []
     for scale in (1, 0.5, 4):
         args = generate.parse_arguments(flags(run, cfg_scale=scale, num_steps=6))
-        networks = generate.load_networks(args, trained, trained.load_autoencoder(), process)
+        networks = load_networks(args, trained, trained.load_autoencoder(), process)
         latents.append(
-            generate.build_sampler(args, trained, networks._replace(guide=networks.model), process).latents(
-                items, labels
-            )
+            build_sampler(args, trained, networks._replace(guide=networks.model), process).latents(items, labels)
         )
     for found in latents[1:]:
         torch.testing.assert_close(found, latents[0], rtol=1e-4, atol=1e-4)
@@ -510,7 +509,7 @@ def test_default_folders_with_a_guide(run, small):
     for guide, name in ((f"@{STEP // 2}", "0000005"), (small, "small-0000010")):
         args = generate.parse_arguments(flags(run, cfg_scale=2.5, guidance_high=0.75, guide=guide))
         guided = replace(trained, guide=open_guide(trained, *args.guide))
-        assert generate.default_folder(args, guided) == run / f"samples-0000010-sde3-auto2.5-0-0.75-{name}-10-seed0"
+        assert default_folder(args, guided) == run / f"samples-0000010-sde3-auto2.5-0-0.75-{name}-10-seed0"
 
 
 def test_names_of_guides(tmp_path):

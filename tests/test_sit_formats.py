@@ -25,6 +25,7 @@ from errors import UserError
 from formats.exported_ldm import what_repae_lacks
 from formats.sit import Projectors, build_networks, infer_sizes, read_sit
 from formats.vae import load_tokenizer
+from inference import sample_folder
 from inference.trained_ldm import open_trained_ldm
 from loss.alignment import TokenGrid
 from models.denoisers.config import SIT_SIZES, SiTConfig
@@ -343,7 +344,7 @@ def test_generate_continues_and_refuses_other_weights(tmp_path):
     straight = sampled(tmp_path / "straight", exp_path=tmp_path / "a", **flags)
     begun = argv_of(SAMPLING | flags | {"sample_dir": tmp_path / "begun", "exp_path": tmp_path / "a"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "complete", lambda *args: None)
+        patch.setattr(sample_folder, "complete", lambda *args: None)
         assert generate.main(begun) == 0
     with pytest.raises(UserError, match=r"another --exp-path \(weights_sha256"):
         generate.main(argv_of(SAMPLING | flags | {"sample_dir": tmp_path / "begun", "exp_path": tmp_path / "b"}))

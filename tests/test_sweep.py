@@ -17,8 +17,10 @@ import generate
 import metrics.evaluate_generation as command
 from errors import UserError
 from files import write_json
+from inference.sample_folder import at_point, default_folder
 from inference.sweep import Point, axis, points_of
 from inference.trained_ldm import open_trained_ldm
+from metrics import guidance_sweep
 from metrics.arguments import SWEEP_METRICS
 from metrics.features import Extractor
 from metrics.record import Measurement, read_measurements, write_measurement
@@ -275,13 +277,13 @@ def test_images_may_go_figures_stay(run, ref, tiny, tmp_path, monkeypatch):
     """Each point's images before the next one's are made; a rerun needs none, and refuses other settings still."""
     folder, there = tmp_path / "sweep", []
     asked = with_values(monkeypatch, dict.fromkeys(NAMES, 5.0))
-    make = generate.generate
+    make = guidance_sweep.make_samples
 
     def watched(args, job):
         there.append(sorted(path.name for path in folder.glob("*") if path.name != "metrics"))
         return make(args, job)
 
-    monkeypatch.setattr(generate, "generate", watched)
+    monkeypatch.setattr(guidance_sweep, "make_samples", watched)
     argv = [*sweep_flags(run, ref, folder), "--no-keep-images"]
     assert generate.main(argv) == 0
     assert there == [[]] * len(NAMES) and asked == NAMES
@@ -294,7 +296,7 @@ def test_images_may_go_figures_stay(run, ref, tiny, tmp_path, monkeypatch):
 def test_the_space_of_all_points_is_asked_for_first(run, ref, tiny, tmp_path, monkeypatch, capsys):
     asked = with_values(monkeypatch, dict.fromkeys(NAMES, 5.0))
     needed = []
-    monkeypatch.setattr(generate, "check_space", lambda folder, size, advice: needed.append(size))
+    monkeypatch.setattr(guidance_sweep, "check_space", lambda folder, size, advice: needed.append(size))
     folder = tmp_path / "sweep"
     own = generate.parse_arguments(sweep_flags(run, ref, folder))
     assert [point.scale for point in own.points] == [1, 1.5, 3, 1.5, 3]
@@ -366,10 +368,10 @@ def test_dry_run_of_a_sweep(run, ref, tiny, tmp_path, capsys):
 def test_default_folders(run, ref):
     trained = open_trained_ldm(run, None, "ema")
     args = generate.parse_arguments([*flags(run, evaluate=ref, num_fid_samples=None), "--sweep", *GRID])
-    folder = generate.default_folder(args, trained)
+    folder = default_folder(args, trained)
     assert folder == run / "sweep-0000010-sde3-5000-seed0" and args.num_fid_samples == 5000
     args.sample_dir = folder
-    assert [generate.at_point(args, point, trained).sample_dir.name for point in args.points] == NAMES
+    assert [at_point(args, point, trained).sample_dir.name for point in args.points] == NAMES
 
 
 def test_a_record_that_is_no_measurement_is_named(run, ref, tiny, tmp_path):

@@ -7,6 +7,7 @@ import generate
 from diffusion.counted_noise import counted_integers, counted_normal, philox
 from formats.vae import load_tokenizer
 from inference.latent_cache import ChunkEncoder, Target, autocast_for, latents_encoder
+from inference.sample_folder import build_sampler, load_networks
 from inference.sampling import ImageSampler
 from inference.trained_ldm import open_trained_ldm
 from runtime.processes import Process, set_inference_numerics, this_process
@@ -26,8 +27,8 @@ def sampler_on(run, process: Process, **changes) -> ImageSampler:
     args = generate.parse_arguments(flags(run, **changes))
     set_inference_numerics(process, args.mixed_precision, allow_tf32=False)
     trained = open_trained_ldm(run, None, "ema")
-    networks = generate.load_networks(args, trained, trained.load_autoencoder(), process)
-    return generate.build_sampler(args, trained, networks, process)
+    networks = load_networks(args, trained, trained.load_autoencoder(), process)
+    return build_sampler(args, trained, networks, process)
 
 
 def test_noise():

@@ -1,0 +1,66 @@
+"""What generate.py --dry-run says: what all samples, or all points of a sweep, would take."""
+
+import argparse
+import time
+
+import torch
+
+from dataset.npz import npz_bytes
+from diffusion.samplers import model_velocity
+from inference.sample_folder import Job, at_point, build_sampler, sampler_settings
+from inference.sampling import NPZ_NAME, ImageSampler
+from models.denoisers import Denoiser
+from runtime.measure import count_parameters, peak_memory
+
+
+def dry_run(args: argparse.Namespace, job: Job) -> None:
+    """Two images in two steps, and what all of them would take at the rate of a forward pass."""
+    trained, process, steps, points = job.trained, job.process, args.num_steps, args.points
+    settings = [sampler_settings(at_point(args, point, trained), trained) for point in points]
+    passes, guided = (sum(numbers) for numbers in zip(*(each.forwards() for each in settings), strict=True))
+    args.num_steps = min(2, steps)
+    networks = job.networks()
+    sampler = build_sampler(at_point(args, points[-1], trained), trained, networks, process)
+    items = torch.arange(2, device=process.device)
+    labels = items % len(trained.class_names)
+    with torch.inference_mode():
+        sampler(items, labels)[0].cpu()  # warms up, or compiles
+        z = sampler.noise(items, 0)
+        own_seconds = pass_seconds(networks.model, sampler, z, labels)
+        guide_seconds = own_seconds if networks.guide is None else pass_seconds(networks.guide, sampler, z, labels)
+        begin = time.perf_counter()
+        sampler.decode(z).cpu()
+        decode_seconds = time.perf_counter() - begin
+    if not process.is_main:
+        return
+    count, share = args.num_fid_samples * len(points), args.num_fid_samples / process.world_size
+    seconds = (passes * own_seconds + guided * guide_seconds + len(points) * decode_seconds) / 2 * share
+    size = len(points) * npz_bytes(args.num_fid_samples, trained.resolution)
+    print(
+        f"{trained.config.model}, checkpoint {trained.label} ({trained.weights}): "
+        f"{count_parameters(networks.model)[0]:,} parameters"
+    )
+    if networks.guide is not None:
+        print(
+            f"guide: {trained.guide.config.model}, checkpoint {trained.guide.label}: "
+            f"{count_parameters(networks.guide)[0]:,} parameters, {guide_seconds:.3f} s a forward pass"
+        )
+    print(f"VAE: {count_parameters(networks.tokenizer)[0]:,} parameters")
+    print(f"batch of 2: {own_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
+    own, of_guide = (passes + guided, "") if networks.guide is None else (passes, f" and {guided} of the guide")
+    of_sweep = "" if args.sweep is None else f" over the {len(points)} points of the sweep"
+    print(
+        f"{own} forward passes{of_guide} an image{of_sweep} ({args.mode}, {steps} steps): about {seconds / 3600:.2f} "
+        f"hours for {count} images with {process.world_size} processes at this rate; larger batches are faster"
+    )
+    print(f"{size} bytes of shards" + (f", {size} of {NPZ_NAME}" if args.npz else ""))
+    print(f"peak memory: {peak_memory(process.device)}; nothing was written")
+
+
+def pass_seconds(network: Denoiser, sampler: ImageSampler, x: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of one forward pass; a first one is not counted."""
+    velocity = model_velocity(network, sampler.autocast)
+    velocity(x, 1.0, labels).cpu()
+    begin = time.perf_counter()
+    velocity(x, 1.0, labels).cpu()
+    return time.perf_counter() - begin
