@@ -154,6 +154,7 @@ def test_overrides_reach_flags_and_variables():
     assert "--compile" in found["ldm"]
     assert value(commands("quickstart", "--data", "a{b")["toy"], "output") == "a{b/toy"
     assert value(found["preprocess"], "output-path") == "elsewhere"
+    assert "--enc-type" not in commands("quickstart", "--sendvae.enc-type", "null")["sendvae"]
     start = found["sendvae"].index("--loss-override")
     assert found["sendvae"][start + 1 : start + 3] == ["a=1", "b=2"]
 
