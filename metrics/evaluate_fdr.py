@@ -155,7 +155,7 @@ def dry_run(args: argparse.Namespace, comparison: Comparison, missing: str, proc
         features, (first, second), batch = time_batches(samples, extractor.to(process.device), comparison.settings)
         lines.append(
             f"{network_label(name)}: {count_parameters(extractor)[0]:,} parameters, {features.dims[0]} features in "
-            f"{extractor.precision}; batch of {batch}: {first:.2f} s, {second:.2f} s: {batch / second:.1f} images/s"
+            f"{extractor.precision}; batch of {batch}: {first:.2f} s, {second:.2f} s: {batch / second:.3g} images/s"
         )
         del extractor  # before the next one is built
         others = [each for each in comparison.sets[1:] if each.flag == "--val" or name not in comparison.statistics]
