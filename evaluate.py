@@ -19,6 +19,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "reconstruction", help=arguments.RECONSTRUCTION_HELP, description=arguments.RECONSTRUCTION_DESCRIPTION
     )
     arguments.add_reconstruction_arguments(reconstruction)
+    fdr = commands.add_parser("fdr", help=arguments.FDR_HELP, description=arguments.FDR_DESCRIPTION)
+    arguments.add_fdr_arguments(fdr)
     reading = commands.add_parser("reading", help=arguments.READING_HELP, description=arguments.READING_DESCRIPTION)
     arguments.add_reading_arguments(reading)
     return parser.parse_args(argv)
@@ -27,10 +29,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 if __name__ == "__main__":
     answer_early(parse_arguments)
 
-from metrics import evaluate_generation, evaluate_reading, evaluate_reconstruction
+from metrics import evaluate_fdr, evaluate_generation, evaluate_reading, evaluate_reconstruction
 
 COMMANDS = {
     "generation": evaluate_generation,
+    "fdr": evaluate_fdr,
     "reconstruction": evaluate_reconstruction,
     "reading": evaluate_reading,
 }

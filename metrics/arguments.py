@@ -10,6 +10,8 @@ from runtime.cli import add_debug_argument, non_negative_int, positive_int
 INCEPTION, DINOV2 = "inception", "DINOv2"
 FEATURES_FLAG, CHECKPOINT_FLAG = "--features", "--enc-ckpt"
 INCEPTION_FLAG = "--inception-ckpt"
+FDR_PREFIX = "FDr/"
+FDR_NETWORKS = (INCEPTION, *(FDR_PREFIX + name for name in ("convnext", "dinov2", "mae", "siglip", "clip")))
 GENERATION_METRICS = ("fid", "sfid", "is", "pr", "kid", "mind")
 SWEEP_METRICS = ("fid", "mind")  # by which generate.py --sweep chooses, the default first; metrics.sweep.MEASURES
 RECONSTRUCTION_METRICS = ("rfid", "psnr", "ssim", "lpips-alex", "lpips-vgg")
@@ -37,6 +39,18 @@ share the work; neither their number nor the batch changes a value.
 
 Several sets are measured one after the other, each as a command of its own would, and a table follows. Their sides may
 differ, and differ from that of the VAE's training."""
+FDR_HELP = "generated images against a reference, by six networks at once: FDr6"
+FDR_DESCRIPTION = """FDr6 (arXiv 2604.28190): Fréchet distances of generated images, in multiples of real ones'.
+
+  python evaluate.py fdr --samples exps/ldm/samples-… --ref data/fid_stats
+  python evaluate.py fdr --samples exps/ldm/samples-… --ref data/imagenet256 --val data/imagenet256-val
+
+The mean over networks of FD(samples, reference) / FD(validation set, reference). --ref is a folder with the authors'
+statistics of ImageNet's training set (huggingface.co/jjiaweiyang/FD-Loss, data/fid_stats) or images. Without --val the
+denominators are the published ones: they hold for those statistics and 50,000 samples of 256 px alone. All networks'
+weights are looked for (in $VFM_DIR and the caches) before the first image is read; then one network after the other
+goes over the images. The values go into metrics/NAME.json; interrupted, the same command measures again, but what is
+known of --ref and --val is kept. Any number of processes share the work."""
 READING_HELP = "what a linear reader finds in generated images: the class asked for, clear attributes"
 READING_DESCRIPTION = """Read generated images with linear probes trained on labelled real ones.
 
@@ -59,13 +73,50 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add_metric_arguments(parser.add_argument_group("metrics"))
     output = parser.add_argument_group("output and speed")
     output.add_argument("--name", help=NAME_HELP)
-    output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images at once on a process")
-    output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
+    _add_pass_arguments(output)
     output.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="seed of KID's and MIND's draws")
-    output.add_argument(
-        "--dry-run", action="store_true", help="two batches, random weights if need be; print sizes; write nothing"
-    )
     add_debug_argument(output)
+
+
+def add_fdr_arguments(parser: argparse.ArgumentParser) -> None:
+    sets = parser.add_argument_group("what is compared")
+    add_samples_arguments(sets)
+    sets.add_argument(
+        "--ref", type=Path, required=True, metavar="PATH", help="released statistics, .npz, folder or packed dataset"
+    )
+    sets.add_argument(
+        "--val", type=Path, metavar="PATH", help="real held-out images, for the denominators (default: published FDs)"
+    )
+    group = parser.add_argument_group("networks")
+    group.add_argument(
+        "--networks",
+        type=_networks,
+        default=",".join(map(network_label, FDR_NETWORKS)),
+        metavar="A,B,…",
+        help=f"some of %(default)s (the default: FDr6), or other names of {FEATURES_FLAG}, which need --val",
+    )
+    _add_inception_argument(group)
+    group.add_argument(
+        "--ref-cache", type=Path, metavar="DIR", help="keeps the statistics of --ref and --val (default: next to each)"
+    )
+    output = parser.add_argument_group("output and speed")
+    output.add_argument("--name", help="name of the file metrics/NAME.json, which is replaced (default: fdr)")
+    _add_pass_arguments(output)
+    add_debug_argument(output)
+
+
+def network_label(features: str) -> str:
+    """What ``--networks`` and tables call a network of ``--features``."""
+    return features.removeprefix(FDR_PREFIX) if features in FDR_NETWORKS else features
+
+
+def _networks(text: str) -> list[str]:
+    """Names as ``--features`` has them."""
+    names = [part.strip() for part in text.split(",")]
+    names = [FDR_PREFIX + name if FDR_PREFIX + name in FDR_NETWORKS else _canonical(name) for name in names]
+    if "" in names or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text}: an entry is empty or given twice; give A,B,…")
+    return names
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +137,21 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
     output.add_argument("--dry-run", action="store_true", help="say what would be read, by what; write nothing")
     add_debug_argument(output)
+
+
+def _add_inception_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        INCEPTION_FLAG, metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: torch's hub cache)"
+    )
+
+
+def _add_pass_arguments(group: argparse._ArgumentGroup) -> None:
+    """How sets of images are gone through."""
+    group.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images at once on a process")
+    group.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
+    group.add_argument(
+        "--dry-run", action="store_true", help="two batches, random weights if need be; print sizes; write nothing"
+    )
 
 
 def add_samples_arguments(group: argparse._ArgumentGroup) -> None:
@@ -112,11 +178,10 @@ def add_metric_arguments(group: argparse._ArgumentGroup) -> None:
         default=INCEPTION,
         metavar="NAME",
         help="whose features: inception; DINOv2: the class token of ViT-L/14, for FD-DINOv2; a name of --enc-type: the "
-        "mean of its patch tokens; or timm/NAME. All but inception give FD-NAME, not FID",
+        "mean of its patch tokens; FDr/convnext, dinov2, mae, siglip or clip: those of FDr6, in bf16; or timm/NAME. "
+        "All but inception give FD-NAME, not FID",
     )
-    group.add_argument(
-        INCEPTION_FLAG, metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: torch's hub cache)"
-    )
+    _add_inception_argument(group)
     group.add_argument(
         CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)"
     )
@@ -144,7 +209,8 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-images", type=positive_int, metavar="N", help="evenly spread over a set (default: all)")
     add("--sample", action="store_true", help="reconstruct from a sample of the posterior instead of its mean")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of the samples' noise")
-    add = parser.add_argument_group("metrics").add_argument
+    group = parser.add_argument_group("metrics")
+    add = group.add_argument
     add(
         "--metrics",
         metavar="A,B,…",
@@ -156,7 +222,7 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose features rFID compares: inception (the default), a name of --enc-type, or timm/NAME; all but "
         "inception give rFD-NAME",
     )
-    add(INCEPTION_FLAG, metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: torch's hub cache)")
+    _add_inception_argument(group)
     add(CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)")
     for net, flag in LPIPS_FLAGS.items():
         add(flag, metavar="FILE", help=f"torchvision's {TRUNK_NAMES[net]} for LPIPS (default: torch's hub cache)")

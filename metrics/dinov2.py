@@ -54,7 +54,7 @@ def build_dinov2(checkpoint: str | None = None, random_weights: bool = False, ne
     try:
         path = None if random_weights else find_weights(network, spec, checkpoint)
     except UserError as error:  # the same network, asked for by another flag
-        raise UserError(str(error).replace("--enc-type", FEATURES_FLAG)) from error
+        raise type(error)(str(error).replace("--enc-type", FEATURES_FLAG)) from error
     built = timm.create_model(spec.timm_name, img_size=SIDE, num_classes=0)
     if path is not None:
         try:

@@ -12,7 +12,7 @@ from dataset.loader import read_batches
 from dataset.verification import verify
 from errors import UserError
 from metrics.arguments import INCEPTION
-from metrics.features import Extractor, build_extractor
+from metrics.features import Extractor, Features, build_extractor
 from metrics.generation import (
     Settings,
     check_reference,
@@ -112,14 +112,7 @@ def dry_run(samples: ImageSet, evaluation: GenerationEvaluation, process: Proces
     """Two batches of the samples, and how long all would take at that rate."""
     reference, settings = evaluation.reference, evaluation.settings
     extractor = evaluation.extractor.to(process.device)
-    batch = min(settings.batch_size, len(samples.images))
-    batches = [np.arange(number * batch, (number + 1) * batch) % len(samples.images) for number in range(2)]
-    seconds = []
-    for images in read_batches(samples.images, batches):
-        begin = time.perf_counter()
-        features = extractor(images.to(process.device))
-        features.pooled.cpu()
-        seconds.append(time.perf_counter() - begin)
+    features, seconds, batch = time_batches(samples, extractor, settings)
     if not process.is_main:
         return
     count = samples.count(settings.num_samples)
@@ -127,7 +120,7 @@ def dry_run(samples: ImageSet, evaluation: GenerationEvaluation, process: Proces
     rate = batch / seconds[-1]
     print(f"samples: {count} images of {samples.images.resolution} px; reference: {theirs} images")
     print(f"{extractor.describe()['name']}: {count_parameters(extractor)[0]:,} parameters")
-    print(f"features: {features.dims[0]} pooled, {features.dims[1]} spatial, {features.dims[2]} logits; float32")
+    print("features: {} pooled, {} spatial, {} logits; {}".format(*features.dims, extractor.precision))
     print(f"metrics: {', '.join(settings.metrics)}")
     total = (count + theirs) / rate / process.world_size
     print(
@@ -135,3 +128,16 @@ def dry_run(samples: ImageSet, evaluation: GenerationEvaluation, process: Proces
         f"minutes for all with {process.world_size} processes, less where the reference's features are kept"
     )
     print(f"peak memory: {peak_memory(process.device)}; nothing was written")
+
+
+def time_batches(samples: ImageSet, extractor: Extractor, settings: Settings) -> tuple[Features, list[float], int]:
+    """Features of the second of two batches, the seconds that each took, and its images."""
+    batch = min(settings.batch_size, len(samples.images))
+    batches = [np.arange(number * batch, (number + 1) * batch) % len(samples.images) for number in range(2)]
+    seconds = []
+    for images in read_batches(samples.images, batches):
+        begin = time.perf_counter()
+        features = extractor(images.to(extractor.device))
+        features.pooled.cpu()
+        seconds.append(time.perf_counter() - begin)
+    return features, seconds, batch

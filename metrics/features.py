@@ -1,4 +1,4 @@
-"""Networks by whose features sets of images are compared: Inception, DINOv2's class token, a VFM, any of timm's."""
+"""Networks by whose features sets of images are compared: Inception, DINOv2's class token, FDr's, VFMs, timm's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from files import weights_checksum
 from metrics import dinov2, inception
 from metrics.arguments import DINOV2, INCEPTION
 from metrics.arguments import FEATURES_FLAG as FLAG
+from metrics.representations import REPRESENTATIONS, Representation
 from models.encoders import ENCODERS, Encoder, EncoderSpec, build_encoder
 from models.encoders.weights import find_weights
 from models.weight_files import NotWeightsError, read_state_dict
@@ -43,7 +44,7 @@ class Extractor(nn.Module):
 
     Args:
         name: as ``--features`` names it.
-        network: images → what :class:`Features` holds, in that order.
+        network: images → what :class:`Features` holds, in that order; in float32 unless it has a ``precision``.
         weights_sha256: of the network's weights.
     """
 
@@ -62,6 +63,10 @@ class Extractor(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def precision(self) -> str:
+        return getattr(self.network, "precision", "float32")
+
     def train(self, mode: bool = True) -> "Extractor":
         """Stays in eval mode."""
         return super().train(False)
@@ -69,7 +74,8 @@ class Extractor(nn.Module):
     def describe(self) -> dict:
         """What a measurement says of it."""
         name = inception.NAME if self.is_inception else self.name
-        return {"name": name, "weights_sha256": self.weights_sha256}
+        precision = {} if self.precision == "float32" else {"precision": self.precision}
+        return {"name": name, "weights_sha256": self.weights_sha256} | precision
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> Features:
@@ -128,7 +134,7 @@ def build_extractor(name: str, checkpoint: str | None = None, random_weights: bo
     """Build the network that ``--features`` names.
 
     Args:
-        name: ``inception``, ``DINOv2``, a name of ``--enc-type``, or ``timm/`` and a model of timm.
+        name: ``inception``, ``DINOv2``, of ``REPRESENTATIONS``, of ``--enc-type``, or ``timm/`` and a model of timm.
         checkpoint: file with the weights; by default they are looked for where the network's usually lie.
         random_weights: to measure sizes and speed.
 
@@ -141,15 +147,19 @@ def build_extractor(name: str, checkpoint: str | None = None, random_weights: bo
     if name == DINOV2:
         network = dinov2.build_dinov2(checkpoint, random_weights)
         return Extractor(name, network, network.weights_sha256)
+    if name in REPRESENTATIONS:
+        spec = REPRESENTATIONS[name]
+        network = _build_timm(name, spec.timm_name, checkpoint, random_weights, **spec.options)
+        return Extractor(name, Representation(network, spec.side), weights_checksum(network.state_dict()))
     if name.startswith(TIMM):
-        network = _build_timm(name.removeprefix(TIMM), checkpoint, random_weights)
+        network = _build_timm(name, name.removeprefix(TIMM), checkpoint, random_weights)
         return Extractor(name, Pooled(network), weights_checksum(network.state_dict()))
     if name not in ENCODERS:
-        close = get_close_matches(name, [INCEPTION, DINOV2, *ENCODERS], 1)
+        close = get_close_matches(name, [DINOV2, *REPRESENTATIONS, *ENCODERS], 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"{FLAG} {name} is not known; {hint}there are {INCEPTION}, {DINOV2}, {', '.join(ENCODERS)}, and {TIMM}NAME "
-            "for any model of timm"
+            f"{FLAG} {name} is not known; {hint}there are {DINOV2}, {', '.join([*REPRESENTATIONS, *ENCODERS])}, and "
+            f"{TIMM}NAME for any model of timm"
         )
     stride = ENCODERS[name].stride
     grid = GRID if stride <= COARSEST_STRIDE else GRID * COARSEST_STRIDE // stride
@@ -162,26 +172,27 @@ def build_vfm(name: str, grid: int, checkpoint: str | None = None, random_weight
     try:
         return build_encoder(name, grid, checkpoint, random_weights)
     except UserError as error:  # the same network, asked for by another flag
-        raise UserError(str(error).replace("--enc-type", FLAG)) from error
+        raise type(error)(str(error).replace("--enc-type", FLAG)) from error
 
 
-def _build_timm(name: str, checkpoint: str | None, random_weights: bool) -> nn.Module:
+def _build_timm(asked: str, name: str, checkpoint: str | None, random_weights: bool, **options: bool) -> nn.Module:
+    """timm's model of a name, which ``--features`` asked for under another one."""
     if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), 1)
         hint = f"did you mean {TIMM}{close[0]}? " if close else ""
         raise UserError(f"{FLAG} {TIMM}{name}: timm has no such model; {hint}timm.list_models() lists them")
     if random_weights:
-        return timm.create_model(name)
+        return timm.create_model(name, **options)
     settings = timm.get_pretrained_cfg(name)
     full_name = ".".join(part for part in (settings.architecture, settings.tag) if part)
     spec = EncoderSpec(full_name, "cnn", embed_dim=0, stride=0)  # weights are looked for by its name alone
     try:
         path = find_weights(TIMM + name, spec, checkpoint)
     except UserError as error:
-        raise UserError(str(error).replace("--enc-type", FLAG)) from error
+        raise type(error)(str(error).replace(f"--enc-type {TIMM}{name}", f"{FLAG} {asked}")) from error
     try:
         overlay = {"state_dict": read_state_dict(path)}
         # with its classifier, unused: timm takes any file, even an unfitting one, for a network with another head
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except (NotWeightsError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{FLAG} {TIMM}{name}: {path} holds no weights for it ({one_line(error)})") from error
+        raise UserError(f"{FLAG} {asked}: {path} holds no weights for it ({one_line(error)})") from error

@@ -94,8 +94,9 @@ def check_count(what: str, count: int, settings: Settings) -> None:
     """Refuse fewer images than the metrics are defined for."""
     least = NEIGHBOUR + 1 if "pr" in settings.metrics else 2
     if count < least:
-        metrics = ",".join(settings.metrics)
-        raise UserError(f"{what}: too few images ({count}), --metrics {metrics} needs at least {least}; give more")
+        raise UserError(
+            f"{what}: too few images ({count}), {','.join(settings.metrics)} needs at least {least}; give more"
+        )
 
 
 def evaluate(
@@ -132,7 +133,7 @@ def evaluate(
 
 
 def summarise_reference(
-    reference: ImageSet, extractor: Extractor, settings: Settings, process: Process
+    reference: ImageSet, extractor: Extractor, settings: Settings, process: Process, description: str = "reference"
 ) -> Summary | None:
     """What the metrics need of the reference: what it brings, what is kept of it, and the rest from its images."""
     metrics, name = settings.metrics, extractor.name
@@ -158,7 +159,7 @@ def summarise_reference(
                 process,
                 batch_size=settings.batch_size,
                 num_workers=settings.num_workers,
-                description="reference",
+                description=description,
             )
             if kept is not None:
                 cache.keep(kept)
@@ -232,7 +233,7 @@ def measurement(
             "mind_projections": PROJECTIONS,
             "is_split_size": SPLIT_SIZE,
             "neighbour": NEIGHBOUR,
-            "precision": "float32",
+            "precision": extractor.precision,
         },
     )
 
@@ -250,9 +251,7 @@ def describe_reference(reference: ImageSet, extractor: Extractor, settings: Sett
 
 def measurement_name(samples: ImageSet, features: str) -> str:
     """``generation``, with the ``.npz`` it is of where that has a name of its own, and the network if not Inception."""
-    parts = [KIND]
-    if samples.path.is_file() and samples.path.stem != "samples":
-        parts.append(samples.path.stem)
+    parts = [KIND, *samples.own_name]
     if features != INCEPTION:
         parts.append(features.replace("/", "-"))
     return "-".join(parts)

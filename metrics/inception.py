@@ -15,7 +15,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from errors import UserError
 from files import checksum, weights_checksum
 from metrics.arguments import INCEPTION_FLAG as FLAG
-from models.weight_files import NotWeightsError, read_state_dict
+from models.weight_files import MissingWeightsError, NotWeightsError, read_state_dict
 
 URL = fidelity.URL_INCEPTION_V3
 FILE_NAME = URL.rsplit("/", 1)[1]
@@ -94,7 +94,7 @@ def find_weights(checkpoint: str | None = None) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=PUBLISHED_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
-            raise UserError(
+            raise MissingWeightsError(
                 f"no Inception weights: {URL} cannot be reached; give the file {FILE_NAME} with {FLAG}, put it at "
                 f"{path}, or take another network with --features"
             ) from error

@@ -23,7 +23,7 @@ class Measurement:
 
     Attributes:
         name: of the file, e.g. ``generation`` or ``probe-celeba``.
-        kind: ``generation``, ``reconstruction`` or ``probe``.
+        kind: ``generation``, ``fdr``, ``reading``, ``reconstruction`` or ``probe``.
         values: figures by their names (``FID``, ``PSNR``, ``attributes/F1-macro``…); None for one that means nothing.
         count: images that were measured.
         subject: what was measured: ``path``, and what is known of it (step, weights' checksum…).

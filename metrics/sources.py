@@ -68,6 +68,11 @@ class ImageSet:
         }
 
     @property
+    def own_name(self) -> list[str]:
+        """The name of an ``.npz`` that is not the only one in its folder, for the names of its measurements."""
+        return [self.path.stem] if self.path.is_file() and self.path.stem != "samples" else []
+
+    @property
     def metrics_folder(self) -> Path:
         """Where what is measured of it goes: nothing is written into a folder of somebody's images."""
         return folder_beside(self.path) if isinstance(self.images, FolderImages) else metrics_folder(self.path)
@@ -186,8 +191,8 @@ def _holds_images(folder: Path) -> bool:
 def _open_npz(path: Path, flag: str) -> ImageSet:
     with open_npz(path) as archive:
         names = array_names(archive)
-    pooled = _read_statistics(path, POOLED_KEYS, POOLED) if set(POOLED_KEYS) <= set(names) else None
-    spatial = _read_statistics(path, SPATIAL_KEYS, SPATIAL) if set(SPATIAL_KEYS) <= set(names) else None
+    pooled = read_statistics(path, POOLED_KEYS, POOLED) if set(POOLED_KEYS) <= set(names) else None
+    spatial = read_statistics(path, SPATIAL_KEYS, SPATIAL) if set(SPATIAL_KEYS) <= set(names) else None
     if spatial is not None and spatial.mean.min() < 0:
         raise UserError(
             f"{path}: mu_s has negative entries (down to {spatial.mean.min():.3g}), but sFID's features come after a "
@@ -197,11 +202,16 @@ def _open_npz(path: Path, flag: str) -> ImageSet:
     return ImageSet(path, flag, images, pooled, spatial)
 
 
-def _read_statistics(path: Path, keys: tuple[str, str], dim: int) -> Gaussian:
+def read_statistics(path: Path, keys: tuple[str, str], dim: int) -> Gaussian:
+    """A Gaussian that an ``.npz`` holds under the names of its mean ``[dim]`` and covariance ``[dim, dim]``.
+
+    Raises:
+        UserError: not readable, other shapes, not finite, or no covariance.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, cov = (np.asarray(file[key], np.float64) for key in keys)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: {', '.join(keys)} are not readable ({error}); copy or download it again") from error
     where = f"{path}: {', '.join(keys)}"
     if mean.shape != (dim,) or cov.shape != (dim, dim):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from errors import one_line
+from errors import UserError, one_line
 from files import is_out_of_reach, read_safetensors
 
 NESTED_KEYS = ("state_dict", "model")  # where training codes put the weights among other things
@@ -66,6 +66,10 @@ _UNSUPPORTED = re.compile(r"Unsupported global: GLOBAL (\S+)|unsupported GLOBAL 
 
 class NotWeightsError(Exception):
     """The file holds no tensors by name; the message is the reason, in a few words."""
+
+
+class MissingWeightsError(UserError):
+    """The file is in none of the places where it is looked for."""
 
 
 class Placeholder:

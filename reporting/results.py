@@ -18,6 +18,7 @@ from metrics.record import Measurement, label_of
 from reporting.runs import Run, Samples
 
 GENERATION, READING, RECONSTRUCTION = "Generated images", "Generated images, read", "Reconstruction"
+FDR = "Generated images, FDr"  # ratios of Fréchet distances: not FDs, and not of one network
 OTHER_FEATURES = ", features of "
 PROBES = {
     "attributes": "Probe: attributes",
@@ -26,11 +27,12 @@ PROBES = {
     "discrimination": "Probe: discrimination of latents",
     "diffusability": "Probe: measures of latents",
 }
-SECTIONS = (GENERATION, READING, RECONSTRUCTION, *PROBES.values())
-ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "MIND", "rFID", "PSNR", "SSIM", "LPIPS-alex", "LPIPS-vgg",
-         "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5", "LDS", "CDS", "SRSS", "spectral-slope",
-         "flip-error", "rotation-error", "shift-error", "scale-error", "channel-correlation", "sphere-uniformity",
-         "participation-token", "participation-latent", "TwoNN", "velocity-gaussian", "velocity-variance")  # fmt: skip
+SECTIONS = (GENERATION, FDR, READING, RECONSTRUCTION, *PROBES.values())
+ORDER = ("FID", "sFID", "IS", "Precision", "Recall", "KID", "MIND", "FDr6", "FDr", "rFID", "PSNR", "SSIM", "LPIPS-alex",
+         "LPIPS-vgg", "F1-macro", "F1-micro", "mAP", "top5-recall", "top1", "top5", "LDS", "CDS", "SRSS",
+         "spectral-slope", "flip-error", "rotation-error", "shift-error", "scale-error", "channel-correlation",
+         "sphere-uniformity", "participation-token", "participation-latent", "TwoNN", "velocity-gaussian",
+         "velocity-variance")  # fmt: skip
 GENERIC_NAMES = ("packed", "packed-val", "train", "val", "test")  # of a dataset: its parent's name says more
 BENCHMARKS = ("celeba", "deepfashion", "awa")
 PUBLISHED_RESOLUTION = 256  # of all published reconstructions
@@ -249,6 +251,10 @@ def _row(
     elif measurement.kind == "reading":
         section, guidance = READING, _guidance(measurement, samples)
         detail, reference = samples.path.name if samples else "", detail
+    elif measurement.kind == "fdr":
+        section, guidance = FDR, _guidance(measurement, samples)
+        denominators = label_of(Path(str(measurement.settings.get("denominators"))))
+        detail, reference = samples.path.name if samples else "", f"{detail}, denominators {denominators}"
     elif measurement.kind == "probe":
         section = _probe_section(measurement)
         if measurement.settings.get("features") == "pixels":

@@ -13,10 +13,11 @@ from reporting.results import GENERATION, OTHER_FEATURES, Cell, Row, metric_orde
 
 NOTHING = "–"
 PUBLISHED = "published"
-DIGITS = {"IS": 1, "PSNR": 2, "FID": 2, "sFID": 2, "rFID": 2, "Precision": 3, "Recall": 3, "SSIM": 3}
+DIGITS = {"IS": 1, "PSNR": 2, "Precision": 3, "Recall": 3, "SSIM": 3}
+DIGITS |= dict.fromkeys(("FID", "sFID", "rFID", "FDr6", "FDr"), 2)
 PUBLISHED_DIGITS = {"IS": 1, "LPIPS": 3, "F1": 4}  # 2 for all others
 HIGHER_IS_BETTER = ("IS", "Precision", "Recall", "PSNR", "SSIM", "F1", "mAP", "top", "asked", "clear", "held")
-LOWER_IS_BETTER = ("FID", "sFID", "rFID", "FD", "rFD", "KID", "MIND", "LPIPS", "gini")
+LOWER_IS_BETTER = ("FID", "sFID", "rFID", "FD", "FDr6", "FDr", "rFD", "KID", "MIND", "LPIPS", "gini")
 
 
 @dataclass(frozen=True)

