@@ -127,7 +127,8 @@ def check_sweep(args: argparse.Namespace) -> None:
     if len(args.points) < 2:
         raise UserError(
             f"--sweep: {len(args.points)} point{'' if len(args.points) == 1 else 's'}, as low may not lie above high "
-            "and without guidance (scale=1) there is no interval; give more values"
+            "and without guidance (scale=1, unless --cfg-scale says otherwise) there is no interval; give more values, "
+            "e.g. scale=1,2"
         )
     args.metrics = args.metrics or SWEEP_METRICS[0]
     if args.metrics not in SWEEP_METRICS:
@@ -221,6 +222,7 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
         raise UserError(
             f"--path-type {args.path_type}: {args.exp_path} was trained on {trained.path_type}; leave it out"
         )
+    check_channels(args, trained)
     if args.guide is not None:
         return replace(trained, guide=open_guide(trained, *args.guide, report))
     scale = next((point.scale for point in args.points if point.is_guided), None)
@@ -230,12 +232,23 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
             f"{flag}: {args.exp_path} was trained with --cfg-prob 0, without the null class that guidance needs; leave "
             "the flag out, or give a --guide"
         )
-    if trained.config.class_token_width and args.guidance_channels is not None:
+    return trained
+
+
+def check_channels(args: argparse.Namespace, trained: TrainedLDM) -> None:
+    """Refuse ``--guidance-channels`` that the latent does not have."""
+    if args.guidance_channels is None:
+        return
+    channels, *_ = trained.config.latent_shape
+    if trained.config.class_token_width:
         raise UserError(
             f"--guidance-channels {args.guidance_channels}: {args.exp_path} was trained with --reg-coeff, and a class "
             "token has no such channels; leave the flag out"
         )
-    return trained
+    if args.guidance_channels > channels:
+        raise UserError(
+            f"--guidance-channels {args.guidance_channels}: the latent has {channels}; leave the flag out to guide all"
+        )
 
 
 def warn(message: str) -> None:

@@ -122,6 +122,7 @@ def settle_alignment(args: argparse.Namespace) -> None:
     args.align = "+".join(name for name in names if DENOISER_ALIGNMENTS[name].weight_of(args)) or NONE
     is_aligned = any(DENOISER_ALIGNMENTS[name].needs_features for name in parse_sum(args.align))
     arguments.check_feature_arguments(args, is_aligned, f"--align {args.align}", bool(args.reg_coeff))
+    arguments.check_alignment_schedule(args, args.align != NONE, f"--align {args.align}")
 
 
 if __name__ == "__main__":

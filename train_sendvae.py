@@ -38,6 +38,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
     args.weighting = args.noise_times or "uniform"  # what times are drawn of
     arguments.check_feature_arguments(args, bool(args.align_coeff), "--align-coeff 0")
+    arguments.check_alignment_schedule(args, bool(args.align_coeff), "--align-coeff 0")
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")
     if args.freeze_vae and not TOKENIZER_ALIGNMENTS[args.align_loss].trains_alone:

@@ -174,11 +174,18 @@ def test_training_with_all_of_it_resumes_exactly(data, tmp_path):
     assert run(train_ldm.main, [*argv, "--max-train-steps", "6", "--align-until", "4"]) == EXIT_USER_ERROR
 
 
-def test_sendvae_with_both_halves_and_other_noise(data, tmp_path, capsys):
+def test_sendvae_with_both_halves_and_other_noise(data, tmp_path, monkeypatch, capsys):
     changes = {"mapper_head": "conv", "feature_norm": "spatial", "align_schedule": "cosine"}
     noise = {"noise_times": "lognormal", "noise_shift": 2.0, "noise_max": 0.8}
     argv = sendvae_runs.flags(data, tmp_path, val_data_dir=data, max_train_steps=None, **changes, **noise, **PLAIN)
     straight = [a if a != "run" else "straight" for a in argv]
+    scores, drawn = MapperAlignment.scores, []
+
+    def watched(self, code, statistics, features, draws):
+        drawn.extend(draws.times.tolist())
+        return scores(self, code, statistics, features, draws)
+
+    monkeypatch.setattr(MapperAlignment, "scores", watched)
     for words in (argv, [*straight[:-2], *straight[-2:]]):
         assert run(train_sendvae.main, [*words, "--max-train-steps", "4", "--checkpointing-steps", "2"]) == 0
     lines = [[line for line in metrics(tmp_path / name) if "loss" in line] for name in ("run", "straight")]
@@ -188,6 +195,7 @@ def test_sendvae_with_both_halves_and_other_noise(data, tmp_path, capsys):
         expected = line["reconstruction"] + 1e-6 * line["kl"] + factor * line["alignment"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics(tmp_path / "run")[-1]["val/constant_cosine"] < 0.9
+    assert min(drawn) < 0 < 1 < max(drawn)  # as in training: normal draws, of which log-normal times are made
     grid = sendvae_runs.flags(data, tmp_path, "one", mapper_grid=1, feature_norm="spatial", **PLAIN)
     assert run(train_sendvae.main, grid) == EXIT_USER_ERROR
     assert "--feature-norm spatial compares the tokens of an image" in capsys.readouterr().err

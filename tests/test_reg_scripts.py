@@ -204,8 +204,9 @@ class TestAfterwards:
 
     def test_guidance_of_some_channels_is_refused(self, trained, tmp_path, capsys):
         argv = ["--exp-path", str(trained), "--sample-dir", str(tmp_path / "none"), "--num-fid-samples", "2"]
-        assert run(generate.main, [*argv, "--cfg-scale", "2", "--guidance-channels", "3"]) == 2
-        refused(capsys, "--guidance-channels 3", "--reg-coeff")
+        for guide in ([], ["--guide", "@2"]):
+            assert run(generate.main, [*argv, "--cfg-scale", "2", "--guidance-channels", "3", *guide]) == 2
+            refused(capsys, "--guidance-channels 3", "--reg-coeff")
 
     def test_an_export_of_it_samples_an_image(self, trained, tmp_path, monkeypatch):
         assert run(export_ldm.main, [str(trained), str(tmp_path / "ldm")]) == 0

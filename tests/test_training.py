@@ -383,6 +383,14 @@ def test_changed_flag_is_refused_by_name_and_steps_may_change(tmp_path):
         refuse_changed_arguments(old, old | {"vae_learning_rate": 1e-3}, CHANGEABLE, tmp_path)
 
 
+def test_a_run_older_than_a_flag_resumes(tmp_path):
+    """With the flag's default, or where it says nothing (--mapper-head with --align-loss vf); else it is refused."""
+    for value in ("mlp", None):
+        refuse_changed_arguments({"seed": 0}, {"seed": 0, "mapper_head": value}, CHANGEABLE, tmp_path)
+    with pytest.raises(UserError, match="--mapper-head mlp, not conv"):
+        refuse_changed_arguments({"seed": 0}, {"seed": 0, "mapper_head": "conv"}, CHANGEABLE, tmp_path)
+
+
 def test_run_folder_truncates_what_is_done_again_and_locks_itself(tmp_path):
     accelerator = Accelerator(cpu=True)
     run = Run(tmp_path / "run", accelerator, {"seed": 0})

@@ -27,7 +27,9 @@ ALIGN_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 
 # What may differ when a run is resumed, with a word in the log on what changes: neither objective nor global batch.
-DRAWN_OTHERWISE = "noise is drawn otherwise (and a PatchGAN, if any, may see micro-batches of another size)"
+DRAWN_OTHERWISE = (
+    "noise is drawn otherwise (and a PatchGAN, or --noise-statistics batch, may see micro-batches of another size)"
+)
 ROUNDED_OTHERWISE = "results are rounded otherwise"
 MENTIONED = {
     "num_processes": DRAWN_OTHERWISE,
@@ -426,6 +428,16 @@ def check_feature_arguments(
     for flag, is_unused in unused.items():
         if is_unused:
             raise UserError(f"{flag} with {without}: nothing asks for features; leave {flag} out")
+
+
+def check_alignment_schedule(args: argparse.Namespace, is_aligned: bool, without: str) -> None:
+    """Refuse a schedule of nothing; ``without`` is the flag that switched the alignment off."""
+    for flag, is_given in (
+        ("--align-until", args.align_until is not None),
+        ("--align-schedule", args.align_schedule != "constant"),
+    ):
+        if is_given and not is_aligned:
+            raise UserError(f"{flag} with {without}: nothing is aligned; leave {flag} out")
 
 
 def check_image_arguments(args: argparse.Namespace) -> None:

@@ -362,7 +362,8 @@ def schedule_factor(arguments: Mapping[str, Any], step: int) -> float | None:
 def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:
     """A resumed run must be the same run: raise :class:`UserError` naming the first flag that differs."""
     for name, value in new.items():
-        before = old.get(name, UNSAID.get(name, value))
+        # a flag that says nothing in this run (None) said nothing either before it was there
+        before = old.get(name, value if value is None else UNSAID.get(name, value))
         if name not in changeable and before != value:
             if name in DERIVED:
                 raise UserError(

@@ -88,7 +88,7 @@ def validate_tokenizer(
     for items, batch in held_out_batches(method, held_out):
         images = batch.images
         generator = seeded_generator(device, Stream.VALIDATION, method.args.seed, int(items[0]))
-        draws = draw((len(images), *tokenizer.latent_shape(images.shape[-1])), generator)
+        draws = draw((len(images), *tokenizer.latent_shape(images.shape[-1])), generator, method.args.weighting)
         with method.accelerator.autocast():
             code = tokenizer.encode(images)
             reconstruction = tokenizer.decode(code.mode)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from diffusion import WEIGHTINGS
 from errors import UserError
-from runtime.cli import fraction, non_negative_float, non_negative_int, positive_float, positive_int
+from runtime.cli import flag_of, fraction, non_negative_float, non_negative_int, positive_float, positive_int
 
 MAPPER_HEADS, NOISE_STATISTICS = ("mlp", "conv"), ("running", "batch")
 # VAE-REPA: published for B, L and XL; smaller denoisers follow B.
@@ -145,6 +145,17 @@ class MapperFlags(TokenizerAlignmentFlags):
         )
 
     @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        given = {flag_of(name) for name, default in cls.DEFAULTS.items() if getattr(args, name) != default}
+        for unused, because in (
+            (("--noise-times", "--noise-shift", "--noise-max"), not args.noise_injection and "--no-noise-injection"),
+            (("--mapper-width",), args.mapper_head == "conv" and "--mapper-head conv"),
+        ):
+            if because and given.intersection(unused):
+                flag = next(flag for flag in unused if flag in given)
+                raise UserError(f"{flag} says nothing with {because}; leave one of them out")
+
+    @classmethod
     def resolve_arguments(cls, args: argparse.Namespace) -> None:
         args.mapper_grid = args.mapper_grid or max(1, args.resolution // 16)
 
@@ -234,7 +245,7 @@ class REPAFlags(DenoiserAlignmentFlags):
             "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
         )
         group.add_argument(
-            "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of the projectors"
+            "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of REPA's projectors"
         )
 
     @classmethod

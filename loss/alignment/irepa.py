@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from errors import UserError
 from loss.alignment.base import TokenGrid
 from loss.alignment.flags import IREPAFlags
 from loss.alignment.repa import REPA
@@ -26,6 +27,10 @@ class IREPA(IREPAFlags, REPA):
 
     def __init__(self, denoiser: Denoiser, features: Sequence[TokenGrid], depth: int, weight: float, strength: float):
         super().__init__(denoiser, features, depth, 0, weight)
+        if any(vfm.grid == 1 for vfm in features):
+            raise UserError(
+                "--align irepa compares the tokens of an image, and here it has one: take a smaller patch, or repa"
+            )
         self.strength = strength
 
     @classmethod

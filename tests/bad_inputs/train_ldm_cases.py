@@ -237,6 +237,10 @@ CASES = [
         with_flags(vae_repa_coeff=0.5),
         ("--vae-repa-coeff belongs to --align vae, not to --align repa",),
     ),
+    Case(
+        "schedule of nothing", with_flags(align="none", align_schedule="linear"), ("--align-schedule", "--align none")
+    ),
+    Case("iREPA of one token", with_flags(align="irepa", model="SiT-Ti/8"), ("--align irepa", "smaller patch")),
     Case("depth without VAE-REPA", with_flags(align="none", vae_repa_depth=2), ("--vae-repa-depth", "--align none")),
     Case(
         "times without VAE-REPA",

@@ -204,6 +204,15 @@ CASES = [
         ("--mapper-depth belongs to --align-loss cosine, not to --align-loss vf",),
     ),
     Case("vf with noise", with_flags(align_loss="vf", noise_injection=True), ("--noise-injection", "cosine")),
+    Case(
+        "times of no noise", with_flags(no_noise_injection=True, noise_max=0.5), ("--noise-max", "--no-noise-injection")
+    ),
+    Case(
+        "width of a convolution", with_flags(mapper_head="conv", mapper_width=64), ("--mapper-width", "--mapper-head")
+    ),
+    Case(
+        "until when nothing is aligned", with_flags(align_coeff=0, align_until=5), ("--align-until", "--align-coeff 0")
+    ),
     Case("unknown alignment loss", with_flags(align_loss="l2"), ("--align-loss", "cosine", "vf")),
     Case("margin above 1", with_flags(align_loss="vf", vf_distance_margin=2), ("--vf-distance-margin", "[0, 1]")),
     Case("negative weight", with_flags(align_loss="vf", vf_weight=-1), ("--vf-weight", "-1")),
