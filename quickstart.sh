@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# ./quickstart.sh [--long | --data DIR] [--from-scratch] [flags of run_experiment.sh]
+# ./quickstart.sh [--compare | --long | --data DIR] [--from-scratch] [flags of run_experiment.sh]
 #
 # From nothing to generated images on any machine with Python 3.10 or later: makes .venv, installs, then runs the preset
 # quickstart of run_experiment.sh, a line for each stage. No network but PyPI. The same command goes on where it stopped.
 #
+#   --compare       then the same without alignment, and both in one table: what Send-VAE changes
 #   --long          more of everything: the preset quickstart_long
 #   --data DIR      the same on your photographs (a folder of class folders) instead of the toy shapes
 #   --from-scratch  train the tiny VAE too, instead of starting from the one in pretrained/tiny_vae
@@ -20,12 +21,14 @@ fail() {
 
 preset=quickstart
 scratch=false
+compare=false
 flags=()
 while (($#)); do
     case $1 in
         -h | --help) usage; exit 0 ;;
         --long) preset=quickstart_long ;;
         --from-scratch) scratch=true ;;
+        --compare) compare=true ;;
         --data)
             [[ -n "${2:-}" ]] || fail "--data needs a folder of photographs"
             [[ "$2" == /* ]] && folder=$2 || folder=$from/$2
@@ -41,6 +44,7 @@ while (($#)); do
 done
 
 $scratch && [[ $preset != quickstart ]] && fail "--from-scratch goes with the toy shapes, without --long and --data"
+$compare && { $scratch || [[ $preset != quickstart ]]; } && fail "--compare goes without --from-scratch, --long and --data"
 
 versions=()
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
@@ -65,6 +69,11 @@ if $scratch; then
     flags+=(--start '{exps}/tiny_vae/vae' --name quickstart-from-scratch)
 fi
 ./run_experiment.sh "$preset" --brief ${flags[@]+"${flags[@]}"}
+if $compare; then
+    echo
+    echo "The same without alignment:"
+    ./run_experiment.sh quickstart_plain --brief ${flags[@]+"${flags[@]}"}
+fi
 
 cat <<'END'
 

@@ -1,6 +1,7 @@
 """What the quickstart starts from: the VAE that comes with the code, and the versions that it installs."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from files import checksum
 from formats.vae import load_tokenizer
 from loss.reconstruction import psnr
 from models.pixels import to_uint8
+from runtime.experiment import load_preset, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {"tiny_vae": (4, 8, 8), "miniature_vae": (16, 4, 4)}  # latents at 32 px
@@ -50,6 +52,32 @@ def test_every_requirement_has_a_version_that_the_tests_passed_with():
     pinned = names("constraints.txt")
     assert names("requirements.txt").keys() <= pinned.keys()
     assert all(re.fullmatch(r"==[\w.]+ ; python_version >= .*", rest) for rest in pinned.values())
+
+
+@pytest.mark.parametrize("words", [["--long"], ["--data", "tests"], ["--from-scratch"]])
+def test_compare_goes_with_the_quickstart_alone(words):
+    answer = subprocess.run(
+        ["./quickstart.sh", "--compare", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("quickstart.sh: error: --compare goes without")
+
+
+def test_what_compare_adds_differs_in_the_alignment_alone():
+    """Same start, steps, learning rate, images, SiT and samples as the quickstart's."""
+    first, second = (
+        {stage.name: stage.command for stage in resolve(name, load_preset(name), "exps", []).stages}
+        for name in ("quickstart", "quickstart_plain")
+    )
+    assert list(second) == [name for name in first if "toy" not in name and "preprocess" not in name]
+    for name in ("sendvae", "cache", "ldm", "samples", "reconstruction", "evaluate", "reading"):
+        command = shlex.join(second[name]).replace("quickstart_plain", "quickstart")
+        if name == "sendvae":
+            command = command.replace(" --align-coeff 0", "")
+            for flag in ("--enc-type", "--mapper-grid", "--mapper-width"):
+                place = first[name].index(flag)
+                del first[name][place : place + 2]
+        assert command == shlex.join(first[name]), name
 
 
 @pytest.mark.parametrize("flag", ["--long", "--data"])
