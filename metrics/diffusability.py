@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.counted_noise import Purpose, counted_normal
+from metrics.encoding import normalise
 from metrics.equivariance import TRANSFORMS, unexplained_share
 from metrics.latent_measures import (
     channel_correlation,
@@ -50,6 +51,7 @@ def encode_diffused(
     latents: Latents,
     tokenizer: Tokenizer,
     statistics: LatentStatistics,
+    own: LatentStatistics | None,
     encoded: Callable[[Callable[[Tensor], Tensor], tuple[int, ...]], Tensor],
 ) -> Diffused:
     """Encode what :func:`measure_diffusability` needs.
@@ -58,6 +60,7 @@ def encode_diffused(
         latents: without randomness; what those of transformed images are compared with.
         tokenizer: that they are of.
         statistics: that they were normalised with.
+        own: the tokenizer's; without them samples are normalised by the samples' own, which are wider than the means'.
         encoded: a function of uint8 images ``[n, 3, H, W]``, and the shape of a result → all images through it.
     """
     resolution, (height, width) = latents.data.images.resolution, latents.values.shape[2:]
@@ -67,7 +70,8 @@ def encode_diffused(
     numbers = torch.from_numpy(latents.data.items)
     for part, code, items in zip(*(each.split(SAMPLES_AT_ONCE) for each in (samples, stored, numbers)), strict=True):
         noise = counted_normal(latents.seed, items, 0, part.shape[1:], Purpose.POSTERIOR)
-        part.copy_(statistics.normalize(tokenizer.sample(code, noise)))
+        part.copy_(tokenizer.sample(code, noise))
+    normalise(samples, own)
     # on the CPU everywhere: integers and comparisons, the same bits whatever the encoder runs on
     foreground = encoded(lambda images: foreground_grid(images.cpu(), height, width), (1, height, width))
     errors = {}

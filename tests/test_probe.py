@@ -15,6 +15,7 @@ from dataset.attributes import TEST, TRAIN, VALIDATION
 from dataset.toy import write_toy_dataset
 from errors import UserError
 from formats.vae import load_tokenizer
+from metrics.encoding import normalise
 from metrics.probe_data import open_probe_data
 from metrics.record import read_measurements
 from models.latent_statistics import EPSILON
@@ -147,7 +148,7 @@ def test_tokens_of_a_vfm_tell_the_background(data, tmp_path):
 def test_latents_are_normalised_with_the_vae_s_statistics_or_their_own():
     values = torch.randn(50, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 3 + 1
     raw = values.clone()
-    statistics = probe.normalise(values, None)
+    statistics = normalise(values, None)
     assert values.double().mean((0, 2, 3)).abs().max() < 1e-6
     variance = raw.double().var((0, 2, 3))
     torch.testing.assert_close(values.double().var((0, 2, 3)), variance / (variance + EPSILON), rtol=1e-5, atol=0)
@@ -212,6 +213,14 @@ def test_random_weights_come_from_the_seed(data, tmp_path):
         assert probe.main(flags("discrimination", data, "f4d4-tiny", components="2", **changes)) == 0
     first, again, other = (values_of(tmp_path / name)["probe-discrimination"] for name in runs)
     assert first == again and first != other
+
+
+def test_latents_of_a_vae_without_statistics_are_as_wide_as_white_noise(data, tmp_path):
+    """Of unit variance, no latents have a larger velocity-gaussian than white noise: a mean of roots (Jensen)."""
+    changes = {"vae_ckpt": "none", "max_images": 60, "output_dir": tmp_path}
+    assert probe.main(flags("diffusability", data, "f4d4-tiny", **changes)) == 0
+    found = values_of(tmp_path)["probe-diffusability"]["diffusability/velocity-gaussian"]
+    assert 0 < found <= np.pi / 2
 
 
 def test_a_dry_run_writes_nothing(data, vae, tmp_path, capsys):
