@@ -149,8 +149,9 @@ import torch
 
 from dataset.images import DEFAULT_RESOLUTION
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
-from metrics.diffusability import Diffused, encode_diffused, measure_diffusability
+from metrics.diffusability import Diffused, encode_diffused, measure_diffusability, moved_shapes
 from metrics.encoding import chunked, encode_dataset, latent_modes, normalise, scaled_pixels, token_grids
+from metrics.equivariance import TRANSFORMS
 from metrics.features import build_vfm
 from metrics.latent_pictures import pick, save_colours, save_map, save_ways, ways
 from metrics.probe_data import ProbeData, open_probe_data
@@ -172,6 +173,7 @@ from metrics.reconstruction import decoder
 from metrics.record import Measurement, default_name, metrics_folder, write_measurement
 from metrics.subject import Subject, file_suffix, open_vae, output_folder, output_subject
 from models.latent_statistics import LatentStatistics
+from models.tokenizers import Tokenizer
 from reporting.tables import NOTHING, Column, aligned
 from runtime.log import progress_bar
 from runtime.measure import count_parameters, peak_memory
@@ -230,6 +232,8 @@ def probe_one(args: argparse.Namespace, data: ProbeData, process: Process) -> di
     subject = open_vae(args, process) if args.features == LATENT else None
     names = {} if args.dry_run else names_of(args, data, subject)
     function, shape = encoder_of(args, subject, data.images.resolution, process)
+    if "diffusability" in args.what:
+        leave_out_transforms(subject.tokenizer, data.images.resolution)
     diffused = None
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads:
         autocast = autocast_for(process.device, args.mixed_precision)
@@ -297,6 +301,13 @@ def leave_out(args: argparse.Namespace, what: str, reason: UserError) -> None:
     if not args.wants_all:
         raise reason
     print(f"{what} is left out: {reason}", file=sys.stderr)
+
+
+def leave_out_transforms(tokenizer: Tokenizer, resolution: int) -> None:
+    """A line for each error of equivariance that is not measured, because the VAE cannot encode the images for it."""
+    for name in TRANSFORMS.keys() - moved_shapes(tokenizer, resolution):
+        side = int(resolution * TRANSFORMS[name].scale)
+        print(f"{name}-error of diffusability is left out: this VAE encodes no images of {side} px", file=sys.stderr)
 
 
 def names_of(args: argparse.Namespace, data: ProbeData, subject: Subject | None) -> dict[str, str]:

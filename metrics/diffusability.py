@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffusion.counted_noise import Purpose, counted_normal
+from errors import UserError
 from metrics.encoding import normalise
 from metrics.equivariance import TRANSFORMS, unexplained_share
 from metrics.latent_measures import (
@@ -39,7 +41,7 @@ class Diffused:
     Attributes:
         samples: drawn from the VAE's posterior, float32 ``[N, C, h, w]``, normalised, on the CPU.
         foreground: of the images, bool ``[N, h, w]``.
-        errors: of equivariance, by the transform's name; without ``scale`` where half the images cannot be encoded.
+        errors: of equivariance, by the transform's name; of :func:`moved_shapes`.
     """
 
     samples: Tensor
@@ -75,17 +77,27 @@ def encode_diffused(
     # on the CPU everywhere: integers and comparisons, the same bits whatever the encoder runs on
     foreground = encoded(lambda images: foreground_grid(images.cpu(), height, width), (1, height, width))
     errors = {}
-    for name, transform in TRANSFORMS.items():
-        side = int(resolution * transform.scale)
-        if side % cell or (side // cell) / transform.scale != height:
-            continue
+    for name, shape in moved_shapes(tokenizer, resolution).items():
+        transform = TRANSFORMS[name]
 
         def encode_moved(images: Tensor, move: Callable = transform.of_images) -> Tensor:
             return tokenizer.encode(move(images, cell)).mode
 
-        moved = statistics.normalize(encoded(encode_moved, tokenizer.latent_shape(side)))
+        moved = statistics.normalize(encoded(encode_moved, shape))
         errors[name] = unexplained_share(*transform.of_latents(latents.values, moved))
     return Diffused(samples, foreground[:, 0].bool(), errors)
+
+
+def moved_shapes(tokenizer: Tokenizer, resolution: int) -> dict[str, tuple[int, int, int]]:
+    """The latents' shape for each of ``TRANSFORMS`` by name; without those whose images the tokenizer cannot encode."""
+    _, height, width = tokenizer.latent_shape(resolution)
+    shapes = {}
+    for name, transform in TRANSFORMS.items():
+        with suppress(UserError):  # a tokenizer of one resolution, or not a multiple of its downsampling
+            shape = tokenizer.latent_shape(int(resolution * transform.scale))
+            if shape[1:] == (height * transform.scale, width * transform.scale):
+                shapes[name] = shape
+    return shapes
 
 
 def measure_diffusability(latents: Latents, diffused: Diffused, points: int) -> Outcome:

@@ -11,7 +11,8 @@ from scipy.integrate import quad
 from scipy.special import gammaln, ive
 
 from diffusion.counted_noise import Purpose, counted_normal
-from metrics.diffusability import encode_diffused, measure_diffusability
+from errors import UserError
+from metrics.diffusability import encode_diffused, measure_diffusability, moved_shapes
 from metrics.encoding import normalise
 from metrics.equivariance import TRANSFORMS, unexplained_share
 from metrics.latent_measures import (
@@ -389,6 +390,25 @@ def test_samples_of_a_vae_without_statistics_are_normalised_by_their_own():
     expected = (raw - mean) / np.sqrt(variance + EPSILON)
     np.testing.assert_allclose(diffused.samples.numpy(), expected, rtol=0, atol=1e-5)
     assert max(diffused.errors.values()) < 1e-10
+
+
+class OneSize(MeanPooling):
+    """Of 32 px images alone, as an RAE is."""
+
+    def latent_shape(self, resolution):
+        if resolution != 32:
+            raise UserError("32 px only")
+        return super().latent_shape(resolution)
+
+
+def test_a_tokenizer_of_one_resolution_goes_without_the_error_under_scale():
+    images, tokenizer, statistics = smooth_images(6), OneSize(), LatentStatistics(3)
+    assert set(moved_shapes(MeanPooling(), 32)) == set(TRANSFORMS) == {*moved_shapes(tokenizer, 32), "scale"}
+    data = SimpleNamespace(images=SimpleNamespace(resolution=32), items=np.arange(6))
+    latents = Latents(statistics.normalize(pooled(images)), data, torch.device("cpu"), seed=0)
+    diffused = encode_diffused(latents, tokenizer, statistics, statistics, lambda function, shape: function(images))
+    values = measure_diffusability(latents, diffused, 6).values
+    assert values["scale-error"] is None and values["flip-error"] == pytest.approx(0, abs=1e-10)
 
 
 def test_what_is_not_defined_is_none():

@@ -19,6 +19,7 @@ from metrics.encoding import normalise
 from metrics.probe_data import open_probe_data
 from metrics.record import read_measurements
 from models.latent_statistics import EPSILON
+from models.tokenizers.kl import KLTokenizer
 from tests.annotated_sets import write_celeba
 from tests.command_line import argv_of
 from tests.latent_caches import save_vae
@@ -213,6 +214,24 @@ def test_random_weights_come_from_the_seed(data, tmp_path):
         assert probe.main(flags("discrimination", data, "f4d4-tiny", components="2", **changes)) == 0
     first, again, other = (values_of(tmp_path / name)["probe-discrimination"] for name in runs)
     assert first == again and first != other
+
+
+def test_what_a_vae_cannot_encode_is_said_before_anything_is_encoded(data, vae, tmp_path, capsys, monkeypatch):
+    """Half the side, of a VAE of one resolution: a line, also of a dry run, and a record without that figure."""
+    shape = KLTokenizer.latent_shape
+
+    def of_one_resolution(tokenizer, resolution):
+        if resolution != 32:
+            raise UserError("32 px only")
+        return shape(tokenizer, resolution)
+
+    monkeypatch.setattr(KLTokenizer, "latent_shape", of_one_resolution)
+    line = "scale-error of diffusability is left out: this VAE encodes no images of 16 px\n"
+    argv = flags("diffusability", data, vae, max_images=20, output_dir=tmp_path)
+    assert probe.main([*argv, "--dry-run"]) == 0 and capsys.readouterr().err.startswith(line)
+    assert probe.main(argv) == 0 and capsys.readouterr().err.startswith(line)
+    undefined = [name for name, value in values_of(tmp_path)["probe-diffusability"].items() if value is None]
+    assert undefined == ["diffusability/scale-error"]
 
 
 def test_latents_of_a_vae_without_statistics_are_as_wide_as_white_noise(data, tmp_path):
