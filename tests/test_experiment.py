@@ -275,14 +275,14 @@ def test_a_stopped_dry_run_of_many_goes_no_further(presets, tmp_path, capfd):
 
 def test_an_experiment_notes_its_runs_and_what_it_reproduces(presets, tmp_path):
     stage = writing_stage(tmp_path / "made")
-    names = ("mine-vae", "shared", "mine-ldm")
+    names = ("mine-vae", "shared", "mine", "mine-ldm")
     stages = {f"s{i}": stage | {"flags": {"exp-name": name}} for i, name in enumerate(names)}
     presets("mine", stages=stages, published="table2/depth1")
     argv = ["mine", "--output-dir", str(tmp_path / "exps")]
     for few in ([], ["--stages", "s0"]):
         assert experiment.main([*argv, *few]) == 0
         noted = json.loads((tmp_path / "exps" / "mine" / "preset.json").read_text())
-        runs = ["mine-vae", "mine-ldm"]
+        runs = ["mine-vae", "mine", "mine-ldm"]
         assert noted == {"preset": "mine", "published": "table2/depth1", "runs": runs, "changes": []}
 
 

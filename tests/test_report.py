@@ -478,6 +478,17 @@ def test_runs_are_found_once_in_the_order_given(tmp_path):
     assert [run.name for run in find_runs(paths)] == ["a-vae", "b-ldm", "c"]
 
 
+def test_the_folder_of_an_experiment_may_be_its_run(tmp_path, capsys):
+    """As of a preset with ``exp-name: "{name}"``; whether the run is noted or, by an older program, is not."""
+    for name, noted in (("new", ["new"]), ("old", [])):
+        write_samples(write_run(tmp_path / name), {"FID": 8.0})
+        experiment = write_preset(tmp_path, "table2/depth1", noted, "table2/depth1", name=name)
+        (run,) = find_runs([str(experiment)])
+        assert (run.name, run.sort, run.preset.name) == (name, "SiT", "table2/depth1")
+        assert records(capsys, experiment)[name, "FID"]["published_row"] == "table2/depth1"
+    assert [run.name for run in find_runs([str(tmp_path / "*")])] == ["new", "old"]
+
+
 def test_figures_that_are_not_finite_are_said_to_be(tmp_path, capsys):
     write_samples(write_run(tmp_path / "mine"), {"FID": math.nan, "IS": 3.0})
     assert "not finite" in printed(capsys, tmp_path / "mine", "--no-html")
