@@ -21,7 +21,8 @@ from runtime.experiment import PRESET_NAME, PresetRecord
 from schema import MalformedError, check, read_json
 
 PREVIEW_NAME = "preview.png"
-SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": "VAE and SiT"}
+VAE_AND_SIT = "VAE and SiT"
+SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": VAE_AND_SIT}
 VAE_FOLDER, SAMPLES, MEASURED = "VAE folder", "samples", "measurements"
 
 
