@@ -38,13 +38,16 @@ class Point:
 
 @dataclass(frozen=True)
 class View:
-    """Points that may be compared: the same probe, the same measure of images, SiTs of one size and length."""
+    """Points that may be compared: one probe, one measure of images made alike, SiTs of one size and length."""
 
     data: str  # that was probed
     metric: str  # of the images, ``FID`` or ``FD-NAME``
     guidance: str  # of the samples
     reference: str  # that they were compared with
     sit: str  # model, steps and weights of the SiTs
+    images: int  # of a sample
+    labels: str  # how their classes were drawn
+    sampler: str  # how they were made of noise
     points: list[Point]  # one for each SiT
 
     @property
@@ -54,8 +57,10 @@ class View:
     @property
     def title(self) -> str:
         guided = "" if self.guidance in ("none", "") else f", guidance {self.guidance}"
+        labels = f"{self.labels} labels" if self.labels else ""
+        images = ", ".join(filter(None, [f"{self.images:,} images", labels, self.sampler, self.reference]))
         what = "Probe F1" if self.has_f1 else "Measures of latents"
-        return f"{what}{f' on {self.data}' if self.data else ''} against {self.metric} ({self.sit}{guided})"
+        return f"{what}{f' on {self.data}' if self.data else ''} against {self.metric} ({self.sit}{guided}; {images})"
 
     @property
     def has_f1(self) -> bool:
@@ -115,7 +120,8 @@ def views(rows: Sequence[Row]) -> list[View]:
                 reconstruction = _reconstruction(rows, checksum, f"r{metric}")
                 probes, distance = _mean_probe(same), row.cells[metric].value
                 point = Point(same[0].run, row.run, checksum, probes, distance, reconstruction)
-                key = (data, metric, row.guidance, row.reference, _sit_of(row))
+                made = (row.guidance, row.reference, _sit_of(row), row.images, row.labels, row.sampler)
+                key = (data, metric, *made)
                 found.setdefault((MAIN_METRIC in probes, *key), []).append(point)
     made = (View(*key, points) for (_, *key), points in found.items())
     return sorted(

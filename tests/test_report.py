@@ -286,7 +286,8 @@ def test_probe_and_distance_stand_together_with_their_correlation(tmp_path, caps
     assert f"Pearson's r of F1-macro with FID: {r:.4f} (4 SiTs, 4 VAEs)" in out
     assert f"Pearson's r of top5-recall with FID: {-r:.4f}" in out
     assert "published: -0.9572 over 6 VAEs" in out
-    start = out.index("Probe F1 on celeba against FID (SiT-Ti/2, 400 steps)")
+    how = "50,000 images, SDE, 250 steps, imagenet256.npz"
+    start = out.index(f"Probe F1 on celeba against FID (SiT-Ti/2, 400 steps; {how})")
     assert [_cells(line) for line in out[start:].splitlines()[3:5]] == [
         ["ldm3", "ldm3", "0.6647", "0.3353", "7.57"],
         ["ldm2", "ldm2", "0.6439", "0.3561", "8.96"],
@@ -390,6 +391,26 @@ def test_a_partial_correlation_is_that_of_what_a_line_leaves():
     rest = [values - np.polyval(np.polyfit(z, values, 1), z) for values in (x + z, y - z)]
     assert partial_correlation(x + z, y - z, z) == pytest.approx(np.corrcoef(*rest)[0, 1], abs=1e-12)
     assert math.isnan(partial_correlation(x, z, z)) and math.isnan(partial_correlation(x[:3], y[:3], z[:3]))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"count": 1000},
+        {"reference": "coco.npz"},
+        {"label_sampling": "random"},
+        {"mode": "ode"},
+        {"num_steps": 50},
+        {"heun": True},
+        {"time_shift": 2.0},
+        {"weights": "ema_0.999"},
+    ],
+)
+def test_images_made_otherwise_are_not_mixed(tmp_path, other):
+    published_table_8(tmp_path)
+    write_samples(tmp_path / "ldm3", {"FID": 2.0}, vae="vae3", **other)
+    found = gather([str(tmp_path / "ldm*")]).views
+    assert [view.vaes for view in found] == [3, 1] and len({view.title for view in found}) == 2
 
 
 def test_sits_of_other_lengths_are_not_mixed(tmp_path):
