@@ -335,7 +335,42 @@ def test_measures_of_latents_stand_beside_f1_with_intervals_and_given_rfid(tmp_p
     assert view["given_reconstruction"]["diffusability/spectral-slope"] == pytest.approx(given)
     assert view["interval"]["diffusability/spectral-slope"] == pytest.approx([low, high])
     assert "diffusability/SRSS" not in view["interval"]
-    assert {point["reconstruction"] for point in view["points"]} == set(rfids)
+    assert view["reconstructed"] == "50 images of data/val" and "rFID is that of 50 images of data/val" in out
+    assert {point["reconstructions"]["50 images of data/val"] for point in view["points"]} == set(rfids)
+
+
+def test_rfid_is_that_of_the_largest_set_common_to_all_vaes(tmp_path, capsys):
+    """Each VAE has some; until all have one of the same set, nothing is correlated given them, and a line says so."""
+
+    def reconstruct(number: int, data: str, count: int, rfid: float) -> None:
+        subject = {"path": "x", "vae_checksum": f"vae{number}"}
+        values, settings = {"rFID": rfid}, {"data": f"data/{data}", "latent": "mean"}
+        found = Measurement(f"r-{data}", "reconstruction", values, count, subject, settings=settings)
+        write_measurement(found, tmp_path / f"ldm{number}")
+
+    def seen() -> tuple[str, dict]:
+        (view,) = json.loads(printed(capsys, tmp_path / "ldm*", "--no-html", "--format", "json"))["correlations"]
+        return printed(capsys, tmp_path / "ldm*", "--no-html"), view
+
+    published_table_8(tmp_path)
+    out, view = seen()
+    assert "rFID" not in out and view["reconstructed"] is None and view["given_reconstruction"] == {}
+    rfids = [1.0, 0.4, 0.7, 0.5]
+    for number, rfid in enumerate(rfids):
+        reconstruct(number, "small", 50, 9.0 - number**2)
+        if number:
+            reconstruct(number, "large", 500, rfid)
+    reconstruct(3, "small", 40, 5.0)
+    out, view = seen()
+    assert "given rFID: nothing, because no set was reconstructed with each of the VAEs" in out
+    assert view["given_reconstruction"] == {}
+    reconstruct(3, "small", 50, 0.0)
+    assert seen()[1]["reconstructed"] == "50 images of small"
+    reconstruct(0, "large", 500, rfids[0])
+    out, view = seen()
+    assert view["reconstructed"] == "500 images of large" and "rFID is that of 500 images of large" in out
+    given = partial_correlation([0.6222, 0.6347, 0.6439, 0.6647], [17.43, 11.40, 8.96, 7.57], rfids)
+    assert view["given_reconstruction"]["attributes/F1-macro"] == pytest.approx(given)
 
 
 def test_measures_without_f1_are_correlated_but_not_drawn(tmp_path, capsys):
