@@ -60,6 +60,10 @@ READING_DESCRIPTION = """Read generated images with linear probes trained on lab
 features is fitted to each column, and its accuracy on held-out real images printed. Of the samples: the share whose
 class is read as it was asked for, and of each column the share whose value is read as surely as in 99 % of real images.
 The values go into metrics/NAME.json, in or next to the samples."""
+OTHER_NETWORKS = (
+    "DINOv2: the class token of ViT-L/14, for FD-DINOv2; a name of --enc-type: the mean of its patch tokens; "
+    "FDr/convnext, dinov2, mae, siglip or clip: those of FDr6, in bf16; or timm/NAME"
+)
 NAME_HELP = (
     "of the file metrics/NAME.json, which is replaced (default: generation, and --features if given; where that is "
     "there already, against another reference, the reference's name behind it)"
@@ -177,9 +181,7 @@ def add_metric_arguments(group: argparse._ArgumentGroup) -> None:
         type=_canonical,
         default=INCEPTION,
         metavar="NAME",
-        help="whose features: inception; DINOv2: the class token of ViT-L/14, for FD-DINOv2; a name of --enc-type: the "
-        "mean of its patch tokens; FDr/convnext, dinov2, mae, siglip or clip: those of FDr6, in bf16; or timm/NAME. "
-        "All but inception give FD-NAME, not FID",
+        help=f"whose features: inception; {OTHER_NETWORKS}. All but inception give FD-NAME, not FID",
     )
     _add_inception_argument(group)
     group.add_argument(
@@ -218,9 +220,10 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         FEATURES_FLAG,
+        type=_canonical,
         metavar="NAME",
-        help="whose features rFID compares: inception (the default), a name of --enc-type, or timm/NAME; all but "
-        "inception give rFD-NAME",
+        help=f"whose features rFID compares: inception (the default); {OTHER_NETWORKS}. All but inception give "
+        "rFD-NAME, not rFID",
     )
     _add_inception_argument(group)
     add(CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)")
