@@ -90,6 +90,22 @@ def test_every_flag_of_every_preset_is_one_of_its_script(name, capsys):
                 assert not word.startswith("--") or f"{word} " in known or f"{word}\n" in known, (stage.name, word)
 
 
+@pytest.mark.parametrize("name", [name for name in preset_names() if "stages" in load_preset(name)])
+def test_images_with_and_without_guidance_are_made_alike(name):
+    """All samples of a preset differ in guidance alone, or their figures could not stand side by side."""
+    variables = load_preset(name).get("variables", {})
+    given = [word for key, value in variables.items() if value in ("?", "") for word in (f"--{key}", "x")]
+    guidance = {"cfg_scale", "guidance_low", "guidance_high", "guidance_channels", "guide", "points"}
+    made = []
+    for command in commands(name, *given).values():
+        if "generate.py" in command:
+            flags = vars(generate.parse_arguments(command[command.index("generate.py") + 1 :]))
+            others = guidance | {"sample_dir", "weights", "preview", "preview_beside"}
+            made.append({key: flags[key] for key in flags.keys() - others})
+    for flags in made:
+        assert flags == made[0]
+
+
 def test_the_paper_s_default_is_what_method_says():
     found = commands("sendvae_imagenet256")
     assert list(found) == ["preprocess", "sendvae", "cache", "ldm", "samples"]
