@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from errors import UserError
 from metrics.arguments import GENERATION_METRICS as METRICS
 from metrics.arguments import INCEPTION
@@ -23,7 +20,7 @@ from metrics.mind import PROJECTIONS, choose_size, monge_distance
 from metrics.precision_recall import NEIGHBOUR, count_pairs, precision_recall
 from metrics.record import Measurement
 from metrics.sources import ImageSet
-from metrics.summary import Needs, Summary, SummaryCache, summarise
+from metrics.summary import Needs, Summary, SummaryCache, on_all, summarise
 from runtime.log import progress_bar
 from runtime.processes import Process
 
@@ -150,7 +147,7 @@ def summarise_reference(
         folder = settings.ref_cache or path.with_name(f"{path.name}.features")
         cache = SummaryCache(folder, images, len(images), extractor)
         kept = cache.load(needs) if process.is_main else None
-        if _is_missing_anywhere(kept is None, process):
+        if on_all(lambda: kept is None, process):
             kept = summarise(
                 images,
                 len(images),
@@ -271,12 +268,3 @@ def _brings(reference: ImageSet, metric: str, features: str) -> bool:
     """Whether the reference comes with the statistics that a metric needs."""
     stored = {"fid": reference.pooled, "sfid": reference.spatial}.get(metric)
     return features == INCEPTION and stored is not None
-
-
-def _is_missing_anywhere(missing: bool, process: Process) -> bool:
-    """What rank 0 found, told to all."""
-    if process.world_size == 1:
-        return missing
-    flag = torch.tensor(int(missing))
-    dist.broadcast(flag, 0)
-    return bool(flag)
