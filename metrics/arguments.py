@@ -136,7 +136,9 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=non_negative_int, default=0, metavar="N", help="seed of the split, where --data has none"
     )
     output = parser.add_argument_group("output and speed")
-    output.add_argument("--name", help="name of the file metrics/NAME.json (default: reading-FEATURES)")
+    output.add_argument(
+        "--name", help="name of the file metrics/NAME.json (default: reading-FEATURES, of an .npz reading-NPZ-FEATURES)"
+    )
     output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once")
     output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
     output.add_argument("--dry-run", action="store_true", help="say what would be read, by what; write nothing")
