@@ -23,9 +23,10 @@ GENERATION_DESCRIPTION = """Compare generated images with a reference.
   python evaluate.py generation --samples exps/ldm/samples-… --ref VIRTUAL_imagenet256_labeled.npz
 
 Samples and reference are an .npz (arr_0, uint8 [N, H, W, 3]; of a reference also mu, sigma, mu_s, sigma_s, as ADM's
-have them), a folder of images, a packed dataset, or what generate.py made. Any number of processes share the work. The
-values go into metrics/NAME.json: in a packed folder, or next to an .npz. A plain folder of images stays as it is: its
-values go into FOLDER.metrics/NAME.json next to it."""
+have them), a folder of images, a packed dataset, or what generate.py made. For --metrics fid the reference may be an
+.npz of mu and sigma alone, also of another network of --features. Any number of processes share the work. The values go
+into metrics/NAME.json: in a packed folder, or next to an .npz. A plain folder of images stays as it is: its values go
+into FOLDER.metrics/NAME.json next to it."""
 RECONSTRUCTION_HELP = "a VAE on held-out images: rFID, PSNR, SSIM, LPIPS"
 RECONSTRUCTION_DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from errors import UserError
 from metrics.arguments import GENERATION_METRICS as METRICS
 from metrics.arguments import INCEPTION
@@ -84,6 +86,18 @@ def check_reference(reference: ImageSet, resolution: int, settings: Settings, fe
         raise UserError(
             f"{reference} has no images (arr_0), which {', '.join(lacking)} need; give another reference, "
             "or --metrics without them"
+        )
+
+
+def check_statistics(reference: ImageSet, extractor: Extractor, resolution: int) -> None:
+    """Refuse statistics of another network than the extractor, by their width."""
+    if reference.images is not None or extractor.is_inception:
+        return
+    width = extractor(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)).dims[0]
+    if len(reference.pooled.mean) != width:
+        raise UserError(
+            f"{reference}: mu has {len(reference.pooled.mean)} numbers, {extractor.name} gives {width}: give that "
+            "network's statistics, or images"
         )
 
 
@@ -163,7 +177,7 @@ def summarise_reference(
         if kept is None:  # another rank
             return None
         summary = kept
-    if extractor.is_inception:
+    if extractor.name == reference.statistics_of:
         summary.pooled, summary.spatial = reference.pooled or summary.pooled, reference.spatial or summary.spatial
     return summary
 
@@ -267,4 +281,4 @@ def table(values: Mapping[str, float | None]) -> str:
 def _brings(reference: ImageSet, metric: str, features: str) -> bool:
     """Whether the reference comes with the statistics that a metric needs."""
     stored = {"fid": reference.pooled, "sfid": reference.spatial}.get(metric)
-    return features == INCEPTION and stored is not None
+    return features == reference.statistics_of and stored is not None
