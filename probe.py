@@ -199,10 +199,14 @@ def main(argv: Sequence[str]) -> int:
     args.what = possible_probes(args, data)
     if args.is_vfm:
         args.features_grid = args.features_grid or max(1, data.images.resolution // 16)
-    found = {}
-    for vae, label in zip(args.vaes, labels_of(args.vaes), strict=True):
-        of_one = argparse.Namespace(**vars(args) | {"vae": vae, "label": label})
-        found[label] = probe_one(of_one, data, process)
+    labels = labels_of(args.vaes)
+    of_each = [
+        argparse.Namespace(**vars(args) | {"vae": vae, "label": label})
+        for vae, label in zip(args.vaes, labels, strict=True)
+    ]
+    for of_one in of_each[1:]:  # none of them turns out to be missing, or not to fit, hours later
+        open_vae(of_one, process).tokenizer.latent_shape(data.images.resolution)
+    found = {of_one.label: probe_one(of_one, data, process) for of_one in of_each}
     if len(found) > 1 and not args.dry_run:
         print(comparison(found))
     return 0

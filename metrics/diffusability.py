@@ -41,7 +41,7 @@ class Diffused:
     Attributes:
         samples: drawn from the VAE's posterior, float32 ``[N, C, h, w]``, normalised, on the CPU.
         foreground: of the images, bool ``[N, h, w]``.
-        errors: of equivariance, by the transform's name; of :func:`moved_shapes`.
+        errors: of equivariance under the transforms of :func:`moved_shapes`, by name.
     """
 
     samples: Tensor

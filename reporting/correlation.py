@@ -58,7 +58,8 @@ class View:
     def title(self) -> str:
         guided = "" if self.guidance in ("none", "") else f", guidance {self.guidance}"
         labels = f"{self.labels} labels" if self.labels else ""
-        images = ", ".join(filter(None, [f"{self.images:,} images", labels, self.sampler, self.reference]))
+        reference = f"reference {self.reference}" if self.reference else ""
+        images = ", ".join(filter(None, [f"{self.images:,} images", labels, self.sampler, reference]))
         what = "Probe F1" if self.has_f1 else "Measures of latents"
         return f"{what}{f' on {self.data}' if self.data else ''} against {self.metric} ({self.sit}{guided}; {images})"
 

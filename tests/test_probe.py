@@ -107,6 +107,13 @@ def test_several_vaes_that_cannot_be_meant_are_refused(data, vae):
             probe.parse_arguments(["diffusability", "--data", str(data), *vaes, *argv_of(changes)])
 
 
+def test_a_vae_that_cannot_be_probed_is_refused_before_the_first_is(data, vae, tmp_path):
+    argv = flags("classes", data, vae, output_dir=tmp_path / "out")
+    with pytest.raises(UserError, match="nowhere"):
+        probe.main([*argv, "--vae", str(tmp_path / "nowhere")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_have_their_sizes(probed):
     sizes = {path.stem: Image.open(path).size for path in (probed / "metrics").glob("*.png")}
     # 6 images, then their colours below; 3 pairs with 3 steps between, 2 px apart

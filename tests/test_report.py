@@ -286,7 +286,7 @@ def test_probe_and_distance_stand_together_with_their_correlation(tmp_path, caps
     assert f"Pearson's r of F1-macro with FID: {r:.4f} (4 SiTs, 4 VAEs)" in out
     assert f"Pearson's r of top5-recall with FID: {-r:.4f}" in out
     assert "published: -0.9572 over 6 VAEs" in out
-    how = "50,000 images, SDE, 250 steps, imagenet256.npz"
+    how = "50,000 images, SDE, 250 steps, reference imagenet256.npz"
     start = out.index(f"Probe F1 on celeba against FID (SiT-Ti/2, 400 steps; {how})")
     assert [_cells(line) for line in out[start:].splitlines()[3:5]] == [
         ["ldm3", "ldm3", "0.6647", "0.3353", "7.57"],
