@@ -21,6 +21,7 @@ dinov2-vit-b), both without a VAE; or a random VAE (--vae f4d4-tiny --vae-ckpt n
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,6 @@ from runtime.cli import ArgumentParser, add_debug_argument, answer_early, non_ne
 LATENT, PIXELS = "latent", "pixels"
 PROBES = ("attributes", "classes", "uniformity", "discrimination", "diffusability", "pictures")
 MAP_IMAGES = 2000
-MOMENTS_ITEMS = 256  # latents whose moments are summed at once
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -149,8 +149,9 @@ import torch
 
 from dataset.images import DEFAULT_RESOLUTION
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
-from metrics.diffusability import Diffused, encode_diffused, measure_diffusability
-from metrics.encoding import chunked, encode_dataset, latent_modes, scaled_pixels, token_grids
+from metrics.diffusability import Diffused, encode_diffused, measure_diffusability, moved_shapes
+from metrics.encoding import chunked, encode_dataset, latent_modes, normalise, scaled_pixels, token_grids
+from metrics.equivariance import TRANSFORMS
 from metrics.features import build_vfm
 from metrics.latent_pictures import pick, save_colours, save_map, save_ways, ways
 from metrics.probe_data import ProbeData, open_probe_data
@@ -171,7 +172,8 @@ from metrics.probes import (
 from metrics.reconstruction import decoder
 from metrics.record import Measurement, default_name, metrics_folder, write_measurement
 from metrics.subject import Subject, file_suffix, open_vae, output_folder, output_subject
-from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance
+from models.latent_statistics import LatentStatistics
+from models.tokenizers import Tokenizer
 from reporting.tables import NOTHING, Column, aligned
 from runtime.log import progress_bar
 from runtime.measure import count_parameters, peak_memory
@@ -197,10 +199,14 @@ def main(argv: Sequence[str]) -> int:
     args.what = possible_probes(args, data)
     if args.is_vfm:
         args.features_grid = args.features_grid or max(1, data.images.resolution // 16)
-    found = {}
-    for vae, label in zip(args.vaes, labels_of(args.vaes), strict=True):
-        of_one = argparse.Namespace(**vars(args) | {"vae": vae, "label": label})
-        found[label] = probe_one(of_one, data, process)
+    labels = labels_of(args.vaes)
+    of_each = [
+        argparse.Namespace(**vars(args) | {"vae": vae, "label": label})
+        for vae, label in zip(args.vaes, labels, strict=True)
+    ]
+    for of_one in of_each[1:]:  # none of them turns out to be missing, or not to fit, hours later
+        open_vae(of_one, process).tokenizer.latent_shape(data.images.resolution)
+    found = {of_one.label: probe_one(of_one, data, process) for of_one in of_each}
     if len(found) > 1 and not args.dry_run:
         print(comparison(found))
     return 0
@@ -230,6 +236,8 @@ def probe_one(args: argparse.Namespace, data: ProbeData, process: Process) -> di
     subject = open_vae(args, process) if args.features == LATENT else None
     names = {} if args.dry_run else names_of(args, data, subject)
     function, shape = encoder_of(args, subject, data.images.resolution, process)
+    if "diffusability" in args.what:
+        leave_out_transforms(subject.tokenizer, data.images.resolution)
     diffused = None
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads:
         autocast = autocast_for(process.device, args.mixed_precision)
@@ -241,10 +249,11 @@ def probe_one(args: argparse.Namespace, data: ProbeData, process: Process) -> di
             show_plan(data, shape)
             encoded = partial(encode_all, args, data, worker)
             raw = encoded(function, shape)
-            statistics = normalise(raw, subject)
+            own = own_statistics(subject)
+            statistics = normalise(raw, own)
             latents = Latents(raw, data, process.device, args.seed)
             if "diffusability" in names:
-                diffused = encode_diffused(latents, subject.tokenizer, statistics, encoded)
+                diffused = encode_diffused(latents, subject.tokenizer, statistics, own, encoded)
     found = {} if args.dry_run else probe_all(args, names, latents, subject, statistics, worker, diffused)
     worker.close()
     return found
@@ -298,6 +307,13 @@ def leave_out(args: argparse.Namespace, what: str, reason: UserError) -> None:
     print(f"{what} is left out: {reason}", file=sys.stderr)
 
 
+def leave_out_transforms(tokenizer: Tokenizer, resolution: int) -> None:
+    """A line for each error of equivariance that is not measured, because the VAE cannot encode the images for it."""
+    for name in TRANSFORMS.keys() - moved_shapes(tokenizer, resolution):
+        side = int(resolution * TRANSFORMS[name].scale)
+        print(f"{name}-error of diffusability is left out: this VAE encodes no images of {side} px", file=sys.stderr)
+
+
 def names_of(args: argparse.Namespace, data: ProbeData, subject: Subject | None) -> dict[str, str]:
     """The names of the probes' records; an error, before anything is encoded, where these would replace others'."""
     folder, names = metrics_folder(output_subject(args)), {}
@@ -336,19 +352,11 @@ def encoder_of(
     return token_grids(encoder), (encoder.embed_dim, grid, grid)
 
 
-def normalise(values: torch.Tensor, subject: Subject | None) -> LatentStatistics:
-    """Normalise latents ``[N, C, h, w]`` in place, with the VAE's statistics or, without any, with their own."""
-    if subject is not None and subject.has_statistics:
-        statistics = LatentStatistics(values.shape[1])
-        statistics.load_state_dict({k: v.cpu() for k, v in subject.tokenizer.statistics.state_dict().items()})
-    else:
-        moments = sum(latent_moments(part) for part in values.split(MOMENTS_ITEMS))
-        mean, var = mean_and_variance(moments)
-        statistics = LatentStatistics(values.shape[1])
-        statistics.load(mean, var.sqrt(), var)
-    for part in values.split(MOMENTS_ITEMS):
-        part.copy_(statistics.normalize(part))
-    return statistics
+def own_statistics(subject: Subject | None) -> LatentStatistics | None:
+    """The VAE's latent statistics, on the CPU; None where it came without any."""
+    if subject is None or not subject.has_statistics:
+        return None
+    return copy.deepcopy(subject.tokenizer.statistics).cpu()
 
 
 def show_plan(data: ProbeData, shape: tuple[int, ...]) -> None:

@@ -23,9 +23,10 @@ GENERATION_DESCRIPTION = """Compare generated images with a reference.
   python evaluate.py generation --samples exps/ldm/samples-… --ref VIRTUAL_imagenet256_labeled.npz
 
 Samples and reference are an .npz (arr_0, uint8 [N, H, W, 3]; of a reference also mu, sigma, mu_s, sigma_s, as ADM's
-have them), a folder of images, a packed dataset, or what generate.py made. Any number of processes share the work. The
-values go into metrics/NAME.json: in a packed folder, or next to an .npz. A plain folder of images stays as it is: its
-values go into FOLDER.metrics/NAME.json next to it."""
+have them), a folder of images, a packed dataset, or what generate.py made. For --metrics fid the reference may be an
+.npz of mu and sigma alone, also of another network of --features. Any number of processes share the work. The values go
+into metrics/NAME.json: in a packed folder, or next to an .npz. A plain folder of images stays as it is: its values go
+into FOLDER.metrics/NAME.json next to it."""
 RECONSTRUCTION_HELP = "a VAE on held-out images: rFID, PSNR, SSIM, LPIPS"
 RECONSTRUCTION_DESCRIPTION = """Reconstruct held-out images with a VAE and compare.
 
@@ -60,6 +61,10 @@ READING_DESCRIPTION = """Read generated images with linear probes trained on lab
 features is fitted to each column, and its accuracy on held-out real images printed. Of the samples: the share whose
 class is read as it was asked for, and of each column the share whose value is read as surely as in 99 % of real images.
 The values go into metrics/NAME.json, in or next to the samples."""
+OTHER_NETWORKS = (
+    "DINOv2: the class token of ViT-L/14, for FD-DINOv2; a name of --enc-type: the mean of its patch tokens; "
+    "FDr/convnext, dinov2, mae, siglip or clip: those of FDr6, in bf16; or timm/NAME"
+)
 NAME_HELP = (
     "of the file metrics/NAME.json, which is replaced (default: generation, and --features if given; where that is "
     "there already, against another reference, the reference's name behind it)"
@@ -132,7 +137,9 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=non_negative_int, default=0, metavar="N", help="seed of the split, where --data has none"
     )
     output = parser.add_argument_group("output and speed")
-    output.add_argument("--name", help="name of the file metrics/NAME.json (default: reading-FEATURES)")
+    output.add_argument(
+        "--name", help="name of the file metrics/NAME.json (default: reading-FEATURES, of an .npz reading-NPZ-FEATURES)"
+    )
     output.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images read at once")
     output.add_argument("--num-workers", type=non_negative_int, default=4, metavar="N", help="reading threads")
     output.add_argument("--dry-run", action="store_true", help="say what would be read, by what; write nothing")
@@ -177,9 +184,7 @@ def add_metric_arguments(group: argparse._ArgumentGroup) -> None:
         type=_canonical,
         default=INCEPTION,
         metavar="NAME",
-        help="whose features: inception; DINOv2: the class token of ViT-L/14, for FD-DINOv2; a name of --enc-type: the "
-        "mean of its patch tokens; FDr/convnext, dinov2, mae, siglip or clip: those of FDr6, in bf16; or timm/NAME. "
-        "All but inception give FD-NAME, not FID",
+        help=f"whose features: inception; {OTHER_NETWORKS}. All but inception give FD-NAME, not FID",
     )
     _add_inception_argument(group)
     group.add_argument(
@@ -218,9 +223,10 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         FEATURES_FLAG,
+        type=_canonical,
         metavar="NAME",
-        help="whose features rFID compares: inception (the default), a name of --enc-type, or timm/NAME; all but "
-        "inception give rFD-NAME",
+        help=f"whose features rFID compares: inception (the default); {OTHER_NETWORKS}. All but inception give "
+        "rFD-NAME, not rFID",
     )
     _add_inception_argument(group)
     add(CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)")

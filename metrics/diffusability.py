@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffusion.counted_noise import Purpose, counted_normal
+from errors import UserError
+from metrics.encoding import normalise
 from metrics.equivariance import TRANSFORMS, unexplained_share
 from metrics.latent_measures import (
     channel_correlation,
@@ -38,7 +41,7 @@ class Diffused:
     Attributes:
         samples: drawn from the VAE's posterior, float32 ``[N, C, h, w]``, normalised, on the CPU.
         foreground: of the images, bool ``[N, h, w]``.
-        errors: of equivariance, by the transform's name; without ``scale`` where half the images cannot be encoded.
+        errors: of equivariance under the transforms of :func:`moved_shapes`, by name.
     """
 
     samples: Tensor
@@ -50,6 +53,7 @@ def encode_diffused(
     latents: Latents,
     tokenizer: Tokenizer,
     statistics: LatentStatistics,
+    own: LatentStatistics | None,
     encoded: Callable[[Callable[[Tensor], Tensor], tuple[int, ...]], Tensor],
 ) -> Diffused:
     """Encode what :func:`measure_diffusability` needs.
@@ -58,6 +62,7 @@ def encode_diffused(
         latents: without randomness; what those of transformed images are compared with.
         tokenizer: that they are of.
         statistics: that they were normalised with.
+        own: the tokenizer's; without them samples are normalised by the samples' own, which are wider than the means'.
         encoded: a function of uint8 images ``[n, 3, H, W]``, and the shape of a result → all images through it.
     """
     resolution, (height, width) = latents.data.images.resolution, latents.values.shape[2:]
@@ -67,21 +72,32 @@ def encode_diffused(
     numbers = torch.from_numpy(latents.data.items)
     for part, code, items in zip(*(each.split(SAMPLES_AT_ONCE) for each in (samples, stored, numbers)), strict=True):
         noise = counted_normal(latents.seed, items, 0, part.shape[1:], Purpose.POSTERIOR)
-        part.copy_(statistics.normalize(tokenizer.sample(code, noise)))
+        part.copy_(tokenizer.sample(code, noise))
+    normalise(samples, own)
     # on the CPU everywhere: integers and comparisons, the same bits whatever the encoder runs on
     foreground = encoded(lambda images: foreground_grid(images.cpu(), height, width), (1, height, width))
     errors = {}
-    for name, transform in TRANSFORMS.items():
-        side = int(resolution * transform.scale)
-        if side % cell or (side // cell) / transform.scale != height:
-            continue
+    for name, shape in moved_shapes(tokenizer, resolution).items():
+        transform = TRANSFORMS[name]
 
         def encode_moved(images: Tensor, move: Callable = transform.of_images) -> Tensor:
             return tokenizer.encode(move(images, cell)).mode
 
-        moved = statistics.normalize(encoded(encode_moved, tokenizer.latent_shape(side)))
+        moved = statistics.normalize(encoded(encode_moved, shape))
         errors[name] = unexplained_share(*transform.of_latents(latents.values, moved))
     return Diffused(samples, foreground[:, 0].bool(), errors)
+
+
+def moved_shapes(tokenizer: Tokenizer, resolution: int) -> dict[str, tuple[int, int, int]]:
+    """The latents' shape for each of ``TRANSFORMS`` by name; without those whose images the tokenizer cannot encode."""
+    _, height, width = tokenizer.latent_shape(resolution)
+    shapes = {}
+    for name, transform in TRANSFORMS.items():
+        with suppress(UserError):  # a tokenizer of one resolution, or not a multiple of its downsampling
+            shape = tokenizer.latent_shape(int(resolution * transform.scale))
+            if shape[1:] == (height * transform.scale, width * transform.scale):
+                shapes[name] = shape
+    return shapes
 
 
 def measure_diffusability(latents: Latents, diffused: Diffused, points: int) -> Outcome:

@@ -53,8 +53,8 @@ def build_dinov2(checkpoint: str | None = None, random_weights: bool = False, ne
     spec = ENCODERS[network]
     try:
         path = None if random_weights else find_weights(network, spec, checkpoint)
-    except UserError as error:  # the same network, asked for by another flag
-        raise type(error)(str(error).replace("--enc-type", FEATURES_FLAG)) from error
+    except UserError as error:  # the same network, asked for by another flag and name
+        raise type(error)(str(error).replace(f"--enc-type {network}", f"{FEATURES_FLAG} {DINOV2}")) from error
     built = timm.create_model(spec.timm_name, img_size=SIDE, num_classes=0)
     if path is not None:
         try:

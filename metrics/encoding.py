@@ -17,7 +17,10 @@ from dataset.loader import read_batches
 from errors import UserError
 from inference.latent_cache import ChunkEncoder, Target
 from models.encoders import Encoder
+from models.latent_statistics import LatentStatistics, latent_moments, mean_and_variance
 from models.tokenizers import Tokenizer
+
+MOMENTS_ITEMS = 256  # latents whose moments are summed at once
 
 
 def chunked(worker: ChunkEncoder, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -86,6 +89,26 @@ def encode_dataset(
         done += len(batch)
         progress.update(len(batch))
     return result
+
+
+def normalise(latents: Tensor, own: LatentStatistics | None) -> LatentStatistics:
+    """Normalise latents ``[N, C, h, w]`` in place.
+
+    Args:
+        latents: on the CPU.
+        own: the VAE's statistics, if it has some.
+
+    Returns:
+        What they were normalised with: ``own``, or without it the statistics of these very latents.
+    """
+    statistics = own
+    if statistics is None:
+        mean, var = mean_and_variance(sum(latent_moments(part) for part in latents.split(MOMENTS_ITEMS)))
+        statistics = LatentStatistics(latents.shape[1])
+        statistics.load(mean, var.sqrt(), var)
+    for part in latents.split(MOMENTS_ITEMS):
+        part.copy_(statistics.normalize(part))
+    return statistics
 
 
 def check_memory(count: int, size: int) -> int:

@@ -17,6 +17,7 @@ from metrics.generation import (
     Settings,
     check_reference,
     check_samples,
+    check_statistics,
     choose_metrics,
     evaluate,
     measurement,
@@ -83,9 +84,11 @@ def plan(
     args: argparse.Namespace, ref: Path, ref_flag: str, resolution: int, settings: Settings, process: Process
 ) -> GenerationEvaluation:
     """Open and check all that a measurement of samples of a resolution, in pixels, needs; generate.py does it first."""
-    reference = open_image_set(ref, ref_flag)
+    reference = open_image_set(ref, ref_flag, args.features)
     check_reference(reference, resolution, settings, args.features)
-    return GenerationEvaluation(reference, extractor_of(args, process), settings)
+    extractor = extractor_of(args, process)
+    check_statistics(reference, extractor, resolution)
+    return GenerationEvaluation(reference, extractor, settings)
 
 
 def settings_of(args: argparse.Namespace, **others) -> Settings:

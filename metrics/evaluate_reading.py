@@ -38,9 +38,8 @@ def run(args: argparse.Namespace) -> int:
     questions = questions_of(data)
     if not questions:
         raise UserError(f"--data {args.data} has neither several classes nor attributes: there is nothing to read")
-    name = args.name or default_name(
-        samples.metrics_folder, f"{KIND}-{args.features.replace('/', '-')}", args.data, data.images.fingerprint
-    )
+    usual = "-".join([KIND, *samples.own_name, args.features]).replace("/", "-")
+    name = args.name or default_name(samples.metrics_folder, usual, args.data, data.images.fingerprint)
     encoder = build_vfm(args.features, args.features_grid, args.enc_ckpt).to(process.device)
     asked = asked_classes(samples, data, count)
     if args.dry_run:

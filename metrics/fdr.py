@@ -19,7 +19,7 @@ from metrics.generation import Settings, summarise_reference
 from metrics.record import Measurement
 from metrics.representations import REPRESENTATIONS
 from metrics.sources import ImageSet
-from metrics.summary import Needs, summarise
+from metrics.summary import Needs, on_all, summarise
 from runtime.processes import Process
 
 KIND, SIX = "fdr", "FDr6"
@@ -87,7 +87,12 @@ def measure(comparison: Comparison, extractor: Extractor, process: Process) -> R
         validation_fd = REPRESENTATIONS[name].validation_fd
     else:
         real = _gaussian(comparison.validation, extractor, settings, process, f"validation, {label}")
-        validation_fd = _validation_distance(real, theirs, comparison) if process.is_main else 0.0
+        validation_fd = frechet_distance(real, theirs) if process.is_main else 0.0
+        if on_all(lambda: validation_fd <= ROUNDING * np.trace(theirs.cov), process):
+            raise UserError(
+                f"{comparison.validation} does not differ from {comparison.reference}: there is nothing to divide by; "
+                "give held-out images that are not in the reference"
+            )
     ours = summarise(
         comparison.samples.images,
         comparison.count,
@@ -106,16 +111,6 @@ def _gaussian(
 ) -> Gaussian | None:
     summary = summarise_reference(images, extractor, settings, process, description)
     return summary.pooled if summary else None
-
-
-def _validation_distance(real: Gaussian, theirs: Gaussian, comparison: Comparison) -> float:
-    distance = frechet_distance(real, theirs)
-    if distance <= ROUNDING * np.trace(theirs.cov):
-        raise UserError(
-            f"{comparison.validation} does not differ from {comparison.reference}: there is nothing to divide by; give "
-            "held-out images that are not in the reference"
-        )
-    return distance
 
 
 def values_of(ratios: Mapping[str, Ratio]) -> dict[str, float]:

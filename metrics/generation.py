@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from errors import UserError
 from metrics.arguments import GENERATION_METRICS as METRICS
@@ -23,7 +22,7 @@ from metrics.mind import PROJECTIONS, choose_size, monge_distance
 from metrics.precision_recall import NEIGHBOUR, count_pairs, precision_recall
 from metrics.record import Measurement
 from metrics.sources import ImageSet
-from metrics.summary import Needs, Summary, SummaryCache, summarise
+from metrics.summary import Needs, Summary, SummaryCache, on_all, summarise
 from runtime.log import progress_bar
 from runtime.processes import Process
 
@@ -90,6 +89,18 @@ def check_reference(reference: ImageSet, resolution: int, settings: Settings, fe
         )
 
 
+def check_statistics(reference: ImageSet, extractor: Extractor, resolution: int) -> None:
+    """Refuse statistics of another network than the extractor, by their width."""
+    if reference.images is not None or extractor.is_inception:
+        return
+    width = extractor(torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)).dims[0]
+    if len(reference.pooled.mean) != width:
+        raise UserError(
+            f"{reference}: mu has {len(reference.pooled.mean)} numbers, {extractor.name} gives {width}: give that "
+            "network's statistics, or images"
+        )
+
+
 def check_count(what: str, count: int, settings: Settings) -> None:
     """Refuse fewer images than the metrics are defined for."""
     least = NEIGHBOUR + 1 if "pr" in settings.metrics else 2
@@ -150,7 +161,7 @@ def summarise_reference(
         folder = settings.ref_cache or path.with_name(f"{path.name}.features")
         cache = SummaryCache(folder, images, len(images), extractor)
         kept = cache.load(needs) if process.is_main else None
-        if _is_missing_anywhere(kept is None, process):
+        if on_all(lambda: kept is None, process):
             kept = summarise(
                 images,
                 len(images),
@@ -166,7 +177,7 @@ def summarise_reference(
         if kept is None:  # another rank
             return None
         summary = kept
-    if extractor.is_inception:
+    if extractor.name == reference.statistics_of:
         summary.pooled, summary.spatial = reference.pooled or summary.pooled, reference.spatial or summary.spatial
     return summary
 
@@ -270,13 +281,4 @@ def table(values: Mapping[str, float | None]) -> str:
 def _brings(reference: ImageSet, metric: str, features: str) -> bool:
     """Whether the reference comes with the statistics that a metric needs."""
     stored = {"fid": reference.pooled, "sfid": reference.spatial}.get(metric)
-    return features == INCEPTION and stored is not None
-
-
-def _is_missing_anywhere(missing: bool, process: Process) -> bool:
-    """What rank 0 found, told to all."""
-    if process.world_size == 1:
-        return missing
-    flag = torch.tensor(int(missing))
-    dist.broadcast(flag, 0)
-    return bool(flag)
+    return features == reference.statistics_of and stored is not None

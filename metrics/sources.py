@@ -14,6 +14,7 @@ from dataset.shards import is_unfinished, read_index
 from dataset.transforms import IMAGE_SUFFIXES, BadImageError, image_size, load_image
 from dataset.trees import FolderTree, describe_left_out, images_in
 from errors import UserError
+from metrics.arguments import INCEPTION
 from metrics.frechet import Gaussian
 from metrics.inception import POOLED, SPATIAL
 from metrics.record import folder_beside, metrics_folder
@@ -32,7 +33,8 @@ class ImageSet:
         path: where it lies.
         flag: which names it, for messages.
         images: None where there are only statistics.
-        pooled, spatial: Inception's statistics, where an ``.npz`` brings them.
+        pooled, spatial: a network's statistics, where an ``.npz`` brings them.
+        statistics_of: that network, as ``--features`` names it.
         made_by: settings of generate.py or preprocessing.py, where those made it.
     """
 
@@ -41,6 +43,7 @@ class ImageSet:
     images: ImageDataset | None
     pooled: Gaussian | None = None
     spatial: Gaussian | None = None
+    statistics_of: str = INCEPTION
     made_by: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -148,12 +151,14 @@ class FolderImages:
         return UserError(f"{self.path / self._files[item]} cannot be used ({error}); remove it or make it again")
 
 
-def open_image_set(path: Path, flag: str) -> ImageSet:
+def open_image_set(path: Path, flag: str, features: str = INCEPTION) -> ImageSet:
     """Open whatever ``path`` is.
 
     Args:
         path: ``.npz``, folder of images, packed dataset, folder of generate.py, or a run that has one.
         flag: which names it, for messages.
+        features: the network that the statistics of an ``.npz`` without images are of, unless they are as wide as
+            Inception's.
 
     Raises:
         UserError: nothing usable there.
@@ -163,7 +168,7 @@ def open_image_set(path: Path, flag: str) -> ImageSet:
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise UserError(f"{flag} {path} is a file, but no .npz; give {LAYOUTS}")
-        return _open_npz(path, flag)
+        return _open_npz(path, flag, features)
     if read_index(path) is None and (path / "args.json").is_file():
         path = _only_sample_folder(path, flag)
     index = read_index(path)
@@ -188,9 +193,13 @@ def _holds_images(folder: Path) -> bool:
     return index is not None and index["kind"] == "images"
 
 
-def _open_npz(path: Path, flag: str) -> ImageSet:
+def _open_npz(path: Path, flag: str, features: str) -> ImageSet:
     with open_npz(path) as archive:
         names = array_names(archive)
+    if features != INCEPTION and ARRAY not in names and set(POOLED_KEYS) <= set(names):
+        statistics = read_statistics(path, POOLED_KEYS)
+        if len(statistics.mean) != POOLED:
+            return ImageSet(path, flag, None, statistics, statistics_of=features)
     pooled = read_statistics(path, POOLED_KEYS, POOLED) if set(POOLED_KEYS) <= set(names) else None
     spatial = read_statistics(path, SPATIAL_KEYS, SPATIAL) if set(SPATIAL_KEYS) <= set(names) else None
     if spatial is not None and spatial.mean.min() < 0:
@@ -202,7 +211,7 @@ def _open_npz(path: Path, flag: str) -> ImageSet:
     return ImageSet(path, flag, images, pooled, spatial)
 
 
-def read_statistics(path: Path, keys: tuple[str, str], dim: int) -> Gaussian:
+def read_statistics(path: Path, keys: tuple[str, str], dim: int | None = None) -> Gaussian:
     """A Gaussian that an ``.npz`` holds under the names of its mean ``[dim]`` and covariance ``[dim, dim]``.
 
     Raises:
@@ -214,6 +223,7 @@ def read_statistics(path: Path, keys: tuple[str, str], dim: int) -> Gaussian:
     except (ValueError, TypeError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: {', '.join(keys)} are not readable ({error}); copy or download it again") from error
     where = f"{path}: {', '.join(keys)}"
+    dim = mean.size if dim is None else dim
     if mean.shape != (dim,) or cov.shape != (dim, dim):
         raise UserError(f"{where} have shapes {list(mean.shape)}, {list(cov.shape)}; [{dim}], [{dim}, {dim}] is needed")
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,13 @@ class Summary:
     spatial: Gaussian | None = None
     score: float | None = None
     features: torch.Tensor | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        means = [gaussian.mean for gaussian in (self.pooled, self.spatial) if gaussian is not None]
+        return all(np.isfinite(mean).all() for mean in means) and (
+            self.features is None or bool(self.features.isfinite().all())
+        )
 
 
 class Sums:
@@ -133,7 +141,7 @@ def summarise(
         description: of the progress bar.
 
     Raises:
-        UserError: features that are not finite.
+        UserError: features that are not finite; on every process.
     """
     items = np.arange(process.rank, count, process.world_size)
     batches = [items[first : first + batch_size] for first in range(0, len(items), batch_size)]
@@ -152,8 +160,10 @@ def summarise(
     if not process.is_main:
         for part in sums.parts() if sums is not None else ():
             dist.send(part.cpu(), 0)
-        return None
-    return _total(sums, needs, count, features.dims, process)
+    summary = _total(sums, needs, count, features.dims, process) if process.is_main else None
+    if on_all(lambda: not summary.is_finite, process):
+        raise UserError("the network's features are not finite: its weights are damaged; give another file")
+    return summary
 
 
 def _total(sums: Sums, needs: Needs, count: int, dims: tuple[int, int, int], process: Process) -> Summary:
@@ -169,17 +179,22 @@ def _total(sums: Sums, needs: Needs, count: int, dims: tuple[int, int, int], pro
         sums.merge(other)
         if features is not None:
             features[rank :: process.world_size] = other.features.to(features)
-    summary = Summary(
+    return Summary(
         count,
         sums.pooled.gaussian() if sums.pooled is not None else None,
         sums.spatial.gaussian() if sums.spatial is not None else None,
         sums.score.score() if sums.score is not None else None,
         features,
     )
-    means = [gaussian.mean for gaussian in (summary.pooled, summary.spatial) if gaussian is not None]
-    if not all(np.isfinite(mean).all() for mean in means) or (features is not None and not features.isfinite().all()):
-        raise UserError("the network's features are not finite: its weights are damaged; give another file")
-    return summary
+
+
+def on_all(find: Callable[[], bool], process: Process) -> bool:
+    """What rank 0 finds, on every process of the group; the others do not look."""
+    if process.world_size == 1:
+        return find()
+    answer = torch.tensor(int(find()) if process.is_main else 0)
+    dist.broadcast(answer, 0)
+    return bool(answer)
 
 
 class SummaryCache:

@@ -33,18 +33,21 @@ class Point:
     checksum: str  # of the VAE
     probes: Mapping[str, float]  # attribute metrics and measures of the VAE, by name
     distance: float  # of the SiT's images
-    reconstruction: float | None = None  # the same distance of the VAE's reconstructions, if measured
+    reconstructions: Mapping[str, float]  # that distance of the VAE's reconstructions, by the set, the largest first
 
 
 @dataclass(frozen=True)
 class View:
-    """Points that may be compared: the same probe, the same measure of images, SiTs of one size and length."""
+    """Points that may be compared: one probe, one measure of images made alike, SiTs of one size and length."""
 
     data: str  # that was probed
     metric: str  # of the images, ``FID`` or ``FD-NAME``
     guidance: str  # of the samples
     reference: str  # that they were compared with
     sit: str  # model, steps and weights of the SiTs
+    images: int  # of a sample
+    labels: str  # how their classes were drawn
+    sampler: str  # how they were made of noise
     points: list[Point]  # one for each SiT
 
     @property
@@ -54,8 +57,11 @@ class View:
     @property
     def title(self) -> str:
         guided = "" if self.guidance in ("none", "") else f", guidance {self.guidance}"
+        labels = f"{self.labels} labels" if self.labels else ""
+        reference = f"reference {self.reference}" if self.reference else ""
+        images = ", ".join(filter(None, [f"{self.images:,} images", labels, self.sampler, reference]))
         what = "Probe F1" if self.has_f1 else "Measures of latents"
-        return f"{what}{f' on {self.data}' if self.data else ''} against {self.metric} ({self.sit}{guided})"
+        return f"{what}{f' on {self.data}' if self.data else ''} against {self.metric} ({self.sit}{guided}; {images})"
 
     @property
     def has_f1(self) -> bool:
@@ -81,11 +87,17 @@ class View:
         groups = [point.checksum for point in self.points]
         return {name: bootstrap_interval(*self._pairs(name), groups) for name in self.names}
 
+    @property
+    def reconstructed(self) -> str | None:
+        """The set that all VAEs' reconstructions were measured on, the largest of several; None if there is none."""
+        first, *others = (point.reconstructions for point in self.points)
+        return next((name for name in first if all(name in sets for sets in others)), None)
+
     def partial_correlations(self) -> dict[str, float]:
-        """Each given the distance of the VAEs' reconstructions, where all have one; NaN where it leaves nothing."""
-        given = [point.reconstruction for point in self.points]
-        if None in given:
+        """Each given the distance of the VAEs' reconstructions of one set; NaN where that leaves nothing."""
+        if self.reconstructed is None:
             return {}
+        given = [point.reconstructions[self.reconstructed] for point in self.points]
         return {name: partial_correlation(*self._pairs(name), given) for name in self.names}
 
     def _pairs(self, name: str) -> tuple[list[float], list[float]]:
@@ -112,10 +124,11 @@ def views(rows: Sequence[Row]) -> list[View]:
         made_with = _vae_of(row)
         for (checksum, data), same in probed.items():
             if checksum == made_with:
-                reconstruction = _reconstruction(rows, checksum, f"r{metric}")
+                reconstructions = _reconstructions(rows, checksum, f"r{metric}")
                 probes, distance = _mean_probe(same), row.cells[metric].value
-                point = Point(same[0].run, row.run, checksum, probes, distance, reconstruction)
-                key = (data, metric, row.guidance, row.reference, _sit_of(row))
+                point = Point(same[0].run, row.run, checksum, probes, distance, reconstructions)
+                made = (row.guidance, row.reference, _sit_of(row), row.images, row.labels, row.sampler)
+                key = (data, metric, *made)
                 found.setdefault((MAIN_METRIC in probes, *key), []).append(point)
     made = (View(*key, points) for (_, *key), points in found.items())
     return sorted(
@@ -135,11 +148,17 @@ def _mean_probe(rows: Sequence[Row]) -> dict[str, float]:
     return {name: fmean(found[name]) for name in names}
 
 
-def _reconstruction(rows: Sequence[Row], checksum: str, metric: str) -> float | None:
-    """Of a VAE; None where it was not measured, or more than once: nothing chooses between the sets."""
+def _reconstructions(rows: Sequence[Row], checksum: str, metric: str) -> dict[str, float]:
+    """Of a VAE, by the set that was reconstructed, the largest first; of several of one set the newest."""
     measured = [row for row in rows if row.section == RECONSTRUCTION and metric in row.cells and row.measurement]
-    values = [row.cells[metric].value for row in measured if row.measurement.subject.get("vae_checksum") == checksum]
-    return values[0] if len(values) == 1 else None
+    measured = [row for row in measured if row.measurement.subject.get("vae_checksum") == checksum]
+    measured.sort(key=lambda row: (-row.images, row.detail, row.measurement.created))
+    return {_set_of(row): row.cells[metric].value for row in measured if math.isfinite(row.cells[metric].value)}
+
+
+def _set_of(row: Row) -> str:
+    sampled = ", posterior samples" if row.measurement.settings.get("latent") == "sample" else ""
+    return f"{row.images:,} images of {row.detail}{sampled}"
 
 
 def points_table(view: View) -> tuple[list[Column], list[list[str]]]:
@@ -173,6 +192,7 @@ def records(found: Iterable[View]) -> list[dict[str, object]]:
             "vaes": view.vaes,
             "pearson": {name: _known(view, r) for name, r in view.correlations().items()},
             "interval": {name: [_known(view, end) for end in ends] for name, ends in view.intervals().items()},
+            "reconstructed": view.reconstructed,
             "given_reconstruction": {name: _known(view, r) for name, r in view.partial_correlations().items()},
         }
         for view in found
@@ -195,6 +215,10 @@ def correlation_lines(view: View, published: Published) -> list[str]:
         between = f"; 95 % interval {low} to {high}" if low != NOTHING else ""
         given = f"; given r{view.metric} {_word(partial[name], 2)}" if name in partial else ""
         lines.append(f"{what}: {_word(r)} ({len(view.points)} SiTs, {view.vaes} VAEs){between}{given}")
+    if view.reconstructed is not None:
+        lines.append(f"r{view.metric} is that of {view.reconstructed}")
+    elif any(point.reconstructions for point in view.points):
+        lines.append(f"given r{view.metric}: nothing, because no set was reconstructed with each of the VAEs")
     if view.vaes < FEW:
         lines.append(
             f"{view.vaes} VAEs are few: their interval is a hint at best, and of many measures some fit by chance"

@@ -32,7 +32,7 @@ def difference_tables(rows: Sequence[Row], baseline: str) -> list[Table]:
         groups: dict[tuple, dict[str, dict[int, Row]]] = {}
         for row in rows:
             if row.section == section and row.preset and row.owner is not None:
-                key = (row.detail, row.weights, row.labels, row.guidance, row.reference, row.images)
+                key = (row.detail, row.weights, row.labels, row.sampler, row.guidance, row.reference, row.images)
                 by_seed = groups.setdefault(key, {}).setdefault(row.preset, {})
                 seed = row.owner.arguments.get("seed", 0)
                 if seed not in by_seed or row.measurement.created > by_seed[seed].measurement.created:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from reporting.curves import read_series
 from reporting.results import Row
-from reporting.runs import Run
+from reporting.runs import VAE_AND_SIT, Run
 from reporting.tables import Column, Table
 
 OF_THE_STEP = ("train_steps", "weights_sha256", "latent_statistics")  # of the settings of samples
+OF_THE_STEP_WITH_ITS_VAE = (*OF_THE_STEP, "vae")  # of a run that trains its VAE as well
 
 
 def epochs_table(rows: Sequence[Row], thresholds: Sequence[float]) -> Table | None:
@@ -28,8 +29,9 @@ def epochs_table(rows: Sequence[Row], thresholds: Sequence[float]) -> Table | No
         step = row.samples.settings.get("train_steps")
         if row.guidance != "none" or row.metric_of_images is None or type(step) is not int:
             continue
+        of_the_step = OF_THE_STEP_WITH_ITS_VAE if row.owner.sort == VAE_AND_SIT else OF_THE_STEP
         alike = tuple(
-            sorted((key, repr(value)) for key, value in row.samples.settings.items() if key not in OF_THE_STEP)
+            sorted((key, repr(value)) for key, value in row.samples.settings.items() if key not in of_the_step)
         )
         key = (row.owner.folder, row.metric_of_images, row.reference, row.images, alike)
         groups.setdefault(key, {})[step] = row

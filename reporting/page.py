@@ -64,11 +64,12 @@ def page(report: Report, title: str) -> str:
 def _marked(table: Table) -> tuple[set[tuple[int, int]], set[int]]:
     """The best measured figure of each column as (row, column), and the rows that are means over seeds.
 
-    Means are compared with means only; rows with different labels, guidance, data or numbers of images with none.
+    Means are compared with means only; rows of images made or compared otherwise with none.
     """
     means = {number for number, row in enumerate(table.sources) if row.seeds > 1}
     rows: dict[int, Row] = {n: row for n, row in enumerate(table.sources) if n in means or not means}
-    if len({(row.labels, row.guidance, row.reference, row.images, row.detail) for row in rows.values()}) > 1:
+    ways = {(row.labels, row.sampler, row.guidance, row.reference, row.images, row.detail) for row in rows.values()}
+    if len(ways) > 1:
         return set(), means
     best = set()
     for place, column in enumerate(table.columns):

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from metrics.record import metrics_folder
+from reporting.results import sampler_of
 from reporting.runs import SAMPLES, Run
 
 MOST_PIXELS = 1280  # along the longer side
@@ -110,10 +111,7 @@ def _how(made: Mapping[str, object], count: int | None) -> str:
     words = [f"{count:,} images"] if count else []
     if made.get("train_steps") is not None:
         words.append(f"{made.get('weights', '')} of step {made['train_steps']:,}".strip())
-    if made.get("mode") is not None:
-        words.append(f"{made['mode'].upper()}{' Heun' if made.get('heun') else ''}, {made.get('num_steps')} steps")
-    if made.get("time_shift") not in (None, 1):
-        words.append(f"times shifted by {made['time_shift']:g}")
+    words += filter(None, [sampler_of(made)])
     scale = made.get("cfg_scale")
     if scale is not None:
         by = "" if made.get("guide") is None else f" by {made['guide']}"

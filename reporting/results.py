@@ -64,6 +64,7 @@ class Row:
     changes: tuple[str, ...] = ()  # flags given in addition to the preset's that change what is done
     weights: str = ""  # which ones made generated images, see ``formats.averages``; empty if unknown
     labels: str = ""  # how classes of generated images were drawn: ``random`` or ``equal``; empty if unknown
+    sampler: str = ""  # how images were made of noise, e.g. ``SDE, 250 steps``; empty if unknown
     seeds: int = 1  # how many measurements it is the mean of
     measurement: Measurement | None = None
     owner: Run | None = None
@@ -128,6 +129,7 @@ def with_means(rows: Sequence[Row]) -> list[Row]:
             row.detail,
             row.weights,
             row.labels,
+            row.sampler,
             row.guidance,
             row.reference,
             row.images,
@@ -269,9 +271,9 @@ def _row(
         cells[metric] = Cell(_figure(run, measurement, metric), std, compared)
     preset = (run.preset.name, run.preset.changes) if run.preset else (None, ())
     what = (section, _name_of(run, measurement), detail, guidance, reference, measurement.count)
-    weights = _made_by(measurement, samples).get("weights") or ""
-    origin = {"measurement": measurement, "owner": run, "samples": samples}
-    return Row(*what, cells, row, *preset, weights, _labels(measurement, samples), **origin)
+    made_by = _made_by(measurement, samples)
+    how = (made_by.get("weights") or "", _labels(measurement, samples), sampler_of(made_by))
+    return Row(*what, cells, row, *preset, *how, measurement=measurement, owner=run, samples=samples)
 
 
 def _name_of(run: Run, measurement: Measurement) -> str:
@@ -304,6 +306,16 @@ def _labels(measurement: Measurement, samples: Samples | None) -> str:
     classes = settings.get("classes")
     of_some = "" if classes is None else f" of {len(classes)} classes"
     return f"{settings['label_sampling']}{of_some}" if settings.get("label_sampling") else ""
+
+
+def sampler_of(made_by: Mapping[str, Any]) -> str:
+    """By the settings of samples, ``ODE Heun, 20 steps, times shifted by 2``; empty if they do not say."""
+    if made_by.get("mode") is None:
+        return ""
+    words = [f"{made_by['mode'].upper()}{' Heun' if made_by.get('heun') else ''}", f"{made_by.get('num_steps')} steps"]
+    if made_by.get("time_shift") not in (None, 1):
+        words.append(f"times shifted by {made_by['time_shift']:g}")
+    return ", ".join(words)
 
 
 def _guidance(measurement: Measurement, samples: Samples | None) -> str:

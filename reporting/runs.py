@@ -2,8 +2,8 @@
 
 A subject of a report is the folder of a training (``args.json``), a VAE's diffusers folder, a folder of generated
 images, a single ``.npz``, or a folder of measurements (``metrics/``, or ``NAME.metrics/`` next to plain images) of
-something else, such as raw pixels. The folder of an experiment (``preset.json``) stands for its runs, and for what the
-experiment measured into that folder itself.
+something else, such as raw pixels. The folder of an experiment (``preset.json``) stands for its runs, and for itself
+where it is one or the experiment measured into it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,8 @@ from runtime.experiment import PRESET_NAME, PresetRecord
 from schema import MalformedError, check, read_json
 
 PREVIEW_NAME = "preview.png"
-SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": "VAE and SiT"}
+VAE_AND_SIT = "VAE and SiT"
+SORTS = {"train_sendvae.py": "VAE", "train_ldm.py": "SiT", "train_repae.py": VAE_AND_SIT}
 VAE_FOLDER, SAMPLES, MEASURED = "VAE folder", "samples", "measurements"
 
 
@@ -150,7 +151,8 @@ def _subjects(path: Path) -> list[Path]:
     if (path / PRESET_NAME).is_file():
         names = _read_preset(path / PRESET_NAME).runs
         runs = [path.parent / name for name in names if (path.parent / name / "args.json").is_file()]
-        return [*([path] if _is_measured(path) else []), *runs]
+        is_one = (path / "args.json").is_file() or _is_measured(path)
+        return [*([path] if is_one else []), *runs]
     if path.name == "vae" and (path.parent / "args.json").is_file():
         return [path.parent]  # measurements of a run's vae/ lie with the run
     if not _is_subject(path):

@@ -309,7 +309,7 @@ def _as_flag(key: str, value: Any) -> str:
 def _run_names(stages: Sequence[Stage], experiment: str) -> tuple[str, ...]:
     words = [word for stage in stages for word in stage.command]
     names = [name for flag, name in itertools.pairwise(words) if flag == "--exp-name"]
-    return tuple(name for name in dict.fromkeys(names) if name.startswith(f"{experiment}-"))
+    return tuple(name for name in dict.fromkeys(names) if name == experiment or name.startswith(f"{experiment}-"))
 
 
 def _set_variable(variables: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from files import write_json
 from metrics.record import Measurement, write_measurement
 
-COMMANDS = {"VAE": "train_sendvae.py", "SiT": "train_ldm.py"}
+COMMANDS = {"VAE": "train_sendvae.py", "SiT": "train_ldm.py", "VAE and SiT": "train_repae.py"}
 UNGUIDED = {"FID": 8.0, "sFID": 5.25, "IS": 110.5, "Precision": 0.741, "Recall": 0.602}
 
 
@@ -18,13 +18,13 @@ def write_run(folder: Path, sort: str = "SiT", steps: int = 400, **arguments: ob
 
     Args:
         folder: ``exps/NAME``.
-        sort: ``VAE`` or ``SiT``.
+        sort: a key of ``COMMANDS``.
         steps: it was trained for, a hundred for each line of ``metrics.jsonl``.
         arguments: entries of ``args``.
     """
     folder.mkdir(parents=True)
     args = {"exp_name": folder.name, "batch_size": 64, "seed": 0, **arguments}
-    if sort == "SiT":
+    if sort != "VAE":
         args = {"denoiser": {"model": "SiT-Ti/2"}, "model": "SiT-Ti/2", **args}
     command = [COMMANDS[sort], "--exp-name", folder.name]
     record = {"args": args, "command": command, "versions": {"torch": "2.6"}, "git_commit": "0123456789abcdef"}

@@ -11,7 +11,9 @@ from scipy.integrate import quad
 from scipy.special import gammaln, ive
 
 from diffusion.counted_noise import Purpose, counted_normal
-from metrics.diffusability import encode_diffused, measure_diffusability
+from errors import UserError
+from metrics.diffusability import encode_diffused, measure_diffusability, moved_shapes
+from metrics.encoding import normalise
 from metrics.equivariance import TRANSFORMS, unexplained_share
 from metrics.latent_measures import (
     channel_correlation,
@@ -33,7 +35,7 @@ from metrics.spatial_structure import (
     region_similarity,
 )
 from metrics.velocity_variance import TIMES, covariance_spectrum, gaussian_velocity_variance, velocity_variance
-from models.latent_statistics import LatentStatistics
+from models.latent_statistics import EPSILON, LatentStatistics
 from models.tokenizers import Tokenizer
 from models.tokenizers.kl import Posterior
 
@@ -360,7 +362,7 @@ def test_what_is_measured_are_posterior_samples_and_errors_of_means():
     items = np.arange(3, 15)
     data = SimpleNamespace(images=SimpleNamespace(resolution=32), items=items)
     latents = Latents(statistics.normalize(pooled(images)), data, torch.device("cpu"), seed=9)
-    diffused = encode_diffused(latents, tokenizer, statistics, lambda function, shape: function(images))
+    diffused = encode_diffused(latents, tokenizer, statistics, statistics, lambda function, shape: function(images))
     assert set(diffused.errors) == {"flip", "rotation", "shift", "scale"} and max(diffused.errors.values()) < 1e-10
     noise = counted_normal(9, torch.from_numpy(items), 0, (3, 8, 8), Purpose.POSTERIOR)
     expected = latents.values + 5.0 * noise / statistics.std[:, None, None]
@@ -374,13 +376,48 @@ def test_what_is_measured_are_posterior_samples_and_errors_of_means():
     assert outcome.settings == {"points": 10, "compared": 10, "dimensions": 192, "latent": "sample"}
 
 
+def test_samples_of_a_vae_without_statistics_are_normalised_by_their_own():
+    """Not by the means', which lack the posterior's variance; equivariance is that of means all the same."""
+    images = smooth_images(12)
+    tokenizer, items, values = MeanPooling(), np.arange(12), pooled(images).float()
+    statistics = normalise(values, None)
+    data = SimpleNamespace(images=SimpleNamespace(resolution=32), items=items)
+    latents = Latents(values, data, torch.device("cpu"), seed=9)
+    diffused = encode_diffused(latents, tokenizer, statistics, None, lambda function, shape: function(images))
+    noise = counted_normal(9, torch.from_numpy(items), 0, (3, 8, 8), Purpose.POSTERIOR)
+    raw = (pooled(images) + 5.0 * noise).numpy()
+    mean, variance = raw.mean((0, 2, 3), keepdims=True), raw.var((0, 2, 3), ddof=1, keepdims=True)
+    expected = (raw - mean) / np.sqrt(variance + EPSILON)
+    np.testing.assert_allclose(diffused.samples.numpy(), expected, rtol=0, atol=1e-5)
+    assert max(diffused.errors.values()) < 1e-10
+
+
+class OneSize(MeanPooling):
+    """Of 32 px images alone, as an RAE is."""
+
+    def latent_shape(self, resolution):
+        if resolution != 32:
+            raise UserError("32 px only")
+        return super().latent_shape(resolution)
+
+
+def test_a_tokenizer_of_one_resolution_goes_without_the_error_under_scale():
+    images, tokenizer, statistics = smooth_images(6), OneSize(), LatentStatistics(3)
+    assert set(moved_shapes(MeanPooling(), 32)) == set(TRANSFORMS) == {*moved_shapes(tokenizer, 32), "scale"}
+    data = SimpleNamespace(images=SimpleNamespace(resolution=32), items=np.arange(6))
+    latents = Latents(statistics.normalize(pooled(images)), data, torch.device("cpu"), seed=0)
+    diffused = encode_diffused(latents, tokenizer, statistics, statistics, lambda function, shape: function(images))
+    values = measure_diffusability(latents, diffused, 6).values
+    assert values["scale-error"] is None and values["flip-error"] == pytest.approx(0, abs=1e-10)
+
+
 def test_what_is_not_defined_is_none():
     """Images of 12 px and latents of 3×3: halves cannot be encoded, and one colour has no foreground."""
     images = torch.full((5, 3, 12, 12), 7, dtype=torch.uint8)
     tokenizer, statistics = MeanPooling(), LatentStatistics(3)
     data = SimpleNamespace(images=SimpleNamespace(resolution=12), items=np.arange(5))
     latents = Latents(statistics.normalize(pooled(images)), data, torch.device("cpu"), seed=0)
-    diffused = encode_diffused(latents, tokenizer, statistics, lambda function, shape: function(images))
+    diffused = encode_diffused(latents, tokenizer, statistics, statistics, lambda function, shape: function(images))
     values = measure_diffusability(latents, diffused, 5).values
     undefined = {name for name, value in values.items() if value is None}
     assert undefined == {"SRSS", "flip-error", "rotation-error", "shift-error", "scale-error"}

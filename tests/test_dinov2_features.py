@@ -97,6 +97,25 @@ def test_the_class_token_of_the_original(original, tmp_path):
         build_extractor("DINOv2", str(tmp_path / "other.pth"))
 
 
+def test_missing_weights_are_those_of_the_name_that_was_given(tmp_path, monkeypatch):
+    """``--features dinov2-vit-l`` would be another measure."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("models.encoders.weights._from_hub", lambda spec: None)
+    with pytest.raises(UserError, match=r"^no weights for --features DINOv2: give the file with --enc-ckpt") as caught:
+        build_extractor("DINOv2")
+    assert "--features dinov2-vit-l" not in str(caught.value) and "dinov2_vitl14_pretrain.pth" in str(caught.value)
+
+
+def test_every_command_spells_it_alike(capsys):
+    """Also in small letters, which would be taken for a name of ``--enc-type``; the help lists what there is."""
+    for words in (["generation", "--samples", "a", "--ref", "b"], ["reconstruction", "--vae", "a", "--data", "b"]):
+        assert evaluate.parse_arguments([*words, "--features", "dinov2"]).features == "DINOv2"
+        with pytest.raises(SystemExit):
+            evaluate.parse_arguments([words[0], "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert "DINOv2: the class token" in said and "FDr/convnext, dinov2, mae, siglip or clip" in said
+
+
 def test_positions_are_resampled_as_in_the_original_code():
     embedding = torch.randn(1, 1 + 37**2, 5, dtype=torch.float64)
     expected = torch.from_numpy(positions_in_words(embedding[0].numpy(), 16))

@@ -1,6 +1,7 @@
 """EP_FID@k, and how classes were drawn: what a report says of several evaluated steps."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,12 +20,17 @@ def test_reached():
     assert reached({8.0: float("nan"), 16.0: 1.0}, 4.0) == "8 to 16"
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A training of 64 images a step on 6,400: 100 steps are an epoch."""
-    run = write_run(tmp_path / "mine")
+def write_training(folder: Path, sort: str = "SiT") -> Path:
+    """Of 64 images a step on 6,400: 100 steps are an epoch."""
+    run = write_run(folder, sort)
     lines = [{"step": step, "loss": 1.0, "epoch": step * 64 / 6400} for step in (100, 400)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = write_training(tmp_path / "mine")
     for step, distance in ((100, 30.0), (200, 9.0), (400, 4.0)):
         write_samples(run, UNGUIDED | {"FID": distance}, name=f"at{step}", train_steps=step, label_sampling="random")
     write_samples(run, UNGUIDED | {"FID": 1.0}, 2.5, name="guided", train_steps=100, label_sampling="random")
@@ -52,6 +58,15 @@ def test_other_labels_and_other_sampling_are_rows_of_their_own(run, capsys):
     report.main([str(run), "--no-html", "--format", "json"])
     labels = {record["labels"] for record in json.loads(capsys.readouterr().out)["results"]}
     assert labels == {"random", "equal of 2 classes"}
+
+
+@pytest.mark.parametrize(("sort", "rows"), [("VAE and SiT", ["1 to 2"]), ("SiT", ["over 1", "up to 2"])])
+def test_a_vae_that_is_trained_too_is_another_at_each_step(tmp_path, sort, rows):
+    """Of a run of train_repae.py the steps are one row; other runs' images were made with two VAEs."""
+    run = write_training(tmp_path / "mine", sort)
+    for step, distance in ((100, 30.0), (200, 9.0)):
+        write_samples(run, {"FID": distance}, name=f"at{step}", train_steps=step, vae=f"vae of step {step}")
+    assert [line[-1] for line in epochs_table(gather([str(run)]).rows, (10.0,)).rows] == rows
 
 
 def test_a_run_that_says_nothing_of_epochs_has_no_row(tmp_path):

@@ -21,6 +21,7 @@ from metrics.features import Extractor, build_extractor
 from metrics.frechet import Gaussian, frechet_distance
 from metrics.record import Measurement, read_measurements
 from metrics.sources import open_image_set
+from runtime.cli import EXIT_USER_ERROR, run
 from tests.command_line import argv_of
 from tests.image_sets import SIDE, random_images, write_folder, write_npz, write_packed
 from tests.inception_weights import write_inception_weights
@@ -226,6 +227,32 @@ def test_names_of_the_files(tiny, tmp_path):
         evaluate.main(["generation", *argv_of({"samples": write_npz(tmp_path / f"{name}.npz", images), "ref": ref})])
     found = [measurement.name for measurement in read_measurements(tmp_path / "metrics")]
     assert found == ["generation-cfg2.5", "generation"]
+
+
+def test_statistics_of_another_network_serve_as_reference(tmp_path, capsys):
+    """Without images, for its Fréchet distance alone, told by their width; Inception's are never taken for them."""
+    samples, theirs = write_packed(tmp_path / "a", random_images(9, 0)), random_images(8, 1)
+    features = build_extractor(LITE0)(torch.from_numpy(theirs.transpose(0, 3, 1, 2).copy())).pooled.double().numpy()
+    mu, sigma = features.mean(0), np.cov(features, rowvar=False)
+    np.savez(tmp_path / "lite0.npz", mu=mu, sigma=sigma)
+    expected = measured(samples, write_packed(tmp_path / "b", theirs), features=LITE0, metrics="fid").values
+    (samples / "metrics" / f"generation-{LITE0}.json").unlink()
+    found = measured(samples, tmp_path / "lite0.npz", features=LITE0, metrics="fid")
+    assert list(found.values) == [f"FD-{LITE0}"] and found.values == pytest.approx(expected, rel=1e-4)
+    assert found.reference["statistics_of_the_file"] == ["fid"] and found.reference["count"] is None
+
+    def refused(ref: str, **flags: str) -> str:
+        capsys.readouterr()
+        argv = argv_of({"samples": samples, "ref": tmp_path / ref, "features": LITE0} | flags)
+        assert run(evaluate.main, ["generation", *argv]) == EXIT_USER_ERROR
+        return capsys.readouterr().err
+
+    np.savez(tmp_path / "narrow.npz", mu=mu[1:], sigma=sigma[1:, 1:])
+    np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    assert f"mu has {len(mu) - 1} numbers, {LITE0} gives {len(mu)}" in refused("narrow.npz", metrics="fid")
+    assert "has no images (arr_0), which pr, kid, mind need" in refused("lite0.npz")
+    assert "has no images (arr_0), which fid need" in refused("inception.npz", metrics="fid")
+    assert "[2048] is needed" in refused("lite0.npz", metrics="fid", features="inception").replace(", [2048, 2048]", "")
 
 
 def test_a_class_tree_keeps_its_classes(tiny, tmp_path, capsys):

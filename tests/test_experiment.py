@@ -90,6 +90,22 @@ def test_every_flag_of_every_preset_is_one_of_its_script(name, capsys):
                 assert not word.startswith("--") or f"{word} " in known or f"{word}\n" in known, (stage.name, word)
 
 
+@pytest.mark.parametrize("name", [name for name in preset_names() if "stages" in load_preset(name)])
+def test_images_with_and_without_guidance_are_made_alike(name):
+    """All samples of a preset differ in guidance alone, or their figures could not stand side by side."""
+    variables = load_preset(name).get("variables", {})
+    given = [word for key, value in variables.items() if value in ("?", "") for word in (f"--{key}", "x")]
+    guidance = {"cfg_scale", "guidance_low", "guidance_high", "guidance_channels", "guide", "points"}
+    made = []
+    for command in commands(name, *given).values():
+        if "generate.py" in command:
+            flags = vars(generate.parse_arguments(command[command.index("generate.py") + 1 :]))
+            others = guidance | {"sample_dir", "weights", "preview", "preview_beside"}
+            made.append({key: flags[key] for key in flags.keys() - others})
+    for flags in made:
+        assert flags == made[0]
+
+
 def test_the_paper_s_default_is_what_method_says():
     found = commands("sendvae_imagenet256")
     assert list(found) == ["preprocess", "sendvae", "cache", "ldm", "samples"]
@@ -275,14 +291,14 @@ def test_a_stopped_dry_run_of_many_goes_no_further(presets, tmp_path, capfd):
 
 def test_an_experiment_notes_its_runs_and_what_it_reproduces(presets, tmp_path):
     stage = writing_stage(tmp_path / "made")
-    names = ("mine-vae", "shared", "mine-ldm")
+    names = ("mine-vae", "shared", "mine", "mine-ldm")
     stages = {f"s{i}": stage | {"flags": {"exp-name": name}} for i, name in enumerate(names)}
     presets("mine", stages=stages, published="table2/depth1")
     argv = ["mine", "--output-dir", str(tmp_path / "exps")]
     for few in ([], ["--stages", "s0"]):
         assert experiment.main([*argv, *few]) == 0
         noted = json.loads((tmp_path / "exps" / "mine" / "preset.json").read_text())
-        runs = ["mine-vae", "mine-ldm"]
+        runs = ["mine-vae", "mine", "mine-ldm"]
         assert noted == {"preset": "mine", "published": "table2/depth1", "runs": runs, "changes": []}
 
 

@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import json
+import socket
+import subprocess
+import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +34,7 @@ from models.weight_files import MissingWeightsError
 from runtime.cli import EXIT_USER_ERROR, run
 from tests.command_line import argv_of
 from tests.image_sets import random_images, write_folder, write_npz, write_packed
-from tests.test_distributed import torchrun
+from tests.test_distributed import ENVIRONMENT, ROOT, torchrun
 from tests.test_evaluate_generation import LITE0, distance_of_few
 
 DYNAMIC = {"dynamic_img_size": True, "dynamic_img_pad": True}
@@ -538,6 +541,32 @@ def test_a_real_network_on_one_process_and_on_two(tmp_path, capsys):
     assert answer.stdout.count("written to") == 1
     (two,) = read_measurements(a / "metrics")
     assert two.values == pytest.approx(found.values, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_refusal_ends_every_process(tmp_path):
+    """Only the first one sees that the validation set is the reference; the other says the same and does not wait."""
+    images = random_images(6, 1)
+    a, ref, val = (
+        write_packed(tmp_path / name, x) for name, x in (("a", images[:4]), ("ref", images), ("val", images))
+    )
+    argv = argv_of({"samples": a, "ref": ref, "val": val, "networks": LITE0})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "evaluate.py", "fdr", *argv],
+            cwd=ROOT,
+            env=ENVIRONMENT | place | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        assert "error: --val" in process.communicate(timeout=100)[1].splitlines()[-1]
+        assert process.returncode == EXIT_USER_ERROR
 
 
 def test_the_report_shows_it(tiny, tmp_path, capsys):

@@ -15,9 +15,11 @@ from dataset.attributes import TEST, TRAIN, VALIDATION
 from dataset.toy import write_toy_dataset
 from errors import UserError
 from formats.vae import load_tokenizer
+from metrics.encoding import normalise
 from metrics.probe_data import open_probe_data
 from metrics.record import read_measurements
 from models.latent_statistics import EPSILON
+from models.tokenizers.kl import KLTokenizer
 from tests.annotated_sets import write_celeba
 from tests.command_line import argv_of
 from tests.latent_caches import save_vae
@@ -105,6 +107,13 @@ def test_several_vaes_that_cannot_be_meant_are_refused(data, vae):
             probe.parse_arguments(["diffusability", "--data", str(data), *vaes, *argv_of(changes)])
 
 
+def test_a_vae_that_cannot_be_probed_is_refused_before_the_first_is(data, vae, tmp_path):
+    argv = flags("classes", data, vae, output_dir=tmp_path / "out")
+    with pytest.raises(UserError, match="nowhere"):
+        probe.main([*argv, "--vae", str(tmp_path / "nowhere")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_have_their_sizes(probed):
     sizes = {path.stem: Image.open(path).size for path in (probed / "metrics").glob("*.png")}
     # 6 images, then their colours below; 3 pairs with 3 steps between, 2 px apart
@@ -147,7 +156,7 @@ def test_tokens_of_a_vfm_tell_the_background(data, tmp_path):
 def test_latents_are_normalised_with_the_vae_s_statistics_or_their_own():
     values = torch.randn(50, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 3 + 1
     raw = values.clone()
-    statistics = probe.normalise(values, None)
+    statistics = normalise(values, None)
     assert values.double().mean((0, 2, 3)).abs().max() < 1e-6
     variance = raw.double().var((0, 2, 3))
     torch.testing.assert_close(values.double().var((0, 2, 3)), variance / (variance + EPSILON), rtol=1e-5, atol=0)
@@ -212,6 +221,32 @@ def test_random_weights_come_from_the_seed(data, tmp_path):
         assert probe.main(flags("discrimination", data, "f4d4-tiny", components="2", **changes)) == 0
     first, again, other = (values_of(tmp_path / name)["probe-discrimination"] for name in runs)
     assert first == again and first != other
+
+
+def test_what_a_vae_cannot_encode_is_said_before_anything_is_encoded(data, vae, tmp_path, capsys, monkeypatch):
+    """Half the side, of a VAE of one resolution: a line, also of a dry run, and a record without that figure."""
+    shape = KLTokenizer.latent_shape
+
+    def of_one_resolution(tokenizer, resolution):
+        if resolution != 32:
+            raise UserError("32 px only")
+        return shape(tokenizer, resolution)
+
+    monkeypatch.setattr(KLTokenizer, "latent_shape", of_one_resolution)
+    line = "scale-error of diffusability is left out: this VAE encodes no images of 16 px\n"
+    argv = flags("diffusability", data, vae, max_images=20, output_dir=tmp_path)
+    assert probe.main([*argv, "--dry-run"]) == 0 and capsys.readouterr().err.startswith(line)
+    assert probe.main(argv) == 0 and capsys.readouterr().err.startswith(line)
+    undefined = [name for name, value in values_of(tmp_path)["probe-diffusability"].items() if value is None]
+    assert undefined == ["diffusability/scale-error"]
+
+
+def test_latents_of_a_vae_without_statistics_are_as_wide_as_white_noise(data, tmp_path):
+    """Of unit variance, no latents have a larger velocity-gaussian than white noise: a mean of roots (Jensen)."""
+    changes = {"vae_ckpt": "none", "max_images": 60, "output_dir": tmp_path}
+    assert probe.main(flags("diffusability", data, "f4d4-tiny", **changes)) == 0
+    found = values_of(tmp_path)["probe-diffusability"]["diffusability/velocity-gaussian"]
+    assert 0 < found <= np.pi / 2
 
 
 def test_a_dry_run_writes_nothing(data, vae, tmp_path, capsys):

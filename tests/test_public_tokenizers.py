@@ -17,6 +17,7 @@ import cache_latents
 import evaluate
 import export_vae
 import generate
+import probe
 import train_ldm
 import train_repae
 import train_sendvae
@@ -482,6 +483,11 @@ def test_cached_trained_on_sampled_and_evaluated(tmp_path, images, kind):
     assert run(evaluate.main, ["reconstruction", *argv_of(measured)]) == 0
     (record,) = (evaluation / "metrics").glob("*.json")
     assert json.loads(record.read_text())["values"]["PSNR"] > 0
+    probed = {"data": images, "resolution": 32, "vae": vae, "output_dir": tmp_path / "probed"}
+    assert run(probe.main, ["diffusability", *argv_of(probed)]) == 0
+    values = json.loads((tmp_path / "probed" / "metrics" / "probe-diffusability.json").read_text())["values"]
+    assert (values["diffusability/scale-error"] is None) == (kind == RAE)
+    assert values["diffusability/flip-error"] > 0
 
 
 @pytest.mark.parametrize("kind", [QWEN, FLUX2])

@@ -105,13 +105,12 @@ def toy(tmp_path_factory) -> Path:
     return folder
 
 
-def read(toy: Path, folder: Path | None = None, **changes: object) -> dict:
-    """The record that is left in the samples' metrics, or in ``folder``."""
+def read(toy: Path, **changes: object) -> dict:
+    """The record that is left in the samples' metrics."""
     values = {"samples": toy / "samples", "data": toy / "real", "features": "efficientnet-lite0", "features_grid": 2}
     assert evaluate.main(["reading", *argv_of(values | changes)]) == 0
     name = changes.get("name", "reading-efficientnet-lite0")
-    folder = folder or toy / "samples" / "metrics"
-    return json.loads((folder / f"{name}.json").read_text())
+    return json.loads((toy / "samples" / "metrics" / f"{name}.json").read_text())
 
 
 def test_real_images_are_read(toy, capsys):
@@ -141,11 +140,19 @@ def test_a_dry_run_says_what_would_be_read_and_writes_nothing(toy, tmp_path, cap
 
 
 def test_images_without_classes_are_read_but_not_asked(toy, tmp_path):
-    """An .npz: what is in them is read, nothing was asked for."""
-    np.savez(tmp_path / "grey.npz", arr_0=np.full((6, 32, 32, 3), 128, np.uint8))
-    values = read(toy, samples=tmp_path / "grey.npz", folder=tmp_path / "metrics")["values"]
-    assert "asked-class" not in values
-    assert 0 <= values["clear-shape"] <= 1
+    """Two .npz in one folder: what is in each is read, nothing was asked for, and each has a record of its own."""
+    argv = {"data": toy / "real", "features": "efficientnet-lite0", "features_grid": 2}
+    for name, count in (("grey", 6), ("light", 7), ("samples", 8)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.full((count, 32, 32, 3), 20 * count, np.uint8))
+        assert evaluate.main(["reading", *argv_of(argv | {"samples": tmp_path / f"{name}.npz"})]) == 0
+    found = {
+        record.name.removesuffix("efficientnet-lite0"): record for record in read_measurements(tmp_path / "metrics")
+    }
+    assert {name: record.count for name, record in found.items()} == {
+        "reading-grey-": 6, "reading-light-": 7, "reading-": 8
+    }  # fmt: skip
+    assert "asked-class" not in found["reading-grey-"].values
+    assert 0 <= found["reading-grey-"].values["clear-shape"] <= 1
 
 
 @pytest.mark.parametrize(

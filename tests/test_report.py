@@ -286,7 +286,8 @@ def test_probe_and_distance_stand_together_with_their_correlation(tmp_path, caps
     assert f"Pearson's r of F1-macro with FID: {r:.4f} (4 SiTs, 4 VAEs)" in out
     assert f"Pearson's r of top5-recall with FID: {-r:.4f}" in out
     assert "published: -0.9572 over 6 VAEs" in out
-    start = out.index("Probe F1 on celeba against FID (SiT-Ti/2, 400 steps)")
+    how = "50,000 images, SDE, 250 steps, reference imagenet256.npz"
+    start = out.index(f"Probe F1 on celeba against FID (SiT-Ti/2, 400 steps; {how})")
     assert [_cells(line) for line in out[start:].splitlines()[3:5]] == [
         ["ldm3", "ldm3", "0.6647", "0.3353", "7.57"],
         ["ldm2", "ldm2", "0.6439", "0.3561", "8.96"],
@@ -334,7 +335,42 @@ def test_measures_of_latents_stand_beside_f1_with_intervals_and_given_rfid(tmp_p
     assert view["given_reconstruction"]["diffusability/spectral-slope"] == pytest.approx(given)
     assert view["interval"]["diffusability/spectral-slope"] == pytest.approx([low, high])
     assert "diffusability/SRSS" not in view["interval"]
-    assert {point["reconstruction"] for point in view["points"]} == set(rfids)
+    assert view["reconstructed"] == "50 images of data/val" and "rFID is that of 50 images of data/val" in out
+    assert {point["reconstructions"]["50 images of data/val"] for point in view["points"]} == set(rfids)
+
+
+def test_rfid_is_that_of_the_largest_set_common_to_all_vaes(tmp_path, capsys):
+    """Each VAE has some; until all have one of the same set, nothing is correlated given them, and a line says so."""
+
+    def reconstruct(number: int, data: str, count: int, rfid: float) -> None:
+        subject = {"path": "x", "vae_checksum": f"vae{number}"}
+        values, settings = {"rFID": rfid}, {"data": f"data/{data}", "latent": "mean"}
+        found = Measurement(f"r-{data}", "reconstruction", values, count, subject, settings=settings)
+        write_measurement(found, tmp_path / f"ldm{number}")
+
+    def seen() -> tuple[str, dict]:
+        (view,) = json.loads(printed(capsys, tmp_path / "ldm*", "--no-html", "--format", "json"))["correlations"]
+        return printed(capsys, tmp_path / "ldm*", "--no-html"), view
+
+    published_table_8(tmp_path)
+    out, view = seen()
+    assert "rFID" not in out and view["reconstructed"] is None and view["given_reconstruction"] == {}
+    rfids = [1.0, 0.4, 0.7, 0.5]
+    for number, rfid in enumerate(rfids):
+        reconstruct(number, "small", 50, 9.0 - number**2)
+        if number:
+            reconstruct(number, "large", 500, rfid)
+    reconstruct(3, "small", 40, 5.0)
+    out, view = seen()
+    assert "given rFID: nothing, because no set was reconstructed with each of the VAEs" in out
+    assert view["given_reconstruction"] == {}
+    reconstruct(3, "small", 50, 0.0)
+    assert seen()[1]["reconstructed"] == "50 images of small"
+    reconstruct(0, "large", 500, rfids[0])
+    out, view = seen()
+    assert view["reconstructed"] == "500 images of large" and "rFID is that of 500 images of large" in out
+    given = partial_correlation([0.6222, 0.6347, 0.6439, 0.6647], [17.43, 11.40, 8.96, 7.57], rfids)
+    assert view["given_reconstruction"]["attributes/F1-macro"] == pytest.approx(given)
 
 
 def test_measures_without_f1_are_correlated_but_not_drawn(tmp_path, capsys):
@@ -390,6 +426,26 @@ def test_a_partial_correlation_is_that_of_what_a_line_leaves():
     rest = [values - np.polyval(np.polyfit(z, values, 1), z) for values in (x + z, y - z)]
     assert partial_correlation(x + z, y - z, z) == pytest.approx(np.corrcoef(*rest)[0, 1], abs=1e-12)
     assert math.isnan(partial_correlation(x, z, z)) and math.isnan(partial_correlation(x[:3], y[:3], z[:3]))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"count": 1000},
+        {"reference": "coco.npz"},
+        {"label_sampling": "random"},
+        {"mode": "ode"},
+        {"num_steps": 50},
+        {"heun": True},
+        {"time_shift": 2.0},
+        {"weights": "ema_0.999"},
+    ],
+)
+def test_images_made_otherwise_are_not_mixed(tmp_path, other):
+    published_table_8(tmp_path)
+    write_samples(tmp_path / "ldm3", {"FID": 2.0}, vae="vae3", **other)
+    found = gather([str(tmp_path / "ldm*")]).views
+    assert [view.vaes for view in found] == [3, 1] and len({view.title for view in found}) == 2
 
 
 def test_sits_of_other_lengths_are_not_mixed(tmp_path):
@@ -476,6 +532,17 @@ def test_runs_are_found_once_in_the_order_given(tmp_path):
     experiment = write_preset(tmp_path, "x", ["a-vae", "missing", "b-ldm"])
     paths = [str(experiment), str(tmp_path / "b-ldm"), str(tmp_path / "c" / "vae"), str(tmp_path / "*")]
     assert [run.name for run in find_runs(paths)] == ["a-vae", "b-ldm", "c"]
+
+
+def test_the_folder_of_an_experiment_may_be_its_run(tmp_path, capsys):
+    """As of a preset with ``exp-name: "{name}"``; whether the run is noted or, by an older program, is not."""
+    for name, noted in (("new", ["new"]), ("old", [])):
+        write_samples(write_run(tmp_path / name), {"FID": 8.0})
+        experiment = write_preset(tmp_path, "table2/depth1", noted, "table2/depth1", name=name)
+        (run,) = find_runs([str(experiment)])
+        assert (run.name, run.sort, run.preset.name) == (name, "SiT", "table2/depth1")
+        assert records(capsys, experiment)[name, "FID"]["published_row"] == "table2/depth1"
+    assert [run.name for run in find_runs([str(tmp_path / "*")])] == ["new", "old"]
 
 
 def test_figures_that_are_not_finite_are_said_to_be(tmp_path, capsys):
