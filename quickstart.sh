@@ -45,6 +45,7 @@ done
 
 $scratch && [[ $preset != quickstart ]] && fail "--from-scratch goes with the toy shapes, without --long and --data"
 $compare && { $scratch || [[ $preset != quickstart ]]; } && fail "--compare goes without --from-scratch, --long and --data"
+$compare && [[ " ${flags[*]-} " == *" --name"[\ =]* ]] && fail "--compare goes without --name: it names both experiments"
 
 versions=()
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then

@@ -54,7 +54,7 @@ def test_every_requirement_has_a_version_that_the_tests_passed_with():
     assert all(re.fullmatch(r"==[\w.]+ ; python_version >= .*", rest) for rest in pinned.values())
 
 
-@pytest.mark.parametrize("words", [["--long"], ["--data", "tests"], ["--from-scratch"]])
+@pytest.mark.parametrize("words", [["--long"], ["--data", "tests"], ["--from-scratch"], ["--name", "a"], ["--name=a"]])
 def test_compare_goes_with_the_quickstart_alone(words):
     answer = subprocess.run(
         ["./quickstart.sh", "--compare", *words], cwd=ROOT, capture_output=True, text=True, check=False
