@@ -21,6 +21,7 @@ from models.encoders.weights import find_weights
 from models.weight_files import NotWeightsError, read_state_dict
 
 TIMM = "timm/"
+AT_ONCE = 2  # images on a CPU: what a layer gives, of 6 MB an image and more, stays in its cache
 GRID, COARSEST_STRIDE = 16, 16  # tokens along a side, and the stride up to which a 256 px image gives them
 
 
@@ -79,8 +80,10 @@ class Extractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> Features:
+        pieces = images.split(AT_ONCE) if images.device.type == "cpu" else (images,)
         with torch.autocast(images.device.type, enabled=False), without_tf32():
-            return Features(*self.network(images))
+            found = [self.network(piece) for piece in pieces]
+        return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 @contextmanager

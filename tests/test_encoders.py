@@ -10,10 +10,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import models.encoders.weights
 from errors import UserError
+from files import weights_checksum
 from models.encoders import ENCODERS, Encoder, EncoderSpec, build_encoder, encoder_spec
+from models.encoders.folding import fold_batch_norm
 from models.encoders.weights import find_weights
 from tests.photographs import PHOTOGRAPHS, needs_photographs
 
@@ -523,6 +526,23 @@ def test_efficientnet_features_are_the_classifiers_own(classifier, enc_type, gri
     assert x.shape[-2:] == (grid, grid)
     expected = torch.stack([x[:, :, row, column] for row in range(grid) for column in range(grid)], dim=1)
     torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_folding_normalisations_changes_rounding_alone(classifier):
+    """timm's network in float64, before and after; the checksum stays the one of the weights in the file."""
+    encoder = build_encoder("efficientnet-lite0", 4)
+    network = timm.create_model(encoder.spec.timm_name, features_only=True, out_indices=(encoder.spec.stage,))
+    weights = classifier.state_dict()
+    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    assert encoder.checksum() == weights_checksum(network.state_dict())
+    network.double().eval()
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(x)[0]
+        fold_batch_norm(network)
+        torch.testing.assert_close(network(x)[0], expected, rtol=1e-12, atol=1e-12)
+    for folded in (network, encoder.network):
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
 def test_enc_ckpt_may_be_the_wheels_file_or_timms_layout(classifier, tmp_path):

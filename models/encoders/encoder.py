@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import weights_checksum
+from models.encoders.folding import fold_batch_norm
 from models.encoders.registry import EncoderSpec
-
-CHANNELS_LAST_FROM = 128  # pixels: depthwise convolutions are then 1.3 (128) to 1.6 (256) times as fast on a CPU
 
 
 class Encoder(nn.Module):
@@ -19,7 +18,8 @@ class Encoder(nn.Module):
     Args:
         spec: which network.
         grid: tokens along a side.
-        network: the timm network, built for that input size.
+        network: the timm network, built for that input size and with its weights; a ``cnn`` is folded in place
+            (``models.encoders.folding``).
         name: what ``--enc-type`` calls it.
     """
 
@@ -28,7 +28,11 @@ class Encoder(nn.Module):
         self.spec, self.grid, self.network, self.name = spec, grid, network, name or spec.timm_name
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1) * 255.0, persistent=False)
-        if spec.kind == "cnn" and self.input_size >= CHANNELS_LAST_FROM:
+        self._checksum: str | None = None
+        if spec.kind == "cnn":
+            if not next(network.parameters()).is_meta:
+                self._checksum = weights_checksum(network.state_dict())
+            fold_batch_norm(network)
             network.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
@@ -43,7 +47,9 @@ class Encoder(nn.Module):
         return self.grid * self.spec.stride
 
     def checksum(self) -> str:
-        """SHA-256 of the weights, without position embeddings: they were resampled to the grid."""
+        """SHA-256 of the weights as loaded, without position embeddings: they were resampled to the grid."""
+        if self._checksum is not None:
+            return self._checksum
         state = self.network.state_dict()
         return weights_checksum({name: state[name] for name in state if not name.endswith("pos_embed")})
 
