@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.muon import NEWTON_SCHULZ, orthogonalised
+import training.muon
+from training.muon import NEWTON_SCHULZ, Muon, orthogonalised
 from training.optimizer import build_adamw, build_muon, optimizer_step
 
 SETTINGS = {"betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8}
@@ -92,6 +93,35 @@ def test_equals_torch_s_own_on_linear_maps():
         optimizers[1].step()
     moved, difference = (ours.weight - before).norm(), (ours.weight - theirs.weight).norm()
     assert difference < 0.03 * moved
+
+
+@pytest.mark.parametrize("stacked", [1, 3 * 24 * 24])
+def test_what_moves_at_once_changes_nothing(stacked, monkeypatch):
+    """Five matrices of one shape, one by one or by three and two, as if all at once."""
+
+    def moved() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        module = nn.Sequential(*(nn.Linear(24, 24) for _ in range(5)))
+        optimizer = build_muon(module, **SETTINGS)
+        for _ in range(2):
+            module.zero_grad()
+            module(torch.ones(2, 24)).square().sum().backward()
+            optimizer_step(optimizer, 0.01, 0.0)
+        return list(module.parameters())
+
+    expected = moved()
+    calls = []
+    monkeypatch.setattr(training.muon, "STACKED", stacked)
+    move = Muon._move_equals
+
+    def counted(self: Muon, parameters: list, group: dict) -> None:
+        calls.append(len(parameters))
+        move(self, parameters, group)
+
+    monkeypatch.setattr(Muon, "_move_equals", counted)
+    for value, wanted in zip(moved(), expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=0, atol=1e-6)
+    assert calls == 2 * ([1] * 5 if stacked == 1 else [3, 2])
 
 
 def test_which_parameters_are_whose():

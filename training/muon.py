@@ -12,6 +12,7 @@ from torch import nn
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic's coefficients, from the same post
 NEWTON_SCHULZ_STEPS = 5
 RMS_OF_ADAMW = 0.2  # an update's root mean square, about that of AdamW: one learning rate serves both (2502.16982, 2.2)
+STACKED = 1 << 26  # numbers of the matrices that move at once, of which there are about five copies meanwhile
 LEAST_SIDE = 8  # a matrix that is narrower (into pixels, out of them) is AdamW's
 
 
@@ -61,10 +62,12 @@ class Muon(torch.optim.AdamW):
                 key = (parameter.flatten(1).shape, parameter.dtype, parameter.device)
                 by_shape.setdefault(key, []).append(parameter)
         for parameters in by_shape.values():
-            self._move_equals(parameters, group)
+            at_once = max(1, STACKED // parameters[0].numel())
+            for first in range(0, len(parameters), at_once):
+                self._move_equals(parameters[first : first + at_once], group)
 
     def _move_equals(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """All matrices of one shape at once."""
+        """Matrices of one shape at once."""
         momentum, keep = group["momentum"], None
         if self.found_inf is not None:
             keep = self.found_inf > 0  # stays on the device
