@@ -11,6 +11,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from dataset.shards import PackedReader
+from runtime.processes import Process, on_all_or_none
 
 SHOWN_BYTES = 1 << 30  # what takes longer than a moment to read
 
@@ -19,6 +20,15 @@ class Verifiable(Protocol):
     """What knows the packed files that it reads: images or latents."""
 
     readers: list[PackedReader]
+
+
+def verify_on_all(datasets: Iterable[Verifiable | None], process: Process) -> None:
+    """:func:`verify`, shared by the processes of a group; at a file that differs all of them end.
+
+    Raises:
+        UserError: on every process.
+    """
+    on_all_or_none(lambda: verify(datasets, process.rank, process.world_size))
 
 
 def verify(datasets: Iterable[Verifiable | None], rank: int = 0, world_size: int = 1) -> None:

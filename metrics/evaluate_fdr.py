@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dataset.verification import verify
+from dataset.verification import verify_on_all
 from errors import UserError
 from metrics.arguments import FEATURES_FLAG, INCEPTION, INCEPTION_FLAG, network_label
 from metrics.evaluate_generation import time_batches
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise UserError(missing)
     name = args.name or usual_name(args, comparison)
-    verify([each.images for each in comparison.sets], process.rank, process.world_size)
     with process_group(process):
+        verify_on_all([each.images for each in comparison.sets], process)
         # each network is gone before the next one is built
         ratios = {
             network: measure(comparison, build(network, args).to(process.device), process) for network in args.networks

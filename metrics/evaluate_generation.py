@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.loader import read_batches
-from dataset.verification import verify
+from dataset.verification import verify_on_all
 from errors import UserError
 from metrics.arguments import INCEPTION
 from metrics.features import Extractor, Features, build_extractor
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run(samples, evaluation, process)
         return 0
-    verify((samples.images, evaluation.reference.images), process.rank, process.world_size)
     with process_group(process):
+        verify_on_all((samples.images, evaluation.reference.images), process)
         evaluation.measure(samples, process, args.name)
     return 0
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.loader import read_batches
-from dataset.verification import verify
+from dataset.verification import verify_on_all
 from errors import UserError
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
 from loss.perceptual import build_lpips
@@ -106,8 +106,6 @@ def run(args: argparse.Namespace) -> int:
     process = this_process()
     set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
     sets = {path: open_images(path, args.resolution, default=DEFAULT_RESOLUTION) for path in args.data}
-    if not args.dry_run:
-        verify(list(sets.values()), process.rank, process.world_size)
     subject = open_vae(args, process)
     names = [""] * len(sets) if args.dry_run else names_of(args, sets, subject)
     check_resolutions(sets, subject)
@@ -116,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run and process.is_main:
         describe(subject, scores, extractor)
     with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads, process_group(process):
+        if not args.dry_run:
+            verify_on_all(list(sets.values()), process)
         measurements = []
         for (path, images), name in zip(sets.items(), names, strict=True):
             evaluation = build_evaluation(args, path, name, subject, images, scores, extractor, process, threads)

@@ -119,6 +119,27 @@ def agree_on(find: Callable[[], int]) -> int:
     return int(answer.item())
 
 
+def on_all_or_none(action: Callable[[], None]) -> None:
+    """Do something on every process; where it is refused on one, the others are refused too and do not wait for it.
+
+    Raises:
+        UserError: on all of them; the process that met the fault names it.
+    """
+    fault = None
+    try:
+        action()
+    except UserError as error:
+        fault = error
+    group = cpu_group()
+    if group is not None:
+        faults = torch.tensor([fault is not None], dtype=torch.int32)
+        dist.all_reduce(faults, group=group)
+        if faults and fault is None:
+            raise UserError("another process was refused and says why; nothing was done")
+    if fault is not None:
+        raise fault
+
+
 def wait_for_all() -> None:
     """Wait until every process is here: for what one of them alone takes long for, to hash, write, sample or copy.
 

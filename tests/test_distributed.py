@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,25 @@ def torchrun(*command: str, check: bool = True) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*launcher, *command], cwd=ROOT, env=ENVIRONMENT, check=check, capture_output=True, text=True, timeout=300
     )
+
+
+def two_without_launcher(*command: str) -> list[tuple[int, str]]:
+    """Exit codes and last lines of two processes that nothing ends when the other one fails, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=ENVIRONMENT | place | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    lines = [process.communicate(timeout=100)[1].splitlines()[-1] for process in started]
+    return [(process.returncode, line) for process, line in zip(started, lines, strict=True)]
 
 
 def step_on_two_processes(tmp_path: Path, mode: str) -> list[dict[str, torch.Tensor]]:

@@ -27,7 +27,8 @@ from tests.image_sets import SIDE, random_images, write_folder, write_npz, write
 from tests.inception_weights import write_inception_weights
 from tests.ldm_runs import flags as ldm_flags
 from tests.ldm_runs import write_ldm_run
-from tests.test_distributed import torchrun
+from tests.test_damage import flip_bit
+from tests.test_distributed import ROOT, torchrun, two_without_launcher
 from tests.test_set_metrics import mind_in_words, mmd2_in_words, precision_recall_in_words
 
 LITE0 = "efficientnet-lite0"
@@ -175,6 +176,29 @@ def test_neither_batch_nor_layout_nor_processes_matter(tmp_path):
     assert {values.pop(f"KID-{LITE0}-std") for values in (expected, *found.values())} == {None}  # subsets are the sets
     for values in found.values():
         assert values == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["generation", "reconstruction"])
+def test_damage_that_one_process_finds_ends_both(tmp_path, what):
+    """The second one reads the damaged shard; the first does not wait for it."""
+    data = write_packed(tmp_path / "set", random_images(20, 0, 32))
+    flip_bit(data / "images-00000.npy", -1)
+    flags = {
+        "generation": {"samples": data, "ref": write_packed(tmp_path / "ref", random_images(9, 1, 32))},
+        "reconstruction": {
+            "vae": ROOT / "pretrained" / "tiny_vae",
+            "data": data,
+            "output_dir": tmp_path,
+            "metrics": "psnr,rfid",
+        },
+    }[what]
+    (first, says_first), (second, says_second) = two_without_launcher(
+        "evaluate.py", what, *argv_of(flags | {"features": LITE0})
+    )
+    assert first == second == EXIT_USER_ERROR
+    assert "another process was refused" in says_first
+    assert "images-00000.npy" in says_second
 
 
 def test_features_of_the_reference_are_kept(tiny, tmp_path, monkeypatch):

@@ -3,9 +3,6 @@
 import copy
 import dataclasses
 import json
-import socket
-import subprocess
-import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +31,7 @@ from models.weight_files import MissingWeightsError
 from runtime.cli import EXIT_USER_ERROR, run
 from tests.command_line import argv_of
 from tests.image_sets import random_images, write_folder, write_npz, write_packed
-from tests.test_distributed import ENVIRONMENT, ROOT, torchrun
+from tests.test_distributed import torchrun, two_without_launcher
 from tests.test_evaluate_generation import LITE0, distance_of_few
 
 DYNAMIC = {"dynamic_img_size": True, "dynamic_img_pad": True}
@@ -551,22 +548,9 @@ def test_a_refusal_ends_every_process(tmp_path):
         write_packed(tmp_path / name, x) for name, x in (("a", images[:4]), ("ref", images), ("val", images))
     )
     argv = argv_of({"samples": a, "ref": ref, "val": val, "networks": LITE0})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "evaluate.py", "fdr", *argv],
-            cwd=ROOT,
-            env=ENVIRONMENT | place | {"RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        assert "error: --val" in process.communicate(timeout=100)[1].splitlines()[-1]
-        assert process.returncode == EXIT_USER_ERROR
+    for code, line in two_without_launcher("evaluate.py", "fdr", *argv):
+        assert code == EXIT_USER_ERROR
+        assert "error: --val" in line
 
 
 def test_the_report_shows_it(tiny, tmp_path, capsys):

@@ -10,7 +10,7 @@ from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
 from dataset.latents import FLIPPED_NAME, LatentDataset, class_tokens_name, features_name, latents_folder
 from dataset.loader import stage_dataset
 from dataset.shards import read_index
-from dataset.verification import verify
+from dataset.verification import verify_on_all
 from errors import UserError
 from formats.vae import load_tokenizer
 from loss.alignment import DENOISER_ALIGNMENTS, TokenGrid, parse_sum
@@ -82,8 +82,7 @@ def stage_once(
 def verify_once(args: argparse.Namespace, *datasets: ImageDataset | LatentDataset | None) -> None:
     """Compare data with their checksums where --verify asks for it."""
     if args.verify:
-        process = this_process()
-        verify(datasets, process.rank, process.world_size)
+        verify_on_all(datasets, this_process())
 
 
 def held_out_folder(args: argparse.Namespace) -> Path:
