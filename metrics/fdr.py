@@ -19,8 +19,8 @@ from metrics.generation import Settings, summarise_reference
 from metrics.record import Measurement
 from metrics.representations import REPRESENTATIONS
 from metrics.sources import ImageSet
-from metrics.summary import Needs, on_all, summarise
-from runtime.processes import Process
+from metrics.summary import Needs, summarise
+from runtime.processes import Process, agree_on
 
 KIND, SIX = "fdr", "FDr6"
 ROUNDING = 1e-9  # a distance below this share of the reference's variance is none
@@ -88,7 +88,7 @@ def measure(comparison: Comparison, extractor: Extractor, process: Process) -> R
     else:
         real = _gaussian(comparison.validation, extractor, settings, process, f"validation, {label}")
         validation_fd = frechet_distance(real, theirs) if process.is_main else 0.0
-        if on_all(lambda: validation_fd <= ROUNDING * np.trace(theirs.cov), process):
+        if agree_on(lambda: validation_fd <= ROUNDING * np.trace(theirs.cov)):
             raise UserError(
                 f"{comparison.validation} does not differ from {comparison.reference}: there is nothing to divide by; "
                 "give held-out images that are not in the reference"

@@ -22,9 +22,9 @@ from metrics.mind import PROJECTIONS, choose_size, monge_distance
 from metrics.precision_recall import NEIGHBOUR, count_pairs, precision_recall
 from metrics.record import Measurement
 from metrics.sources import ImageSet
-from metrics.summary import Needs, Summary, SummaryCache, on_all, summarise
+from metrics.summary import Needs, Summary, SummaryCache, summarise
 from runtime.log import progress_bar
-from runtime.processes import Process
+from runtime.processes import Process, agree_on
 
 OF_INCEPTION = ("sfid", "is")
 KIND = "generation"
@@ -161,7 +161,7 @@ def summarise_reference(
         folder = settings.ref_cache or path.with_name(f"{path.name}.features")
         cache = SummaryCache(folder, images, len(images), extractor)
         kept = cache.load(needs) if process.is_main else None
-        if on_all(lambda: kept is None, process):
+        if agree_on(lambda: kept is None):
             kept = summarise(
                 images,
                 len(images),

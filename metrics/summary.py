@@ -4,7 +4,6 @@ import hashlib
 import json
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from metrics.features import Extractor, Features
 from metrics.frechet import Gaussian, Moments
 from metrics.inception_score import InceptionScore
 from runtime.log import progress_bar
-from runtime.processes import Process
+from runtime.processes import Process, agree_on
 
 CACHE_VERSION = 1
 
@@ -161,7 +160,7 @@ def summarise(
         for part in sums.parts() if sums is not None else ():
             dist.send(part.cpu(), 0)
     summary = _total(sums, needs, count, features.dims, process) if process.is_main else None
-    if on_all(lambda: not summary.is_finite, process):
+    if agree_on(lambda: not summary.is_finite):
         raise UserError("the network's features are not finite: its weights are damaged; give another file")
     return summary
 
@@ -186,15 +185,6 @@ def _total(sums: Sums, needs: Needs, count: int, dims: tuple[int, int, int], pro
         sums.score.score() if sums.score is not None else None,
         features,
     )
-
-
-def on_all(find: Callable[[], bool], process: Process) -> bool:
-    """What rank 0 finds, on every process of the group; the others do not look."""
-    if process.world_size == 1:
-        return find()
-    answer = torch.tensor(int(find()) if process.is_main else 0)
-    dist.broadcast(answer, 0)
-    return bool(answer)
 
 
 class SummaryCache:

@@ -114,7 +114,7 @@ def agree_on(find: Callable[[], int]) -> int:
     group = cpu_group()
     if group is None:
         return find()
-    answer = torch.tensor([find() if dist.get_rank() == 0 else 0])
+    answer = torch.tensor([int(find()) if dist.get_rank() == 0 else 0])
     dist.broadcast(answer, src=0, group=group)
     return int(answer.item())
 
