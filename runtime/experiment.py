@@ -270,6 +270,9 @@ def _resolve(
             flags[stage][flag] = None if value == LEFT_OUT else value
         else:
             _set_variable(variables, key, value, name)
+    given = {key for key, _ in overrides}
+    if "seed" in given and "name" not in given:  # a run of its own, named as a study names it
+        variables["name"] = f"{name}-seed{variables['seed']}"
     for key, value in variables.items():
         if value == REQUIRED:
             raise UserError(f"{flag_of(key)} is needed by {name}")

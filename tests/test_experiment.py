@@ -266,6 +266,20 @@ def test_a_study_runs_presets_once_for_each_seed(presets, tmp_path, capfd):
             experiment.main(["study", *wrong])
 
 
+def test_a_seed_given_to_one_preset_names_its_runs_as_a_study_does(presets, tmp_path):
+    stage = writing_stage(tmp_path / "made") | {"flags": {"exp-name": "{name}-vae", "seed": "{seed}"}}
+    spec = {"stages": {"train": stage}, "variables": {"seed": 0}}
+    presets("group/one", **spec)
+    for given, name in (
+        ([], "group-one"),
+        (["--seed", "0"], "group-one-seed0"),
+        (["--seed", "2"], "group-one-seed2"),
+        (["--seed", "2", "--name", "mine"], "mine"),
+    ):
+        resolved = experiment.resolve("group/one", experiment.load_preset("group/one"), str(tmp_path / "exps"), given)
+        assert resolved.name == name and resolved.runs == (f"{name}-vae",)
+
+
 def test_a_dry_run_of_many_builds_equal_stages_once(presets, tmp_path, capfd):
     stage = writing_stage(tmp_path / "built") | {"flags": {"exp-name": "{name}", "depth": 1}}
     presets("table/one", stages={"a": stage}, variables={"images": "?"})
