@@ -232,6 +232,12 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     add(CHECKPOINT_FLAG, metavar="FILE", help="weights of another network of --features (default: searched)")
     for net, flag in LPIPS_FLAGS.items():
         add(flag, metavar="FILE", help=f"torchvision's {TRUNK_NAMES[net]} for LPIPS (default: torch's hub cache)")
+    add(
+        "--ref-cache",
+        type=Path,
+        metavar="DIR",
+        help="keeps what rFID needs of a whole set's originals (default: SET.features, next to it)",
+    )
     group = parser.add_argument_group("output and speed")
     add_output_arguments(group)
     add = group.add_argument

@@ -24,7 +24,7 @@ from metrics.arguments import RECONSTRUCTION_METRICS as METRICS
 from metrics.encoding import chunked, whole_chunks
 from metrics.evaluate_generation import FEW_IMAGES, extractor_of
 from metrics.features import Extractor
-from metrics.frechet import Moments, frechet_distance
+from metrics.frechet import Gaussian, Moments, frechet_distance
 from metrics.reconstruction import PairScores, reconstruct, summary, worst, write_table
 from metrics.record import Measurement, check_name, default_name, metrics_folder, write_measurement
 from metrics.subject import (
@@ -34,12 +34,14 @@ from metrics.subject import (
     output_folder,
     output_subject,
 )
+from metrics.summary import NOT_FINITE, Needs, Summary, SummaryCache
 from runtime.log import progress_bar
 from runtime.measure import count_parameters, peak_memory
 from runtime.pictures import save_grid
-from runtime.processes import Process, process_group, set_inference_numerics, this_process
+from runtime.processes import Process, agree_on, process_group, set_inference_numerics, this_process
 
 GRID_COLUMNS = 8
+BOTH = ORIGINALS, RECONSTRUCTIONS = "originals", "reconstructions"
 
 
 def _metric_names(text: str) -> list[str]:
@@ -64,6 +66,7 @@ class ReconstructionEvaluation:
         extractor: whose features rFID compares; None without rFID.
         vae_worker, score_worker: in whose chunks the networks run; scores are never made in low precision.
         sample_seed: None decodes posterior means.
+        compares: whose features are computed, of :data:`BOTH`.
     """
 
     data: Path
@@ -76,6 +79,7 @@ class ReconstructionEvaluation:
     vae_worker: ChunkEncoder
     score_worker: ChunkEncoder
     sample_seed: int | None
+    compares: tuple[str, ...] = BOTH
 
     def pairs(self, items: np.ndarray, originals: torch.Tensor) -> torch.Tensor:
         """uint8 ``[n, 3, H, W]`` → originals and reconstructions ``[n, 6, H, W]``."""
@@ -83,12 +87,13 @@ class ReconstructionEvaluation:
         return torch.cat([originals, found], 1)
 
     def measure(self, items: np.ndarray, originals: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Scores float64 ``[n, scores]``; features ``[n, D]`` of originals and of reconstructions, if there are any."""
+        """Scores float64 ``[n, scores]``; features ``[n, D]`` of those that are compared, if there are any."""
         pairs = self.pairs(items, originals)
         scores = chunked(self.score_worker, self.scores, pairs)
         if self.extractor is None:
             return scores, []
-        return scores, [chunked(self.score_worker, self.pooled, images.contiguous()) for images in pairs.chunk(2, 1)]
+        images = [part for name, part in zip(BOTH, pairs.chunk(2, 1), strict=True) if name in self.compares]
+        return scores, [chunked(self.score_worker, self.pooled, part.contiguous()) for part in images]
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         return self.extractor(images).pooled
@@ -230,6 +235,7 @@ def evaluate(args: argparse.Namespace, evaluation: ReconstructionEvaluation, pro
         sum(len(places[number]) for number in range(r, len(places), process.world_size))
         for r in range(process.world_size)
     ]
+    cache, kept = kept_originals(args, evaluation, process)
     moments: list[Moments] = []
     with progress_bar(shares[process.rank], 0, "reconstructing", "img", process.is_main) as progress:
         read = read_batches(evaluation.images, [items[place] for place in mine], num_workers=args.num_workers)
@@ -242,7 +248,35 @@ def evaluate(args: argparse.Namespace, evaluation: ReconstructionEvaluation, pro
     if process.world_size > 1:
         dist.all_reduce(values)  # every row is zero but in one process: a sum that rounds nothing
         collect(moments, shares, process)
-    return write_results(args, evaluation, values.numpy(), moments) if process.is_main else None
+    if not process.is_main:
+        return None
+    gaussians = [part.gaussian() for part in moments]
+    if not all(np.isfinite(gaussian.mean).all() for gaussian in gaussians):
+        raise UserError(NOT_FINITE)
+    if kept is not None:
+        gaussians.insert(0, kept.pooled)
+    elif cache is not None:
+        cache.keep(Summary(len(items), pooled=gaussians[0]))
+    return write_results(args, evaluation, values.numpy(), gaussians)
+
+
+def kept_originals(
+    args: argparse.Namespace, evaluation: ReconstructionEvaluation, process: Process
+) -> tuple[SummaryCache | None, Summary | None]:
+    """Where the features of a whole set are kept, and on rank 0 what is kept of them.
+
+    They are the same for every VAE, and as a reference of generated images. Where they are there, ``evaluation`` no
+    longer makes them.
+    """
+    images, extractor = evaluation.images, evaluation.extractor
+    if extractor is None or len(evaluation.items) < len(images):
+        return None, None
+    cache = SummaryCache(evaluation.data, images, extractor, args.ref_cache)
+    needs = Needs(pooled=True, spatial=False, scores=False, features=False)
+    kept = cache.load(needs) if process.is_main else None
+    if not agree_on(lambda: kept is None):
+        evaluation.compares = (RECONSTRUCTIONS,)
+    return cache, kept
 
 
 def collect(moments: list[Moments], shares: list[int], process: Process) -> None:
@@ -262,7 +296,7 @@ def collect(moments: list[Moments], shares: list[int], process: Process) -> None
 
 
 def write_results(
-    args: argparse.Namespace, evaluation: ReconstructionEvaluation, values: np.ndarray, moments: list[Moments]
+    args: argparse.Namespace, evaluation: ReconstructionEvaluation, values: np.ndarray, gaussians: list[Gaussian]
 ) -> Measurement:
     """The values on the terminal, the record, the CSV and the grid."""
     names, items = evaluation.scores.names, evaluation.items
@@ -275,7 +309,7 @@ def write_results(
     averages, extractor = summary(names, scores), evaluation.extractor
     if extractor is not None:
         name = "rFID" if extractor.is_inception else f"rFD-{extractor.name}"
-        averages = {name: frechet_distance(*(part.gaussian() for part in moments))} | averages
+        averages = {name: frechet_distance(*gaussians)} | averages
     measurement = Measurement(
         name=evaluation.name,
         kind="reconstruction",

@@ -157,9 +157,7 @@ def summarise_reference(
     summary = Summary(0)
     if needs != Needs(False, False, False, False):
         images = reference.images
-        path = reference.path.resolve()
-        folder = settings.ref_cache or path.with_name(f"{path.name}.features")
-        cache = SummaryCache(folder, images, len(images), extractor)
+        cache = SummaryCache(reference.path, images, extractor, settings.ref_cache)
         kept = cache.load(needs) if process.is_main else None
         if agree_on(lambda: kept is None):
             kept = summarise(

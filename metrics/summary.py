@@ -22,6 +22,7 @@ from runtime.log import progress_bar
 from runtime.processes import Process, agree_on
 
 CACHE_VERSION = 1
+NOT_FINITE = "the network's features are not finite: its weights are damaged; give another file"
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def summarise(
             dist.send(part.cpu(), 0)
     summary = _total(sums, needs, count, features.dims, process) if process.is_main else None
     if agree_on(lambda: not summary.is_finite):
-        raise UserError("the network's features are not finite: its weights are damaged; give another file")
+        raise UserError(NOT_FINITE)
     return summary
 
 
@@ -191,22 +192,22 @@ class SummaryCache:
     """Summaries of reference sets, kept in a folder, found again by what they depend on.
 
     Args:
-        folder: made when something is kept; None keeps nothing.
+        path: of the set, all of whose images are summarised.
         images: the set.
-        count: images taken of it.
         extractor: whose features.
+        folder: made when something is kept; None: ``PATH.features``, next to the set.
     """
 
-    def __init__(self, folder: Path | None, images: ImageDataset, count: int, extractor: Extractor):
+    def __init__(self, path: Path, images: ImageDataset, extractor: Extractor, folder: Path | None = None):
+        path, count = path.resolve(), len(images)
         key = [CACHE_VERSION, images.fingerprint(), images.resolution, count, extractor.name, extractor.weights_sha256]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        self.folder, self.count, self._device = folder, count, extractor.device
+        self.folder, self.count = folder or path.with_name(f"{path.name}.features"), count
+        self._device = extractor.device
         self._name = f"{extractor.name.replace('/', '-')}-{digest}"
 
     def load(self, needs: Needs) -> Summary | None:
         """What is kept, if that is all that is needed."""
-        if self.folder is None:
-            return None
         summary = Summary(self.count)
         try:
             for name in [name for name in ("pooled", "spatial") if getattr(needs, name)]:
@@ -221,8 +222,6 @@ class SummaryCache:
 
     def keep(self, summary: Summary) -> None:
         """Write what there is; a folder that cannot be written is not an error."""
-        if self.folder is None:
-            return
         arrays = {
             name: {"mean": gaussian.mean, "cov": gaussian.cov}
             for name, gaussian in (("pooled", summary.pooled), ("spatial", summary.spatial))

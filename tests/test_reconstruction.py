@@ -16,6 +16,7 @@ import torch
 import torchvision
 from PIL import Image
 from scipy.ndimage import correlate1d
+from torch import Tensor
 
 import evaluate
 from dataset.images import open_images
@@ -26,7 +27,7 @@ from formats.vae import load_tokenizer
 from loss.perceptual import build_lpips
 from loss.reconstruction import psnr
 from metrics.evaluate_reconstruction import build_extractor as build_extractor_of_sets
-from metrics.features import build_extractor
+from metrics.features import Extractor, Features, build_extractor
 from metrics.reconstruction import PairScores, ssim, worst
 from metrics.record import read_measurements
 from models.pixels import to_uint8
@@ -182,14 +183,70 @@ def test_any_batch_gives_the_same_values(measured, data, vae, tmp_path, batch_si
 
 def test_two_processes_give_the_same_values(measured, data, vae, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv = flags(data, vae, output_dir=tmp_path, batch_size=8)
+    argv = flags(data, vae, output_dir=tmp_path, batch_size=8, ref_cache=tmp_path / "kept")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(
-        [*launcher, "evaluate.py", *argv], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert (tmp_path / "metrics" / "reconstruction.csv").read_bytes() == (measured / "reconstruction.csv").read_bytes()
+    for _ in range(2):  # the second finds the features of the originals kept
+        answer = subprocess.run(
+            [*launcher, "evaluate.py", *argv], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert answer.returncode == 0, answer.stderr
+        found = (tmp_path / "metrics" / "reconstruction.csv").read_bytes()
+        assert found == (measured / "reconstruction.csv").read_bytes()
+        check_values(tmp_path, measured)
+        assert list((tmp_path / "kept").iterdir())
+
+
+def images_of_features(monkeypatch) -> list[Tensor]:
+    """The images of each call of the extractor, from now on."""
+    seen: list[Tensor] = []
+    forward = Extractor.forward
+    monkeypatch.setattr(Extractor, "forward", lambda self, images: (seen.append(images), forward(self, images))[1])
+    return seen
+
+
+def test_features_of_the_originals_are_made_once(measured, data, vae, tmp_path, monkeypatch):
+    """For all VAEs, and for generated images; those of a part, of another size or damaged ones are made anew."""
+    seen = images_of_features(monkeypatch)
+
+    def made(sets: int, **changes) -> None:
+        seen.clear()
+        argv = flags(data, vae, output_dir=tmp_path, worst=0, ref_cache=tmp_path / "kept", **changes)
+        assert evaluate.main(argv) == 0
+        assert sum(map(len, seen)) == sets * 24  # the last of three chunks of 8 is filled
+
+    made(2)
     check_values(tmp_path, measured)
+    made(1)
+    check_values(tmp_path, measured)
+    made(2, num_images=20)
+    made(2, resolution=16)
+    made(1, resolution=32)
+    made(0, metrics="psnr")
+    for file in (tmp_path / "kept").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    made(2)
+    check_values(tmp_path, measured)
+
+
+def test_a_reference_of_generated_images_serves_for_reconstructions(vae, sets, tmp_path, monkeypatch):
+    metrics = {"features": "efficientnet-lite0", "ref_cache": tmp_path / "kept"}
+    generated = {"samples": sets[0], "ref": sets[0], **metrics, "metrics": "fid,kid"}
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(["generation", *argv_of(generated)]) == 0
+    seen = images_of_features(monkeypatch)
+    argv = flags(sets[0], vae, resolution=None, output_dir=tmp_path, ref_cache=tmp_path / "kept")
+    assert evaluate.main(argv) == 0
+    found = read_measurement_named(tmp_path, "reconstruction").values[RFD]
+    assert len(seen) == 1  # the reconstructions, one chunk
+    assert evaluate.main([*argv, "--ref-cache", str(tmp_path / "other")]) == 0
+    assert read_measurement_named(tmp_path, "reconstruction").values[RFD] == pytest.approx(found, rel=1e-9)
+
+
+def test_damaged_weights_of_the_features_are_named(data, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(Extractor, "forward", lambda self, images: Features(torch.full((len(images), 8), torch.nan)))
+    with pytest.raises(UserError, match="features are not finite"):
+        evaluate.main(flags(data, vae, output_dir=tmp_path, ref_cache=tmp_path / "kept"))
+    assert not (tmp_path / "kept").exists()
 
 
 def test_samples_of_the_posterior_are_counted(measured, data, vae, tmp_path):
