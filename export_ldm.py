@@ -167,6 +167,8 @@ def export_folder(args: argparse.Namespace, trained: TrainedLDM) -> Callable[[Pa
     print(f"{trained.weights}: {count_parameters(model)[0]:,} parameters")
     facts = {
         "path_type": trained.path_type,
+        "time_shift": trained.time_shift,
+        "cfg_prob": trained.cfg_prob,
         "resolution": trained.resolution,
         "steps": trained.step,
         "weights": trained.weights,

@@ -41,6 +41,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_alignment_schedule(args, bool(args.align_coeff), "--align-coeff 0")
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")
+    if args.freeze_vae and args.align_until is not None:
+        raise UserError("--freeze-vae with --align-until leaves nothing to train from then on; leave one of them out")
     if args.freeze_vae and not TOKENIZER_ALIGNMENTS[args.align_loss].trains_alone:
         raise UserError(
             f"--freeze-vae with --align-loss {args.align_loss}: that alignment needs a VAE that trains; take "

@@ -25,7 +25,7 @@ from dataset.latents import available_memory, cache_files
 from dataset.order import SampleOrder
 from dataset.shards import INDEX_NAME, Index, PackedReader, read_index
 from errors import UserError
-from files import checksum
+from files import checksum, remove_leftovers, whole_file
 
 
 class BatchSource(Protocol):
@@ -360,20 +360,20 @@ def stage_dataset(
     _check_space(target, sum(missing.values()))
     with tqdm(total=sum(missing.values()), unit="B", unit_scale=True, desc="staging", disable=not missing) as progress:
         for name, size in missing.items():
-            temporary = target / f"{name}.tmp"
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path / name, temporary)
-            if (copied := temporary.stat().st_size) != size:
-                raise UserError(
-                    f"{path / name} has {copied} bytes instead of {size}; if it changed while it was copied, run the "
-                    "same command again, else make or copy the dataset again"
-                )
-            if name in digests and checksum(temporary)["sha256"] != digests[name]:
-                temporary.unlink()
-                raise UserError(
-                    f"{path / name} is damaged (it differs from its checksum): make or copy the dataset again"
-                )
-            os.replace(temporary, target / name)
+            copy = target / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(copy.parent, copy.name)
+            with whole_file(copy) as temporary:  # another job may be staging the same
+                shutil.copyfile(path / name, temporary)
+                if (copied := temporary.stat().st_size) != size:
+                    raise UserError(
+                        f"{path / name} has {copied} bytes instead of {size}; if it changed while it was copied, run "
+                        "the same command again, else make or copy the dataset again"
+                    )
+                if name in digests and checksum(temporary)["sha256"] != digests[name]:
+                    raise UserError(
+                        f"{path / name} is damaged (it differs from its checksum): make or copy the dataset again"
+                    )
             progress.update(size)
     return target
 

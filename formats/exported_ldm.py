@@ -42,15 +42,15 @@ SNIPPET = """import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
-from diffusion.guidance import guided
-from diffusion.samplers import model_velocity, sample_ode
+{imports}from diffusion.samplers import model_velocity, sample_ode
 from {module} import {name}
 
 folder, label = {folder!r}, 0
 sit, vae = {name}.from_pretrained(f"{{folder}}/{transformer}"), AutoencoderKL.from_pretrained(f"{{folder}}/{vae}")
 mean, std = (load_file(f"{{folder}}/{vae}/{statistics}")[name][:, None, None] for name in ("mean", "std"))
 noise = torch.randn(1, *sit.state_shape, generator=torch.Generator().manual_seed(0))
-z = sample_ode(guided(model_velocity(sit), 2.5, sit.null_class, high=0.75), noise, torch.tensor([label]), num_steps=50)
+velocity = {velocity}
+z = sample_ode(velocity, noise, torch.tensor([label]), num_steps=50{times})
 image = vae.decode(sit.unpack(z)[0] * std + mean).sample[0].detach().clamp(-1, 1)
 Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save("sample.png")"""
 
@@ -63,7 +63,8 @@ def write_exported(folder: Path, name: str, model: Denoiser, tokenizer: Tokenize
         name: of the folder as the snippet is to call it.
         model: the denoiser.
         tokenizer: an ``AutoencoderKL``, with the statistics of the denoiser's training.
-        facts: ``path_type``, ``resolution``, ``steps``, ``weights``, ``class_names``; plain JSON values.
+        facts: ``path_type``, ``time_shift``, ``cfg_prob`` (with 0 there is no null class to guide by), ``resolution``,
+            ``steps``, ``weights``, ``class_names``; plain JSON values.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / TRANSFORMER)
@@ -71,13 +72,19 @@ def write_exported(folder: Path, name: str, model: Denoiser, tokenizer: Tokenize
     module, cls = type(model).__module__, type(model).__name__
     index = {"_class_name": "LatentDiffusion", TRANSFORMER: [module, cls], VAE: ["diffusers", "AutoencoderKL"]}
     (folder / INDEX_FILE).write_text(json.dumps(index | facts, indent=2) + "\n")
+    how = {"imports": "", "velocity": "model_velocity(sit)", "times": ""}
+    if facts["cfg_prob"] != 0:
+        how["imports"] = "from diffusion.guidance import guided\n"
+        how["velocity"] = "guided(model_velocity(sit), 2.5, sit.null_class, high=0.75)"
+    if facts["time_shift"] != 1:
+        how["times"] = f", shift={facts['time_shift']!r}, path_type={facts['path_type']!r}"
     places = {"transformer": TRANSFORMER, "vae": VAE, "statistics": STATISTICS_FILE}
     text = README.format(
         model=model.config.model,
         cls=f"{module}.{cls}",
         latent="×".join(map(str, model.latent_shape)),
         classes=model.config.num_classes,
-        snippet=SNIPPET.format(folder=name, module=module, name=cls, **places),
+        snippet=SNIPPET.format(folder=name, module=module, name=cls, **how, **places),
         **places,
         **{key: facts[key] for key in ("resolution", "steps", "path_type", "weights")},
     )

@@ -29,7 +29,7 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         own_seconds = pass_seconds(networks.model, sampler, z, labels)
         guide_seconds = own_seconds if networks.guide is None else pass_seconds(networks.guide, sampler, z, labels)
         begin = time.perf_counter()
-        sampler.decode(z).cpu()
+        sampler.decode(networks.model.unpack(z)[0]).cpu()
         decode_seconds = time.perf_counter() - begin
     if not process.is_main:
         return

@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 import threading
 import tracemalloc
 from types import SimpleNamespace
@@ -325,6 +326,24 @@ class TestStaging:
         os.truncate(staged / "images-00001.npy", 100)
         stage_dataset(packed, tmp_path)
         PackedReader(staged).verify()
+
+    def test_two_jobs_at_once(self, packed, tmp_path, monkeypatch):
+        """Another one copies everything while this one is at its first file; what a killed one left is removed."""
+        copy, jobs = shutil.copyfile, []
+
+        def copy_beside_another(source, target):
+            copy(source, target)
+            if not jobs:
+                jobs.append(target)
+                jobs.append(stage_dataset(packed, tmp_path))
+
+        monkeypatch.setattr(loader_module.shutil, "copyfile", copy_beside_another)
+        assert stage_dataset(packed, tmp_path) == jobs[1]
+        PackedReader(jobs[1]).verify()
+        (jobs[1] / "index.json").unlink()
+        (jobs[1] / "index.json.0a1b2c3d.tmp").write_bytes(b"{")
+        stage_dataset(packed, tmp_path)
+        assert not list(jobs[1].glob("*.tmp"))
 
     def test_full_disk(self, packed, tmp_path, monkeypatch):
         monkeypatch.setattr(loader_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))

@@ -107,6 +107,12 @@ def test_a_prediction_that_was_too_high_is_corrected():
     assert calls == [2, 8, 256, 128, 64]
 
 
+@pytest.mark.parametrize("share", [2, 8, 64])
+def test_exactly_one_image_is_found(share):
+    """Where neither of the two small numbers fits, memory cannot be predicted."""
+    assert most_that_fit(share, lambda images: 8 * GIB if images == 1 else math.inf, 16 * GIB) == 1
+
+
 def test_less_than_one_image_is_refused():
     with pytest.raises(UserError, match=r"not even one image fits into 16\.0 GiB; add --gradient-checkpointing"):
         most_that_fit(8, lambda images: (20 + 4 * images) * GIB, 16 * GIB)

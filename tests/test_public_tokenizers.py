@@ -491,6 +491,15 @@ def test_cached_trained_on_sampled_and_evaluated(tmp_path, images, kind):
 
 
 @pytest.mark.parametrize("kind", [QWEN, FLUX2])
+def test_every_trained_weight_has_a_gradient(tmp_path, kind):
+    """Else DDP waits for it: the second step of several processes would fail."""
+    tokenizer, _ = load_tokenizer(str(folder_of(tmp_path / "vae", kind)))
+    code = tokenizer.encode(IMAGES)
+    tokenizer.decode(code.sample(torch.randn_like(code.mean))).square().mean().backward()
+    assert [name for name, p in tokenizer.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", [QWEN, FLUX2])
 def test_convolutional_ones_train_too(tmp_path, images, kind):
     """A step with discriminator and alignment, from the folder of diffusers; what comes out, diffusers reads."""
     vae = folder_of(tmp_path / "vae", kind)

@@ -191,6 +191,10 @@ class TestTraining:
 
 
 class TestAfterwards:
+    def test_a_dry_run_decodes_the_latent_alone(self, trained, capsys):
+        assert run(generate.main, ["--exp-path", str(trained), "--dry-run", "--num-steps", "2"]) == 0
+        assert "nothing was written" in capsys.readouterr().out
+
     def test_generate_samples_it(self, trained, tmp_path):
         """Image i depends on its number alone, with guidance too."""
         for name, size in (("four", 4), ("three", 3)):

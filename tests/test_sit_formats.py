@@ -623,7 +623,7 @@ def test_the_exported_folder_and_its_snippet(tmp_path, monkeypatch):
     assert (index["path_type"], index["resolution"], index["steps"]) == ("linear", 32, STEP)
 
     snippet = snippet_of(out)
-    assert len(snippet.strip().splitlines()) <= 15
+    assert len(snippet.strip().splitlines()) <= 16
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})  # noqa: S102  it is what is tested
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -633,6 +633,31 @@ def test_the_exported_folder_and_its_snippet(tmp_path, monkeypatch):
         image = to_uint8(tokenizer.decode(tokenizer.statistics.denormalize(z)))[0].permute(1, 2, 0).numpy()
     found = np.asarray(Image.open(tmp_path / "sample.png"))
     assert found.std() > 10
+    assert np.abs(found.astype(int) - image).max() <= 1
+
+
+def test_an_export_samples_as_its_run_was_trained(tmp_path, monkeypatch):
+    """Shifted times are shifted, and what was trained without a null class is not guided."""
+    run_folder, out = write_ldm_run(tmp_path / "run"), tmp_path / "out"
+    manifest = next(run_folder.glob("checkpoints/*/manifest.json"))
+    content = json.loads(manifest.read_text())
+    content["args"] |= {"time_shift": 0.25, "cfg_prob": 0, "path_type": "cosine"}
+    manifest.write_text(json.dumps(content))
+    assert export(run_folder, out) == 0
+    index = json.loads((out / "model_index.json").read_text())
+    assert (index["time_shift"], index["cfg_prob"], index["path_type"]) == (0.25, 0, "cosine")
+    snippet = snippet_of(out)
+    assert "guided" not in snippet
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})  # noqa: S102  it is what is tested
+    trained = open_trained_ldm(run_folder, None, "ema")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    shifted = {"shift": 0.25, "path_type": "cosine"}
+    z = sample_ode(model_velocity(trained.load_model()), noise, torch.tensor([0]), num_steps=50, **shifted)
+    tokenizer = load_tokenizer(str(out / "vae"))[0]
+    with torch.no_grad():
+        image = to_uint8(tokenizer.decode(tokenizer.statistics.denormalize(z)))[0].permute(1, 2, 0).numpy()
+    found = np.asarray(Image.open(tmp_path / "sample.png"))
     assert np.abs(found.astype(int) - image).max() <= 1
 
 

@@ -13,14 +13,17 @@ from safetensors.torch import load_file
 import cache_latents
 import generate
 import train_ldm
+import train_sendvae
 from formats.vae import load_tokenizer
 from models.denoisers.config import SiTConfig
 from models.denoisers.sit import SiT
 from runtime.cli import run
 from runtime.measure import count_parameters
+from tests import sendvae_runs
 from tests.latent_caches import flags as cache_flags
 from tests.latent_caches import save_vae
 from tests.ldm_trainings import LATENTS, flags, write_data
+from tests.photographs import write_class_folders
 from training.ldm import LDM
 
 
@@ -100,6 +103,17 @@ def test_auto_takes_cached_features_and_images_otherwise(data, tmp_path):
         json.loads((tmp_path / name / "args.json").read_text())["args"]["repa_source"] for name in ("auto", "other")
     ]
     assert sources == ["features", "images"]
+
+
+def test_class_folders_are_read_at_the_cache_s_resolution(tmp_path):
+    """They do not say one; the cache does, and 32 px are not the usual 256."""
+    images, cache = write_class_folders(tmp_path / "images", per_class=8), tmp_path / "latents"
+    features = {"cache_features": True, "enc_type": "efficientnet-lite0", "features_grid": 4, "resolution": 32}
+    assert cache_latents.main(cache_flags(images, save_vae(tmp_path), cache, **features)) == 0
+    argv = {"vae_latents_name": cache, "val_data_dir": images, "val_vae_latents_name": cache}
+    assert train(*flags(images, tmp_path, "run", repa_source="images", reg_coeff=0.03, **argv)) == 0
+    stage_1 = {"cached_features": cache, "resolution": None, "val_data_dir": images, "mapper_grid": 4}
+    assert run(train_sendvae.main, sendvae_runs.flags(images, tmp_path, "vae", **stage_1)) == 0
 
 
 def test_another_cache_s_features_are_as_good_as_one_s_own(data, tmp_path, capsys):

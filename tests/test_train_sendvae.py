@@ -84,6 +84,11 @@ def test_the_finished_vae_is_the_next_run_s_checkpoint(toy, tmp_path):
     assert "reconstruction" not in metrics(tmp_path / "second")[0]
 
 
+def test_a_frozen_vae_is_not_left_without_anything_to_train(toy, tmp_path, capsys):
+    assert train(*flags(toy, tmp_path, "frozen", freeze_vae=True, align_until=1)) == EXIT_USER_ERROR
+    assert "--freeze-vae with --align-until" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_longer_training_continues_a_finished_run(toy, tmp_path, optimizer):
     plain = {"align_coeff": 0, "loss_cfg_path": "configs/l1_kl.yaml", "optimizer": optimizer}

@@ -9,7 +9,7 @@ from dataset.latents import LatentDataset, latents_folder
 from dataset.loader import LabelledImages
 from runtime.log import logger
 from runtime.processes import sum_over_processes, this_process
-from training.latent_data import check_feature_shapes, stage_once, verify_once
+from training.latent_data import cached_resolution, check_feature_shapes, stage_once, verify_once
 from training.ldm import LDM
 from training.loop import build_loader
 from training.method import to_device
@@ -28,7 +28,10 @@ def open_image_data(
     path = args.data_dir
     if path and args.stage_dir and not args.dry_run:
         path = stage_once(path, "images", None, args, accelerator)
-    images = open_images(path, args.resolution, default=DEFAULT_RESOLUTION) if path else None
+    default = DEFAULT_RESOLUTION
+    if path and args.cached_features is not None:
+        default = cached_resolution(latents_folder(args.data_dir, args.cached_features, "--cached-features"))
+    images = open_images(path, args.resolution, default=default) if path else None
     resolution = images.resolution if images is not None else args.resolution
     held_out = open_images(args.val_data_dir, resolution, default=DEFAULT_RESOLUTION) if args.val_data_dir else None
     verify_once(args, images, held_out)

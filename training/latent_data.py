@@ -37,7 +37,7 @@ def open_latents(
     if args.stage_dir and not args.dry_run:
         folder = stage_once(folder, "latents", used_parts(args), args, accelerator)
     if args.repa_source == "images":
-        images = open_repa_images(args, accelerator)
+        images = open_repa_images(args, accelerator, cached_resolution(folder))
     share = {"local_processes": this_process().local_size}
     is_cached = args.repa_source == "features"
     features = encoder_names(args.enc_type) if is_cached and needs_features(args) else ()
@@ -48,7 +48,7 @@ def open_latents(
     latents = LatentDataset(folder, hflip=args.hflip, images=images, **vfm, **share)
     held_out = None
     if args.val_data_dir or args.val_vae_latents_name:
-        images = open_held_out_images(args) if class_token_vfm(args) and not is_cached else None
+        images = open_held_out_images(args, latents.resolution) if class_token_vfm(args) and not is_cached else None
         held_out = LatentDataset(held_out_folder(args), class_token=class_token, images=images, **share)
         check_held_out(held_out, latents)
     verify_once(args, latents, held_out)
@@ -136,23 +136,29 @@ def choose_repa_source(args: argparse.Namespace, folder: Path) -> str:
     return args.repa_source
 
 
-def open_repa_images(args: argparse.Namespace, accelerator: Accelerator) -> ImageDataset:
+def cached_resolution(folder: Path) -> int:
+    """Pixels of the images that a cache was made from, which class folders do not say; without a cache the usual."""
+    index = read_index(folder)
+    return DEFAULT_RESOLUTION if index is None else index["source"].get("resolution", DEFAULT_RESOLUTION)
+
+
+def open_repa_images(args: argparse.Namespace, accelerator: Accelerator, default: int) -> ImageDataset:
     if not args.data_dir:
         raise UserError("--data-dir is needed: REPA reads the images (or cache features, or --proj-coeff 0)")
     path = Path(args.data_dir)
     if args.stage_dir and not args.dry_run and read_index(path) is not None:
         path = stage_once(path, "images", None, args, accelerator)
-    return open_images(path, args.resolution, default=DEFAULT_RESOLUTION)
+    return open_images(path, args.resolution, default=default)
 
 
-def open_held_out_images(args: argparse.Namespace) -> ImageDataset:
+def open_held_out_images(args: argparse.Namespace, default: int) -> ImageDataset:
     """What the class tokens of held-out latents are computed from."""
     if not args.val_data_dir:
         raise UserError(
             "--val-data-dir is needed: --reg-coeff computes class tokens of the held-out images (or cache them, "
             "cache_latents.py --cache-class-tokens, for both sets)"
         )
-    return open_images(args.val_data_dir, args.resolution, default=DEFAULT_RESOLUTION)
+    return open_images(args.val_data_dir, args.resolution, default=default)
 
 
 def open_tokenizer(args: argparse.Namespace, latents: LatentDataset | None) -> Tokenizer:

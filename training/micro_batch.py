@@ -93,8 +93,9 @@ class Trial:
             nonlocal method
             try:
                 method = method or self.build()
-                # two where more would follow: the second one's activations lie next to the first one's gradients
-                batches = [self.batch_of(method, images)] * min(2, share // images)
+                # two: the second one's activations lie next to the first one's gradients, as with accumulation, and as
+                # under DDP, whose buckets stay
+                batches = [self.batch_of(method, images)] * 2
                 for _ in range(2):  # the first makes the optimizers' moments, so that the second has less room
                     torch.cuda.reset_peak_memory_stats()
                     train_step(method, self.step, batches)
@@ -152,8 +153,9 @@ def most_that_fit(share: int, peak: Callable[[int], float], room: float) -> int:
     numbers = divisors(share)
     few, more = (max(number for number in numbers if number <= most) for most in (FEW, MORE))
     measured = {number: peak(number) for number in sorted({few, more})}
-    each = max(1.0, (measured[more] - measured[few]) / max(1, more - few))
-    predicted = more if math.isinf(each) or more == few else few + (room - measured[few]) // each
+    predicted = more
+    if few < more and math.isfinite(measured[more]):
+        predicted = few + (room - measured[few]) // max(1.0, (measured[more] - measured[few]) / (more - few))
     for number in reversed([number for number in numbers if number <= max(predicted, more)]):
         if number not in measured:
             measured[number] = peak(number)

@@ -30,6 +30,9 @@ class QwenImageTokenizer(PosteriorTokenizer):
         if channels != 3:  # Qwen-Image-Layered: RGBA
             raise ValueError(f"its images have {channels} channels, not 3")
         super().__init__(network, network.config.z_dim)
+        for name, parameter in network.named_parameters():
+            if ".time_conv." in name:  # between frames: one alone has no use for them, and DDP would wait for gradients
+                parameter.requires_grad_(False)
 
     @classmethod
     def channels_of(cls, config: Mapping) -> int:
