@@ -32,7 +32,10 @@ class OwnKind:
         """One with random weights."""
         try:
             config = {} if self.folder is None else read_json(self.folder / CONFIG_FILE)
-            return tokenizer_kind(self.name).from_architecture(config)
+            tokenizer = tokenizer_kind(self.name).from_architecture(config)
+            if (said := tokenizer.architecture.get("_class_name")) != self.name:
+                raise ValueError(f"its architecture has the _class_name {said}, by which nothing would find it again")
+            return tokenizer
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"--vae {self.folder or self.name}: no {self.name} is built ({one_line(error)}); give a folder with "

@@ -26,7 +26,7 @@ from formats.architecture import (
 )
 from formats.checkpoints import FoundVAE, find_vae
 from formats.hub import hub_folder, is_hub_name
-from formats.own_kinds import OwnKind, find_own_kind
+from formats.own_kinds import KL, OwnKind, find_own_kind
 from formats.run_folders import MANIFEST
 from formats.runs import DIFFUSERS_WEIGHTS, locate_vae, read_checkpoint
 from formats.statistics import (
@@ -161,7 +161,12 @@ def architecture(vae: str) -> dict:
         UserError: it is neither a known name nor a VAE.
     """
     if vae in architecture_names():
-        return named_config(vae)
+        config = named_config(vae)
+        if (kind := config.get("_class_name", KL)) != KL:
+            raise UserError(
+                f"--vae {vae}: configs/vae/{vae}.json is of a {kind}, not of an {KL}; give a folder with it"
+            )
+        return config
     path = Path(vae)
     if not path.exists() and not is_hub_name(vae):
         names = ", ".join(architecture_names())

@@ -15,7 +15,7 @@ from formats.vae import load_tokenizer
 from loss.adversarial import LeCam, adaptive_weight, generator_loss, hinge_discriminator_loss
 from loss.perceptual import DisjointMaxPool, build_lpips
 from loss.reconstruction import reconstruction_loss
-from loss.total import total
+from loss.total import joined, total
 from loss.vae_objective import VAELossConfig, VAEObjective, gradient_at, load_loss_config
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.mapper import Mapper
@@ -436,8 +436,15 @@ def test_fidelity_is_the_weighted_pixel_terms():
 
 
 def test_a_term_without_a_weight_is_an_error():
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="no weight for new; there are weights for old"):
         total({"new": torch.ones(())}, {"old": 1.0})
+
+
+def test_a_term_s_name_is_its_own():
+    """An alignment that calls its term as another part does would replace it."""
+    assert joined({"denoise": 1}, {"repa": 2}) == {"denoise": 1, "repa": 2}
+    with pytest.raises(ValueError, match="two parts of the loss have a term repa"):
+        joined({"denoise": 1, "repa": 2}, {"repa": 3})
 
 
 def test_lpips_must_be_there_where_it_is_weighted_and_is_not_run_where_not(lpips_network):

@@ -2,6 +2,11 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+import types
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,11 +22,16 @@ import train_sendvae
 from dataset.toy import main as make_toy
 from loss.alignment import DENOISER_ALIGNMENTS, TOKENIZER_ALIGNMENTS
 from models.denoisers import DENOISERS
-from models.tokenizers import TOKENIZERS
+from models.tokenizers import TOKENIZERS, tokenizer_kind
 from runtime.cli import run
 from tests.command_line import argv_of
+from training.ldm import checked
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
+# the page's files
+BLOCKS = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
+# package, registry, line, import of each row of its table
+ROWS = re.findall(r"^\|.*?\| `(\S+)`, `(\S+)` \| `(.*?)` \| `?(.*?)`? \|", PAGE.read_text(), re.MULTILINE)
 REGISTRIES = (TOKENIZER_ALIGNMENTS, DENOISER_ALIGNMENTS, TOKENIZERS, DENOISERS)
 COMMON = {"batch_size": 4, "num_workers": 0, "log_steps": 1, "max_val_images": 4, "val_steps": 1}
 
@@ -30,16 +40,24 @@ COMMON = {"batch_size": 4, "num_workers": 0, "log_steps": 1, "max_val_images": 4
 def extended():
     """Run the page's code; the registries are as before afterwards."""
     before = [dict(registry) for registry in REGISTRIES]
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 4
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), {"__name__": "extension"})  # noqa: S102
+    assert len(BLOCKS) == len(ROWS) == 4
+    modules = {path.removesuffix(".py").replace("/", "."): code for path, code in BLOCKS.items()}
+    for name, code in modules.items():
+        module = sys.modules[name] = types.ModuleType(name)
+        exec(compile(code, str(PAGE), "exec"), vars(module))  # noqa: S102
+    for package, registry, line, imported in ROWS:
+        scope = dict(vars(import_module(package)))
+        if imported != "none":
+            exec(imported, scope)  # noqa: S102
+        scope[registry].update(eval(f"{{{line}}}", scope))  # noqa: S307
     for registry, old in zip(REGISTRIES, before, strict=True):
         assert len(registry) == len(old) + 1
     yield
     for registry, old in zip(REGISTRIES, before, strict=True):
         registry.clear()
         registry.update(old)
+    for name in modules:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +198,7 @@ NAMED = {"exp_name": "x", "data_dir": "x", "vae_latents_name": "x"}
     [
         (train_sendvae.main, {"exp_name": "x", "data_dir": "x", "mse_weight": 1}, "--mse-weight belongs to"),
         (train_ldm.main, NAMED | {"mean_coeff": 1}, "--mean-coeff belongs to --align mean"),
-        (train_ldm.main, NAMED | {"align": "repa+x"}, "give repa, irepa, vae, mean"),
+        (train_ldm.main, NAMED | {"align": "repa+x"}, f"give {', '.join(DENOISER_ALIGNMENTS)}, mean"),
         (train_ldm.main, {"model": "Conv-x", "dry_run": True, "align": "none"}, "give Conv-DEPTH"),
         (train_ldm.main, {"model": "U-4", "dry_run": True, "align": "none"}, "Conv-DEPTH"),
     ],
@@ -190,3 +208,80 @@ def test_flags_of_parts_that_were_not_chosen(capsys, main, flags, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def small_conv():
+    return DENOISERS["Conv"](model="Conv-2", latent_channels=4, latent_size=8, num_classes=3).build()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda v, states: v, lambda v, states: (v[:, :1], states), lambda v, states: (v, [x[:, :1] for x in states])],
+)
+def test_a_denoiser_s_output_of_another_shape_is_noticed(spoil):
+    """A velocity of one channel would be broadcast, and two of a batch unpacked."""
+    network = small_conv()
+    noisy, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64)
+    assert checked(network(noisy, t, y, (1,)), network, noisy, (1,))[0].shape == noisy.shape
+    with pytest.raises(ValueError, match="ConvNet"):
+        checked(spoil(*network(noisy, t, y, (1,))), network, noisy, (1,))
+
+
+def test_a_denoiser_of_one_s_own_is_saved_and_loaded(tmp_path):
+    network = small_conv()
+    network.save_pretrained(tmp_path / "transformer")
+    loaded = type(network).from_pretrained(tmp_path / "transformer")
+    assert loaded.config == network.config
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), loaded.parameters(), strict=True))
+
+
+def test_what_would_be_ignored_or_lost_is_refused(folder, tmp_path, capsys, monkeypatch):
+    conv = {"model": "Conv-2", "align": "none", "dry_run": True, "gradient_checkpointing": True}
+    assert run(train_ldm.main, argv_of(conv)) == 2
+    assert "Conv-2 cannot recompute its activations" in capsys.readouterr().err
+    kind = tokenizer_kind("PatchTokenizer")
+    monkeypatch.setattr(kind, "architecture", {"_class_name": "Patch"})
+    assert run(train_sendvae.main, argv_of(vae_flags(folder, vae="PatchTokenizer", exp_name="x"))) == 2
+    assert "_class_name Patch, by which nothing would find it" in capsys.readouterr().err
+    (tmp_path / "mine.json").write_text(json.dumps({"_class_name": "PatchTokenizer"}))
+    monkeypatch.setattr("formats.architecture.CONFIG_DIR", tmp_path)
+    monkeypatch.setattr("models.tokenizers.CONFIG_DIR", tmp_path)
+    assert run(train_sendvae.main, argv_of(vae_flags(folder, vae="mine", exp_name="x"))) == 2
+    assert "configs/vae/mine.json is of a PatchTokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_page_followed_literally_in_a_copy(tmp_path):
+    """Its files and its lines, in a tree of their own: the linter, the house's rules and the scripts take them."""
+    tree = tmp_path / "tree"
+    left_out = shutil.ignore_patterns(".*", "exps", "data", "wandb", "__pycache__")
+    shutil.copytree(PAGE.parents[1], tree, ignore=left_out)
+    for path, code in BLOCKS.items():
+        (tree / path).write_text(f'"""Of the page."""\n\n{code}')
+    for package, registry, line, imported in ROWS:
+        init = tree / package.replace(".", "/") / "__init__.py"
+        text = init.read_text()
+        end = text.index("\n}", text.index(f"\n{registry}: "))
+        text = f"{text[:end]}\n    {line}{text[end:]}"
+        if imported != "none":
+            lines = text.splitlines(keepends=True)
+            place = next(n for n, each in enumerate(lines) if each.startswith(f"from {package}."))
+            while lines[place].rstrip()[-1] in "(,":  # an import of several lines
+                place += 1
+            lines.insert(place + 1, f"{imported}\n")
+            text = "".join(lines)
+        init.write_text(text)
+
+    def answer(*words: str) -> str:
+        done = subprocess.run([sys.executable, *words], cwd=tree, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    answer("-m", "ruff", "check", ".")
+    answer("-m", "ruff", "format", "--check", ".")
+    answer("-m", "pytest", "-q", "-n", "0", "tests/test_house.py")
+    assert "--mean-coeff" in answer("train_ldm.py", "--help")
+    small = ["--dry-run", "--resolution", "32", "--random-weights", "--enc-type", "efficientnet-lite0"]
+    vae = [*small, "--vae-ckpt", "none", "--loss-cfg-path", "configs/l1_kl.yaml"]
+    answer("train_sendvae.py", *vae, "--vae", "PatchTokenizer", "--align-loss", "mse")
+    answer("train_ldm.py", *small, "--vae", "f4d4-tiny", "--model", "Conv-2", "--align", "mean")

@@ -19,7 +19,7 @@ from diffusion.samplers import model_velocity, sample_ode
 from formats.averages import MAIN, posthoc_names
 from loss.alignment import DenoiserAlignments
 from loss.denoising import denoising_error, direction_error
-from loss.total import total
+from loss.total import joined, total
 from models.denoisers import Denoiser
 from models.encoders import Encoder
 from models.feature_norm import FeatureNorm, SpatialNorm
@@ -60,12 +60,34 @@ class AlignedDenoiser(nn.Module):
 
         Without features (None) nothing is aligned.
         """
+        taps = () if features is None else self.alignment.taps
+        prediction, states = checked(self.denoiser(noisy, t, labels, taps), self.denoiser, noisy, taps)
         if features is None:
-            prediction, _ = self.denoiser(noisy, t, labels)
             unused = sum(parameter.sum() for parameter in self.alignment.parameters())  # DDP wants their gradients
             return prediction + 0.0 * unused, {}
-        prediction, states = self.denoiser(noisy, t, labels, self.alignment.taps)
         return prediction, self.alignment(states, features, x, t)
+
+
+def checked(
+    output: tuple[torch.Tensor, Sequence[torch.Tensor]], denoiser: Denoiser, noisy: torch.Tensor, taps: Sequence[int]
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """What a denoiser returned, where it has the shapes that it promises: another one could be broadcast unnoticed.
+
+    Raises:
+        ValueError: it has not.
+    """
+    states = [(len(noisy), denoiser.grid**2, denoiser.width)] * len(taps)
+    if not (isinstance(output, tuple) and len(output) == 2):
+        raise ValueError(f"{type(denoiser).__name__} must return its velocity and a tuple of hidden states")
+    found = output[0].shape, [state.shape for state in output[1]]
+    if found != (noisy.shape, states):
+        shapes = [list(shape) for shape in (found[0], *found[1], noisy.shape, *states)]
+        half = 1 + len(found[1])
+        raise ValueError(
+            f"{type(denoiser).__name__} returned a velocity and hidden states of {shapes[:half]} instead of "
+            f"{shapes[half:]}"
+        )
+    return output
 
 
 class LDM(Method):
@@ -181,8 +203,9 @@ class LDM(Method):
             if args.velocity_cosine_coeff:
                 terms["velocity_cosine"] = direction_error(prediction, target).mean()
                 weights["velocity_cosine"] = args.velocity_cosine_coeff
-            terms |= aligned
-            weights |= {name: factor * weight for name, weight in self.alignment.weights(aligned).items()}
+            terms = joined(terms, aligned)
+            alignment_weights = self.alignment.weights(aligned).items()
+            weights = joined(weights, {name: factor * weight for name, weight in alignment_weights})
             loss = total(terms, weights)
             self.accelerator.backward(loss * share)
         return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}

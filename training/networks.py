@@ -127,7 +127,8 @@ def build_aligned_denoiser(
     """Denoiser and projectors on the device; one seed gives the same network, whatever it is aligned with."""
     torch.manual_seed(args.seed)
     denoiser = config.build()
-    denoiser.gradient_checkpointing = args.gradient_checkpointing
+    if args.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
     alignment = aligned(args, alignments, denoiser)
     return denoiser.to(accelerator.device).train(), alignment.to(accelerator.device).train()
 

@@ -16,7 +16,7 @@ from dataset.latents import LatentBatch
 from dataset.loader import ImageBatch
 from diffusion.draws import Draws, Stream, draw, seeded_generator
 from loss.alignment import TokenizerAlignment
-from loss.total import total
+from loss.total import joined, total
 from loss.vae_objective import VAEObjective, gradient_at
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.encoders import Encoder
@@ -176,7 +176,7 @@ class SendVAE(Method):
                 aligned = self.alignment.weights(output.alignment, fidelity, self.tokenizer, self.gradient)
                 factor = alignment_factor(self.args, step)
                 aligned = {name: factor * weight for name, weight in aligned.items()}
-                terms, weights = terms | output.alignment, weights | aligned
+                terms, weights = joined(terms, output.alignment), joined(weights, aligned)
                 varying |= self.alignment.varying(aligned)
             loss = total(terms, weights)
             self.accelerator.backward(loss * share)

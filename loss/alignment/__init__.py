@@ -24,7 +24,10 @@ from runtime.cli import flag_of
 __all__ = ["DenoiserAlignment", "DenoiserAlignments", "TokenGrid", "TokenizerAlignment", "build_denoiser_alignment"]
 
 # --align-loss of train_sendvae.py
-TOKENIZER_ALIGNMENTS: dict[str, type[TokenizerAlignmentFlags]] = {"cosine": MapperFlags, "vf": VFFlags}
+TOKENIZER_ALIGNMENTS: dict[str, type[TokenizerAlignmentFlags]] = {
+    "cosine": MapperFlags,
+    "vf": VFFlags,
+}
 # --align of train_ldm.py
 DENOISER_ALIGNMENTS: dict[str, type[DenoiserAlignmentFlags]] = {
     "repa": REPAFlags,

@@ -8,6 +8,7 @@ from torch import nn
 
 from loss.alignment import DENOISER_ALIGNMENTS
 from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
+from loss.total import joined
 from models.denoisers import Denoiser
 
 
@@ -32,7 +33,7 @@ class DenoiserAlignments(nn.ModuleDict):
         """As :meth:`DenoiserAlignment.forward`; ``states`` are those at :attr:`taps`."""
         terms: Terms = {}
         for part in self.values():
-            terms |= part(states[: len(part.taps)], features, x, t)
+            terms = joined(terms, part(states[: len(part.taps)], features, x, t))
             states = states[len(part.taps) :]
         return terms
 
@@ -40,7 +41,7 @@ class DenoiserAlignments(nn.ModuleDict):
         """Of all terms."""
         weights: Weights = {}
         for part in self.values():
-            weights |= part.weights(terms)
+            weights = joined(weights, part.weights(terms))
         return weights
 
     @property

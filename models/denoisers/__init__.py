@@ -9,7 +9,10 @@ from models.denoisers.config import DenoiserConfig, LightningDiTConfig, SiTConfi
 __all__ = ["DENOISERS", "Denoiser", "DenoiserConfig"]
 
 # By what ``--model`` begins with, before the first hyphen: the configuration, which builds the network.
-DENOISERS: dict[str, type[DenoiserConfig]] = {"SiT": SiTConfig, "LightningDiT": LightningDiTConfig}
+DENOISERS: dict[str, type[DenoiserConfig]] = {
+    "SiT": SiTConfig,
+    "LightningDiT": LightningDiTConfig,
+}
 
 
 def denoiser_kind(model: str) -> type[DenoiserConfig]:

@@ -5,7 +5,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -23,20 +22,13 @@ class Denoiser(nn.Module, ABC):
     """A network on latents. Nothing of an alignment is part of it: projectors are kept apart (``loss.alignment``).
 
     Args:
-        config: an instance of :attr:`Config`.
-
-    Attributes:
-        Config: the kind's :class:`DenoiserConfig`.
-        gradient_checkpointing: recompute activations in the backward pass; the kind's ``forward`` looks at it.
+        config: of its kind.
     """
-
-    Config: ClassVar[type[DenoiserConfig]]
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         config.check()
         self.config = config
-        self.gradient_checkpointing = False
 
     @property
     @abstractmethod
@@ -113,6 +105,10 @@ class Denoiser(nn.Module, ABC):
         """The hidden states alone; a kind that can leaves out the blocks after the last tap."""
         return self(x, t, y, taps)[1]
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        raise UserError(f"{self.config.model} cannot recompute its activations: leave --gradient-checkpointing out")
+
     def compile(self, *args, **options) -> None:
         """``torch.compile`` in place. A network of equal blocks compiles them one by one: they share a graph."""
         super().compile(*args, **options)
@@ -131,12 +127,14 @@ class Denoiser(nn.Module, ABC):
         Raises:
             UserError: no such folder, not of this kind, or weights of another one.
         """
+        from models.denoisers import denoiser_config  # the registry, in which a module of a kind may be imported
+
         folder = Path(folder)
         try:
             content = read_json(folder / CONFIG_FILE)
             if (kind := content.get("_class_name")) != cls.__name__:
                 raise UserError(f"{folder / CONFIG_FILE} describes a {kind}, not a {cls.__name__}")
-            config = cls.Config.from_dict({key: value for key, value in content.items() if not key.startswith("_")})
+            config = denoiser_config({key: value for key, value in content.items() if not key.startswith("_")})
             model = cls(config)
             model.load_state_dict(read_state_dict(folder / WEIGHTS_FILE))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, NotWeightsError, RuntimeError) as error:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.denoisers.config import LightningDiTConfig
 from models.denoisers.transformer import Attention, Block, Transformer
 
 
@@ -25,8 +24,6 @@ class RMSNorm(nn.RMSNorm):
 
 class LightningDiT(Transformer):
     """The transformer; time is 0 at the data, as for every denoiser here."""
-
-    Config = LightningDiTConfig
 
     def norm(self, width: int) -> nn.Module:
         return RMSNorm(width, eps=1e-6)

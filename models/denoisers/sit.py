@@ -8,14 +8,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from models.denoisers.config import SiTConfig
 from models.denoisers.transformer import Attention, Block, Transformer
 
 
 class SiT(Transformer):
     """LayerNorm without parameters, a GELU MLP of four times the width, positions only at the input."""
-
-    Config = SiTConfig
 
     def norm(self, width: int) -> nn.Module:
         return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)

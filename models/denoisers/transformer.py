@@ -34,6 +34,7 @@ class Transformer(Denoiser):
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
+        self.gradient_checkpointing = False
         size, patch = config.size, config.patch_size
         self.x_embedder = PatchEmbedding(config.latent_channels, size.width, patch)
         self.register_buffer("pos_embed", sincos_positions(size.width, config.grid)[None])
@@ -76,6 +77,9 @@ class Transformer(Denoiser):
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
     ) -> tuple[torch.Tensor, ...]:
         return self._through_blocks(x, t, y, taps, max(taps))[2]
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = True
 
     def compile(self, *args, **options) -> None:
         """Each block on its own: they share their code, and checkpointing and DDP stay outside of it."""
