@@ -169,6 +169,20 @@ def test_a_wrapper_gives_flags_that_its_script_has(name, tmp_path):
     check(*through_wrapper(name, [], tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "argv"),
+    [
+        ("train_ldm.sh", ["--align", "vae"]),
+        ("train_ldm.sh", ["--align", "none"]),
+        ("train_ldm.sh", ["--align", "irepa"]),
+        ("train_sendvae.sh", ["--align-loss", "vf"]),
+    ],
+)
+def test_an_appended_method_takes_the_place_of_a_wrapper_s(name, argv, tmp_path):
+    """The flags of its own method that the wrapper shows are defaults, and no obstacle."""
+    check(*through_wrapper(name, argv, tmp_path))
+
+
 @pytest.mark.parametrize("command", documented_commands())
 def test_a_documented_command_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -52,6 +52,7 @@ CHANGEABLE = frozenset(
     {
         *("max_train_steps", "epochs"),
         *("num_workers", "prefetch", "stage_dir", "verify", "data_dir", "vae_latents_name", "val_vae_latents_name"),
+        *("val_data_dir", "max_val_images"),  # what is held out never touches the training
         *("log_steps", "val_steps", "sampling_steps", "checkpointing_steps", "keep_checkpoints", "milestone_steps"),
         "posthoc_steps",
         *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
