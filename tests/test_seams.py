@@ -20,7 +20,9 @@ import train_ldm
 import train_repae
 import train_sendvae
 from dataset.toy import main as make_toy
+from errors import UserError
 from loss.alignment import DENOISER_ALIGNMENTS, TOKENIZER_ALIGNMENTS
+from loss.alignment.sums import build_denoiser_alignment
 from models.denoisers import DENOISERS
 from models.tokenizers import TOKENIZERS, tokenizer_kind
 from runtime.cli import run
@@ -225,6 +227,16 @@ def test_a_denoiser_s_output_of_another_shape_is_noticed(spoil):
     assert checked(network(noisy, t, y, (1,)), network, noisy, (1,))[0].shape == noisy.shape
     with pytest.raises(ValueError, match="ConvNet"):
         checked(spoil(*network(noisy, t, y, (1,))), network, noisy, (1,))
+
+
+def test_a_block_that_there_is_not_is_named(monkeypatch):
+    mean = DENOISER_ALIGNMENTS["mean"]
+    monkeypatch.setattr(mean, "from_arguments", classmethod(lambda cls, args, denoiser, features: cls(denoiser, 1.0)))
+    network = small_conv()
+    assert build_denoiser_alignment(None, ["mean"], network, ()).taps == (1,)
+    del network.blocks[0:]
+    with pytest.raises(UserError, match="--align mean sees block 1, but Conv-2 has blocks 1 to 0"):
+        build_denoiser_alignment(None, ["mean"], network, ())
 
 
 def test_a_denoiser_of_one_s_own_is_saved_and_loaded(tmp_path):

@@ -14,6 +14,7 @@ from dataset.loader import ImageBatch
 from diffusion.draws import Stream, draw, seeded_generator
 from errors import UserError
 from formats.run_folders import status_of
+from models.denoisers.config import SiTConfig
 from runtime.checkpoint import CheckpointFolder
 from training.arguments import CHANGEABLE
 from training.ema import EMA
@@ -389,6 +390,22 @@ def test_a_run_older_than_a_flag_resumes(tmp_path):
         refuse_changed_arguments({"seed": 0}, {"seed": 0, "mapper_head": value}, CHANGEABLE, tmp_path)
     with pytest.raises(UserError, match="--mapper-head mlp, not conv"):
         refuse_changed_arguments({"seed": 0}, {"seed": 0, "mapper_head": "conv"}, CHANGEABLE, tmp_path)
+
+
+def test_a_run_older_than_a_field_of_its_denoiser_resumes(tmp_path):
+    now = SiTConfig("SiT-Ti/2", 4, 8, 3).to_dict()
+    older = {name: value for name, value in now.items() if name != "qk_norm"}
+    refuse_changed_arguments({"denoiser": older}, {"denoiser": now}, CHANGEABLE, tmp_path)
+    for other in ({"qk_norm": True}, {"latent_size": 4}):
+        with pytest.raises(UserError, match="a denoiser of another shape"):
+            refuse_changed_arguments({"denoiser": older}, {"denoiser": now | other}, CHANGEABLE, tmp_path)
+    with pytest.raises(UserError, match="a denoiser of another shape"):
+        refuse_changed_arguments({"denoiser": {"model": "U-4"}}, {"denoiser": now}, CHANGEABLE, tmp_path)
+
+
+def test_held_out_data_may_be_given_later(tmp_path):
+    old = {"val_data_dir": None, "max_val_images": 1000, "seed": 0}
+    refuse_changed_arguments(old, old | {"val_data_dir": "val", "max_val_images": 50}, CHANGEABLE, tmp_path)
 
 
 def test_run_folder_truncates_what_is_done_again_and_locks_itself(tmp_path):

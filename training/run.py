@@ -28,6 +28,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from errors import UserError
 from files import missing_folders, remove_empty, remove_leftovers, write_atomically, write_json
 from formats.run_folders import Line, arguments_of, status_of
+from models.denoisers import denoiser_config
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
 from runtime.log import logger, setup_logging
@@ -364,6 +365,8 @@ def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], f
     for name, value in new.items():
         # a flag that says nothing in this run (None) said nothing either before it was there
         before = old.get(name, value if value is None else UNSAID.get(name, value))
+        if name == "denoiser":
+            before = with_later_fields(before)
         if name not in changeable and before != value:
             if name in DERIVED:
                 raise UserError(
@@ -375,6 +378,14 @@ def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], f
                 f"{folder} was started with {flag} {before}, not {value}: "
                 "give the old value to resume, or another --exp-name to start anew"
             )
+
+
+def with_later_fields(denoiser: Mapping) -> Mapping:
+    """A recorded configuration with the fields that its kind was given since, at their defaults."""
+    try:
+        return denoiser_config(denoiser).to_dict()
+    except (KeyError, TypeError, UserError):
+        return denoiser
 
 
 def _lock(path: Path):

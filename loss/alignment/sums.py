@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from errors import UserError
 from loss.alignment import DENOISER_ALIGNMENTS
 from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
 from loss.total import joined
@@ -63,7 +64,15 @@ def build_denoiser_alignment(
         names: of :data:`DENOISER_ALIGNMENTS`.
         denoiser: whose hidden states are aligned.
         features: the VFMs, on the denoiser's grid.
+
+    Raises:
+        UserError: a block that the denoiser does not have.
     """
-    return DenoiserAlignments(
-        {name: DENOISER_ALIGNMENTS[name].from_arguments(args, denoiser, features) for name in names}
-    )
+    parts = {name: DENOISER_ALIGNMENTS[name].from_arguments(args, denoiser, features) for name in names}
+    for name, part in parts.items():
+        if not all(1 <= tap <= denoiser.depth for tap in part.taps):
+            blocks = ", ".join(map(str, part.taps))
+            raise UserError(
+                f"--align {name} sees block {blocks}, but {denoiser.config.model} has blocks 1 to {denoiser.depth}"
+            )
+    return DenoiserAlignments(parts)
