@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 3 with the paper's settings (ImageNet 256, SiT-XL/1 on f16d32 latents, REPA with DINOv2-B, 80 epochs, batch 256).
 # Edit the flags here, set the variables, or append flags: ./train_ldm.sh --epochs 800 --exp-name mine
+# REPA's weight is the default, --proj-coeff 0.5; another --align has flags of its own.
 # Processes and nodes: see launch.sh. The same command resumes.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -13,7 +14,6 @@ exec ./launch.sh train_ldm.py \
     --model "${MODEL:-SiT-XL/1}" \
     --enc-type "${ENC_TYPE:-dinov2-vit-b}" \
     --encoder-depth 8 \
-    --proj-coeff 0.5 \
     --path-type linear \
     --weighting uniform \
     --cfg-prob 0.1 \

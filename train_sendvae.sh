@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1 with the paper's settings (ImageNet 256, VA-VAE, DINOv2-B, 80 epochs, batch 1024).
 # Edit the flags here, set the variables, or append flags: ./train_sendvae.sh --batch-size 256 --exp-name mine
+# The mapper is the default, --mapper-depth 1 with --noise-injection; another --align-loss has flags of its own.
 # Processes and nodes: see launch.sh. The same command resumes.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -13,8 +14,6 @@ exec ./launch.sh train_sendvae.py \
     --vae-ckpt "${VAE_CKPT:-pretrained/vavae}" \
     --enc-type "${ENC_TYPE:-dinov2-vit-b}" \
     --align-coeff 1.0 \
-    --mapper-depth 1 \
-    --noise-injection \
     --path-type linear \
     --loss-cfg-path configs/l1_lpips_kl_gan.yaml \
     --batch-size 1024 \

@@ -179,7 +179,7 @@ def test_a_wrapper_gives_flags_that_its_script_has(name, tmp_path):
     ],
 )
 def test_an_appended_method_takes_the_place_of_a_wrapper_s(name, argv, tmp_path):
-    """The flags of its own method that the wrapper shows are defaults, and no obstacle."""
+    """The wrapper gives no flag that belongs to its own method alone."""
     check(*through_wrapper(name, argv, tmp_path))
 
 

@@ -55,9 +55,6 @@ def settle_arguments(
     for key, cls in registry.items():
         for name in cls.DEFAULTS:
             value = getattr(args, name, None)
-            if name not in owned and value == cls.DEFAULTS[name] and type(value) is type(cls.DEFAULTS[name]):
-                value = None  # as the .sh wrappers have it, for the alignment that they choose
-                setattr(args, name, None)
             # A switch that is off and a weight of 0 ask for nothing; a depth of 0 does.
             asks = value is not None and value is not False and not (isinstance(value, float) and value == 0)
             if name not in owned and asks:
