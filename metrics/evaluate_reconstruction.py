@@ -248,11 +248,11 @@ def evaluate(args: argparse.Namespace, evaluation: ReconstructionEvaluation, pro
     if process.world_size > 1:
         dist.all_reduce(values)  # every row is zero but in one process: a sum that rounds nothing
         collect(moments, shares, process)
+    gaussians = [part.gaussian() for part in moments] if process.is_main else []
+    if agree_on(lambda: not all(np.isfinite(gaussian.mean).all() for gaussian in gaussians)):
+        raise UserError(NOT_FINITE)
     if not process.is_main:
         return None
-    gaussians = [part.gaussian() for part in moments]
-    if not all(np.isfinite(gaussian.mean).all() for gaussian in gaussians):
-        raise UserError(NOT_FINITE)
     if kept is not None:
         gaussians.insert(0, kept.pooled)
     elif cache is not None:

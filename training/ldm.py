@@ -79,13 +79,10 @@ def checked(
     states = [(len(noisy), denoiser.grid**2, denoiser.width)] * len(taps)
     if not (isinstance(output, tuple) and len(output) == 2):
         raise ValueError(f"{type(denoiser).__name__} must return its velocity and a tuple of hidden states")
-    found = output[0].shape, [state.shape for state in output[1]]
-    if found != (noisy.shape, states):
-        shapes = [list(shape) for shape in (found[0], *found[1], noisy.shape, *states)]
-        half = 1 + len(found[1])
+    found, promised = [tuple(x.shape) for x in (output[0], *output[1])], [tuple(noisy.shape), *states]
+    if found != promised:
         raise ValueError(
-            f"{type(denoiser).__name__} returned a velocity and hidden states of {shapes[:half]} instead of "
-            f"{shapes[half:]}"
+            f"{type(denoiser).__name__} returned a velocity and hidden states of {found} instead of {promised}"
         )
     return output
 
