@@ -201,20 +201,23 @@ class LatentDataset:
         return layout | {name: _torch_layout(array) for name, array in self._of_vfms.items()}
 
     def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
-        """Read n items into arrays ``[n, …]`` of :attr:`layout`; those in ``flips``, bool ``[n]``, mirrored."""
+        """Read n items into arrays ``[n, …]`` of :attr:`layout`; those in ``flips``, bool ``[n]``, mirrored.
+
+        Without images, VFMs' features or class tokens in ``out`` these are not read.
+        """
         self._stored.read(items, flips, out["stored"])
         out["labels"][...] = self.labels[items]
-        if self._images is not None:
+        if "images" in out:
             pixels = out["images"]
             self._images.read_into(items, pixels)
             if flips is not None:
                 pixels[flips] = pixels[flips, :, :, ::-1]
-        for name, array in self._of_vfms.items():
-            array.read(items, flips, out[name])
+        for name in self._of_vfms.keys() & out.keys():
+            self._of_vfms[name].read(items, flips, out[name])
 
     def batch(self, tensors: Mapping[str, Tensor]) -> LatentBatch:
         """What the loader hands out."""
-        features = tuple(tensors[name] for name in self._feature_names) or None
+        features = tuple(tensors[name] for name in self._feature_names if name in tensors) or None
         return LatentBatch(
             tensors["stored"], tensors["labels"], tensors.get("images"), features, tensors.get("class_token")
         )

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -38,7 +38,10 @@ class BatchSource(Protocol):
         """Shape and type of each array of an item."""
 
     def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
-        """Read n items into arrays ``[n, …]``, those in ``flips`` mirrored. Several threads may call it at once."""
+        """Read n items into the arrays ``[n, …]`` that are there, those in ``flips`` mirrored.
+
+        Several threads may call it at once.
+        """
 
     def batch(self, tensors: Mapping[str, Tensor]) -> Any:
         """What is handed out for a (micro-)batch of such arrays."""
@@ -122,6 +125,7 @@ class BatchLoader:
         prefetch: batches read ahead.
         pin_memory: page-locked tensors, for ``to(device, non_blocking=True)``.
         hflip: mirror half of the items, by a coin per (seed, epoch, item).
+        unread: arrays of the dataset's layout that batch ``k`` does without.
 
     Attributes:
         step: the ``k`` of the next batch.
@@ -145,6 +149,7 @@ class BatchLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         hflip: bool = False,
+        unread: Callable[[int], Collection[str]] = lambda step: (),
     ) -> None:
         if batch_size < 1 or batch_size % (world_size * accumulation):
             raise UserError(
@@ -159,6 +164,7 @@ class BatchLoader:
         self._rank = rank
         self._accumulation = accumulation
         self._hflip = hflip
+        self._unread = unread
         self._source = _as_source(dataset)
         if hflip and not self._source.has_flipped:
             raise UserError("--hflip needs the latents' mirrored copy: run cache_latents.py again with --hflip")
@@ -205,7 +211,7 @@ class BatchLoader:
     def _start(self, step: int) -> "_PendingBatch":
         first = step * self._batch_size + self._rank * self._local_size
         flips = self._order.flips(first, self._local_size) if self._hflip else None
-        return self._reader.start(self._order.indices(first, self._local_size), flips)
+        return self._reader.start(self._order.indices(first, self._local_size), flips, self._unread(step))
 
 
 def sequential_batches(
@@ -288,10 +294,11 @@ class _BatchReader:
         self._num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="reader") if num_workers else None
 
-    def start(self, items: np.ndarray, flips: np.ndarray | None) -> _PendingBatch:
+    def start(self, items: np.ndarray, flips: np.ndarray | None, unread: Collection[str] = ()) -> _PendingBatch:
         tensors = {
             name: torch.empty((len(items), *shape), dtype=dtype, pin_memory=self._pin_memory)
             for name, (shape, dtype) in self._source.layout.items()
+            if name not in unread
         }
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         if self._pool is None:

@@ -24,6 +24,7 @@ from tests.ldm_steps import CONFIG, accumulate, networks, random_batch, tiny_tra
 from tests.sendvae_runs import gradients
 from tests.test_feature_norm import metrics
 from training.alignment_schedule import alignment_factor, settle_alignment_schedule
+from training.ldm import LDM
 
 PLAIN = {"loss_cfg_path": "configs/l1_kl.yaml"}
 
@@ -172,6 +173,27 @@ def test_training_with_all_of_it_resumes_exactly(data, tmp_path):
     assert lines[0] == lines[1]
     assert ["irepa" in line for line in lines[0]] == [True, True, True, False, False]
     assert run(train_ldm.main, [*argv, "--max-train-steps", "6", "--align-until", "4"]) == EXIT_USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("changes", "read"),
+    [
+        ({"repa_source": "images"}, [{"images"}, set()]),
+        ({"repa_source": "features"}, [{"features"}, set()]),
+        ({"repa_source": "images", "reg_coeff": 0.03}, [{"images"}, {"images"}]),  # for the class token
+    ],
+)
+def test_once_nothing_is_aligned_nothing_is_read_for_it(data, tmp_path, monkeypatch, changes, read):
+    batches, seen = [], LDM.seen
+
+    def watched(self, batch, is_aligned):
+        batches.append({name for name in ("images", "features") if getattr(batch, name) is not None})
+        return seen(self, batch, is_aligned)
+
+    monkeypatch.setattr(LDM, "seen", watched)
+    argv = ldm_trainings.flags(data, tmp_path, align_until=2, max_train_steps=4, val_data_dir=None, **changes)
+    assert run(train_ldm.main, argv) == 0
+    assert batches == [read[0]] * 2 + [read[1]] * 2
 
 
 def test_sendvae_with_both_halves_and_other_noise(data, tmp_path, monkeypatch, capsys):

@@ -197,6 +197,15 @@ class TestLoader:
                 batches = steps(dataset, 7, hflip=True, num_workers=workers, prefetch=prefetch)
                 assert all(same(ours, theirs) for (ours,), (theirs,) in zip(batches, expected, strict=True))
 
+    def test_what_a_step_does_without_is_not_read(self, cache, packed):
+        dataset = open_cache(cache, features=[VFM], images=open_images(packed))
+        unread = ["images", features_name(VFM)]
+        whole = steps(dataset, 4)
+        part = steps(dataset, 4, prefetch=2, num_workers=2, unread=lambda step: unread if step >= 2 else ())
+        assert all(same(x, y) for x, y in zip(whole[:2], part[:2], strict=True) for x, y in zip(x, y, strict=True))
+        for (x,), (y,) in zip(whole[2:], part[2:], strict=True):
+            assert same(x._replace(images=None, features=None), y)
+
     def test_resumes_at_any_step(self, cache):
         dataset = open_cache(cache, hflip=True)
         stream = steps(dataset, 9, hflip=True)

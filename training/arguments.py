@@ -413,7 +413,7 @@ def add_alignment_schedule_arguments(group: argparse._ArgumentGroup) -> None:
         "--align-until",
         type=positive_int,
         metavar="N",
-        help="it is 0 from step N on (HASTE); of a denoiser, nothing of it is computed then (default: constant: never, "
+        help="it is 0 from step N on (HASTE); of a denoiser, nothing is read or computed for it then (default: constant: never, "
         "else: the last step)",
     )
 

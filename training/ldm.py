@@ -1,7 +1,7 @@
 """Stage 3: a denoiser trained on cached latents, its hidden states aligned (REPA, arXiv 2410.06940, and others)."""
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dataset.latents import LatentBatch, LatentDataset
+from dataset.latents import LatentBatch, LatentDataset, features_name
 from dataset.loader import read_batches
 from diffusion.counted_noise import counted_state
 from diffusion.draws import Draws, Stream, draw, seeded_generator
@@ -21,7 +21,7 @@ from loss.alignment import DenoiserAlignments
 from loss.denoising import denoising_error, direction_error
 from loss.total import joined, total
 from models.denoisers import Denoiser
-from models.encoders import Encoder
+from models.encoders import Encoder, encoder_names
 from models.feature_norm import FeatureNorm, SpatialNorm
 from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
@@ -126,6 +126,14 @@ class LDM(Method):
     def sampled(self) -> Denoiser:
         """The network that samples: the main average where there is one."""
         return self.denoiser if self.ema is None else self.ema.module
+
+    def unread(self, step: int) -> Collection[str]:
+        """Images and features, once nothing is aligned with them."""
+        if alignment_factor(self.args, step):
+            return ()
+        features = [features_name(name) for name in encoder_names(self.args.enc_type)]
+        needs_images = self.denoiser.class_token_width and self.encoders is not None
+        return features if needs_images else [*features, "images"]
 
     def accumulate(
         self, step: int, micro_step: int, batch: LatentBatch, share: float, synchronise: bool

@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -49,7 +50,7 @@ class Loop:
     ):
         self.method, self.run, self.dataset, self.args = method, run, dataset, args
         self.max_steps, self.start_step = args.max_train_steps, start_step
-        self.batches = build_loader(args, dataset, run.accelerator, start_step)
+        self.batches = build_loader(args, dataset, run.accelerator, start_step, method.unread)
         self.metrics = MeanMetrics()
         self.checkpoints = CheckpointFolder(run.folder)
         self.saved_step = -1
@@ -244,7 +245,13 @@ class Loop:
         return {name: stateful for name, stateful in self.method.states().items() if stateful is not None}
 
 
-def build_loader(args: argparse.Namespace, dataset: Any, accelerator, start_step: int) -> BatchLoader:
+def build_loader(
+    args: argparse.Namespace,
+    dataset: Any,
+    accelerator,
+    start_step: int,
+    unread: Callable[[int], Collection[str]] = lambda step: (),
+) -> BatchLoader:
     """This process's batches from ``start_step`` on, as the flags of ``training.arguments`` say."""
     return BatchLoader(
         dataset,
@@ -258,4 +265,5 @@ def build_loader(args: argparse.Namespace, dataset: Any, accelerator, start_step
         prefetch=args.prefetch,
         pin_memory=accelerator.device.type == "cuda",
         hflip=args.hflip,
+        unread=unread,
     )

@@ -1,7 +1,7 @@
 """What the loop asks of a method of training, and one step of any of them: gradients accumulate here alone."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ class Method(Phase):
     @property
     def phases(self) -> Sequence[Phase]:
         return (self,)
+
+    def unread(self, step: int) -> Collection[str]:
+        """Arrays of the data that a step does without, which are not read for it then."""
+        return ()
 
     def rates(self, step: int) -> dict[str, float]:
         """Learning rates of a step."""
