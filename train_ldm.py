@@ -48,6 +48,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_grid_arguments(parser)
     args = parser.parse_args(argv)
     arguments.check_arguments(args)
+    arguments.check_denoiser_arguments(parser, args)
     settle_alignment(args)
     if "/" not in (args.vae_latents_name or "/"):  # a folder in --data-dir
         args.data_dir = args.data_dir or arguments.default_data_dir()

@@ -42,6 +42,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.freeze_vae, args.align_schedule, args.align_until = False, "constant", None
     arguments.check_arguments(args)
+    arguments.check_denoiser_arguments(parser, args)
     arguments.check_image_arguments(args)
     settle_arguments(args, ["repa"], DENOISER_ALIGNMENTS, "--align")
     args.align = "repa" if args.proj_coeff or args.vae_align_proj_coeff else NONE

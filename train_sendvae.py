@@ -202,9 +202,13 @@ def build_alignment(
     if not args.align_coeff:
         return None, []
     kind = TOKENIZER_ALIGNMENTS[args.align_loss]
-    encoders: list[Encoder] = []
-    if kind.needs_features:
-        encoders = build_vfms(args, kind.features_grid(args, latent_shape[1]), accelerator)
+    grid = kind.features_grid(args, latent_shape[1]) if kind.needs_features else None
+    if args.mapper_grid not in (None, grid):
+        compared = "compares with no features" if grid is None else f"compares on {grid}×{grid} tokens"
+        raise UserError(
+            f"--mapper-grid {args.mapper_grid}: --align-loss {args.align_loss} {compared}: leave the flag out"
+        )
+    encoders = [] if grid is None else build_vfms(args, grid, accelerator)
     return kind.from_arguments(args, latent_shape, token_grids(encoders)), encoders
 
 

@@ -26,6 +26,7 @@ def write_data(folder: Path, images: int = 24, hflip: bool = False, seed: int = 
 
 def flags(data, output, name: str = "run", **changes) -> list[str]:
     """Flags of a tiny training; ``changes`` replace or add (True: a bare flag, None: leave out)."""
+    aligned = set(str(changes.get("align", "repa")).split("+"))
     values = {
         "output_dir": output,
         "exp_name": name,
@@ -33,8 +34,8 @@ def flags(data, output, name: str = "run", **changes) -> list[str]:
         "vae_latents_name": LATENTS,
         "model": "SiT-Ti/2",
         "enc_type": "efficientnet-lite0",
-        "encoder_depth": 2,
-        "projector_width": 32,
+        "encoder_depth": 2 if aligned & {"repa", "irepa"} else None,
+        "projector_width": 32 if "repa" in aligned else None,
         "batch_size": 4,
         "max_train_steps": 2,
         "log_steps": 1,

@@ -223,7 +223,7 @@ def test_what_a_larger_latent_gains_under_noise(by_batch):
 def settled(**given) -> argparse.Namespace:
     """Flags of the mapper after ``--align-loss cosine`` or another one was chosen."""
     flags = {name: None for kind in TOKENIZER_ALIGNMENTS.values() for name in kind.DEFAULTS}
-    args = argparse.Namespace(**flags | {"vf_weight": 0.1} | given)
+    args = argparse.Namespace(**flags | given)
     settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
     return args
 
@@ -239,10 +239,19 @@ def test_flags_of_the_chosen_alignment_get_their_defaults_and_those_of_another_a
         ):
             settled(align_loss="vf", **{flag: value})
     assert settled(align_loss="vf", noise_injection=False).mapper_depth is None  # a switch that is off asks for nothing
+    for flag in ("vf_weight", "vf_cosine_margin", "vf_distance_margin"):
+        with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} belongs to --align-loss vf, not to .* cosine"):
+            settled(align_loss="cosine", **{flag: 0.2})
 
 
 def test_a_weight_of_0_of_another_alignment_asks_for_nothing():
     flags = {name: None for kind in DENOISER_ALIGNMENTS.values() for name in kind.DEFAULTS}
     settle_arguments(argparse.Namespace(**flags | {"proj_coeff": 0.0}), [], DENOISER_ALIGNMENTS, "--align")
+    shared = argparse.Namespace(**flags | {"encoder_depth": 3})
+    settle_arguments(shared, ["irepa"], DENOISER_ALIGNMENTS, "--align")
+    assert (shared.encoder_depth, shared.projector_width) == (3, None)
+    for flag, chosen in (("encoder_depth", "vae"), ("projector_width", "irepa")):
+        with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} belongs to --align repa, not to .* {chosen}"):
+            settle_arguments(argparse.Namespace(**flags | {flag: 4}), [chosen], DENOISER_ALIGNMENTS, "--align")
     with pytest.raises(UserError, match="--proj-coeff belongs to --align repa, not to --align none"):
         settle_arguments(argparse.Namespace(**flags | {"proj_coeff": 0.1}), [], DENOISER_ALIGNMENTS, "--align")

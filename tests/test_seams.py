@@ -203,6 +203,8 @@ NAMED = {"exp_name": "x", "data_dir": "x", "vae_latents_name": "x"}
         (train_ldm.main, NAMED | {"align": "repa+x"}, f"give {', '.join(DENOISER_ALIGNMENTS)}, mean"),
         (train_ldm.main, {"model": "Conv-x", "dry_run": True, "align": "none"}, "give Conv-DEPTH"),
         (train_ldm.main, {"model": "U-4", "dry_run": True, "align": "none"}, "Conv-DEPTH"),
+        (train_ldm.main, NAMED | {"conv_width": 16}, "--conv-width belongs to --model Conv-DEPTH, not to SiT-XL/1"),
+        (train_repae.main, {"exp_name": "x", "data_dir": "x", "model": "Conv-3", "qk_norm": True}, "--qk-norm belongs"),
     ],
 )  # fmt: skip
 def test_flags_of_parts_that_were_not_chosen(capsys, main, flags, message):

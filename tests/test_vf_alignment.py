@@ -220,6 +220,23 @@ def test_a_run_resumes_exactly(images, tmp_path, capsys):
     assert "8×8 tokens of 112" in capsys.readouterr().err
 
 
+def test_what_older_runs_recorded_of_other_alignments_hinders_nothing(images, tmp_path):
+    options = {"loss_cfg_path": "configs/l1_kl.yaml", "mapper_depth": 0}
+    assert train(*flags(images, tmp_path, max_train_steps=1, **options)) == 0
+    path = tmp_path / "run" / "args.json"
+    record = json.loads(path.read_text())
+    assert record["args"]["vf_weight"] is None
+    record["args"] |= {"vf_weight": 0.1, "vf_cosine_margin": 0.5, "vf_distance_margin": 0.25}
+    path.write_text(json.dumps(record))
+    assert train(*flags(images, tmp_path, max_train_steps=2, **options)) == 0
+
+
+def test_a_grid_of_others_is_refused(images, tmp_path, capsys):
+    options = {"align_loss": "vf", "mapper_grid": 4, "loss_cfg_path": "configs/l1_kl.yaml"}
+    assert train(*flags(images, tmp_path, **options)) == 2
+    assert "--mapper-grid 4: --align-loss vf compares on 8×8 tokens: leave the flag out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("zero", ["align_coeff", "vf_weight"])
 def test_weight_0_is_plain_fine_tuning(images, tmp_path, monkeypatch, zero):
     monkeypatch.setattr("train_sendvae.build_vfms", lambda *args: pytest.fail("a VFM was built"))

@@ -7,7 +7,7 @@ from diffusion import PATH_TYPES, WEIGHTINGS
 from errors import UserError
 from formats import averages
 from formats.arguments import add_verify_argument
-from models.denoisers import DENOISERS
+from models.denoisers import DENOISERS, denoiser_kind
 from runtime.cli import (
     add_debug_argument,
     flag_of,
@@ -413,9 +413,21 @@ def add_alignment_schedule_arguments(group: argparse._ArgumentGroup) -> None:
         "--align-until",
         type=positive_int,
         metavar="N",
-        help="it is 0 from step N on (HASTE); of a denoiser, nothing is read or computed for it then (default: constant: never, "
-        "else: the last step)",
+        help="it is 0 from step N on (HASTE); of a denoiser, nothing is read or computed for it then (default: "
+        "constant: never, else: the last step)",
     )
+
+
+def check_denoiser_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags of another kind of denoiser than ``--model``'s."""
+    own = denoiser_kind(args.model).own_flags()
+    for kind in DENOISERS.values():
+        for name in sorted(kind.own_flags() - own):
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(
+                    f"{flag_of(name)} belongs to --model {kind.names}, not to {args.model}: leave it out, or choose "
+                    "such a model"
+                )
 
 
 def check_feature_arguments(

@@ -28,6 +28,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from errors import UserError
 from files import missing_folders, remove_empty, remove_leftovers, write_atomically, write_json
 from formats.run_folders import Line, arguments_of, status_of
+from loss.alignment import flags_of_methods
 from models.denoisers import denoiser_config
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of
@@ -362,7 +363,10 @@ def schedule_factor(arguments: Mapping[str, Any], step: int) -> float | None:
 
 def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:
     """A resumed run must be the same run: raise :class:`UserError` naming the first flag that differs."""
+    of_methods = flags_of_methods()
     for name, value in new.items():
+        if value is None and name in of_methods:  # of another alignment; older runs recorded some of them all the same
+            continue
         # a flag that says nothing in this run (None) said nothing either before it was there
         before = old.get(name, value if value is None else UNSAID.get(name, value))
         if name == "denoiser":

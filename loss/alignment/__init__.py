@@ -69,6 +69,12 @@ def settle_arguments(
         registry[key].check_arguments(args)
 
 
+def flags_of_methods() -> set[str]:
+    """Flags that are None where no alignment which has them was chosen."""
+    kinds = [*TOKENIZER_ALIGNMENTS.values(), *DENOISER_ALIGNMENTS.values()]
+    return {name for kind in kinds for name, default in kind.DEFAULTS.items() if default is not None}
+
+
 def parse_sum(text: str) -> list[str]:
     """``repa+vae`` → its names in the registry's order; none of ``none``.
 

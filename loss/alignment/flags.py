@@ -179,29 +179,28 @@ class MapperFlags(TokenizerAlignmentFlags):
 class VFFlags(TokenizerAlignmentFlags):
     """VA-VAE's, of projected latents."""
 
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"vf_weight": 0.1, "vf_cosine_margin": 0.5, "vf_distance_margin": 0.25}
+
     @classmethod
     def add_arguments(cls, group: Any) -> None:
         group.add_argument(
             "--vf-weight",
             type=non_negative_float,
-            default=0.1,
             metavar="X",
             help="vf only: its gradient in the encoder's last layer, in units of that of L1 + LPIPS; --align-coeff "
-            "multiplies it",
+            "multiplies it (default: 0.1)",
         )
         group.add_argument(
             "--vf-cosine-margin",
             type=fraction,
-            default=0.5,
             metavar="X",
-            help="vf only: cosines above 1 - X cost nothing",
+            help="vf only: cosines above 1 - X cost nothing (default: 0.5)",
         )
         group.add_argument(
             "--vf-distance-margin",
             type=fraction,
-            default=0.25,
             metavar="X",
-            help="vf only: differences of cosines up to X cost nothing",
+            help="vf only: differences of cosines up to X cost nothing (default: 0.25)",
         )
 
     @classmethod
@@ -211,12 +210,7 @@ class VFFlags(TokenizerAlignmentFlags):
 
     @classmethod
     def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
-        if args.mapper_grid not in (None, latent_size):
-            raise UserError(
-                f"--mapper-grid {args.mapper_grid}: --align-loss vf compares every position of the "
-                f"{latent_size}×{latent_size} latent with its feature: leave the flag out"
-            )
-        return latent_size
+        return latent_size  # every position has its feature
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
@@ -231,7 +225,7 @@ class REPAFlags(DenoiserAlignmentFlags):
     needs_features = True
     title = "REPA"
     FIXED = ("encoder_depth", "projector_width")
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"proj_coeff": 0.5}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"proj_coeff": 0.5, "encoder_depth": 8, "projector_width": 2048}
 
     @classmethod
     def add_arguments(cls, group: Any) -> None:
@@ -242,10 +236,16 @@ class REPAFlags(DenoiserAlignmentFlags):
             help="weight of REPA in the denoiser's loss; 0: none (default: 0.5)",
         )
         group.add_argument(
-            "--encoder-depth", type=positive_int, default=8, metavar="N", help="block whose output is aligned, from 1"
+            "--encoder-depth",
+            type=positive_int,
+            metavar="N",
+            help="block whose output REPA and iREPA align, from 1 (default: 8)",
         )
         group.add_argument(
-            "--projector-width", type=positive_int, default=2048, metavar="N", help="hidden width of REPA's projectors"
+            "--projector-width",
+            type=positive_int,
+            metavar="N",
+            help="hidden width of REPA's projectors (default: 2048)",
         )
 
     @classmethod
@@ -260,12 +260,12 @@ class REPAFlags(DenoiserAlignmentFlags):
 
 
 class IREPAFlags(DenoiserAlignmentFlags):
-    """iREPA's, with VFM features; the block is REPA's ``--encoder-depth``."""
+    """iREPA's, with VFM features; it shares REPA's ``--encoder-depth``."""
 
     needs_features = True
     title = "iREPA"
     FIXED = ("encoder_depth",)
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"irepa_coeff": 0.5, "irepa_strength": 1.0}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"irepa_coeff": 0.5, "irepa_strength": 1.0, "encoder_depth": 8}
 
     @classmethod
     def add_arguments(cls, group: Any) -> None:

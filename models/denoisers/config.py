@@ -59,11 +59,15 @@ class DenoiserConfig:
         return cls(**values)
 
     @classmethod
+    def own_flags(cls) -> set[str]:
+        """Fields that this kind adds to the common ones and that are flags."""
+        names = {field.name for field in fields(cls) if field.metadata.get("has_flag", True)}
+        return names - {field.name for field in fields(DenoiserConfig)}
+
+    @classmethod
     def from_arguments(cls, args: argparse.Namespace, **values: Any) -> "DenoiserConfig":
         """The fields given, and those of the kind's own flags."""
-        flags = (field.name for field in fields(cls) if field.metadata.get("has_flag", True))
-        own = {name: getattr(args, name) for name in flags if name not in values}
-        config = cls(**values | own)
+        config = cls(**values | {name: getattr(args, name) for name in cls.own_flags() - values.keys()})
         config.check()
         return config
 

@@ -196,7 +196,7 @@ CASES = [
     Case("a batch that no machine holds", with_flags(batch_size=10**9), ("--batch-size", "GB are available")),
     Case("batches ahead that no machine holds", with_flags(prefetch=10**12), ("--prefetch", "GB are available")),
     Case("nothing to train", with_flags(freeze_vae=True, align_coeff=0), ("--freeze-vae", "--align-coeff")),
-    Case("vf on another grid", with_flags(align_loss="vf", mapper_grid=4), ("--mapper-grid 4", "8×8 latent", "vf")),
+    Case("vf on another grid", with_flags(align_loss="vf", mapper_grid=4), ("--mapper-grid 4", "8×8 tokens", "vf")),
     Case("vf with a frozen VAE", with_flags(align_loss="vf", freeze_vae=True), ("--freeze-vae", "--align-loss vf")),
     Case(
         "vf with a mapper",
