@@ -45,14 +45,14 @@ class LatentBatch(NamedTuple):
     """What a training step is given.
 
     Attributes:
-        stored: ``[b, S, h, w]``, of the cache's type; ``Tokenizer.sample`` makes latents of it.
+        stored: ``[b, S, h, w]``, of the cache's type; ``Tokenizer.sample`` makes latents of it; or None.
         labels: int64 ``[b]``.
         images: uint8 ``[b, 3, H, W]``, 0…255, or None.
         features: ``[b, N, D]`` of each VFM, of the cache's type, in the order asked for; or None.
         class_token: ``[b, D]`` of a VFM, of the cache's type, or None.
     """
 
-    stored: Tensor
+    stored: Tensor | None
     labels: Tensor
     images: Tensor | None = None
     features: tuple[Tensor, ...] | None = None
@@ -102,6 +102,7 @@ class LatentDataset:
         features_folder: another cache of the same images that has them, and class tokens; by default this one.
         class_token: VFM whose class token is read; None: none is.
         images: the dataset that the cache was made from, to read its images too.
+        latents: read the latents themselves; False: only what comes with them.
         memory_limit: bytes that may be held in memory; by default a quarter of what is available, divided by the
             processes; 0 reads from the files always.
         local_processes: processes on this machine, each of which holds its own copy.
@@ -132,6 +133,7 @@ class LatentDataset:
         features_folder: str | os.PathLike | None = None,
         class_token: str | None = None,
         images: ImageDataset | None = None,
+        latents: bool = True,
         memory_limit: int | None = None,
         local_processes: int = 1,
         show_progress: bool = True,
@@ -139,37 +141,38 @@ class LatentDataset:
         self.folder = Path(folder)
         if read_index(self.folder) is None:
             raise UserError(_explain_missing(self.folder))
-        latents = PackedReader(self.folder, kind="latents")
-        self.source: dict = latents.index["source"]
+        reader = PackedReader(self.folder, kind="latents")
+        self.source: dict = reader.index["source"]
         self.resolution: int = self.source.get("resolution", 0)
-        self.labels = latents.labels
-        self.class_names = latents.class_names
+        self.labels = reader.labels
+        self.class_names = reader.class_names
         self.vae_folder = self.folder / VAE_NAME
-        self.latent_shape = self._latent_shape(latents)
+        self.latent_shape = self._latent_shape(reader)
         self.statistics = self._load_statistics()
         self.has_flipped = hflip
-        self._fingerprint = latents.fingerprint()
+        self._fingerprint = reader.fingerprint()
         self._images = images
         if images is not None:
             self._check_images(images)
         limit = available_memory() // (4 * local_processes) if memory_limit is None else memory_limit
-        readers = [latents, self._open(FLIPPED_NAME, "latents", "--hflip")] if hflip else [latents]
-        self._stored = _Array(readers, limit, show_progress)
+        self._arrays: dict[str, _Array] = {}
+        if latents:
+            readers = [reader, self._open(FLIPPED_NAME, "latents", "--hflip")] if hflip else [reader]
+            self._arrays["stored"] = _Array(readers, limit, show_progress)
         flips = (False, True) if hflip else (False,)
-        self._of_vfms: dict[str, _Array] = {}
         for enc_type in features:
             names = [features_name(enc_type, flipped) for flipped in flips]
             flags = f"--cache-features --enc-type {enc_type}{' --hflip' if hflip else ''}"
             readers = [self._open(name, "features", flags, features_folder) for name in names]
-            self._of_vfms[names[0]] = _Array(readers, limit - self.held_bytes, show_progress)
-        self._feature_names = tuple(self._of_vfms)
-        self.feature_shapes = tuple(array.spec.shape for array in self._of_vfms.values())
+            self._arrays[names[0]] = _Array(readers, limit - self.held_bytes, show_progress)
+        self._feature_names = tuple(features_name(enc_type) for enc_type in features)
+        self.feature_shapes = tuple(self._arrays[name].spec.shape for name in self._feature_names)
         self.class_token_source: dict | None = None
         if class_token is not None:
             names = [class_tokens_name(class_token, flipped) for flipped in flips]
             flags = f"--cache-class-tokens --enc-type {class_token}{' --hflip' if hflip else ''}"
             readers = [self._open(name, "class-tokens", flags, features_folder) for name in names]
-            self._of_vfms["class_token"] = _Array(readers, limit - self.held_bytes, show_progress)
+            self._arrays["class_token"] = _Array(readers, limit - self.held_bytes, show_progress)
             source = {key: readers[0].index["source"].get(key) for key in ("enc_type", "encoder", "grid")}
             self.class_token_source = source | {"width": readers[0].spec.shape[0]}
 
@@ -183,47 +186,45 @@ class LatentDataset:
     @property
     def readers(self) -> list[PackedReader]:
         """Packed files that can be compared with their checksums; what is held in memory was, as it was read."""
-        arrays = [self._stored, *self._of_vfms.values()]
+        arrays = self._arrays.values()
         readers = [reader for array in arrays if not array.held_bytes for reader in array.readers]
         return readers + ([] if self._images is None else self._images.readers)
 
     @property
     def held_bytes(self) -> int:
         """Bytes that this process holds in memory."""
-        return self._stored.held_bytes + sum(array.held_bytes for array in self._of_vfms.values())
+        return sum(array.held_bytes for array in self._arrays.values())
 
     @property
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each array of an item."""
-        layout = {"stored": _torch_layout(self._stored), "labels": ((), torch.int64)}
+        layout = {name: _torch_layout(array) for name, array in self._arrays.items()} | {"labels": ((), torch.int64)}
         if self._images is not None:
             layout["images"] = ((3, self._images.resolution, self._images.resolution), torch.uint8)
-        return layout | {name: _torch_layout(array) for name, array in self._of_vfms.items()}
+        return layout
 
     def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
         """Read n items into arrays ``[n, …]`` of :attr:`layout`; those in ``flips``, bool ``[n]``, mirrored.
 
-        Without images, VFMs' features or class tokens in ``out`` these are not read.
+        What is not in ``out`` is not read.
         """
-        self._stored.read(items, flips, out["stored"])
         out["labels"][...] = self.labels[items]
         if "images" in out:
             pixels = out["images"]
             self._images.read_into(items, pixels)
             if flips is not None:
                 pixels[flips] = pixels[flips, :, :, ::-1]
-        for name in self._of_vfms.keys() & out.keys():
-            self._of_vfms[name].read(items, flips, out[name])
+        for name in self._arrays.keys() & out.keys():
+            self._arrays[name].read(items, flips, out[name])
 
     def batch(self, tensors: Mapping[str, Tensor]) -> LatentBatch:
         """What the loader hands out."""
         features = tuple(tensors[name] for name in self._feature_names if name in tensors) or None
-        return LatentBatch(
-            tensors["stored"], tensors["labels"], tensors.get("images"), features, tensors.get("class_token")
-        )
+        stored, images, class_token = (tensors.get(name) for name in ("stored", "images", "class_token"))
+        return LatentBatch(stored, tensors["labels"], images, features, class_token)
 
-    def _latent_shape(self, latents: PackedReader) -> tuple[int, int, int]:
-        shape = latents.spec.shape
+    def _latent_shape(self, reader: PackedReader) -> tuple[int, int, int]:
+        shape = reader.spec.shape
         try:
             return stored_latent_shape(self.vae_folder, shape)
         except (OSError, MalformedError, KeyError, TypeError) as error:

@@ -206,6 +206,16 @@ class TestLoader:
         for (x,), (y,) in zip(whole[2:], part[2:], strict=True):
             assert same(x._replace(images=None, features=None), y)
 
+    def test_images_and_features_without_the_latents(self, cache, packed):
+        both = {"features": [VFM], "images": open_images(packed)}
+        whole, part = (open_cache(cache, latents=latents, **both) for latents in (True, False))
+        assert part.held_bytes == whole.held_bytes - open_cache(cache).held_bytes > 0
+        assert not any(
+            "latents" in reader.folder.name for reader in open_cache(cache, latents=False, memory_limit=0).readers
+        )
+        for (x,), (y,) in zip(steps(whole, 3), steps(part, 3), strict=True):
+            assert same(x._replace(stored=None), y)
+
     def test_resumes_at_any_step(self, cache):
         dataset = open_cache(cache, hflip=True)
         stream = steps(dataset, 9, hflip=True)

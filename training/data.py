@@ -47,7 +47,8 @@ def open_features(args: argparse.Namespace, images: ImageDataset, method: SendVA
     folder = latents_folder(args.data_dir, args.cached_features, "--cached-features")
     needed = token_grids(method.encoders)
     names, local = [vfm.name for vfm in needed], this_process().local_size
-    cache = LatentDataset(folder, hflip=args.hflip, features=names, images=images, local_processes=local)
+    parts = {"features": names, "images": images, "latents": False}
+    cache = LatentDataset(folder, hflip=args.hflip, local_processes=local, **parts)
     check_feature_shapes(cache, needed, "the alignment")
     verify_once(args, cache)
     return cache
