@@ -26,7 +26,12 @@ ruff format --check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the networks of tests are small: threads would only wait for each other
 if [[ "${1:-}" == --gpu ]]; then
     shift
-    set -- tests/gpu "$@"
+    # the slow ones fill the whole memory, so nothing runs beside them
+    status=0
+    python -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --maxprocesses 8 --dist loadfile -m "not slow" \
+        tests/gpu "$@" || (($? == 5)) || status=1 # 5: none was chosen
+    python -m pytest --numprocesses 0 -m slow tests/gpu "$@" || (($? == 5)) || status=1
+    exit "$status"
 else
     export CUDA_VISIBLE_DEVICES="" # tests assert a CPU's numbers
 fi

@@ -71,7 +71,9 @@ class LatentStatistics(nn.Module):
 
 def difference(a: LatentStatistics, b: LatentStatistics) -> float:
     """The largest difference of a channel's mean or standard deviation, in standard deviations of ``b``."""
-    mean, std = (a.mean - b.mean).abs() / b.std, (a.std / b.std - 1).abs()
+    ours, theirs = a.tensors(), b.tensors()  # they may lie on different devices
+    mean = (ours["mean"] - theirs["mean"]).abs() / theirs["std"]
+    std = (ours["std"] / theirs["std"] - 1).abs()
     return max(mean.max().item(), std.max().item())
 
 

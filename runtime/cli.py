@@ -176,13 +176,24 @@ def _one_line(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}: the file system is at fault; try again when it is well"
     if isinstance(error, OSError) and error.errno in _WRONG_PATHS and error.filename:
         return f"{str(error.filename)[:300]}: {_WRONG_PATHS[error.errno]}"
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return f"out of memory: take a smaller batch or, in training, --micro-batch-size auto ({first[:200]})"
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python's own, CUDA's (by name: this module does without torch) and that of torch's CPU allocator."""
-    is_from_cpu_allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_from_cpu_allocator
+# By torch's allocators (CUDA's has a class, known by name: this module does without torch), by a kernel that is loaded
+# late, by cuBLAS, and by cuDNN, which finds no algorithm whose work space it can have.
+_MEMORY_MESSAGES = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute",
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MEMORY_MESSAGES)

@@ -35,10 +35,12 @@ def raising(error):
             raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")),
             "Tried to allocate 2 GiB.)",
         ),
+        (raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")), "error: out of memory"),
+        (raising(RuntimeError("GET was unable to find an engine to execute this computation")), "error: out of memory"),
         (cpu_allocation_that_fails, "error: out of memory: take a smaller batch"),
         (raising(MemoryError()), "error: out of memory: take a smaller batch"),
     ],
-    ids=["user", "disk", "cuda", "cpu", "python"],
+    ids=["user", "disk", "cuda", "cublas", "cudnn", "cpu", "python"],
 )
 def test_one_line_and_exit_code(main, expected, capsys):
     assert run(main, []) == EXIT_USER_ERROR

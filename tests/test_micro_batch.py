@@ -142,6 +142,12 @@ class StubAccelerator(SimpleNamespace):
         self.freed += 1
 
 
+FAILURES = [
+    torch.OutOfMemoryError("of the stub"),
+    RuntimeError("FIND was unable to find an engine to execute this computation"),
+]
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """50 GiB; steps take 10 + the images of a micro-batch, and 5 more where another one's gradients are there."""
@@ -156,7 +162,7 @@ def gpu(monkeypatch):
         torch.rand(3)
         if used["peak"] > 50 * GIB:
             method.accelerator.scaler._per_optimizer_states["broken off"] = True
-            raise torch.OutOfMemoryError("of the stub")
+            raise FAILURES[len(steps) % len(FAILURES)]
 
     monkeypatch.setattr(micro_batch, "train_step", train_step)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (50 * GIB, 80 * GIB))

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from errors import UserError
 from runtime.checkpoint import Checkpoint
+from runtime.cli import is_out_of_memory
 from runtime.log import logger
 from runtime.processes import agree_on
 from training.arguments import divisors
@@ -100,8 +101,10 @@ class Trial:
                     torch.cuda.reset_peak_memory_stats()
                     train_step(method, self.step, batches)
                 return torch.cuda.max_memory_allocated()
-            except torch.OutOfMemoryError:
-                pass  # as long as it is handled, its traceback holds what was computed
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # as long as it is handled, its traceback holds what was computed
             forget()
             return math.inf
 

@@ -95,5 +95,6 @@ def optimizer_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    # Of several processes gradients stay where they are reduced: micro-batches would else be summed in a second copy.
+    optimizer.zero_grad(set_to_none=not torch.distributed.is_initialized())
     return norm, skipped

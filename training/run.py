@@ -31,7 +31,7 @@ from formats.run_folders import Line, arguments_of, status_of
 from loss.alignment import flags_of_methods
 from models.denoisers import denoiser_config
 from runtime.checkpoint import Checkpoint, CheckpointFolder
-from runtime.cli import flag_of
+from runtime.cli import flag_of, is_out_of_memory
 from runtime.log import logger, setup_logging
 from runtime.processes import cpu_group
 from schema import MalformedError, parse_json
@@ -340,7 +340,9 @@ def open_run(folder: Path, accelerator: Accelerator, arguments: dict[str, Any]) 
     except UserError:
         run.leave_nothing()
         raise
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(f"out of memory ({str(error).splitlines()[0]}): {_less_memory(run.arguments)}") from error
     finally:
         run.finish(is_good)

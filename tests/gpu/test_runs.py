@@ -86,6 +86,8 @@ def test_every_stage(packed, tmp_path):
         "max_train_steps": 3,
     }  # fmt: skip
     assert "precision bf16" in output_of(start("train_ldm.py", argv_of(training)))
+    continued = {"exp_name": "next", "continue_train_exp_dir": tmp_path / "ldm", "max_train_steps": 4}
+    assert "step 4/4" in output_of(start("train_ldm.py", [*argv_of(training | continued), "--no-compile"]))
     sampling = {"exp_path": tmp_path / "ldm", "num_fid_samples": 20, "num_steps": 4, "cfg_scale": 2.0}
     precisions = {"float32": {}, "bf16": {"mixed_precision": "bf16", "compile": True}}
     output = output_of(

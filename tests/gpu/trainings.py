@@ -1,5 +1,6 @@
 """Tiny trainings on the GPU, built by the scripts themselves from their flags, with random weights and data."""
 
+import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from training.method import Method, to_device
 from training.run import begin
 
 COMMON = ("--dry-run", "--random-weights", "--vae", "f4d4-tiny", "--enc-type", "dinov2-vit-s", "--resolution", "64")
-DENOISER = ("--model", "SiT-Ti/2", "--encoder-depth", "2", "--projector-width", "32")
+DENOISER = ("--model", "SiT-Ti/2", "--encoder-depth", "2")
 NAMES = ("sendvae", "ldm", "repae")
 RECIPES = {
     "sendvae, Muon": ("sendvae", "--feature-norm", "spatial", "--noise-times", "lognormal", "--optimizer", "muon"),
@@ -36,27 +37,33 @@ class Training(NamedTuple):
     step: int = 0
 
 
+def parsed(name: str, *flags: str) -> tuple[str, argparse.Namespace]:
+    """The training of one of :data:`NAMES` or :data:`RECIPES`, and its settled flags."""
+    name, *recipe = RECIPES.get(name, (name,))
+    losses = ("--loss-cfg-path", "configs/l1_lpips_kl_gan.yaml", "--vae-ckpt", "none")
+    script, own = {
+        "sendvae": (train_sendvae, losses),
+        "ldm": (train_ldm, DENOISER),
+        "repae": (train_repae, (*losses, *DENOISER)),
+    }[name]
+    return name, script.parse_arguments([*COMMON, *own, "--max-train-steps", "100", *recipe, *flags])
+
+
 def tiny_training(name: str, *flags: str) -> Training:
     """One of :data:`NAMES` or :data:`RECIPES`; ``flags`` come last."""
-    name, *recipe = RECIPES.get(name, (name,))
-    flags = (*recipe, *flags)
     AcceleratorState._reset_state(reset_partial_state=True)
-    steps = ("--max-train-steps", "100")
+    name, args = parsed(name, *flags)
     if name == "ldm":
-        args = train_ldm.parse_arguments([*COMMON, *DENOISER, *steps, *flags])
         accelerator = begin(args, None)
         tokenizer = train_ldm.open_tokenizer(args, None)
         config = train_ldm.resolve(args, None, tokenizer)
         method = train_ldm.build(args, config, tokenizer, accelerator)
         return Training(method, lambda count: on_device(method, train_ldm.random_batch(args, method, count)))
-    losses = ("--loss-cfg-path", "configs/l1_lpips_kl_gan.yaml", "--vae-ckpt", "none")
     if name == "sendvae":
-        args = train_sendvae.parse_arguments([*COMMON, *losses, *steps, *flags])
         loss, accelerator = load_loss_config(args.loss_cfg_path, args.loss_override), begin(args, None)
         train_sendvae.resolve(args, None)
         method, _ = train_sendvae.build(args, loss, accelerator)
     else:
-        args = train_repae.parse_arguments([*COMMON, *losses, *DENOISER, *steps, *flags])
         loss, accelerator = load_loss_config(args.loss_cfg_path, args.loss_override), begin(args, None)
         tokenizer, _ = load_tokenizer(args.vae, args.vae_ckpt)
         config = train_repae.resolve(args, None, None, tokenizer)
