@@ -37,7 +37,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_image_arguments(args)
     settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
     args.weighting = args.noise_times or "uniform"  # what times are drawn of
-    arguments.check_feature_arguments(args, bool(args.align_coeff), "--align-coeff 0")
+    sees_features = args.align_coeff and TOKENIZER_ALIGNMENTS[args.align_loss].needs_features
+    without = f"--align-loss {args.align_loss}" if args.align_coeff else "--align-coeff 0"
+    arguments.check_feature_arguments(args, bool(sees_features), without)
     arguments.check_alignment_schedule(args, bool(args.align_coeff), "--align-coeff 0")
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")

@@ -25,23 +25,29 @@ class Draws(NamedTuple):
             latent, in the shape of both (``Denoiser.state_shape``).
         times: ``[B]``, uniform or standard normal, as ``diffusion.flow.training_times`` wants them.
         dropout: uniform ``[B]``; the label is dropped where it is below the probability.
+        generator: for what a method draws of its own: a step then draws the same after a resume, which it would not
+            from torch's global one.
     """
 
     posterior: torch.Tensor
     noise: torch.Tensor
     times: torch.Tensor
     dropout: torch.Tensor
+    generator: torch.Generator | None = None
+
+
+TIMES = {"uniform": torch.rand, "lognormal": torch.randn}  # what the times of a weighting are made of
 
 
 def draw(shape: Sequence[int], generator: torch.Generator, weighting: str = "uniform") -> Draws:
     """Draw for a batch of latents of ``shape`` ``[B, C, h, w]``, on the generator's device."""
     options = {"generator": generator, "device": generator.device}
-    times = torch.randn if weighting == "lognormal" else torch.rand
     return Draws(
         torch.randn(shape, **options),
         torch.randn(shape, **options),
-        times(shape[0], **options),
+        TIMES[weighting](shape[0], **options),
         torch.rand(shape[0], **options),
+        generator,
     )
 
 

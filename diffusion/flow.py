@@ -107,10 +107,10 @@ def training_times(draws: torch.Tensor, weighting: str, path_type: str = "linear
         path_type: of the interpolant.
         shift: see :func:`shift_times`.
     """
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting {weighting!r} is none of {WEIGHTINGS}")
     if weighting == "uniform":
         times = draws
+    elif weighting != "lognormal":
+        raise ValueError(f"weighting {weighting!r} is none of {WEIGHTINGS}")
     else:
         times = torch.sigmoid(draws) if path_type == "linear" else torch.atan(draws.exp()) * (2 / math.pi)
     return shift_times(times, shift, path_type)

@@ -32,11 +32,14 @@ def sde_times(num_steps: int, shift: float = 1.0, path_type: str = "linear") -> 
     return [*shift_times(uniform, shift, path_type).tolist(), 0.0]
 
 
+GRIDS = {"ode": ode_times, "sde": sde_times}  # by mode
+
+
 def evaluation_times(
     mode: str, num_steps: int, heun: bool = False, shift: float = 1.0, path_type: str = "linear"
 ) -> list[float]:
-    """At which times a sampler evaluates the velocity, in order; ``mode`` is ``"ode"`` or ``"sde"``."""
-    times = (ode_times if mode == "ode" else sde_times)(num_steps, shift, path_type)[:-1]
+    """At which times a sampler evaluates the velocity, in order; ``mode`` is a name of :data:`GRIDS`."""
+    times = GRIDS[mode](num_steps, shift, path_type)[:-1]
     return [times[0], *(time for time in times[1:] for _ in range(2))] if heun else times
 
 

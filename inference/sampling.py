@@ -17,7 +17,7 @@ from dataset.packing import PackingJob
 from dataset.verification import verify
 from diffusion.counted_noise import counted_integers, counted_state
 from diffusion.guidance import autoguided, guided
-from diffusion.samplers import evaluation_times, model_velocity, sample_ode, sample_sde
+from diffusion.samplers import Velocity, evaluation_times, model_velocity, sample_ode, sample_sde
 from errors import UserError
 from models.denoisers import Denoiser
 from models.pixels import to_uint8
@@ -30,6 +30,8 @@ END_SECONDS = 3600.0  # processes that are done leave as soon as one of them has
 BATCHES_BEHIND = 2  # computed or computing, but not yet written
 MAX_PREVIEW_ROWS = 16
 BESIDE = 3  # real images of a class in a preview
+
+StepNoise = Callable[[int], torch.Tensor]  # of a sampler's stochastic step, from 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,24 @@ class SamplerSettings:
         if self.cfg_scale == 1:
             return len(times), 0
         return len(times), sum(self.guidance_low <= time <= self.guidance_high for time in times)
+
+
+def solve_ode(
+    velocity: Velocity, noise: torch.Tensor, labels: torch.Tensor, settings: SamplerSettings, step_noise: StepNoise
+) -> torch.Tensor:
+    times = {"path_type": settings.path_type, "shift": settings.time_shift}
+    return sample_ode(velocity, noise, labels, settings.num_steps, settings.heun, **times)
+
+
+def solve_sde(
+    velocity: Velocity, noise: torch.Tensor, labels: torch.Tensor, settings: SamplerSettings, step_noise: StepNoise
+) -> torch.Tensor:
+    times = {"path_type": settings.path_type, "shift": settings.time_shift}
+    return sample_sde(velocity, noise, labels, settings.num_steps, step_noise, **times)
+
+
+# By ``--mode``: (velocity, noise at t = 1, labels, settings, noise of a step) → the state at t = 0.
+SOLVERS = {"ode": solve_ode, "sde": solve_sde}
 
 
 class ImageSampler:
@@ -115,16 +135,8 @@ class ImageSampler:
     @torch.inference_mode()
     def latents(self, items: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Normalised latents, float32 ``[B, C, h, w]``."""
-        settings = self.settings
-        noise, times = self.noise(items, 0), {"path_type": settings.path_type, "shift": settings.time_shift}
-        if settings.mode == "ode":
-            state = sample_ode(self.velocity, noise, labels, settings.num_steps, settings.heun, **times)
-            return self.model.unpack(state)[0]
-
-        def step_noise(step: int) -> torch.Tensor:
-            return self.noise(items, step + 1)
-
-        state = sample_sde(self.velocity, noise, labels, settings.num_steps, step_noise, **times)
+        solve, noise = SOLVERS[self.settings.mode], self.noise(items, 0)
+        state = solve(self.velocity, noise, labels, self.settings, lambda step: self.noise(items, step + 1))
         return self.model.unpack(state)[0]
 
     def noise(self, items: torch.Tensor, step: int) -> torch.Tensor:

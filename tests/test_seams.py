@@ -1,5 +1,6 @@
 """The four seams: the classes of docs/extending.md, each through the real scripts, resumed bit for bit."""
 
+import argparse
 import json
 import re
 import shutil
@@ -14,20 +15,29 @@ import torch
 from safetensors.torch import load_file
 
 import cache_latents
+import diffusion
 import evaluate
 import generate
+import inference
 import train_ldm
 import train_repae
 import train_sendvae
 from dataset.toy import main as make_toy
+from diffusion.draws import TIMES
+from diffusion.flow import training_times
+from diffusion.samplers import GRIDS
 from errors import UserError
+from inference.sampling import SOLVERS
 from loss.alignment import DENOISER_ALIGNMENTS, TOKENIZER_ALIGNMENTS
+from loss.alignment.base import DenoiserAlignment, TokenizerAlignment
 from loss.alignment.sums import build_denoiser_alignment
 from models.denoisers import DENOISERS
 from models.tokenizers import TOKENIZERS, tokenizer_kind
 from runtime.cli import run
 from tests.command_line import argv_of
+from training import arguments
 from training.ldm import checked
+from training.optimizer import BUILDERS, build_optimizer
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 # the page's files
@@ -185,6 +195,102 @@ def test_a_run_goes_on_with_another_alignment(folder, cache):
     assert run(train_ldm.main, argv_of(flags | {"align": "repa", "exp_name": "fourth"} | goes_on)) == 2
 
 
+class Repulsion(DenoiserAlignment):
+    """Without a VFM, parameters, title and ``predict``, and with random numbers of its own."""
+
+    taps = (1,)
+
+    @classmethod
+    def weight_of(cls, args):
+        return 0.5
+
+    @classmethod
+    def from_arguments(cls, args, denoiser, features):
+        return cls()
+
+    def forward(self, states, features, x, t, labels, draws):
+        flat = states[0].float().flatten(1)
+        chosen = torch.rand(flat.shape, generator=draws.generator, device=flat.device) < 0.5
+        return {"repulsion": -torch.pdist(flat * chosen).mean() / flat.shape[1]}
+
+    def weights(self, terms):
+        return {"repulsion": 0.5}
+
+
+def test_an_alignment_without_parameters_and_with_numbers_of_its_own(folder, cache, monkeypatch):
+    """Resumed bit for bit; its costs are told; a run that was trained without it goes on with it."""
+    monkeypatch.setitem(DENOISER_ALIGNMENTS, "repulsion", Repulsion)
+    flags = {"data_dir": folder / "images", "resolution": 32, "vae_latents_name": cache, "grid_steps": 2}
+    run_folder = train(train_ldm.main, folder, "repulsion", **flags, model="SiT-Ti/2", align="repulsion")
+    logged = records(run_folder)
+    assert logged["loss"] == pytest.approx(logged["denoise"] + 0.5 * logged["repulsion"], rel=1e-6)
+    assert logged["repulsion"] < 0
+    assert "Repulsion adds 0 parameters" in (run_folder / "log.txt").read_text()
+    common = COMMON | flags | {"model": "Conv-2", "output_dir": folder}
+    script(train_ldm.main, **common, align="none", exp_name="plain", max_train_steps=1)
+    script(train_ldm.main, **common, align="repulsion", exp_name="joined", max_train_steps=2,
+           continue_train_exp_dir=folder / "plain")  # fmt: skip
+    assert "repulsion" in records(folder / "joined")
+
+
+class Turned(TokenizerAlignment):
+    """EQ-VAE's idea: the turned latent is decoded to the turned image."""
+
+    needs_features = False
+    turns = 1
+
+    @classmethod
+    def from_arguments(cls, args, latent_shape, features):
+        return cls()
+
+    def forward(self, latent, statistics, features, labels, draws):
+        return {}
+
+    def view(self, latent, images, draws):
+        return latent.rot90(self.turns, (2, 3)), images.rot90(self.turns, (2, 3))
+
+    def weights(self, terms, fidelity, tokenizer, gradient):
+        return {}
+
+
+def test_an_alignment_may_turn_what_is_decoded(folder, monkeypatch, capsys):
+    """A VAE whose convolutions do not see the turn reconstructs alike; one that is turned alone does not."""
+    monkeypatch.setitem(TOKENIZER_ALIGNMENTS, "turned", Turned)
+    flags = vae_flags(folder, vae="f4d4-tiny", align_loss="turned", enc_type=None)
+    run_folder = train(train_sendvae.main, folder, "turned", **flags)
+    first = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[0])
+    monkeypatch.setattr(Turned, "view", lambda self, latent, images, draws: (latent.flip(3), images))
+    script(train_sendvae.main, **COMMON | flags, output_dir=folder, exp_name="amiss", max_train_steps=1)
+    amiss = json.loads((folder / "amiss" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["reconstruction"] != amiss["reconstruction"]
+    for flag, value in (("feature_norm", "channel"), ("cached_features", "latents"), ("enc_ckpt", "none.pt")):
+        capsys.readouterr()
+        assert run(train_sendvae.main, argv_of(flags | {flag: value, "exp_name": "x", "output_dir": folder})) == 2
+        assert f"--{flag.replace('_', '-')} with --align-loss turned" in capsys.readouterr().err
+
+
+def test_names_that_flags_choose_from_have_what_they_name(monkeypatch):
+    assert set(inference.MODES) == set(SOLVERS) == set(GRIDS)
+    assert set(arguments.OPTIMIZERS) == set(BUILDERS)
+    assert set(diffusion.WEIGHTINGS) == set(TIMES)
+    with pytest.raises(ValueError, match="weighting"):
+        training_times(torch.zeros(1), "beta")
+
+
+def test_an_optimizer_that_would_not_skip_a_step_is_refused(monkeypatch):
+    args, module = (
+        argparse.Namespace(adam_beta1=0.9, adam_beta2=0.9, adam_weight_decay=0, adam_epsilon=1e-8),
+        small_conv(),
+    )
+    for build, message in (
+        (lambda module, *options: torch.optim.SGD(module.named_parameters(), 0.1), "does not skip a step"),
+        (lambda module, *options: torch.optim.AdamW(module.parameters(), fused=True), "named parameters"),
+    ):
+        monkeypatch.setitem(BUILDERS, "mine", build)
+        with pytest.raises(ValueError, match=message):
+            build_optimizer(args, module, "mine")
+
+
 def test_end_to_end_training_takes_both(folder):
     """REPA-E's step with the new tokenizer and the new denoiser."""
     flags = vae_flags(folder, vae="PatchTokenizer", model="Conv-3", encoder_depth=2, projector_width=16, grid_steps=2)
@@ -235,10 +341,13 @@ def test_a_block_that_there_is_not_is_named(monkeypatch):
     mean = DENOISER_ALIGNMENTS["mean"]
     monkeypatch.setattr(mean, "from_arguments", classmethod(lambda cls, args, denoiser, features: cls(denoiser, 1.0)))
     network = small_conv()
-    assert build_denoiser_alignment(None, ["mean"], network, ()).taps == (1,)
+    args = argparse.Namespace(mean_coeff=1.0)
+    assert build_denoiser_alignment(args, ["mean"], network, ()).taps == (1,)
     del network.blocks[0:]
     with pytest.raises(UserError, match="--align mean sees block 1, but Conv-2 has blocks 1 to 0"):
-        build_denoiser_alignment(None, ["mean"], network, ())
+        build_denoiser_alignment(args, ["mean"], network, ())
+    with pytest.raises(ValueError, match="--align mean: its weight is None"):
+        build_denoiser_alignment(argparse.Namespace(mean_coeff=None), ["mean"], network, ())
 
 
 def test_a_denoiser_of_one_s_own_is_saved_and_loaded(tmp_path):

@@ -317,9 +317,9 @@ def test_generators_are_functions_of_their_counters():
 @pytest.mark.parametrize("weighting", ["uniform", "lognormal"])
 def test_a_batch_s_draws_have_their_distributions(weighting):
     draws = draw((5000, 2, 2, 1), torch.Generator().manual_seed(0), weighting)
-    assert [tuple(part.shape) for part in draws] == [(5000, 2, 2, 1), (5000, 2, 2, 1), (5000,), (5000,)]
+    assert [tuple(part.shape) for part in draws[:4]] == [(5000, 2, 2, 1), (5000, 2, 2, 1), (5000,), (5000,)]
     normal = {"posterior": True, "noise": True, "times": weighting == "lognormal", "dropout": False}
-    for name, part in draws._asdict().items():
+    for name, part in zip(draws._fields, draws[:4], strict=False):
         mean, std = (0.0, 1.0) if normal[name] else (0.5, 12**-0.5)
         assert part.mean().item() == pytest.approx(mean, abs=0.06), name
         assert part.std().item() == pytest.approx(std, rel=0.05), name

@@ -437,6 +437,7 @@ def check_feature_arguments(
     unused = {
         "--cached-features": args.cached_features is not None and not (is_aligned or needs_class_token),
         "--feature-norm": args.feature_norm != "none" and not is_aligned,
+        "--enc-ckpt": args.enc_ckpt and not (is_aligned or needs_class_token),
     }
     for flag, is_unused in unused.items():
         if is_unused:

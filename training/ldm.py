@@ -55,8 +55,9 @@ class AlignedDenoiser(nn.Module):
         labels: torch.Tensor,
         x: torch.Tensor,
         features: Sequence[torch.Tensor] | None,
+        draws: Draws,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Noisy states, times, labels ``[B]``, clean latents ``[B, C, h, w]``, features → velocity and aligned terms.
+        """Noisy states, times, labels ``[B]``, clean latents ``[B, C, h, w]``, features, draws → velocity and terms.
 
         Without features (None) nothing is aligned.
         """
@@ -65,7 +66,7 @@ class AlignedDenoiser(nn.Module):
         if features is None:
             unused = sum(parameter.sum() for parameter in self.alignment.parameters())  # DDP wants their gradients
             return prediction + 0.0 * unused, {}
-        return prediction, self.alignment(states, features, x, t)
+        return prediction, self.alignment(states, features, x, t, labels, draws)
 
 
 def checked(
@@ -198,7 +199,7 @@ class LDM(Method):
         with self.reducing(self.networks, synchronise):
             state = self.denoiser.pack(x, class_token)
             noisy = add_noise(state, t, draws.noise, args.path_type)
-            prediction, aligned = self.networks(noisy, t, labels, x, features)
+            prediction, aligned = self.networks(noisy, t, labels, x, features, draws)
             prediction, token_prediction = self.denoiser.unpack(prediction)
             target, token_target = self.denoiser.unpack(velocity(state, t, draws.noise, args.path_type))
             terms, weights = {"denoise": denoising_error(prediction, target).mean()}, {"denoise": 1.0}

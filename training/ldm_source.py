@@ -25,6 +25,7 @@ from runtime.cli import flag_of
 from runtime.log import logger
 from training import arguments
 from training.ldm import LDM
+from training.networks import aligned
 
 FLAG = "--continue-train-exp-dir"
 MENTIONED_DIFFERENCE = 0.01  # of latent statistics, in standard deviations, that counts as the same below
@@ -114,7 +115,7 @@ class StartingRun:
         if path_type != args.path_type:
             raise UserError(f"{given} was trained with --path-type {path_type}, not {args.path_type}: give the former")
         for name in parse_sum(args.align):
-            self._check_alignment(name, args)
+            self._check_alignment(name, args, config)
         if args.max_train_steps is not None and args.max_train_steps <= self.step:
             raise UserError(
                 f"{given} was trained for {self.step} steps already, and {args.max_train_steps} are the last: raise "
@@ -129,10 +130,14 @@ class StartingRun:
                     "--vae and --vae-latents-stats of cache_latents.py (a run keeps both in its vae/)"
                 )
 
-    def _check_alignment(self, name: str, args: argparse.Namespace) -> None:
+    def _check_alignment(self, name: str, args: argparse.Namespace, config: DenoiserConfig) -> None:
         """Its projectors must be there, and of the same kind."""
         kind = DENOISER_ALIGNMENTS[name]
         if name not in self.alignments:
+            with torch.device("meta"):
+                has_tensors = len(aligned(args, [name], config.build()).state_dict())
+            if not has_tensors:
+                return
             raise UserError(
                 f"{self.given} was trained without {kind.title} and has no projectors of it: --align without {name}"
             )

@@ -43,12 +43,27 @@ def build_muon(module: nn.Module, betas: tuple[float, float], weight_decay: floa
     return optimizer
 
 
-def build_optimizer(args: argparse.Namespace, module: nn.Module, kind: str = "adamw") -> torch.optim.AdamW:
-    """The optimizer ``kind`` of a module's trained parameters, by the flags of ``training.arguments``."""
+# By ``--optimizer``: (module, betas, weight decay, epsilon) → the optimizer of its trained parameters.
+BUILDERS = {
+    "adamw": lambda module, *options: build_adamw(module.named_parameters(), *options),
+    "muon": build_muon,
+}
+
+
+def build_optimizer(args: argparse.Namespace, module: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
+    """The optimizer ``kind`` of a module's trained parameters, by the flags of ``training.arguments``.
+
+    Raises:
+        ValueError: one that would take non-finite gradients (it ignores ``found_inf``), or that does not know the names
+            of its parameters, by which a run that continues another one takes the moments over.
+    """
     betas = (args.adam_beta1, args.adam_beta2)
-    if kind == "muon":
-        return build_muon(module, betas, args.adam_weight_decay, args.adam_epsilon)
-    return build_adamw(module.named_parameters(), betas, args.adam_weight_decay, args.adam_epsilon)
+    optimizer = BUILDERS[kind](module, betas, args.adam_weight_decay, args.adam_epsilon)
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's own word for it
+        raise ValueError(f"--optimizer {kind} does not skip a step by found_inf, as fused optimizers do")
+    if not all("param_names" in group for group in optimizer.param_groups):
+        raise ValueError(f"--optimizer {kind} has to be given named parameters")
+    return optimizer
 
 
 def scheduled_rate(args: argparse.Namespace, base: float, step: int) -> float:

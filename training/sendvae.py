@@ -42,12 +42,14 @@ class AlignedOutput(NamedTuple):
     Attributes:
         latent: a sample, un-normalised ``[B, C, h, w]``.
         reconstruction: images ``[B, 3, H, W]``; None where the tokenizer is frozen.
+        target: uint8 images that it shall be.
         regulariser: the tokenizer's own terms.
         alignment: the alignment's terms; empty without one.
     """
 
     latent: torch.Tensor
     reconstruction: torch.Tensor | None
+    target: torch.Tensor
     regulariser: dict[str, torch.Tensor]
     alignment: dict[str, torch.Tensor]
 
@@ -72,12 +74,14 @@ class AlignedTokenizer(nn.Module):
         with torch.no_grad() if self.is_frozen else nullcontext():
             code = self.tokenizer.encode(batch.images)
             latent = code.sample(draws.posterior)
-        reconstruction, regulariser, aligned = None, {}, {}
+        reconstruction, regulariser, aligned, seen, target = None, {}, {}, latent, batch.images
+        if self.alignment is not None:
+            seen, target = self.alignment.view(latent, batch.images, draws)
         if not self.is_frozen:
-            reconstruction, regulariser = self.tokenizer.decode(latent), code.regulariser()
+            reconstruction, regulariser = self.tokenizer.decode(seen), code.regulariser()
         if self.alignment is not None:
             aligned = self.alignment(latent, self.tokenizer.statistics, features, batch.labels, draws)
-        return AlignedOutput(latent, reconstruction, regulariser, aligned)
+        return AlignedOutput(latent, reconstruction, target, regulariser, aligned)
 
 
 class SendVAE(Method):
@@ -164,7 +168,7 @@ class SendVAE(Method):
             if output.reconstruction is not None:
                 # Frozen while this graph is recorded: this loss must not reach the discriminator's gradients.
                 with self.accelerator.autocast(), frozen(judge):
-                    images = to_signed(batch.images)
+                    images = to_signed(output.target)
                     terms = self.objective.generator_terms(
                         images, output.reconstruction, output.regulariser, judge, self.accelerator.scaler
                     )
@@ -185,7 +189,7 @@ class SendVAE(Method):
         # -- discriminator, on the same reconstruction
         if is_gan_active:
             with self.reducing(self.pair, synchronise):
-                real, fake = self.pair(to_signed(batch.images), output.reconstruction.detach())
+                real, fake = self.pair(to_signed(output.target), output.reconstruction.detach())
                 terms = self.objective.discriminator_terms(real, fake)
                 self.accelerator.backward(total(terms, self.objective.discriminator_weights()) * share)
             metrics |= {name: term.detach() for name, term in terms.items()}

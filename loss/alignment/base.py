@@ -61,9 +61,19 @@ class TokenizerAlignment(nn.Module, TokenizerAlignmentFlags):
             statistics: normalise them.
             features: of the images, ``[B, N, D]`` for each VFM.
             labels: int64 ``[B]``.
-            draws: for this batch.
+            draws: for this batch; random numbers of its own come from ``draws.generator``.
         """
         raise NotImplementedError
+
+    def view(self, latent: torch.Tensor, images: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is decoded, and the images that it shall be: both transformed alike, or by default as they are.
+
+        Args:
+            latent: as in :meth:`forward`, which is given the one that is not transformed.
+            images: uint8 ``[B, 3, H, W]``.
+            draws: as in :meth:`forward`.
+        """
+        return latent, images
 
     def weights(
         self,
@@ -152,7 +162,13 @@ class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
         raise NotImplementedError
 
     def forward(
-        self, states: Sequence[torch.Tensor], features: Sequence[torch.Tensor], x: torch.Tensor, t: torch.Tensor
+        self,
+        states: Sequence[torch.Tensor],
+        features: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        draws: Draws,
     ) -> Terms:
         """Unweighted terms.
 
@@ -161,6 +177,8 @@ class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
             features: of the images, ``[B, N, D]`` for each VFM; empty unless :attr:`needs_features`.
             x: clean normalised latents ``[B, C, h, w]``.
             t: times in [0, 1], ``[B]``.
+            labels: int64 ``[B]``; the null class where the label was dropped.
+            draws: for this batch; random numbers of its own come from ``draws.generator``.
         """
         raise NotImplementedError
 
@@ -170,7 +188,7 @@ class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
 
     def predict(self, states: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """What its projectors make of the hidden states: all that it costs on top of the denoiser."""
-        raise NotImplementedError
+        return []
 
     def weights(self, terms: Terms) -> Weights:
         """A weight for each of its terms."""

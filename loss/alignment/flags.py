@@ -67,13 +67,18 @@ class DenoiserAlignmentFlags(AlignmentFlags):
 
     Attributes:
         needs_features: whether it compares with VFM features.
-        title: of the method, for the log.
+        title: of the method, for the log; by default the name of its class.
         FIXED: those of its flags that a run which continues from another one cannot change.
     """
 
     needs_features: ClassVar[bool] = False
     title: ClassVar[str]
     FIXED: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if getattr(cls, "title", None) in (None, *(base.__name__ for base in cls.__mro__)):  # none was written
+            cls.title = cls.__name__
 
     @classmethod
     def weight_of(cls, args: argparse.Namespace) -> float:

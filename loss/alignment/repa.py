@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from diffusion.draws import Draws
 from errors import UserError
 from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged, patch_cosine_loss
@@ -48,7 +49,13 @@ class REPA(DenoiserAlignment, REPAFlags):
         return cls(denoiser, features, args.encoder_depth, args.projector_width, args.proj_coeff)
 
     def forward(
-        self, states: Sequence[torch.Tensor], features: Sequence[torch.Tensor], x: torch.Tensor, t: torch.Tensor
+        self,
+        states: Sequence[torch.Tensor],
+        features: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        draws: Draws,
     ) -> Terms:
         """``repa``: mean over batch and patches of 1 − cos."""
         losses = [patch_cosine_loss(*pair) for pair in zip(self.predict(states), self.targets(features), strict=True)]

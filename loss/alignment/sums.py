@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from diffusion.draws import Draws
 from errors import UserError
 from loss.alignment import DENOISER_ALIGNMENTS
 from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
@@ -29,12 +30,18 @@ class DenoiserAlignments(nn.ModuleDict):
         return any(part.needs_features for part in self.values())
 
     def forward(
-        self, states: Sequence[torch.Tensor], features: Sequence[torch.Tensor], x: torch.Tensor, t: torch.Tensor
+        self,
+        states: Sequence[torch.Tensor],
+        features: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        draws: Draws,
     ) -> Terms:
         """As :meth:`DenoiserAlignment.forward`; ``states`` are those at :attr:`taps`."""
         terms: Terms = {}
         for part in self.values():
-            terms = joined(terms, part(states[: len(part.taps)], features, x, t))
+            terms = joined(terms, part(states[: len(part.taps)], features, x, t, labels, draws))
             states = states[len(part.taps) :]
         return terms
 
@@ -68,6 +75,9 @@ def build_denoiser_alignment(
     Raises:
         UserError: a block that the denoiser does not have.
     """
+    for name in names:
+        if DENOISER_ALIGNMENTS[name].weight_of(args) is None:
+            raise ValueError(f"--align {name}: its weight is None; list its flag in DEFAULTS")
     parts = {name: DENOISER_ALIGNMENTS[name].from_arguments(args, denoiser, features) for name in names}
     for name, part in parts.items():
         if not all(1 <= tap <= denoiser.depth for tap in part.taps):

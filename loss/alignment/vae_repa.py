@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from diffusion.draws import Draws
 from errors import UserError
 from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
 from loss.alignment.flags import DEEP, DEPTHS, VAEREPAFlags
@@ -82,7 +83,13 @@ class VAEREPA(DenoiserAlignment, VAEREPAFlags):
         return cls(denoiser, args.vae_repa_depth, args.vae_repa_width, args.vae_repa_times, args.vae_repa_coeff)
 
     def forward(
-        self, states: Sequence[torch.Tensor], features: Sequence[torch.Tensor], x: torch.Tensor, t: torch.Tensor
+        self,
+        states: Sequence[torch.Tensor],
+        features: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        draws: Draws,
     ) -> Terms:
         """``vae_repa``: see :func:`latent_alignment_loss`."""
         (predicted,) = self.predict(states)
