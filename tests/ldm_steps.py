@@ -111,8 +111,8 @@ def part_of(batch: tuple, part: slice):
     """Some items of a batch or of its draws."""
 
     def cut(value):
-        if value is None:
-            return None
+        if value is None or isinstance(value, torch.Generator):
+            return value
         return tuple(map(cut, value)) if isinstance(value, tuple) else value[part]
 
     return type(batch)(*map(cut, batch))
