@@ -105,7 +105,9 @@ def test_a_step_of_two_micro_batches_is_one_of_the_doubled_batch():
     # A large epsilon, because AdamW's first step is otherwise the sign of gradients that may be rounding errors.
     whole, halves = (tiny_trainer(gan=False, adam_epsilon=1e-3) for _ in range(2))
     draws = [halves.draws(0, number, part) for number, part in enumerate(micro_batches)]
-    whole.draws = lambda step, micro_step, batch: type(draws[0])(*map(torch.cat, zip(*draws, strict=True)))
+    whole.draws = lambda step, micro_step, batch: type(draws[0])(
+        *map(torch.cat, zip(*(each[:4] for each in draws), strict=True))
+    )
     before = {name: p.detach().clone() for name, p in networks(whole).named_parameters()}
     metrics = [train_step(whole, 0, [batch]), train_step(halves, 0, micro_batches)]
     for name in ("loss", "reconstruction", "kl", "alignment", "grad_norm"):
@@ -201,7 +203,7 @@ def test_draws_depend_on_seed_step_micro_step_and_rank():
     trainer.accelerator = SimpleNamespace(process_index=1)
     draws.append(trainer.draws(0, 0, batch))
     trainer.accelerator = SimpleNamespace(process_index=0)
-    for part in draws[0]._fields:
+    for part in draws[0]._fields[:4]:
         assert len({getattr(draw, part).numpy().tobytes() for draw in draws}) == 5, part
         assert torch.equal(getattr(trainer.draws(0, 0, batch), part), getattr(draws[0], part))
     assert not torch.equal(draws[0].posterior, draws[0].noise)

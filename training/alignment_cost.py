@@ -75,8 +75,8 @@ def alignment_cost_lines(
     lines = [f"{config.model} alone: {alone.parameters:,} parameters, {alone.flops / 1e9:.2f} GFLOPs a forward pass"]
     for part in parts.values():
         cost = alignment_cost(part, denoiser)
-        published = f"; {PUBLISHED[part.title]}" if part.title in PUBLISHED else ""
-        lines.append(_line(part.title, cost, alone, cost.flops / alone.flops) + published)
+        published = f"; {PUBLISHED[part.called()]}" if part.called() in PUBLISHED else ""
+        lines.append(_line(part.called(), cost, alone, cost.flops / alone.flops) + published)
     for encoder in encoders:
         cost = encoder_cost(encoder, args.resolution)
         lines.append(_line(f"VFM {encoder.name} (frozen)", cost, alone, cost.flops / (3 * alone.flops)))

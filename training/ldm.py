@@ -237,7 +237,7 @@ class LDM(Method):
     def networks_by_name(self) -> Mapping[str, nn.Module | None]:
         return {
             self.denoiser.config.model: self.denoiser,
-            **{f"projectors of {part.title}": part for part in self.alignment.values()},
+            **{f"projectors of {part.called()}": part for part in self.alignment.values()},
             **{f"VFM {encoder.name}": encoder for encoder in self.encoders or ()},
             "VAE": self.tokenizer,
         }

@@ -139,7 +139,7 @@ class StartingRun:
             if not has_tensors:
                 return
             raise UserError(
-                f"{self.given} was trained without {kind.title} and has no projectors of it: --align without {name}"
+                f"{self.given} was trained without {kind.called()} and has no projectors of it: --align without {name}"
             )
         for fixed in kind.FIXED:
             before, now = self.facts.get(fixed), getattr(args, fixed)

@@ -72,13 +72,13 @@ class DenoiserAlignmentFlags(AlignmentFlags):
     """
 
     needs_features: ClassVar[bool] = False
-    title: ClassVar[str]
+    title: ClassVar[str] = ""
     FIXED: ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if getattr(cls, "title", None) in (None, *(base.__name__ for base in cls.__mro__)):  # none was written
-            cls.title = cls.__name__
+    @classmethod
+    def called(cls) -> str:
+        """:attr:`title`, or the name of a class that has none."""
+        return cls.title or cls.__name__
 
     @classmethod
     def weight_of(cls, args: argparse.Namespace) -> float:
