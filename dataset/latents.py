@@ -198,10 +198,11 @@ class LatentDataset:
     @property
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each array of an item."""
-        layout = {name: _torch_layout(array) for name, array in self._arrays.items()} | {"labels": ((), torch.int64)}
+        arrays = {name: _torch_layout(array) for name, array in self._arrays.items()}
+        layout = {name: arrays[name] for name in ("stored",) if name in arrays} | {"labels": ((), torch.int64)}
         if self._images is not None:
             layout["images"] = ((3, self._images.resolution, self._images.resolution), torch.uint8)
-        return layout
+        return layout | arrays
 
     def read_arrays(self, items: np.ndarray, flips: np.ndarray | None, out: Mapping[str, np.ndarray]) -> None:
         """Read n items into arrays ``[n, …]`` of :attr:`layout`; those in ``flips``, bool ``[n]``, mirrored.

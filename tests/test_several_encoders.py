@@ -164,7 +164,7 @@ def test_features_of_each_vfm_are_cached_and_read(data):
     dataset = LatentDataset(folder, features=NAMES)
     assert dataset.feature_shapes == ((16, 112), (16, 320))
     assert (folder / features_name(NAMES[1]) / "index.json").exists()
-    assert dataset.layout.keys() == {"stored", "labels", *(features_name(name) for name in NAMES)}
+    assert list(dataset.layout) == ["stored", "labels", *(features_name(name) for name in NAMES)]
     assert features_name("timm/vit_tiny_patch16_224") == "features/timm--vit_tiny_patch16_224"
 
 
