@@ -1,6 +1,6 @@
 """What one GPU does with the work of every stage, against its own ceilings and against plain code, in one run.
 
-    python benchmarks/gpu.py --output gpu.json            # real sizes, random weights: under 25 minutes on an H100
+    python benchmarks/gpu.py --output gpu.json            # real sizes, random weights: about 25 minutes (estimated)
     python benchmarks/gpu.py --parts ldm,sampling         # some of it
     python benchmarks/gpu.py --rehearse                   # tiny networks, any device: does it run at all?
 
@@ -9,9 +9,14 @@ caching and guided sampling, each built by the real script from its real flags, 
 ``plain`` is the same work as public code writes it: eager, AdamW and EMA one tensor at a time, every loss fetched in
 every step, VAE in float32. MFU counts the floating-point operations of the eager step (torch's counter, also of what
 is frozen) against the matrix product that was measured. Medians of ``--repeats`` timings.
+
+``launch_ms`` is when the CPU had launched a step whose end the GPU reached later: where the two are nearly equal, the
+CPU sets the speed. ``loss`` is that of the last step: variants of one network that took as many steps on as many images
+agree on it to their precision. CUDA graphs are an experiment that no script offers; if it fails, the table says so.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
@@ -53,7 +58,9 @@ class Sizes:
         matrix: side of the matrix product.
         copy: bytes of the copy.
         ldm, sendvae, cache, sample: flags.
+        ldm_lightning: ``--model`` of the LightningDiT beside it.
         ldm_batches: images at once, of each timing.
+        ldm_small_batches: the same, of what is meant for few images: the share of a GPU where there are many.
         sendvae_batch, cache_batch, sample_batch: images at once.
         sample_steps: of the sampler whose outcome is compared with float32's.
     """
@@ -61,7 +68,9 @@ class Sizes:
     matrix: int = 8192
     copy: int = 4 << 30
     ldm: tuple[str, ...] = ("--vae", "f16d32", "--model", "SiT-XL/1", "--enc-type", "dinov2-vit-b")
+    ldm_lightning: str = "LightningDiT-XL/1"
     ldm_batches: tuple[int, ...] = (64, 128)
+    ldm_small_batches: tuple[int, ...] = (4, 32)
     sendvae: tuple[str, ...] = ("--vae", "f16d32", "--vae-ckpt", "none", "--enc-type", "dinov2-vit-b")
     sendvae_batch: int = 32
     cache: tuple[str, ...] = ("--vae", "f16d32", "--vae-ckpt", "none")
@@ -76,7 +85,9 @@ TINY = Sizes(
     matrix=256,
     copy=1 << 20,
     ldm=(*TINY_NETWORKS, "--model", "SiT-Ti/2", "--enc-type", "efficientnet-lite0", "--encoder-depth", "4"),
+    ldm_lightning="LightningDiT-Ti/2",
     ldm_batches=(2, 4),
+    ldm_small_batches=(1, 2),
     sendvae=(
         *(*TINY_NETWORKS, "--vae-ckpt", "none", "--enc-type", "efficientnet-lite0", "--mapper-grid", "2"),
         *("--loss-cfg-path", "configs/l1_kl_gan.yaml"),
@@ -100,8 +111,10 @@ class Report:
     rows: list[dict] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
 
-    def seconds(self, function: Callable[[], object], warm_up: int = 2, times: int = 1) -> float:
-        """Median of one call."""
+    def seconds(
+        self, function: Callable[[], object], warm_up: int = 2, times: int = 1, is_awaited: bool = True
+    ) -> float:
+        """Median of one call, until the GPU is done with it or, not awaited, until it was launched."""
         for _ in range(warm_up):
             function()
         taken = []
@@ -110,7 +123,8 @@ class Report:
             start = time.perf_counter()
             for _ in range(times):
                 function()
-            self.wait()
+            if is_awaited:
+                self.wait()
             taken.append((time.perf_counter() - start) / times)
         return statistics.median(taken)
 
@@ -173,8 +187,14 @@ LDM_VARIANTS = {
     "eager": ("--no-compile",),
     "eager, checkpointing": ("--no-compile", "--gradient-checkpointing"),
     "compiled": ("--compile",),
+    "compiled, few images": ("--compile",),
+    "compiled, CUDA graphs": ("--compile",),
     "compiled, deterministic": ("--compile", "--deterministic"),
+    "compiled, Muon": ("--compile", "--optimizer", "muon"),
+    "compiled, LightningDiT": ("--compile",),
 }
+FEW_IMAGES = ("compiled, few images", "compiled, CUDA graphs")
+ONE_BATCH = ("plain", "compiled, Muon", "compiled, LightningDiT")
 SENDVAE_VARIANTS = {
     "plain, VAE in float32": ("--no-compile", "--mixed-precision", "no"),
     "eager": ("--no-compile",),
@@ -186,19 +206,31 @@ SENDVAE_VARIANTS = {
 
 
 def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
-    """SiT with REPA from images: whole steps, and their parts."""
-    flops = 0.0
+    """SiT with REPA from images: whole steps, and their parts; each number of images compiled on its own."""
+    flops: dict[str, float] = {}  # of an image, by model
     for what in variants:
-        batches = sizes.ldm_batches[:1] if what == "plain" else sizes.ldm_batches
-        args, method = build_ldm([*sizes.ldm, *LDM_VARIANTS[what]])
-        flops = flops or flops_of_step(method, train_ldm.random_batch(args, method, 2))
-        for images in batches:
+        batches = sizes.ldm_small_batches if what in FEW_IMAGES else sizes.ldm_batches
+        for images in batches[:1] if what in ONE_BATCH else batches:
+            flags = [*sizes.ldm, *LDM_VARIANTS[what]]
+            flags += ["--model", sizes.ldm_lightning] if "LightningDiT" in what else []
+            args, method = build_ldm(flags)
+            if args.model not in flops:
+                flops[args.model] = flops_of_step(method, train_ldm.random_batch(args, method, 2))
+                args, method = build_ldm(flags)  # as if it had taken no step
             batch = to_device(train_ldm.random_batch(args, method, images), report.device)
             step = plain_ldm_step(method, batch) if what == "plain" else lambda b=batch, m=method: train_step(m, 0, [b])
-            fits = time_training(report, "ldm", what, step, images, flops)
-            if fits and what != "plain" and images == batches[0]:
+            with cuda_graphs() if what == "compiled, CUDA graphs" else contextlib.nullcontext():
+                fits = time_training(report, "ldm", what, step, images, flops[args.model])
+            if fits and what not in ("plain", *FEW_IMAGES) and images == batches[0]:
                 show_parts(report, what, method, batch, images)
-        del method, step, batch
+            del method, step, batch
+
+
+def cuda_graphs():
+    """Context: what is compiled in it is replayed by CUDA graphs, a block each, so that a step launches little."""
+    import torch._inductor.config
+
+    return torch._inductor.config.patch({"triton.cudagraphs": True})
 
 
 DRY = ("--dry-run", "--random-weights", "--max-train-steps", "1000")
@@ -216,6 +248,7 @@ def begin_anew(args: argparse.Namespace) -> Accelerator:
     """Precision and numerics; accelerate remembers those of the process's first training."""
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.compiler.reset()
+    torch.manual_seed(0)  # the same random weights and data for all
     torch.use_deterministic_algorithms(False)  # the last training may have asked for them
     torch.backends.cuda.enable_mem_efficient_sdp(True)
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -228,7 +261,7 @@ def plain_ldm_step(method: Method, batch) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, foreach=False)
     average = {name: p.detach().clone() for name, p in method.denoiser.named_parameters()}
 
-    def step() -> None:
+    def step() -> dict[str, torch.Tensor]:
         values, _ = method.accumulate(0, 0, batch, 1.0, True)
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
         optimizer.step()
@@ -238,6 +271,7 @@ def plain_ldm_step(method: Method, batch) -> Callable[[], None]:
                 average[name].mul_(0.9999).add_(parameter, alpha=1e-4)
         for value in values.values():
             value.item()
+        return values
 
     return step
 
@@ -267,27 +301,43 @@ def measure_sendvae(report: Report, sizes: Sizes, variants: Sequence[str]) -> No
     """A VAE with its VFM, mapper, LPIPS and discriminator."""
     flops = 0.0
     for what in variants:
-        args = train_sendvae.parse_arguments([*DRY, *sizes.sendvae, *SENDVAE_VARIANTS[what]])
-        loss = load_loss_config(args.loss_cfg_path, args.loss_override)
-        accelerator = begin_anew(args)
-        train_sendvae.resolve(args, None)
-        method, _ = train_sendvae.build(args, loss, accelerator)
-        images, resolution = sizes.sendvae_batch, args.resolution
-        flops = flops or flops_of_step(method, dry_run.image_batch(None, 2, resolution, 1000), loss.discriminator_start)
+        flags = [*sizes.sendvae, *SENDVAE_VARIANTS[what]]
+        method, resolution, start = build_sendvae(flags)
+        if not flops:
+            flops = flops_of_step(method, dry_run.image_batch(None, 2, resolution, 1000), start)
+            method, resolution, start = build_sendvae(flags)  # as if it had taken no step
+        images = sizes.sendvae_batch
         batch = to_device(dry_run.image_batch(None, images, resolution, 1000), report.device)
 
-        def step(method=method, batch=batch, start=loss.discriminator_start, what=what) -> None:
+        def step(method=method, batch=batch, start=start, what=what) -> dict[str, torch.Tensor]:
             values = train_step(method, start, [batch])
             if what.startswith("plain"):
                 for value in values.values():
                     value.item()
+            return values
 
         time_training(report, "sendvae", what, step, images, flops)
         del method, step, batch
 
 
-def time_training(report: Report, part: str, what: str, step: Callable[[], object], images: int, flops: float) -> bool:
-    """A step after its first, whose seconds are shown too: kernels are compiled there. False: it does not fit."""
+def build_sendvae(flags: Sequence[str]) -> tuple[Method, int, int]:
+    """The method, the side of its images, the step at which everything trains."""
+    args = train_sendvae.parse_arguments([*DRY, *flags])
+    loss = load_loss_config(args.loss_cfg_path, args.loss_override)
+    accelerator = begin_anew(args)
+    train_sendvae.resolve(args, None)
+    method, _ = train_sendvae.build(args, loss, accelerator)
+    return method, args.resolution, loss.discriminator_start
+
+
+def time_training(
+    report: Report, part: str, what: str, step: Callable[[], dict[str, torch.Tensor]], images: int, flops: float
+) -> bool:
+    """A step after its first, whose seconds are shown too: kernels are compiled there. False: no figures.
+
+    Raises:
+        Exception: what the step raised, but for a lack of memory and for what CUDA graphs may raise.
+    """
     report.forget_peak()
     start = time.perf_counter()
     try:
@@ -295,11 +345,20 @@ def time_training(report: Report, part: str, what: str, step: Callable[[], objec
         report.wait()
         first = time.perf_counter() - start
         seconds = report.seconds(step)
+        launched = report.seconds(step, warm_up=0, is_awaited=False)
+        figures = {"launch_ms": 1000 * launched, "loss": step()["loss"].item(), "first_step_seconds": first}
     except torch.OutOfMemoryError:
         print(f"{part:9} {what:34}{images:5}  out of memory", flush=True)
         report.rows.append({"part": part, "what": what, "images": images, "out_of_memory": True})
         return False
-    report.add(part, what, seconds, images, flops, first_step_seconds=first)
+    except Exception as error:
+        if "CUDA graphs" not in what:
+            raise
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        print(f"{part:9} {what:34}{images:5}  {said}", flush=True)
+        report.rows.append({"part": part, "what": what, "images": images, "failed": said})
+        return False
+    report.add(part, what, seconds, images, flops, **figures)
     if report.kernels:
         show_kernels(step, report.kernels)
     return True

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import train_ldm
 from dataset.latents import LatentDataset
 from dataset.loader import BatchLoader
 from dataset.order import SampleOrder
@@ -83,12 +84,7 @@ def plain_update(model: Denoiser) -> Callable[[], None]:
 
 
 def our_step(model: Denoiser, loader: BatchLoader, accelerator: Accelerator) -> Callable[[], None]:
-    flags = argparse.Namespace(
-        seed=0, path_type="linear", weighting="uniform", time_shift=1.0, cfg_prob=0.1, ema_decay=0.9999,
-        posthoc_ema="none", max_grad_norm=1.0, learning_rate=1e-4, lr_schedule="constant", warmup_steps=0,
-        max_train_steps=1_000_000,
-        optimizer="adamw", adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0, adam_epsilon=1e-8,
-    )  # fmt: skip
+    flags = train_ldm.parse_arguments(["--dry-run", "--align", "none", "--max-train-steps", "1000000"])
     # small networks, which no step runs: of a tokenizer it takes the sample and the statistics
     architecture = load_tokenizer("f4d4-tiny", "none")[0].architecture
     tokenizer = build_tokenizer(architecture | {"latent_channels": model.config.latent_channels})

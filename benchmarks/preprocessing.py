@@ -1,6 +1,5 @@
 """How fast photographs are packed, against a plain tool that does the same work an image at a time.
 
-    pip install h5py
     python benchmarks/preprocessing.py --images /data/ILSVRC2012/train/n01440764
 
 Ours: preprocessing.py as a user runs it (``--codec raw``), start of the processes, checksums and flushing included.

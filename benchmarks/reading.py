@@ -1,6 +1,5 @@
 """How fast images are read back in random order by one worker, against PNGs in an HDF5 file.
 
-    pip install h5py
     python benchmarks/reading.py --images /data/ILSVRC2012/train/n01440764
 
 Ours: dataset.loader.BatchLoader with one thread over a packed dataset, codec raw and codec png.

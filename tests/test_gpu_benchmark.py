@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu
 
@@ -27,12 +28,31 @@ def test_a_rehearsal_measures_every_part(tmp_path):
     assert {part for part, _, _ in rows} == {"ldm", "sendvae", "caching", "sampling"}
     assert all(row["seconds"] > 0 for row in rows.values())
     assert rows["ldm", "plain", 2]["mfu"] > 0
+    eager = rows["ldm", "eager", 2]
+    assert eager["launch_ms"] > 0
+    for what in ("plain", "eager, checkpointing"):  # the same trainings, step by step
+        assert rows["ldm", what, 2]["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+    assert rows["ldm", "eager", 4]["loss"] != eager["loss"]
     assert {what for part, what, _ in rows if part == "sendvae"} == {
         *("plain, VAE in float32", "eager", "eager, channels_last"),
     }
     assert rows["caching", "TF32", 16]["difference"] == rows["sampling", "TF32", 2]["difference"] == 0  # of a CPU
     assert 0 < rows["sampling", "bf16", 2]["difference"] < 0.1
     assert 0 < rows["caching", "bf16", 16]["difference"] < 0.1
+
+
+def test_cuda_graphs_may_fail_and_nothing_else_may(capsys):
+    """A table with a line that failed is worth more than none; what a script offers has to work."""
+
+    def step():
+        raise RuntimeError("these tensors were overwritten\nby a later run")
+
+    report = gpu.Report(1, torch.device("cpu"))
+    assert not gpu.time_training(report, "ldm", "compiled, CUDA graphs", step, 2, 1.0)
+    assert report.rows[0]["failed"] == "RuntimeError: these tensors were overwritten"
+    assert "overwritten" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="overwritten"):
+        gpu.time_training(report, "ldm", "compiled", step, 2, 1.0)
 
 
 def test_what_is_measured_can_be_chosen(capsys):
