@@ -3,12 +3,25 @@
 import pytest
 from accelerate.state import AcceleratorState
 
+from runtime.log import logger
+
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Several trainings in one process may ask for different precisions; accelerate remembers the first."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_logger():
+    """As a new process has it: a run that a test opened and left would log into the output of those that follow."""
+    yield
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
+    logger.setLevel("NOTSET")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
