@@ -184,7 +184,7 @@ def build(
     accelerator: Accelerator,
 ) -> Repae:
     """Everything that is trained: two halves on one tokenizer, aligned with the same VFMs."""
-    objective, discriminator = build_objective(args, loss_config, accelerator)
+    objective, discriminator = build_objective(args, loss_config, accelerator, args.resolution)
     denoiser, alignment = build_aligned_denoiser(args, config, parse_sum(args.align), accelerator)
     encoders = build_vfms(args, denoiser.grid, accelerator) if alignment.needs_features else []
     through = None

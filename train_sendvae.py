@@ -9,6 +9,7 @@ by signal n (a launcher of several processes makes 1 of it).
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -95,7 +96,8 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(TOKENIZER_ALIGNMENTS),
         default="cosine",
         help="cosine: Send-VAE's, through the mapper; vf: VA-VAE's marginal cosine and distance matrix of the "
-        "projected latent itself, without mapper and noise",
+        "projected latent itself, without mapper and noise; equivariance: EQ-VAE's, latents that are scaled and turned "
+        "must decode to images that are, without a VFM",
     )
     group.add_argument(
         "--mapper-grid",
@@ -141,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
     images, held_out = open_image_data(args, accelerator)
     resolve(args, images)
     trial = Trial(
-        build=lambda: build(args, loss_config, accelerator)[0],
+        build=lambda: build(untransformed(args), loss_config, accelerator)[0],
         batch_of=lambda method, count: dry_run.image_batch(images, count, args.resolution, NUM_CLASSES),
         step=loss_config.discriminator_start,  # so that the discriminator takes part
     )
@@ -181,6 +183,13 @@ def resolve(args: argparse.Namespace, images: ImageDataset | None) -> None:
     settle_alignment_schedule(args)
 
 
+def untransformed(args: argparse.Namespace) -> argparse.Namespace:
+    """Flags of a trial: of images that have another size in every step, whole ones take most memory."""
+    if TOKENIZER_ALIGNMENTS[args.align_loss].keeps_size:
+        return args
+    return argparse.Namespace(**vars(args) | {"align_coeff": 0.0})
+
+
 def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator) -> tuple[SendVAE, str | None]:
     """Everything that is trained; also answers where the VAE's latent statistics come from, if it has any."""
     if args.freeze_vae:  # nothing to reconstruct
@@ -189,7 +198,8 @@ def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Acc
     if not args.freeze_vae:
         tokenizer.check_trainable()
     alignment, encoders = build_alignment(args, tokenizer.latent_shape(args.resolution), accelerator)
-    objective, discriminator = build_objective(args, loss_config, accelerator)
+    smallest = math.ceil(TOKENIZER_ALIGNMENTS[args.align_loss].smallest_view(args) * args.resolution)
+    objective, discriminator = build_objective(args, loss_config, accelerator, smallest)
     networks = tokenizer, alignment, encoders, objective, discriminator
     method = build_sendvae(args, accelerator, *networks, ema_decay=args.ema_decay)
     if args.compile:

@@ -22,11 +22,13 @@ class Trunk:
     Attributes:
         name: for messages.
         url: of torchvision's weights.
+        min_resolution: side of the smallest images that leave something of its pooling, pixels.
         layers: builds its feature layers.
     """
 
     name: str
     url: str
+    min_resolution: int
     layers: Callable[[], nn.Module]
 
     @property
@@ -48,8 +50,8 @@ def _alexnet_layers() -> nn.Module:
 
 _WEIGHTS = "https://download.pytorch.org/models"
 TRUNKS = {
-    "vgg": Trunk("VGG16", f"{_WEIGHTS}/vgg16-397923af.pth", _vgg_layers),
-    "alex": Trunk("AlexNet", f"{_WEIGHTS}/alexnet-owt-7be5be79.pth", _alexnet_layers),
+    "vgg": Trunk("VGG16", f"{_WEIGHTS}/vgg16-397923af.pth", 16, _vgg_layers),
+    "alex": Trunk("AlexNet", f"{_WEIGHTS}/alexnet-owt-7be5be79.pth", 31, _alexnet_layers),
 }
 
 
@@ -59,6 +61,7 @@ def build_lpips(
     net: str = "vgg",
     flag: str = "--lpips-ckpt",
     go_without: str = GO_WITHOUT,
+    resolution: int | None = None,
 ) -> nn.Module:
     """LPIPS (linear heads v0.1), frozen: two images ``[B, 3, H, W]`` in [-1, 1] → ``[B, 1, 1, 1]``.
 
@@ -69,12 +72,19 @@ def build_lpips(
         random_weights: a random trunk, to measure sizes and speed.
         net: of :data:`TRUNKS`; losses use ``vgg``.
         flag: that the checkpoint comes from, for messages.
-        go_without: what to do without weights, for messages.
+        go_without: what to do without it, for messages.
+        resolution: side of the smallest images that it will compare, pixels; None: large enough.
 
     Raises:
-        UserError: the weights cannot be had, or are another network's.
+        UserError: the weights cannot be had, or are another network's; images too small.
     """
     import lpips
+
+    if resolution is not None and resolution < TRUNKS[net].min_resolution:
+        raise UserError(
+            f"LPIPS of {TRUNKS[net].name} needs images of {TRUNKS[net].min_resolution} px or more, not {resolution}: "
+            f"larger ones, or {go_without}"
+        )
 
     state = None if random_weights else _trunk_state(TRUNKS[net], checkpoint, flag, go_without)
     with warnings.catch_warnings():  # lpips 0.1.4 asks torchvision in an outdated way

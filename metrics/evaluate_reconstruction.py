@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     subject = open_vae(args, process)
     names = [""] * len(sets) if args.dry_run else names_of(args, sets, subject)
     check_resolutions(sets, subject)
-    scores = PairScores(build_networks(args, process))
+    scores = PairScores(build_networks(args, process, min(images.resolution for images in sets.values())))
     extractor = build_extractor(args, process, sets)
     if args.dry_run and process.is_main:
         describe(subject, scores, extractor)
@@ -159,16 +159,16 @@ def check_resolutions(sets: Mapping[Path, ImageDataset], subject: Subject) -> No
             raise UserError(f"{path}: {error}") from error
 
 
-def build_networks(args: argparse.Namespace, process: Process) -> dict[str, nn.Module]:
+def build_networks(args: argparse.Namespace, process: Process, resolution: int) -> dict[str, nn.Module]:
     """LPIPS by its trunks; one without weights is left out with a line, or refused where it was asked for."""
     networks = {}
     for net, flag in LPIPS_FLAGS.items():
         if args.metrics is not None and f"lpips-{net}" not in args.metrics:
             continue
         file = getattr(args, flag.removeprefix("--").replace("-", "_"))
-        others = ",".join(name for name in args.metrics or METRICS if name != f"lpips-{net}")
+        others = ",".join(name for name in args.metrics or METRICS if name != f"lpips-{net}") or "psnr"
         try:
-            networks[net] = build_lpips(file, args.dry_run and not file, net, flag, f"--metrics {others}")
+            networks[net] = build_lpips(file, args.dry_run and not file, net, flag, f"--metrics {others}", resolution)
         except UserError as error:
             if file or args.metrics is not None:
                 raise

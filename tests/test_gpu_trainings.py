@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.gpu.trainings import NAMES, RECIPES, parsed
+from tests.gpu.trainings import NAMES, RECIPES, UNCOMPILED, parsed
 
 
-@pytest.mark.parametrize("name", [*NAMES, *RECIPES])
+@pytest.mark.parametrize("name", [*NAMES, *RECIPES, *UNCOMPILED])
 def test_their_flags_are_taken(name):
     kind, args = parsed(name, "--no-compile")
     assert kind in NAMES

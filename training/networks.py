@@ -29,22 +29,25 @@ from training.sendvae import SendVAE
 
 
 def build_objective(
-    args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator
+    args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator, resolution: int
 ) -> tuple[VAEObjective, PatchDiscriminator | None]:
-    """The VAE's objective, with LPIPS where it counts, and the PatchGAN, pretrained where a file is given, or None."""
+    """The VAE's objective, with LPIPS where it counts, and the PatchGAN, pretrained where a file is given, or None.
+
+    ``resolution`` is the side of the smallest images that are compared, pixels.
+    """
     discriminator = perceptual = None
     if loss_config.uses_gan:
         discriminator = PatchDiscriminator()
-        if args.resolution < discriminator.min_resolution:
+        if resolution < discriminator.min_resolution:
             raise UserError(
-                f"the PatchGAN needs images of {discriminator.min_resolution} px or more, not {args.resolution}: "
+                f"the PatchGAN needs images of {discriminator.min_resolution} px or more, not {resolution}: "
                 "raise --resolution, or --loss-override discriminator_weight=0"
             )
         if args.disc_pretrained_ckpt:
             load_discriminator(discriminator, args.disc_pretrained_ckpt)
     if loss_config.perceptual_weight:
         with goes_first(accelerator.is_local_main_process):
-            perceptual = build_lpips(args.lpips_ckpt, args.random_weights)
+            perceptual = build_lpips(args.lpips_ckpt, args.random_weights, resolution=resolution)
     return VAEObjective(loss_config, perceptual), discriminator
 
 

@@ -12,6 +12,7 @@ from errors import UserError
 from loss.alignment.flags import (
     AlignmentFlags,
     DenoiserAlignmentFlags,
+    EquivarianceFlags,
     IREPAFlags,
     MapperFlags,
     REPAFlags,
@@ -27,6 +28,7 @@ __all__ = ["DenoiserAlignment", "DenoiserAlignments", "TokenGrid", "TokenizerAli
 TOKENIZER_ALIGNMENTS: dict[str, type[TokenizerAlignmentFlags]] = {
     "cosine": MapperFlags,
     "vf": VFFlags,
+    "equivariance": EquivarianceFlags,
 }
 # --align of train_ldm.py
 DENOISER_ALIGNMENTS: dict[str, type[DenoiserAlignmentFlags]] = {

@@ -51,10 +51,17 @@ class TokenizerAlignmentFlags(AlignmentFlags):
     Attributes:
         trains_alone: whether it makes sense with a frozen tokenizer, by parts of its own.
         needs_features: whether it compares with VFM features; without, no VFM is built.
+        keeps_size: whether what is decoded is as large in every step.
     """
 
     trains_alone: ClassVar[bool] = False
     needs_features: ClassVar[bool] = True
+    keeps_size: ClassVar[bool] = True
+
+    @classmethod
+    def smallest_view(cls, args: argparse.Namespace) -> float:
+        """The smallest share of an image's side that is decoded."""
+        return 1.0
 
     @classmethod
     def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
@@ -222,6 +229,53 @@ class VFFlags(TokenizerAlignmentFlags):
         from loss.alignment.vf import VFAlignment
 
         return VFAlignment.from_arguments(args, *context)
+
+
+class EquivarianceFlags(TokenizerAlignmentFlags):
+    """EQ-VAE's: no term of its own, but other images to be reconstructed."""
+
+    needs_features = False
+    keeps_size = False
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"eq_probability": 0.5, "eq_scale": 0.25}
+
+    @classmethod
+    def add_arguments(cls, group: Any) -> None:
+        group.add_argument(
+            "--eq-probability",
+            type=fraction,
+            metavar="P",
+            help="equivariance only: share of the micro-batches whose latents are scaled and turned (default: 0.5)",
+        )
+        group.add_argument(
+            "--eq-scale",
+            type=fraction,
+            metavar="X",
+            help="equivariance only: the smallest scale; larger ones up to the latent's side less one are as probable "
+            "(default: 0.25)",
+        )
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        name = "--align-loss equivariance"
+        if args.align_coeff != 1:
+            raise UserError(f"--align-coeff {args.align_coeff:g}: {name} has no term to weight; give --eq-probability")
+        if args.align_until is not None or args.align_schedule != "constant":
+            raise UserError(f"--align-until and --align-schedule weight a term, and {name} has none: leave them out")
+        if not args.eq_scale:
+            raise UserError("--eq-scale 0: nothing would be left of an image; give a share of its side, e.g. 0.25")
+        if args.compile:
+            raise UserError(f"--compile: {name} changes the size of images, and each would be compiled; leave it out")
+        args.compile = False
+
+    @classmethod
+    def smallest_view(cls, args: argparse.Namespace) -> float:
+        return args.eq_scale
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
+        from loss.alignment.equivariance import Equivariance
+
+        return Equivariance.from_arguments(args, *context)
 
 
 class REPAFlags(DenoiserAlignmentFlags):

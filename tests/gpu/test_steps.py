@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.gpu import needs_gpu
-from tests.gpu.trainings import NAMES, RECIPES, tiny_training
+from tests.gpu.trainings import NAMES, RECIPES, UNCOMPILED, tiny_training
 from training.method import Method, train_step
 from training.metrics import MeanMetrics
 
@@ -19,9 +19,9 @@ def test_a_step_does_not_synchronise(name, precision):
     assert_no_synchronisation(name, precision)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, *UNCOMPILED])
 def test_a_step_of_other_recipes_does_not_synchronise(name):
-    """Muon, LightningDiT, iREPA, spatial norm, VF loss, schedules."""
+    """Muon, LightningDiT, iREPA, spatial norm, VF loss, equivariance, schedules."""
     assert_no_synchronisation(name, "bf16")
 
 

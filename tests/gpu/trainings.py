@@ -27,6 +27,7 @@ RECIPES = {
     "ldm, LightningDiT": ("ldm", "--model", "LightningDiT-Ti/2", "--velocity-cosine-coeff", "1"),
     "ldm, iREPA": ("ldm", "--align", "irepa", "--align-until", "50"),
 }
+UNCOMPILED = {"sendvae, equivariance": ("sendvae", "--align-loss", "equivariance", "--eq-scale", "0.5")}
 
 
 class Training(NamedTuple):
@@ -38,8 +39,8 @@ class Training(NamedTuple):
 
 
 def parsed(name: str, *flags: str) -> tuple[str, argparse.Namespace]:
-    """The training of one of :data:`NAMES` or :data:`RECIPES`, and its settled flags."""
-    name, *recipe = RECIPES.get(name, (name,))
+    """The training of one of :data:`NAMES`, :data:`RECIPES` or :data:`UNCOMPILED`, and its settled flags."""
+    name, *recipe = (RECIPES | UNCOMPILED).get(name, (name,))
     losses = ("--loss-cfg-path", "configs/l1_lpips_kl_gan.yaml", "--vae-ckpt", "none")
     script, own = {
         "sendvae": (train_sendvae, losses),
@@ -50,7 +51,7 @@ def parsed(name: str, *flags: str) -> tuple[str, argparse.Namespace]:
 
 
 def tiny_training(name: str, *flags: str) -> Training:
-    """One of :data:`NAMES` or :data:`RECIPES`; ``flags`` come last."""
+    """One that :func:`parsed` knows; ``flags`` come last."""
     AcceleratorState._reset_state(reset_partial_state=True)
     name, args = parsed(name, *flags)
     if name == "ldm":

@@ -1,0 +1,141 @@
+"""EQ-VAE's regularisation: what is decoded and compared, against plain loops; its flags; a training that does it."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_sendvae
+from diffusion.draws import Draws, Stream, seeded_generator
+from loss.alignment.equivariance import Equivariance
+from runtime.cli import run
+from tests.photographs import write_class_folders
+from tests.sendvae_runs import RESOLUTION, flags, image_batch, networks, tiny_trainer
+from training.method import train_step
+
+SIDE, STRIDE = 8, 4
+
+
+def draws_at(step: int) -> Draws:
+    return Draws(None, None, None, None, seeded_generator(torch.device("cpu"), Stream.TRAINING, 0, step))
+
+
+def bilinear(x: np.ndarray, side: int) -> np.ndarray:
+    """``[h, h]`` → ``[side, side]``: each new position's centre among the old ones, the two nearest weighted."""
+    old = len(x)
+    rows = np.empty((side, old))
+    for i in range(side):
+        at = min(max((i + 0.5) * old / side - 0.5, 0.0), old - 1.0)
+        low = min(int(at), old - 2)
+        rows[i] = (1 - at + low) * x[low] + (at - low) * x[low + 1]
+    out = np.empty((side, side))
+    for j in range(side):
+        at = min(max((j + 0.5) * old / side - 0.5, 0.0), old - 1.0)
+        low = min(int(at), old - 2)
+        out[:, j] = (1 - at + low) * rows[:, low] + (at - low) * rows[:, low + 1]
+    return out
+
+
+def test_latents_and_images_are_scaled_and_turned_alike():
+    """Against NumPy in float64; every side and every turn, as often as the other; the plain ones are as they were."""
+    regularisation = Equivariance(SIDE, 0.5, 0.25)
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(2, 3, SIDE, SIDE, generator=generator)
+    images = torch.randint(0, 256, (2, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8, generator=generator)
+    seen: Counter = Counter()
+    for step in range(1500):
+        z, target = regularisation.view(latent, images, draws_at(step))
+        side = z.shape[-1]
+        assert target.shape == (2, 3, STRIDE * side, STRIDE * side)
+        assert target.dtype == torch.uint8
+        if side == SIDE:
+            assert z is latent
+            assert target is images
+            seen["plain"] += 1
+            continue
+        small, pixels = bilinear(latent[1, 2].double().numpy(), side), bilinear(images[1, 2].numpy(), STRIDE * side)
+        turns = [n for n in (1, 2, 3) if np.allclose(np.rot90(small, n), z[1, 2].numpy(), atol=1e-5)]
+        assert len(turns) == 1
+        assert np.abs(np.rot90(pixels, turns[0]) - target[1, 2].numpy()).max() < 0.5 + 1e-3
+        seen["turns", turns[0]] += 1
+        seen["side", side] += 1
+    # of 1,500 at p = 1/2 the deviation is 19; of about 750 in sixths 10, in thirds 13: all within four deviations
+    assert abs(seen["plain"] - 750) < 78
+    assert all(abs(seen["side", side] - 125) < 55 for side in range(2, SIDE))
+    assert all(abs(seen["turns", n] - 250) < 75 for n in (1, 2, 3))
+    assert {key[1] for key in seen if key[0] == "side"} == set(range(2, SIDE))
+
+
+def test_choices_follow_from_the_step_alone():
+    """Not from torch's global generator, nor from Python's."""
+    regularisation, latent = Equivariance(SIDE, 1.0, 0.25), torch.randn(1, 1, SIDE, SIDE)
+    images = torch.zeros(1, 3, RESOLUTION, RESOLUTION, dtype=torch.uint8)
+    first = [regularisation.view(latent, images, draws_at(step))[0] for step in range(20)]
+    torch.manual_seed(5)
+    again = [regularisation.view(latent, images, draws_at(step))[0] for step in range(20)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len({tuple(z.flatten().tolist()) for z in first}) > 10
+
+
+def test_a_latent_of_one_position_is_only_turned():
+    z, target = Equivariance(1, 1.0, 0.25).view(
+        torch.ones(1, 2, 1, 1), torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4), draws_at(0)
+    )
+    assert torch.equal(z, torch.ones(1, 2, 1, 1))
+    assert target.shape == (1, 3, 4, 4)
+    assert not torch.equal(target, torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4))
+
+
+def test_a_step_without_transformation_is_a_plain_one(monkeypatch):
+    """Probability 0: plain training's losses, all of them. 1: others, and the discriminator sees images as small."""
+    batch, steps = image_batch(2), {}
+    for probability in (None, 0.0, 1.0):
+        trainer = tiny_trainer(align_coeff=0.0)
+        if probability is not None:
+            networks(trainer).alignment = trainer.alignment = Equivariance(SIDE, probability, 0.75)
+        sides, pair = [], trainer.pair.forward
+        monkeypatch.setattr(trainer.pair, "forward", lambda a, b, p=pair, s=sides: s.append(a.shape[-1]) or p(a, b))
+        steps[probability] = train_step(trainer, 0, [batch])
+        assert len(sides) == 1
+        assert sides[0] in ((24, 28) if probability else (RESOLUTION,))
+    assert all(torch.equal(steps[0.0][name], value) for name, value in steps[None].items())
+    assert steps[1.0]["reconstruction"] != steps[None]["reconstruction"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_class_folders(tmp_path_factory.mktemp("images"), per_class=4)
+
+
+def test_a_run_resumes_exactly(images, tmp_path, capsys):
+    """Through the script, with accumulation; no VFM is built, and the log says what is done."""
+    options = {"align_loss": "equivariance", "eq_scale": 0.5, "loss_cfg_path": "configs/l1_kl.yaml"}
+    options |= {"gradient_accumulation_steps": 2, "checkpointing_steps": 1, "max_train_steps": None}
+    options |= {"val_data_dir": images, "enc_type": "dinov2-vit-b"}  # whose weights nobody has here
+    for name, stops in (("halted", (2, 4)), ("straight", (4,))):
+        for stop in stops:
+            argv = [*flags(images, tmp_path, name, **options), "--max-train-steps", str(stop)]
+            assert run(train_sendvae.main, argv) == 0
+    halted, straight = (
+        load_file(tmp_path / name / "checkpoints" / "0000004" / "model.safetensors") for name in ("halted", "straight")
+    )
+    assert all(torch.equal(halted[name], straight[name]) for name in straight)
+    lines = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["reconstruction"] > 0
+    assert lines[-1]["val/psnr"] > 0
+    assert "50% of the micro-batches are scaled to sides of 4 to 7 positions and turned" in capsys.readouterr().err
+    args = json.loads((tmp_path / "straight" / "args.json").read_text())["args"]
+    assert (args["eq_probability"], args["eq_scale"], args["compile"], args["mapper_depth"]) == (0.5, 0.5, False, None)
+
+
+def test_a_trial_of_memory_takes_whole_images():
+    """Micro-batches that are scaled would need less than those that come later."""
+    argv = ["--dry-run", "--vae", "f4d4-tiny", "--vae-ckpt", "none", "--resolution", "32", "--align-loss"]
+    args = train_sendvae.parse_arguments([*argv, "equivariance"])
+    assert train_sendvae.untransformed(args).align_coeff == 0
+    assert args.align_coeff == 1
+    args = train_sendvae.parse_arguments([*argv, "cosine"])
+    assert train_sendvae.untransformed(args) is args
