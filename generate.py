@@ -91,7 +91,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
     arguments.check_source(args)
     if args.heun and args.mode != "ode":
-        raise UserError("--heun is for --mode ode; the SDE is solved by Euler–Maruyama")
+        raise UserError(f"--heun is for --mode ode, not for --mode {args.mode}: leave it out, or give --mode ode")
     if args.guidance_low > args.guidance_high:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
     check_guidance(args)

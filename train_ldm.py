@@ -162,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         dry_run.dry_run(args, accelerator, trial, partial(prepare_dry_run, args, source))
         return 0
-    with open_run(folder, accelerator, vars(args)) as this_run:
+    with open_run(folder, accelerator, args) as this_run:
         # of a run that begins elsewhere, --resume-step chose a checkpoint there
         checkpoint = this_run.checkpoint(args.resume_step if source is None else 0)
         start_step = checkpoint.step if checkpoint is not None else 0 if source is None else source.step

@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         dry_run.dry_run(args, accelerator, trial)
         return 0
-    with open_run(folder, accelerator, vars(args) | {"loss": asdict(loss_config)}) as this_run:
+    with open_run(folder, accelerator, args, loss=asdict(loss_config)) as this_run:
         checkpoint = this_run.checkpoint(args.resume_step)
         start_step = 0 if checkpoint is None else checkpoint.step
         if this_run.is_finished(start_step):

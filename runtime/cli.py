@@ -39,6 +39,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class Arguments(argparse.Namespace):
+    """Parsed flags.
+
+    Attributes:
+        defaults: of the flags that have one; not among ``vars()``.
+    """
+
+    __slots__ = ("defaults",)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, which takes no abbreviated flags, and which knows REPA-E's flags."""
 
@@ -47,8 +57,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         add_repae_flags(self)
-        namespace, unknown = super().parse_known_args(args, namespace)
+        namespace, unknown = super().parse_known_args(args, Arguments() if namespace is None else namespace)
         settle_repae_flags(self, namespace)
+        namespace.defaults = {action.dest: action.default for action in self._actions if action.default is not None}
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:

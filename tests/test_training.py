@@ -16,6 +16,7 @@ from errors import UserError
 from formats.run_folders import status_of
 from models.denoisers.config import SiTConfig
 from runtime.checkpoint import CheckpointFolder
+from runtime.cli import ArgumentParser
 from training.arguments import CHANGEABLE
 from training.ema import EMA
 from training.method import Method, Phase, frozen, train_step
@@ -390,6 +391,22 @@ def test_a_run_older_than_a_flag_resumes(tmp_path):
         refuse_changed_arguments({"seed": 0}, {"seed": 0, "mapper_head": value}, CHANGEABLE, tmp_path)
     with pytest.raises(UserError, match="--mapper-head mlp, not conv"):
         refuse_changed_arguments({"seed": 0}, {"seed": 0, "mapper_head": "conv"}, CHANGEABLE, tmp_path)
+
+
+def test_a_run_older_than_any_flag_was_trained_with_its_default(tmp_path):
+    """Of a flag of one's own, too: nobody has to say so anywhere."""
+    parser = ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--my-weight", type=float, default=0.5)
+    parser.add_argument("--my-path")
+    old = {"seed": 3}
+    for argv in ([], ["--my-weight", "0.5"], ["--my-path", "given"]):  # of what has no default nothing is known
+        args = parser.parse_args(["--seed", "3", *argv])
+        assert "defaults" not in vars(args)
+        refuse_changed_arguments(old, vars(args), CHANGEABLE, tmp_path, args.defaults)
+    args = parser.parse_args(["--seed", "3", "--my-weight", "0.7"])
+    with pytest.raises(UserError, match=r"--my-weight 0\.5, not 0\.7"):
+        refuse_changed_arguments(old, vars(args), CHANGEABLE, tmp_path, args.defaults)
 
 
 def test_a_run_older_than_a_field_of_its_denoiser_resumes(tmp_path):

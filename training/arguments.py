@@ -40,13 +40,8 @@ MENTIONED = {
     "channels_last": ROUNDED_OTHERWISE,
     "deterministic": ROUNDED_OTHERWISE,
 }
-# By runs that are older than the flag, and by other people's.
-UNSAID = {
-    **{"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0, "velocity_cosine_coeff": 0.0},
-    **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp", "reg_coeff": 0.0},
-    **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
-    "posthoc_ema": averages.NO_LENGTHS,
-}
+# What runs that are older than a flag were trained with, where its default does not say it; and other people's runs.
+UNSAID = {"align_until": None, "optimizer": "adamw", "feature_norm": "none"}
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
     {
@@ -82,7 +77,7 @@ def add_run_arguments(
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="build everything, run two steps, print sizes, memory and seconds, keep nothing",
+        help="build everything, run two steps (of 2 images on a CPU), print sizes, memory and seconds, keep nothing",
     )
     group.add_argument(
         "--random-weights",

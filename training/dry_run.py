@@ -54,7 +54,7 @@ def dry_run(
         seconds = time.perf_counter() - begin
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         rate = images * accelerator.num_processes / seconds
-        show(f"step {number + 1}: {seconds:.2f} s, {rate:.2f} images/s  {values}")
+        show(f"step {number + 1}: {images} images at once, {seconds:.2f} s, {rate:.2f} images/s  {values}")
     show(f"peak memory: {peak_memory(accelerator.device)}")
     if args.micro_batch_size == "auto" and accelerator.device.type == "cuda":
         show(f"{FOUND.format(images)}, {args.gradient_accumulation_steps} times a step")

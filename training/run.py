@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from errors import UserError
 from files import missing_folders, remove_empty, remove_leftovers, write_atomically, write_json
 from formats.run_folders import Line, arguments_of, status_of
-from loss.alignment import flags_of_methods
+from loss.alignment import defaults_of_methods
 from models.denoisers import denoiser_config
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of, is_out_of_memory
@@ -151,10 +152,18 @@ class Run:
         folder: ``OUTPUT_DIR/EXP_NAME``.
         accelerator: who the processes are.
         arguments: all resolved flags, JSON-serialisable.
+        defaults: of flags: what a run was trained with that is older than the flag.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, arguments: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        arguments: dict[str, Any],
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self.folder, self.accelerator, self.arguments = Path(folder), accelerator, arguments
+        self.defaults = defaults
         self.is_main = accelerator.is_main_process
         self._lock = None
         # of what was not there before, nothing stays if the command is refused before it begins
@@ -283,7 +292,7 @@ class Run:
         old = arguments_of(self.folder)
         if old is None:
             return
-        refuse_changed_arguments(old, self.arguments, CHANGEABLE, self.folder)
+        refuse_changed_arguments(old, self.arguments, CHANGEABLE, self.folder, self.defaults)
         for name, effect in MENTIONED.items():
             before, now = old.get(name), self.arguments.get(name)
             is_found_later = name == "gradient_accumulation_steps" and self.arguments.get("micro_batch_size") == "auto"
@@ -330,9 +339,10 @@ class Run:
 
 
 @contextmanager
-def open_run(folder: Path, accelerator: Accelerator, arguments: dict[str, Any]) -> Iterator[Run]:
-    """A run, given back at the end whatever happens."""
-    run = Run(folder, accelerator, arguments | {"num_processes": accelerator.num_processes})
+def open_run(folder: Path, accelerator: Accelerator, args: argparse.Namespace, **more: Any) -> Iterator[Run]:
+    """A run of these flags, given back at the end whatever happens; ``more`` is recorded with them."""
+    arguments = vars(args) | {"num_processes": accelerator.num_processes} | more
+    run = Run(folder, accelerator, arguments, args.defaults)
     is_good = False
     try:
         yield run
@@ -363,14 +373,24 @@ def schedule_factor(arguments: Mapping[str, Any], step: int) -> float | None:
     return scheduled_rate(argparse.Namespace(**arguments), 1.0, step)
 
 
-def refuse_changed_arguments(old: dict, new: dict, changeable: frozenset[str], folder: Path) -> None:
-    """A resumed run must be the same run: raise :class:`UserError` naming the first flag that differs."""
-    of_methods = flags_of_methods()
+def refuse_changed_arguments(
+    old: dict, new: dict, changeable: frozenset[str], folder: Path, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """A resumed run must be the same run: raise :class:`UserError` naming the first flag that differs.
+
+    Args:
+        old, new: flags as recorded and as given.
+        changeable: flags that may differ.
+        folder: of the run.
+        defaults: of flags; an older run was trained with that of a flag which it does not know.
+    """
+    of_methods = defaults_of_methods()
+    unsaid = {**defaults, **of_methods, **UNSAID}
     for name, value in new.items():
         if value is None and name in of_methods:  # of another alignment; older runs recorded some of them all the same
             continue
         # a flag that says nothing in this run (None) said nothing either before it was there
-        before = old.get(name, value if value is None else UNSAID.get(name, value))
+        before = old.get(name, value if value is None else unsaid.get(name, value))
         if name == "denoiser":
             before = with_later_fields(before)
         if name not in changeable and before != value:

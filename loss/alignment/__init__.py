@@ -71,10 +71,10 @@ def settle_arguments(
         registry[key].check_arguments(args)
 
 
-def flags_of_methods() -> set[str]:
-    """Flags that are None where no alignment which has them was chosen."""
+def defaults_of_methods() -> dict[str, Any]:
+    """Flags that are None where no alignment which has them was chosen, and what they are by default elsewhere."""
     kinds = [*TOKENIZER_ALIGNMENTS.values(), *DENOISER_ALIGNMENTS.values()]
-    return {name for kind in kinds for name, default in kind.DEFAULTS.items() if default is not None}
+    return {name: default for kind in kinds for name, default in kind.DEFAULTS.items() if default is not None}
 
 
 def parse_sum(text: str) -> list[str]:
