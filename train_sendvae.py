@@ -9,7 +9,6 @@ by signal n (a launcher of several processes makes 1 of it).
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -116,6 +115,7 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     answer_early(parse_arguments)
 
+import torch
 from accelerate import Accelerator
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset
@@ -124,6 +124,7 @@ from formats.vae import load_tokenizer
 from loss.alignment import TokenizerAlignment
 from loss.vae_objective import VAELossConfig, load_loss_config
 from models.encoders import Encoder
+from models.tokenizers import Tokenizer
 from runtime import NUM_CLASSES
 from training import dry_run
 from training.alignment_schedule import settle_alignment_schedule
@@ -143,9 +144,10 @@ def main(argv: Sequence[str]) -> int:
     images, held_out = open_image_data(args, accelerator)
     resolve(args, images)
     trial = Trial(
-        build=lambda: build(untransformed(args), loss_config, accelerator)[0],
+        build=lambda: build(args, loss_config, accelerator)[0],
         batch_of=lambda method, count: dry_run.image_batch(images, count, args.resolution, NUM_CLASSES),
         step=loss_config.discriminator_start,  # so that the discriminator takes part
+        build_largest=lambda: build(untransformed(args), loss_config, accelerator)[0],
     )
     if args.dry_run:
         dry_run.dry_run(args, accelerator, trial)
@@ -184,7 +186,7 @@ def resolve(args: argparse.Namespace, images: ImageDataset | None) -> None:
 
 
 def untransformed(args: argparse.Namespace) -> argparse.Namespace:
-    """Flags of a trial: of images that have another size in every step, whole ones take most memory."""
+    """The same training with whole images, which need most memory, where their size changes from step to step."""
     if TOKENIZER_ALIGNMENTS[args.align_loss].keeps_size:
         return args
     return argparse.Namespace(**vars(args) | {"align_coeff": 0.0})
@@ -198,13 +200,27 @@ def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Acc
     if not args.freeze_vae:
         tokenizer.check_trainable()
     alignment, encoders = build_alignment(args, tokenizer.latent_shape(args.resolution), accelerator)
-    smallest = math.ceil(TOKENIZER_ALIGNMENTS[args.align_loss].smallest_view(args) * args.resolution)
-    objective, discriminator = build_objective(args, loss_config, accelerator, smallest)
+    objective, discriminator = build_objective(args, loss_config, accelerator, smallest_images(args, tokenizer))
     networks = tokenizer, alignment, encoders, objective, discriminator
     method = build_sendvae(args, accelerator, *networks, ema_decay=args.ema_decay)
+    if not TOKENIZER_ALIGNMENTS[args.align_loss].keeps_size:
+        torch.backends.cudnn.benchmark = False  # it would try kernels for each size anew
     if args.compile:
         compile_networks(tokenizer, *encoders, objective.perceptual, discriminator)
     return method, statistics
+
+
+def smallest_images(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
+    """The side of the smallest images that are reconstructed, pixels."""
+    kind, side = TOKENIZER_ALIGNMENTS[args.align_loss], tokenizer.latent_shape(args.resolution)[1]
+    if kind.keeps_size:
+        return args.resolution
+    if tokenizer.packing > 1:
+        raise UserError(
+            f"--align-loss {args.align_loss} moves positions of the latent, and --vae {args.vae} holds some in its "
+            "channels: take another VAE, or another --align-loss"
+        )
+    return args.resolution * kind.smallest_side(args, side) // side
 
 
 def build_alignment(

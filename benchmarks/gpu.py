@@ -10,9 +10,10 @@ caching and guided sampling, each built by the real script from its real flags, 
 every step, VAE in float32. MFU counts the floating-point operations of the eager step (torch's counter, also of what
 is frozen) against the matrix product that was measured. Medians of ``--repeats`` timings.
 
-``launch_ms`` is when the CPU had launched a step whose end the GPU reached later: where the two are nearly equal, the
-CPU sets the speed. ``loss`` is that of the last step: variants of one network that took as many steps on as many images
-agree on it to their precision. CUDA graphs are an experiment that no script offers; if it fails, the table says so.
+``launch_ms`` is when the CPU was through with a step that the GPU may still be at, at most: a GPU with about a thousand
+launches to go lets the CPU wait. With few images it is what launching takes; a step cannot be faster. ``loss`` is that
+of the last step: the same network and optimizer, with as many steps on as many images, comes out at the same to the
+precision of its variant. CUDA graphs are an experiment that no script offers; if it fails, the table says so.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -103,13 +105,31 @@ TINY = Sizes(
 
 @dataclass
 class Report:
-    """Rows as they are measured, printed at once."""
+    """Rows as they are measured, printed and written at once.
+
+    Attributes:
+        repeats: timings of each.
+        device: where.
+        kernels: of each step that are shown.
+        output: the JSON file, or None.
+    """
 
     repeats: int
     device: torch.device
     kernels: int = 0
+    output: Path | None = None
     rows: list[dict] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+
+    def record(self, row: dict) -> None:
+        self.rows.append(row)
+        if self.output is not None:
+            content = {"device": self.name, "torch": torch.__version__, "ceilings": self.ceilings, "rows": self.rows}
+            self.output.write_text(json.dumps(content, indent=1) + "\n")
 
     def seconds(
         self, function: Callable[[], object], warm_up: int = 2, times: int = 1, is_awaited: bool = True
@@ -156,7 +176,7 @@ class Report:
             row["tflop_per_second"] = flops * images / seconds / 1e12
         if self.device.type == "cuda":
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.rows.append(row | more)
+        self.record(row | more)
         figures = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items())
         mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
         peak = f"  {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
@@ -188,10 +208,10 @@ LDM_VARIANTS = {
     "eager, checkpointing": ("--no-compile", "--gradient-checkpointing"),
     "compiled": ("--compile",),
     "compiled, few images": ("--compile",),
-    "compiled, CUDA graphs": ("--compile",),
     "compiled, deterministic": ("--compile", "--deterministic"),
     "compiled, Muon": ("--compile", "--optimizer", "muon"),
     "compiled, LightningDiT": ("--compile",),
+    "compiled, CUDA graphs": ("--compile",),
 }
 FEW_IMAGES = ("compiled, few images", "compiled, CUDA graphs")
 ONE_BATCH = ("plain", "compiled, Muon", "compiled, LightningDiT")
@@ -207,29 +227,40 @@ SENDVAE_VARIANTS = {
 
 def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
     """SiT with REPA from images: whole steps, and their parts; each number of images compiled on its own."""
-    flops: dict[str, float] = {}  # of an image, by model
+    flops: dict[tuple[str, ...], float] = {}  # of an image, by the network's flags
     for what in variants:
         batches = sizes.ldm_small_batches if what in FEW_IMAGES else sizes.ldm_batches
         for images in batches[:1] if what in ONE_BATCH else batches:
-            flags = [*sizes.ldm, *LDM_VARIANTS[what]]
-            flags += ["--model", sizes.ldm_lightning] if "LightningDiT" in what else []
-            args, method = build_ldm(flags)
-            if args.model not in flops:
-                flops[args.model] = flops_of_step(method, train_ldm.random_batch(args, method, 2))
-                args, method = build_ldm(flags)  # as if it had taken no step
+            network = (*sizes.ldm, *(("--model", sizes.ldm_lightning) if "LightningDiT" in what else ()))
+            if network not in flops:
+                args, method = build_ldm([*network, *LDM_VARIANTS["eager"]])
+                flops[network] = flops_of_step(method, train_ldm.random_batch(args, method, 2))
+            args, method = build_ldm([*network, *LDM_VARIANTS[what]])
             batch = to_device(train_ldm.random_batch(args, method, images), report.device)
-            step = plain_ldm_step(method, batch) if what == "plain" else lambda b=batch, m=method: train_step(m, 0, [b])
-            with cuda_graphs() if what == "compiled, CUDA graphs" else contextlib.nullcontext():
-                fits = time_training(report, "ldm", what, step, images, flops[args.model])
+            step = plain_ldm_step(method, batch) if what == "plain" else ldm_step(method, batch, what)
+            with cuda_graphs() if "CUDA graphs" in what else contextlib.nullcontext():
+                fits = time_training(report, "ldm", what, step, images, flops[network])
             if fits and what not in ("plain", *FEW_IMAGES) and images == batches[0]:
                 show_parts(report, what, method, batch, images)
             del method, step, batch
+
+
+def ldm_step(method: Method, batch, what: str) -> Callable[[], dict[str, torch.Tensor]]:
+    """A step; with CUDA graphs its blocks are one generation, or each would overwrite what the one before it gave."""
+
+    def step() -> dict[str, torch.Tensor]:
+        if "CUDA graphs" in what:
+            torch.compiler.cudagraph_mark_step_begin()
+        return train_step(method, 0, [batch])
+
+    return step
 
 
 def cuda_graphs():
     """Context: what is compiled in it is replayed by CUDA graphs, a block each, so that a step launches little."""
     import torch._inductor.config
 
+    counters["inductor"].pop("cudagraph_skips", None)
     return torch._inductor.config.patch({"triton.cudagraphs": True})
 
 
@@ -345,18 +376,23 @@ def time_training(
         report.wait()
         first = time.perf_counter() - start
         seconds = report.seconds(step)
-        launched = report.seconds(step, warm_up=0, is_awaited=False)
-        figures = {"launch_ms": 1000 * launched, "loss": step()["loss"].item(), "first_step_seconds": first}
+        figures = {"first_step_seconds": first}
+        launched = report.seconds(step, warm_up=0, is_awaited=False)  # as many steps of all, for the loss
+        if not what.startswith("plain"):  # which fetches its losses
+            figures["launch_ms"] = 1000 * launched
+        figures["loss"] = step()["loss"].item()
+        if "CUDA graphs" in what:
+            figures["graphs_skipped"] = counters["inductor"]["cudagraph_skips"]
     except torch.OutOfMemoryError:
         print(f"{part:9} {what:34}{images:5}  out of memory", flush=True)
-        report.rows.append({"part": part, "what": what, "images": images, "out_of_memory": True})
+        report.record({"part": part, "what": what, "images": images, "out_of_memory": True})
         return False
     except Exception as error:
         if "CUDA graphs" not in what:
             raise
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         print(f"{part:9} {what:34}{images:5}  {said}", flush=True)
-        report.rows.append({"part": part, "what": what, "images": images, "failed": said})
+        report.record({"part": part, "what": what, "images": images, "failed": said})
         return False
     report.add(part, what, seconds, images, flops, **figures)
     if report.kernels:
@@ -460,10 +496,12 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 PARTS = {
-    "ldm": (measure_ldm, tuple(LDM_VARIANTS)),
+    "ldm": (measure_ldm, tuple(name for name in LDM_VARIANTS if "CUDA graphs" not in name)),
     "sendvae": (measure_sendvae, tuple(SENDVAE_VARIANTS)),
     "caching": (measure_caching, tuple(INFERENCE_VARIANTS)),
     "sampling": (measure_sampling, tuple(name for name in INFERENCE_VARIANTS if "NCHW" not in name)),
+    # last: a GPU that an experiment leaves in error serves nothing after it
+    "graphs": (measure_ldm, ("compiled, CUDA graphs",)),
 }
 
 
@@ -473,9 +511,8 @@ def main(argv: Sequence[str]) -> int:
     if process.device.type != "cuda" and not args.rehearse:
         print("benchmarks/gpu.py: no CUDA device; --rehearse runs it with tiny networks on a CPU", file=sys.stderr)
         return 2
-    report = Report(args.repeats, process.device, args.kernels)
-    name = torch.cuda.get_device_name() if process.device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}")
+    report = Report(args.repeats, process.device, args.kernels, args.output)
+    print(f"{report.name}, torch {torch.__version__}")
     sizes = TINY if args.rehearse else Sizes()
     measure_ceilings(report, sizes)
     for part in args.parts:
@@ -485,9 +522,6 @@ def main(argv: Sequence[str]) -> int:
         except torch.OutOfMemoryError as error:
             print(f"{part}: out of memory, the rest of it is left out ({str(error).splitlines()[0]})", flush=True)
         report.forget_peak()
-        if args.output:
-            content = {"device": name, "torch": torch.__version__, "ceilings": report.ceilings, "rows": report.rows}
-            args.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 

@@ -61,7 +61,6 @@ def build_lpips(
     net: str = "vgg",
     flag: str = "--lpips-ckpt",
     go_without: str = GO_WITHOUT,
-    resolution: int | None = None,
 ) -> nn.Module:
     """LPIPS (linear heads v0.1), frozen: two images ``[B, 3, H, W]`` in [-1, 1] → ``[B, 1, 1, 1]``.
 
@@ -72,19 +71,12 @@ def build_lpips(
         random_weights: a random trunk, to measure sizes and speed.
         net: of :data:`TRUNKS`; losses use ``vgg``.
         flag: that the checkpoint comes from, for messages.
-        go_without: what to do without it, for messages.
-        resolution: side of the smallest images that it will compare, pixels; None: large enough.
+        go_without: what to do without weights, for messages.
 
     Raises:
-        UserError: the weights cannot be had, or are another network's; images too small.
+        UserError: the weights cannot be had, or are another network's.
     """
     import lpips
-
-    if resolution is not None and resolution < TRUNKS[net].min_resolution:
-        raise UserError(
-            f"LPIPS of {TRUNKS[net].name} needs images of {TRUNKS[net].min_resolution} px or more, not {resolution}: "
-            f"larger ones, or {go_without}"
-        )
 
     state = None if random_weights else _trunk_state(TRUNKS[net], checkpoint, flag, go_without)
     with warnings.catch_warnings():  # lpips 0.1.4 asks torchvision in an outdated way

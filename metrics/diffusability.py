@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.counted_noise import Purpose, counted_normal
 from errors import UserError
@@ -66,7 +66,8 @@ def encode_diffused(
         encoded: a function of uint8 images ``[n, 3, H, W]``, and the shape of a result → all images through it.
     """
     resolution, (height, width) = latents.data.images.resolution, latents.values.shape[2:]
-    cell = resolution // height
+    cell = resolution // (height * tokenizer.packing)
+    unpacked = nn.PixelShuffle(tokenizer.packing)  # what moves are positions, in channels too
     stored = encoded(lambda images: tokenizer.encode(images).stored(), tokenizer.stored_shape(resolution))
     samples = torch.empty_like(latents.values)
     numbers = torch.from_numpy(latents.data.items)
@@ -84,7 +85,7 @@ def encode_diffused(
             return tokenizer.encode(move(images, cell)).mode
 
         moved = statistics.normalize(encoded(encode_moved, shape))
-        errors[name] = unexplained_share(*transform.of_latents(latents.values, moved))
+        errors[name] = unexplained_share(*transform.of_latents(unpacked(latents.values), unpacked(moved)))
     return Diffused(samples, foreground[:, 0].bool(), errors)
 
 

@@ -18,7 +18,7 @@ from dataset.loader import read_batches
 from dataset.verification import verify_on_all
 from errors import UserError
 from inference.latent_cache import ChunkEncoder, autocast_for, chunk_size, one_thread_each
-from loss.perceptual import build_lpips
+from loss.perceptual import TRUNKS, build_lpips
 from metrics.arguments import INCEPTION, LPIPS_FLAGS
 from metrics.arguments import RECONSTRUCTION_METRICS as METRICS
 from metrics.encoding import chunked, whole_chunks
@@ -168,7 +168,12 @@ def build_networks(args: argparse.Namespace, process: Process, resolution: int) 
         file = getattr(args, flag.removeprefix("--").replace("-", "_"))
         others = ",".join(name for name in args.metrics or METRICS if name != f"lpips-{net}") or "psnr"
         try:
-            networks[net] = build_lpips(file, args.dry_run and not file, net, flag, f"--metrics {others}", resolution)
+            if resolution < TRUNKS[net].min_resolution:
+                raise UserError(
+                    f"lpips-{net} needs images of {TRUNKS[net].min_resolution} px or more, not {resolution}; take "
+                    f"larger ones, or --metrics {others}"
+                )
+            networks[net] = build_lpips(file, args.dry_run and not file, net, flag, f"--metrics {others}")
         except UserError as error:
             if file or args.metrics is not None:
                 raise

@@ -392,6 +392,36 @@ def test_samples_of_a_vae_without_statistics_are_normalised_by_their_own():
     assert max(diffused.errors.values()) < 1e-10
 
 
+class PackedPooling(MeanPooling):
+    """The same with patches of 2×2 positions in the channels, as FLUX.2's latents are."""
+
+    downsampling, packing = 8, 2
+
+    def encode(self, images):
+        plain = super().encode(images)
+        return Posterior(F.pixel_unshuffle(plain.mean, 2), F.pixel_unshuffle(plain.logvar, 2))
+
+    def stored_shape(self, resolution):
+        return 24, resolution // 8, resolution // 8
+
+    def latent_shape(self, resolution):
+        return 12, resolution // 8, resolution // 8
+
+    def sample(self, stored, noise):
+        return stored[:, :12] + stored[:, 12:] * noise
+
+
+def test_positions_in_the_channels_move_as_well():
+    images, statistics = smooth_images(12), LatentStatistics(12)
+    values = statistics.normalize(F.pixel_unshuffle(pooled(images), 2))
+    data = SimpleNamespace(images=SimpleNamespace(resolution=32), items=np.arange(12))
+    latents = Latents(values, data, torch.device("cpu"), seed=9)
+    diffused = encode_diffused(
+        latents, PackedPooling(), statistics, statistics, lambda function, shape: function(images)
+    )
+    assert set(diffused.errors) == {"flip", "rotation", "shift", "scale"} and max(diffused.errors.values()) < 1e-10
+
+
 class OneSize(MeanPooling):
     """Of 32 px images alone, as an RAE is."""
 

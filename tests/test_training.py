@@ -399,7 +399,7 @@ def test_a_run_older_than_any_flag_was_trained_with_its_default(tmp_path):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--my-weight", type=float, default=0.5)
     parser.add_argument("--my-path")
-    old = {"seed": 3}
+    old = {"seed": 3, "output_dir": "exps"}
     for argv in ([], ["--my-weight", "0.5"], ["--my-path", "given"]):  # of what has no default nothing is known
         args = parser.parse_args(["--seed", "3", *argv])
         assert "defaults" not in vars(args)
@@ -407,6 +407,8 @@ def test_a_run_older_than_any_flag_was_trained_with_its_default(tmp_path):
     args = parser.parse_args(["--seed", "3", "--my-weight", "0.7"])
     with pytest.raises(UserError, match=r"--my-weight 0\.5, not 0\.7"):
         refuse_changed_arguments(old, vars(args), CHANGEABLE, tmp_path, args.defaults)
+    # made from other people's checkpoints, which do not say it
+    refuse_changed_arguments({"seed": 3}, vars(args), CHANGEABLE, tmp_path, args.defaults)
 
 
 def test_a_run_older_than_a_field_of_its_denoiser_resumes(tmp_path):

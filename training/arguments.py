@@ -40,8 +40,14 @@ MENTIONED = {
     "channels_last": ROUNDED_OTHERWISE,
     "deterministic": ROUNDED_OTHERWISE,
 }
-# What runs that are older than a flag were trained with, where its default does not say it; and other people's runs.
-UNSAID = {"align_until": None, "optimizer": "adamw", "feature_norm": "none"}
+# What other people's runs were trained with, which do not say it; and ours that are older than a flag whose default is
+# something else.
+UNSAID = {
+    **{"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0, "velocity_cosine_coeff": 0.0},
+    **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp", "reg_coeff": 0.0},
+    **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
+    "posthoc_ema": averages.NO_LENGTHS,
+}
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
     {

@@ -40,11 +40,13 @@ class Trial:
         build: makes what is trained, and changes nothing that the next call uses.
         batch_of: a micro-batch of so many images for it.
         step: number of a step in which every network takes part.
+        build_largest: makes what needs most memory, where that changes from step to step; else it is :attr:`build`.
     """
 
     build: Callable[[], Method]
     batch_of: Callable[[Any, int], Any]
     step: int = 0
+    build_largest: Callable[[], Method] | None = None
 
     def find_for_run(self, args: argparse.Namespace, this_run: Run, checkpoint: Checkpoint | None) -> None:
         """:meth:`find` for a run, which records what was found; resumed on as many processes it keeps that."""
@@ -93,7 +95,7 @@ class Trial:
         def peak(images: int) -> float:
             nonlocal method
             try:
-                method = method or self.build()
+                method = method or (self.build_largest or self.build)()
                 # two: the second one's activations lie next to the first one's gradients, as with accumulation, and as
                 # under DDP, whose buckets stay
                 batches = [self.batch_of(method, images)] * 2

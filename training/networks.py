@@ -16,7 +16,7 @@ from loss.alignment import (
     TokenizerAlignment,
     build_denoiser_alignment,
 )
-from loss.perceptual import build_lpips
+from loss.perceptual import GO_WITHOUT, TRUNKS, build_lpips
 from loss.vae_objective import VAELossConfig, VAEObjective
 from models.denoisers import Denoiser, DenoiserConfig
 from models.discriminator import PatchDiscriminator
@@ -38,17 +38,24 @@ def build_objective(
     discriminator = perceptual = None
     if loss_config.uses_gan:
         discriminator = PatchDiscriminator()
-        if resolution < discriminator.min_resolution:
-            raise UserError(
-                f"the PatchGAN needs images of {discriminator.min_resolution} px or more, not {resolution}: "
-                "raise --resolution, or --loss-override discriminator_weight=0"
-            )
+        least = discriminator.min_resolution
+        check_size(args, resolution, least, "the PatchGAN", "--loss-override discriminator_weight=0")
         if args.disc_pretrained_ckpt:
             load_discriminator(discriminator, args.disc_pretrained_ckpt)
     if loss_config.perceptual_weight:
+        check_size(args, resolution, TRUNKS["vgg"].min_resolution, "LPIPS", GO_WITHOUT)
         with goes_first(accelerator.is_local_main_process):
-            perceptual = build_lpips(args.lpips_ckpt, args.random_weights, resolution=resolution)
+            perceptual = build_lpips(args.lpips_ckpt, args.random_weights)
     return VAEObjective(loss_config, perceptual), discriminator
+
+
+def check_size(args: argparse.Namespace, resolution: int, least: int, part: str, go_without: str) -> None:
+    """Refuse images, ``resolution`` px wide, that are too small for a part of the objective."""
+    if resolution < least:
+        made = "" if resolution == args.resolution else f", as --align-loss {args.align_loss} makes them"
+        raise UserError(
+            f"{part} needs images of {least} px or more, not {resolution}{made}: raise --resolution, or {go_without}"
+        )
 
 
 def build_vfms(args: argparse.Namespace, grid: int, accelerator: Accelerator) -> list[Encoder]:

@@ -382,10 +382,11 @@ def refuse_changed_arguments(
         old, new: flags as recorded and as given.
         changeable: flags that may differ.
         folder: of the run.
-        defaults: of flags; an older run was trained with that of a flag which it does not know.
+        defaults: of flags; an older run was trained with that of a flag which it does not know. What was made from
+            other people's checkpoints says of few flags what they were, and may be trained on with any other.
     """
     of_methods = defaults_of_methods()
-    unsaid = {**defaults, **of_methods, **UNSAID}
+    unsaid = {**defaults, **of_methods, **UNSAID} if "output_dir" in old else UNSAID
     for name, value in new.items():
         if value is None and name in of_methods:  # of another alignment; older runs recorded some of them all the same
             continue

@@ -4,7 +4,6 @@ No term is added: the VAE's own losses compare what a transformed latent decodes
 """
 
 import argparse
-import math
 import random
 from collections.abc import Sequence
 
@@ -21,20 +20,21 @@ class Equivariance(TokenizerAlignment, EquivarianceFlags):
     """Scales and turns a micro-batch, or leaves it as it is, as the public code does.
 
     Args:
-        side: positions of the latent along a side.
         probability: of a transformation.
-        scale: the smallest; sides from there to ``side − 1`` are equally probable, and so are the quarter turns 1 to 3.
+        sides: of latents that are scaled, in positions, each equally probable, and so are the quarter turns 1 to 3;
+            without any they are only turned.
     """
 
-    def __init__(self, side: int, probability: float, scale: float):
+    def __init__(self, probability: float, sides: range):
         super().__init__()
-        self.probability, self.sides = probability, range(max(1, math.ceil(scale * side)), side)
+        self.probability, self.sides = probability, sides
 
     @classmethod
     def from_arguments(
         cls, args: argparse.Namespace, latent_shape: tuple[int, int, int], features: Sequence[TokenGrid]
     ) -> "Equivariance":
-        return cls(latent_shape[-1], args.eq_probability, args.eq_scale)
+        side = latent_shape[-1]
+        return cls(args.eq_probability, range(cls.smallest_side(args, side), side))
 
     def view(self, latent: torch.Tensor, images: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         """Both scaled bilinearly without antialiasing, then turned."""

@@ -5,6 +5,7 @@ and builds the module that has them (:meth:`from_arguments`). A method of your o
 """
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -59,9 +60,9 @@ class TokenizerAlignmentFlags(AlignmentFlags):
     keeps_size: ClassVar[bool] = True
 
     @classmethod
-    def smallest_view(cls, args: argparse.Namespace) -> float:
-        """The smallest share of an image's side that is decoded."""
-        return 1.0
+    def smallest_side(cls, args: argparse.Namespace, side: int) -> int:
+        """Positions along a side of the smallest latent that is decoded, for one of ``side``."""
+        return side
 
     @classmethod
     def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
@@ -268,8 +269,8 @@ class EquivarianceFlags(TokenizerAlignmentFlags):
         args.compile = False
 
     @classmethod
-    def smallest_view(cls, args: argparse.Namespace) -> float:
-        return args.eq_scale
+    def smallest_side(cls, args: argparse.Namespace, side: int) -> int:
+        return side if not args.eq_probability else min(side, max(1, math.ceil(args.eq_scale * side)))
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:

@@ -61,7 +61,13 @@ class Tokenizer(nn.Module, ABC):
 
     Args:
         latent_channels: C.
+
+    Attributes:
+        packing: positions of its network's latent along a side that make one position here, its channels holding them
+            in the order of ``torch.pixel_unshuffle``.
     """
+
+    packing = 1
 
     def __init__(self, latent_channels: int):
         super().__init__()

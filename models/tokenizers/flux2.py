@@ -34,7 +34,7 @@ class Flux2Tokenizer(PosteriorTokenizer):
         rows, columns = network.config.patch_size
         if rows != columns:
             raise ValueError(f"patches of {rows}×{columns} latent positions are not square")
-        self.patch = rows
+        self.packing = rows
 
     @classmethod
     def channels_of(cls, config: Mapping) -> int:
@@ -43,15 +43,15 @@ class Flux2Tokenizer(PosteriorTokenizer):
 
     @property
     def downsampling(self) -> int:
-        return self.patch * 2 ** (len(self.network.config.block_out_channels) - 1)
+        return self.packing * 2 ** (len(self.network.config.block_out_channels) - 1)
 
     def encode(self, images: torch.Tensor) -> Posterior:
         """uint8 images ``[B, 3, H, W]`` → posterior over patches ``[B, 4·32, H/16, W/16]``, un-normalised."""
         plain = Posterior.of(self.network.encode(to_signed(images)).latent_dist.parameters)
-        return Posterior(F.pixel_unshuffle(plain.mean, self.patch), F.pixel_unshuffle(plain.logvar, self.patch))
+        return Posterior(F.pixel_unshuffle(plain.mean, self.packing), F.pixel_unshuffle(plain.logvar, self.packing))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        return self.network.decode(F.pixel_shuffle(z, self.patch)).sample.float()
+        return self.network.decode(F.pixel_shuffle(z, self.packing)).sample.float()
 
     def take_statistics(self) -> str | None:
         bn = self.network.bn

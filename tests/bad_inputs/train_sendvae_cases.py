@@ -164,7 +164,7 @@ CASES = [
     Case(
         "too small for LPIPS",
         with_flags(resolution=8, mapper_grid=1, loss_override="discriminator_weight=0", loss_cfg_path=None),
-        ("LPIPS of VGG16", "16 px", "perceptual_weight=0"),
+        ("LPIPS", "16 px", "not 8:", "perceptual_weight=0"),
     ),
     Case("too small for the PatchGAN", with_flags(resolution=16, mapper_grid=1), ("24 px", "discriminator_weight=0")),
     Case("grid does not divide", with_flags(mapper_grid=3), ("--mapper-grid 3", "8×8", "1, 2, 4, 8")),
@@ -237,7 +237,11 @@ CASES = [
         with_flags(align_loss="equivariance", compile=True),
         ("--compile", "equivariance"),
     ),
-    Case("scaled too small for the PatchGAN", with_flags(align_loss="equivariance", eq_scale=0.5), ("24 px", "not 16")),
+    Case(
+        "scaled too small for the PatchGAN",
+        with_flags(align_loss="equivariance", eq_scale=0.5),
+        ("24 px", "not 16, as --align-loss equivariance makes them"),
+    ),
     Case("scale of no equivariance", with_flags(eq_scale=0.5), ("--eq-scale belongs to --align-loss equivariance",)),
     Case("random weights for real", with_flags(random_weights=True), ("--random-weights", "--dry-run")),
     Case("milestones off the checkpoints", with_flags(milestone_steps=7), ("--milestone-steps 7", "10000")),
