@@ -29,7 +29,15 @@ from formats.arguments import (
 from formats.run_folders import refuse_unfinished
 from models.encoders import ENCODERS
 from models.tokenizers import architecture_names
-from runtime.cli import ArgumentParser, add_debug_argument, answer_early, non_negative_int, positive_int, run
+from runtime.cli import (
+    ArgumentParser,
+    add_debug_argument,
+    answer_early,
+    non_negative_int,
+    out_of_memory_means,
+    positive_int,
+    run,
+)
 from runtime.repae_flags import default_data_dir
 
 IMAGENET_IMAGES = 1_281_167  # what a dry run without data counts
@@ -206,20 +214,17 @@ def main(argv: Sequence[str]) -> int:
     args.resolution = images.resolution if images is not None else args.resolution or DEFAULT_RESOLUTION
     folder = None if args.dry_run else cache_folder(args)
     networks = build_networks(args, process)
-    try:
-        with one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads:
-            if args.dry_run:
-                dry_run(args, networks, images, process, threads)
-            else:
-                targets = build_targets(args, folder, networks, images, process)
-                jobs, alone = [target.packing for target in targets], process.world_size == 1
-                with sigterm_as_interrupt(), given_back_if_refused(*jobs, alone=alone):
-                    make_cache(args, folder, networks, images, targets, process, threads)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory ({str(error).splitlines()[0]}): free the GPU of other processes, or add "
-            "--mixed-precision bf16; what is complete is kept"
-        ) from error
+    with (
+        out_of_memory_means("free the GPU of other processes, or add --mixed-precision bf16; what is complete is kept"),
+        one_thread_each() if process.device.type == "cpu" else nullcontext(1) as threads,
+    ):
+        if args.dry_run:
+            dry_run(args, networks, images, process, threads)
+        else:
+            targets = build_targets(args, folder, networks, images, process)
+            jobs, alone = [target.packing for target in targets], process.world_size == 1
+            with sigterm_as_interrupt(), given_back_if_refused(*jobs, alone=alone):
+                make_cache(args, folder, networks, images, targets, process, threads)
     return 0
 
 

@@ -34,7 +34,7 @@ from inference import arguments
 from inference.arguments import COMPILED_FROM, OUTPUT_FLAG, SAMPLES
 from inference.sweep import DEFAULT_SAMPLES, Point, axis, points_of
 from metrics.arguments import INCEPTION, SWEEP_METRICS, add_metric_arguments
-from runtime.cli import ArgumentParser, answer_early, run
+from runtime.cli import ArgumentParser, answer_early, out_of_memory_means, run
 
 SWEPT = {"scale": "cfg_scale", "low": "guidance_low", "high": "guidance_high"}  # axes of a sweep
 
@@ -139,7 +139,6 @@ def check_sweep(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     answer_early(parse_arguments)
 
-import torch
 
 from dataset.images import ImageDataset, open_images
 from dataset.packing import lock_if_free, sigterm_as_interrupt
@@ -172,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = trained.load_autoencoder()
     networks = functools.cache(functools.partial(load_networks, args, trained, tokenizer, process))
     job = Job(trained, tokenizer, classes, process, networks, beside)
-    try:
+    with out_of_memory_means("lower --pproc-batch-size, or add --mixed-precision bf16; what is complete is kept"):
         if args.dry_run:
             dry_run(args, job)
         else:
@@ -181,11 +180,6 @@ def main(argv: Sequence[str]) -> int:
                     sweep(args, job, evaluation, argv)
                 elif make_samples(args, job) and evaluation is not None:
                     evaluate_complete(args.sample_dir, evaluation, process)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory ({str(error).splitlines()[0]}): lower --pproc-batch-size, or add --mixed-precision bf16; "
-            "what is complete is kept"
-        ) from error
     return 0
 
 

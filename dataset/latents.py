@@ -157,21 +157,19 @@ class LatentDataset:
         limit = available_memory() // (4 * local_processes) if memory_limit is None else memory_limit
         self._arrays: dict[str, _Array] = {}
         if latents:
-            readers = [reader, self._open(FLIPPED_NAME, "latents", "--hflip")] if hflip else [reader]
+            readers = [reader, self._open(FLIPPED_NAME, "latents")] if hflip else [reader]
             self._arrays["stored"] = _Array(readers, limit, show_progress)
         flips = (False, True) if hflip else (False,)
         for enc_type in features:
             names = [features_name(enc_type, flipped) for flipped in flips]
-            flags = f"--cache-features --enc-type {enc_type}{' --hflip' if hflip else ''}"
-            readers = [self._open(name, "features", flags, features_folder) for name in names]
+            readers = [self._open(name, "features", features_folder) for name in names]
             self._arrays[names[0]] = _Array(readers, limit - self.held_bytes, show_progress)
         self._feature_names = tuple(features_name(enc_type) for enc_type in features)
         self.feature_shapes = tuple(self._arrays[name].spec.shape for name in self._feature_names)
         self.class_token_source: dict | None = None
         if class_token is not None:
             names = [class_tokens_name(class_token, flipped) for flipped in flips]
-            flags = f"--cache-class-tokens --enc-type {class_token}{' --hflip' if hflip else ''}"
-            readers = [self._open(name, "class-tokens", flags, features_folder) for name in names]
+            readers = [self._open(name, "class-tokens", features_folder) for name in names]
             self._arrays["class_token"] = _Array(readers, limit - self.held_bytes, show_progress)
             source = {key: readers[0].index["source"].get(key) for key in ("enc_type", "encoder", "grid")}
             self.class_token_source = source | {"width": readers[0].spec.shape[0]}
@@ -257,13 +255,11 @@ class LatentDataset:
                 "images); give its --data-dir, or make a cache of this one"
             )
 
-    def _open(self, name: str, kind: str, flags: str, cache: str | os.PathLike | None = None) -> PackedReader:
+    def _open(self, name: str, kind: str, cache: str | os.PathLike | None = None) -> PackedReader:
         cache = self.folder if cache is None else Path(cache)
         folder = cache / name
         if read_index(folder) is None:
-            raise UserError(
-                f"{cache} has no complete {name}/; run the same cache_latents.py command again with {flags}"
-            )
+            raise UserError(missing_part(cache, name))
         reader = PackedReader(folder, kind)
         is_of_others = cache != self.folder and reader.index["source"].get("dataset") != self.source.get("dataset")
         if is_of_others or not np.array_equal(reader.labels, self.labels):
@@ -334,6 +330,15 @@ def _memory_cgroups() -> list[Path]:
     inner = next((line.partition("::")[2].strip("/") for line in lines if line.startswith("0::")), "")
     folder = root / inner
     return [folder, *(parent for parent in folder.parents if parent == root or root in parent.parents)]
+
+
+def missing_part(cache: Path, part: str) -> str:
+    """What to tell who asks a cache for a sub-folder that it lacks."""
+    kind, _, enc_type = part.partition("/")
+    makes = {"features": "--cache-features", "class-tokens": "--cache-class-tokens"}
+    flags = [makes[kind.removesuffix("-flipped")], "--enc-type", enc_type.replace("--", "/")] if enc_type else []
+    flags += ["--hflip"] if kind == FLIPPED_NAME or kind.endswith("-flipped") else []
+    return f"{cache} has no complete {part}/; run the same cache_latents.py command again with {' '.join(flags)}"
 
 
 def cache_files(folder: Path, parts: Sequence[str] | None) -> tuple[list[str], list[str]]:

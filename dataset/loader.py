@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.images import ImageDataset
-from dataset.latents import available_memory, cache_files
+from dataset.latents import available_memory, cache_files, missing_part
 from dataset.order import SampleOrder
-from dataset.shards import INDEX_NAME, Index, PackedReader, read_index
+from dataset.shards import INDEX_NAME, PackedReader, read_index
 from errors import UserError
 from files import checksum, remove_leftovers, whole_file
 
@@ -350,7 +350,9 @@ def stage_dataset(
     digests: dict[str, str] = {}
     version = hashlib.sha256()
     for folder in folders:
-        index = _complete_index(path / folder)
+        index = read_index(path / folder)
+        if index is None:
+            raise UserError(missing_part(path, folder))
         files = {
             os.path.normpath(f"{folder}/{name}"): file
             for files in (*(shard["files"] for shard in index["shards"]), index["labels"])
@@ -383,13 +385,6 @@ def stage_dataset(
                     )
             progress.update(size)
     return target
-
-
-def _complete_index(folder: Path) -> Index:
-    index = read_index(folder)
-    if index is None:
-        raise UserError(f"{folder} is not complete; run the command that made it again")
-    return index
 
 
 def _has_size(path: Path, size: int) -> bool:

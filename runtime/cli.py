@@ -3,7 +3,8 @@
 import argparse
 import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,3 +209,15 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _MEMORY_MESSAGES)
+
+
+@contextmanager
+def out_of_memory_means(remedy: str | Callable[[], str]) -> Iterator[None]:
+    """Context: memory that runs out in it is the user's to mend, in these words, or in those that are then computed."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"out of memory ({said[:200]}): {remedy if isinstance(remedy, str) else remedy()}") from error

@@ -1,6 +1,7 @@
 """What every script does with an error that ends it, and how soon it answers for its flags."""
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from errors import UserError
-from runtime.cli import EXIT_USER_ERROR, run
+from runtime.cli import EXIT_USER_ERROR, out_of_memory_means, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,10 +21,13 @@ def cpu_allocation_that_fails(argv):
 
 
 def raising(error):
-    def main(argv):
+    def main(*args):
         raise error
 
     return main
+
+
+MORE = {"generate": ("--model", "SiT-Ti/2"), "cache_latents": ("--vae-ckpt", "none")}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,31 @@ def test_one_line_and_exit_code(main, expected, capsys):
     assert run(main, []) == EXIT_USER_ERROR
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("remedy", ["take less", lambda: "take less"])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no room\nfor it"), RuntimeError("no room: CUBLAS_STATUS_ALLOC_FAILED"), MemoryError()],
+)
+def test_a_script_says_what_to_do_without_memory(error, remedy):
+    said = r"^out of memory \((no room.*|MemoryError)\): take less$"
+    with pytest.raises(UserError, match=said), out_of_memory_means(remedy):
+        raise error
+    with pytest.raises(RuntimeError, match="mat1"), out_of_memory_means(remedy):
+        raise RuntimeError("mat1 and mat2 cannot be multiplied")
+
+
+@pytest.mark.parametrize(
+    ("script", "works", "words"),
+    [("generate", "dry_run", "--pproc-batch-size"), ("cache_latents", "dry_run", "--mixed-precision bf16")],
+)
+def test_images_that_do_not_fit_have_a_remedy(script, works, words, monkeypatch, capsys):
+    """Of cuBLAS, which has no error class of its own."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, works, raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")))
+    assert run(module.main, ["--dry-run", "--vae", "f4d4-tiny", "--resolution", "32", *MORE[script]]) == EXIT_USER_ERROR
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

@@ -274,5 +274,5 @@ class TestStaging:
 
     def test_a_part_that_is_missing(self, tmp_path):
         write_cache(tmp_path / "cache")
-        with pytest.raises(UserError, match="flipped is not complete"):
+        with pytest.raises(UserError, match=r"no complete flipped/; run the same cache_latents\.py command .* --hflip"):
             stage_dataset(tmp_path / "cache", tmp_path, kind="latents", parts=(FLIPPED_NAME,))

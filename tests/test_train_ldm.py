@@ -96,6 +96,35 @@ def test_features_from_images_and_from_the_cache_train_alike(data, tmp_path):
     assert images["repa"] == pytest.approx(features["repa"], rel=1e-3)
 
 
+@pytest.mark.parametrize("source", ["images", "features"])
+def test_what_is_copied_to_a_local_disk_trains_alike(data, tmp_path, source):
+    """--stage-dir takes the parts of the cache that are used, checksums included, and the images where they are."""
+    options, local = {"repa_source": source, "hflip": True, "verify": True}, tmp_path / "local"
+    assert train(*flags(data, tmp_path, "there", **options)) == 0
+    assert train(*flags(data, tmp_path, "here", stage_dir=local, **options)) == 0
+    assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
+    copies = {path.name.rpartition("-")[0]: path for path in local.iterdir()}
+    assert copies.keys() == {LATENTS} | ({data.name} if source == "images" else set())
+    folders = {path.name for path in copies[LATENTS].iterdir() if path.is_dir()}
+    assert folders == {"vae", "flipped"} | ({"features", "features-flipped"} if source == "features" else set())
+
+
+def test_what_a_cache_lacks_is_said_before_it_is_copied(tmp_path, capsys):
+    data = write_data(tmp_path / "data", images=6)
+    for changes, words in (
+        ({"hflip": True}, "no complete flipped/; run the same cache_latents.py command again with --hflip"),
+        (
+            {"enc_type": "timm/vit_tiny_patch16_224", "repa_source": "features"},
+            "--cache-features --enc-type timm/vit_tiny_patch16_224",
+        ),
+        ({"reg_coeff": 0.03, "repa_source": "features"}, "--cache-class-tokens --enc-type efficientnet-lite0"),
+    ):
+        for staged in ({}, {"stage_dir": tmp_path / "local"}):
+            assert train(*flags(data, tmp_path, "x", **changes, **staged)) == 2
+            assert words in capsys.readouterr().err
+    assert not (tmp_path / "local").exists()
+
+
 def test_auto_takes_cached_features_and_images_otherwise(data, tmp_path):
     assert train(*flags(data, tmp_path, "auto")) == 0
     assert train(*flags(data, tmp_path, "other", enc_type="efficientnet-lite0-s32", model="SiT-Ti/4")) == 0

@@ -1,6 +1,10 @@
 """train_sendvae.py as a user calls it, in this process: results, dry run, frozen VAE, a second call."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +27,8 @@ from tests.latent_caches import save_vae
 from tests.photographs import PHOTOGRAPHS, needs_photographs
 from tests.sendvae_runs import flags
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
@@ -35,6 +41,39 @@ def toy(tmp_path_factory):
 
 def train(*argv: str) -> int:
     return run(train_sendvae.main, list(argv))
+
+
+@pytest.mark.parametrize(
+    ("images", "words"), [(4, "add --micro-batch-size 2, which keeps the global batch"), (1, "add --gradient-checkpoi")]
+)
+def test_out_of_memory_is_one_line_with_a_remedy(toy, tmp_path, monkeypatch, capsys, images, words):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total …")
+
+    monkeypatch.setattr("training.loop.train_step", fail)
+    assert train(*flags(toy, tmp_path, batch_size=images)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in last
+    assert words in last
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_one_run_of_wandb(toy, tmp_path):
+    """Without a key it is kept for later (offline), and nobody is asked for one. With --deterministic, too."""
+    options = {"report_to": "wandb", "deterministic": True, "align_coeff": 0, "loss_cfg_path": "configs/l1_kl.yaml"}
+    hidden = {name for name in os.environ if name.startswith("WANDB")}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"NETRC": "/no/netrc"}
+    identities = []
+    for steps in (1, 2):
+        argv = flags(toy, tmp_path, max_train_steps=steps, checkpointing_steps=1, **options)
+        command = [sys.executable, "train_sendvae.py", *argv]
+        answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr[-2000:]
+        identities.append((tmp_path / "run" / "wandb_id.txt").read_text())
+    assert identities[0] == identities[1]
+    folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert all(folder.name.endswith(f"-{identities[0]}") and any(folder.glob("*.wandb")) for folder in folders)
 
 
 def metrics(folder) -> list[dict]:

@@ -32,7 +32,7 @@ from formats.run_folders import Line, arguments_of, status_of
 from loss.alignment import defaults_of_methods
 from models.denoisers import denoiser_config
 from runtime.checkpoint import Checkpoint, CheckpointFolder
-from runtime.cli import flag_of, is_out_of_memory
+from runtime.cli import flag_of, out_of_memory_means
 from runtime.log import logger, setup_logging
 from runtime.processes import cpu_group
 from schema import MalformedError, parse_json
@@ -345,15 +345,12 @@ def open_run(folder: Path, accelerator: Accelerator, args: argparse.Namespace, *
     run = Run(folder, accelerator, arguments, args.defaults)
     is_good = False
     try:
-        yield run
+        with out_of_memory_means(lambda: _less_memory(run.arguments)):
+            yield run
         is_good = True
     except UserError:
         run.leave_nothing()
         raise
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"out of memory ({str(error).splitlines()[0]}): {_less_memory(run.arguments)}") from error
     finally:
         run.finish(is_good)
 
