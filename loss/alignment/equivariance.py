@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from diffusion.draws import Draws
 from loss.alignment.base import Terms, TokenGrid, TokenizerAlignment, Weights
 from loss.alignment.flags import EquivarianceFlags
-from models.latent_statistics import LatentStatistics
 
 
 class Equivariance(TokenizerAlignment, EquivarianceFlags):
@@ -46,14 +45,7 @@ class Equivariance(TokenizerAlignment, EquivarianceFlags):
         scaled = resized(images.float(), pixels).round_().to(torch.uint8)
         return torch.rot90(resized(latent, side), turns, (-2, -1)), torch.rot90(scaled, turns, (-2, -1))
 
-    def forward(
-        self,
-        latent: torch.Tensor,
-        statistics: LatentStatistics,
-        features: Sequence[torch.Tensor],
-        labels: torch.Tensor,
-        draws: Draws,
-    ) -> Terms:
+    def forward(self, latent: torch.Tensor, *context: object) -> Terms:
         """No term."""
         return {}
 
