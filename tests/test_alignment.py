@@ -2,15 +2,18 @@
 
 import argparse
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 
+import train_sendvae
 from diffusion.flow import PATH_TYPES, add_noise, interpolant
 from errors import UserError
 from formats.vae import load_tokenizer
 from loss.alignment import DENOISER_ALIGNMENTS, TOKENIZER_ALIGNMENTS, settle_arguments
 from loss.alignment.cosine import constant_predictor_cosine, patch_cosine, patch_cosine_loss
+from loss.alignment.flags import TokenizerAlignmentFlags
 from models.encoders import build_encoder
 from models.latent_statistics import latent_moments
 from models.mapper import Mapper
@@ -255,3 +258,20 @@ def test_a_weight_of_0_of_another_alignment_asks_for_nothing():
             settle_arguments(argparse.Namespace(**flags | {flag: 4}), [chosen], DENOISER_ALIGNMENTS, "--align")
     with pytest.raises(UserError, match="--proj-coeff belongs to --align repa, not to --align none"):
         settle_arguments(argparse.Namespace(**flags | {"proj_coeff": 0.1}), [], DENOISER_ALIGNMENTS, "--align")
+
+
+def test_a_flag_whose_default_is_the_parser_s_is_not_taken_for_given(monkeypatch):
+    """A method of one's own need not know that its flags should default to None."""
+
+    class Own(TokenizerAlignmentFlags):
+        DEFAULTS: ClassVar = {"own_weight": 0.3}
+
+        @classmethod
+        def add_arguments(cls, group):
+            group.add_argument("--own-weight", type=float, default=0.3)
+
+    monkeypatch.setitem(TOKENIZER_ALIGNMENTS, "own", Own)
+    assert train_sendvae.parse_arguments(["--dry-run"]).align_loss == "cosine"
+    assert train_sendvae.parse_arguments(["--dry-run", "--align-loss", "own"]).own_weight == 0.3
+    with pytest.raises(UserError, match="--own-weight belongs to --align-loss own, not to --align-loss cosine"):
+        train_sendvae.parse_arguments(["--dry-run", "--own-weight", "0.4"])

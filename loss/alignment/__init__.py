@@ -54,12 +54,13 @@ def settle_arguments(
         UserError: a flag of an alignment that was not chosen, or values that cannot be meant.
     """
     owned = {name for key in chosen for name in registry[key].DEFAULTS}
+    unasked = getattr(args, "defaults", {})  # a method of one's own may have left its defaults to the parser
     for key, cls in registry.items():
         for name in cls.DEFAULTS:
             value = getattr(args, name, None)
             # A switch that is off and a weight of 0 ask for nothing; a depth of 0 does.
             asks = value is not None and value is not False and not (isinstance(value, float) and value == 0)
-            if name not in owned and asks:
+            if name not in owned and asks and value != unasked.get(name):
                 raise UserError(
                     f"{flag_of(name)} belongs to {flag} {key}, not to {flag} {'+'.join(chosen) or NONE}: leave it out, "
                     "or choose that alignment"
