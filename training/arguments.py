@@ -169,7 +169,13 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
         add_arguments(group)
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
     group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
-    group.add_argument("--weighting", choices=WEIGHTINGS, default="uniform", help="how training times are drawn")
+    group.add_argument(
+        "--weighting",
+        choices=WEIGHTINGS,
+        default="uniform",
+        help="how training times are drawn; lognormal: log of the noise-to-data ratio from N(0, 1), which is the logit "
+        "of the time on the linear path",
+    )
     group.add_argument(
         "--time-shift",
         type=or_auto(positive_float),
