@@ -13,7 +13,8 @@ is frozen) against the matrix product that was measured. Medians of ``--repeats`
 ``launch_ms`` is when the CPU was through with a step that the GPU may still be at, at most: a GPU with about a thousand
 launches to go lets the CPU wait. With few images it is what launching takes; a step cannot be faster. ``loss`` is that
 of the last step: the same network and optimizer, with as many steps on as many images, comes out at the same to the
-precision of its variant. CUDA graphs are an experiment that no script offers; if it fails, the table says so.
+precision of its variant. ``first_step_seconds`` is less where torch's cache on the disk holds kernels of an earlier
+variant or run. CUDA graphs are an experiment that no script offers; if it fails, the table says so.
 """
 
 import argparse
@@ -325,7 +326,7 @@ def show_parts(report: Report, what: str, method: Method, batch, images: int) ->
 
     report.add("ldm", f"{what}: VFM", report.seconds(lambda: method.features(batch)), images)
     report.add("ldm", f"{what}: forward and backward", report.seconds(backward), images)
-    report.add("ldm", f"{what}: clip, AdamW, EMA", report.seconds(update), images)
+    report.add("ldm", f"{what}: clip, optimizer, EMA", report.seconds(update), images)
 
 
 def measure_sendvae(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
