@@ -36,6 +36,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_arguments(args)
     arguments.check_image_arguments(args)
     settle_arguments(args, [args.align_loss], TOKENIZER_ALIGNMENTS, "--align-loss")
+    settle_compilation(args)
     args.weighting = args.noise_times or "uniform"  # what times are drawn of
     sees_features = args.align_coeff and TOKENIZER_ALIGNMENTS[args.align_loss].needs_features
     without = f"--align-loss {args.align_loss}" if args.align_coeff else "--align-coeff 0"
@@ -51,6 +52,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             "--align-loss cosine"
         )
     return args
+
+
+def settle_compilation(args: argparse.Namespace) -> None:
+    """Compile nothing where images have another size in every step."""
+    if TOKENIZER_ALIGNMENTS[args.align_loss].keeps_size:
+        return
+    if args.compile:
+        raise UserError(
+            f"--compile: --align-loss {args.align_loss} changes the size of images, and each would be compiled; leave "
+            "it out"
+        )
+    args.compile = False
 
 
 def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,9 +226,7 @@ def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Acc
 def smallest_images(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
     """The side of the smallest images that are reconstructed, pixels."""
     kind, side = TOKENIZER_ALIGNMENTS[args.align_loss], tokenizer.latent_shape(args.resolution)[1]
-    if kind.keeps_size:
-        return args.resolution
-    if tokenizer.packing > 1:
+    if tokenizer.packing > 1 and not kind.keeps_size:
         raise UserError(
             f"--align-loss {args.align_loss} moves positions of the latent, and --vae {args.vae} holds some in its "
             "channels: take another VAE, or another --align-loss"

@@ -44,7 +44,7 @@ import train_sendvae
 from inference.latent_cache import ChunkEncoder, Target, autocast_for, chunk_size, latents_encoder
 from inference.sample_folder import build_sampler, load_networks
 from loss.vae_objective import load_loss_config
-from runtime.cli import ArgumentParser, add_debug_argument, non_negative_int, positive_int, run
+from runtime.cli import ArgumentParser, add_debug_argument, is_out_of_memory, non_negative_int, positive_int, run
 from runtime.processes import set_inference_numerics, this_process
 from training import dry_run
 from training.method import Method, to_device, train_step
@@ -287,7 +287,7 @@ def begin_anew(args: argparse.Namespace) -> Accelerator:
     return begin(args, None)
 
 
-def plain_ldm_step(method: Method, batch) -> Callable[[], None]:
+def plain_ldm_step(method: Method, batch) -> Callable[[], dict[str, torch.Tensor]]:
     """The same network and losses with clipping, AdamW and EMA one tensor at a time, and a synchronisation a step."""
     parameters = list(method.networks.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, foreach=False)
@@ -333,11 +333,10 @@ def measure_sendvae(report: Report, sizes: Sizes, variants: Sequence[str]) -> No
     """A VAE with its VFM, mapper, LPIPS and discriminator."""
     flops = 0.0
     for what in variants:
-        flags = [*sizes.sendvae, *SENDVAE_VARIANTS[what]]
-        method, resolution, start = build_sendvae(flags)
         if not flops:
+            method, resolution, start = build_sendvae([*sizes.sendvae, *SENDVAE_VARIANTS["eager"]])
             flops = flops_of_step(method, dry_run.image_batch(None, 2, resolution, 1000), start)
-            method, resolution, start = build_sendvae(flags)  # as if it had taken no step
+        method, resolution, start = build_sendvae([*sizes.sendvae, *SENDVAE_VARIANTS[what]])
         images = sizes.sendvae_batch
         batch = to_device(dry_run.image_batch(None, images, resolution, 1000), report.device)
 
@@ -384,11 +383,11 @@ def time_training(
         figures["loss"] = step()["loss"].item()
         if "CUDA graphs" in what:
             figures["graphs_skipped"] = counters["inductor"]["cudagraph_skips"]
-    except torch.OutOfMemoryError:
-        print(f"{part:9} {what:34}{images:5}  out of memory", flush=True)
-        report.record({"part": part, "what": what, "images": images, "out_of_memory": True})
-        return False
     except Exception as error:
+        if is_out_of_memory(error):
+            print(f"{part:9} {what:34}{images:5}  out of memory", flush=True)
+            report.record({"part": part, "what": what, "images": images, "out_of_memory": True})
+            return False
         if "CUDA graphs" not in what:
             raise
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -520,7 +519,9 @@ def main(argv: Sequence[str]) -> int:
         measure, variants = PARTS[part]
         try:
             measure(report, sizes, [what for what in variants if is_wanted(what, args)])
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             print(f"{part}: out of memory, the rest of it is left out ({str(error).splitlines()[0]})", flush=True)
         report.forget_peak()
     return 0

@@ -189,8 +189,7 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _WRONG_PATHS and error.filename:
         return f"{str(error.filename)[:300]}: {_WRONG_PATHS[error.errno]}"
     if is_out_of_memory(error):
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return f"out of memory: take a smaller batch or, in training, --micro-batch-size auto ({first[:200]})"
+        return f"out of memory: take a smaller batch or, in training, --micro-batch-size auto ({_first_line(error)})"
     return None
 
 
@@ -211,6 +210,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _MEMORY_MESSAGES)
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
 @contextmanager
 def out_of_memory_means(remedy: str | Callable[[], str]) -> Iterator[None]:
     """Context: memory that runs out in it is the user's to mend, in these words, or in those that are then computed."""
@@ -219,5 +222,5 @@ def out_of_memory_means(remedy: str | Callable[[], str]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"out of memory ({said[:200]}): {remedy if isinstance(remedy, str) else remedy()}") from error
+        remedy = remedy if isinstance(remedy, str) else remedy()
+        raise UserError(f"out of memory ({_first_line(error)}): {remedy}") from error

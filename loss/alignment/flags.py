@@ -52,7 +52,7 @@ class TokenizerAlignmentFlags(AlignmentFlags):
     Attributes:
         trains_alone: whether it makes sense with a frozen tokenizer, by parts of its own.
         needs_features: whether it compares with VFM features; without, no VFM is built.
-        keeps_size: whether what is decoded is as large in every step.
+        keeps_size: whether what is decoded is as large in every step; else nothing is compiled.
     """
 
     trains_alone: ClassVar[bool] = False
@@ -264,9 +264,6 @@ class EquivarianceFlags(TokenizerAlignmentFlags):
             raise UserError(f"--align-until and --align-schedule weight a term, and {name} has none: leave them out")
         if not args.eq_scale:
             raise UserError("--eq-scale 0: nothing would be left of an image; give a share of its side, e.g. 0.25")
-        if args.compile:
-            raise UserError(f"--compile: {name} changes the size of images, and each would be compiled; leave it out")
-        args.compile = False
 
     @classmethod
     def smallest_side(cls, args: argparse.Namespace, side: int) -> int:
