@@ -474,7 +474,7 @@ def measure_sampling(report: Report, sizes: Sizes, variants: Sequence[str]) -> N
         with torch.no_grad():
             for parameter in networks.model.parameters():  # what starts at zero would make a velocity of zero
                 if not parameter.any():
-                    parameter.normal_(std=0.02)
+                    parameter.copy_(0.02 * torch.randn(parameter.shape, device=parameter.device))  # drawn in float32
         items = torch.arange(sizes.sample_batch, device=process.device)
         labels = items % len(trained.class_names)
         report.forget_peak()

@@ -22,6 +22,7 @@ from inference.sweep import Point
 from inference.trained_ldm import TrainedLDM
 from inference.untrained_ldm import UntrainedLDM
 from models.denoisers import Denoiser
+from models.precision import hold_products
 from models.tokenizers import Tokenizer
 from runtime.log import progress_bar
 from runtime.processes import Process
@@ -152,6 +153,8 @@ def load_networks(
     device = process.device
     model = trained.load_model().to(device)
     guide = None if trained.guide is None else trained.guide.load_model().to(device)
+    for network in (model, guide):
+        hold_products(network, args.mixed_precision)
     tokenizer.to(device)
     if device.type == "cpu":
         tokenizer.to(memory_format=torch.channels_last)

@@ -22,6 +22,7 @@ from models.denoisers import Denoiser, DenoiserConfig
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, encoder_names, encoder_spec
 from models.feature_norm import FeatureNorm, SpatialNorm
+from models.precision import hold_products
 from models.tokenizers import Tokenizer
 from runtime.processes import goes_first
 from training.ema import EMA
@@ -59,13 +60,14 @@ def check_size(args: argparse.Namespace, resolution: int, least: int, part: str,
 
 
 def build_vfms(args: argparse.Namespace, grid: int, accelerator: Accelerator) -> list[Encoder]:
-    """The frozen VFMs of ``--enc-type`` on a grid of tokens, on the device."""
+    """The frozen VFMs of ``--enc-type`` on a grid of tokens, on the device; they only run under autocast."""
     from models.encoders import build_encoders  # timm takes seconds, which a training without VFMs need not wait
 
     with goes_first(accelerator.is_local_main_process):  # who downloads; the others find the file in the cache
         encoders = build_encoders(encoder_names(args.enc_type), grid, args.enc_ckpt, args.random_weights)
     for encoder in encoders:
         encoder.to(accelerator.device)
+        hold_products(encoder, accelerator.mixed_precision)
         if args.channels_last:
             encoder.to(memory_format=torch.channels_last)
     return encoders
