@@ -14,11 +14,13 @@ is frozen) against the matrix product that was measured. Medians of ``--repeats`
 launches to go lets the CPU wait. With few images it is what launching takes; a step cannot be faster. ``loss`` is that
 of the last step: the same network and optimizer, with as many steps on as many images, comes out at the same to the
 precision of its variant. ``first_step_seconds`` is less where torch's cache on the disk holds kernels of an earlier
-variant or run. CUDA graphs are an experiment that no script offers; if it fails, the table says so.
+variant or run. Four variants are experiments that no script offers: CUDA graphs, and small kernels launched as one
+(Inductor's combo kernels); in sampling a GELU that the matrix product before it applies (cuBLASLt's epilogue; a CPU
+takes GELU's other formula), and a residual stream in bf16. Where one fails, the table says so.
 """
 
 import argparse
-import contextlib
+import functools
 import gc
 import json
 import statistics
@@ -153,6 +155,12 @@ class Report:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def failed(self, part: str, what: str, images: int, error: Exception) -> None:
+        """Record an experiment that raised."""
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        print(f"{part:9} {what:34}{images:5}  {said}", flush=True)
+        self.record({"part": part, "what": what, "images": images, "failed": said})
+
     def forget_peak(self) -> None:
         """Give back what the last network held."""
         gc.collect()
@@ -212,9 +220,11 @@ LDM_VARIANTS = {
     "compiled, deterministic": ("--compile", "--deterministic"),
     "compiled, Muon": ("--compile", "--optimizer", "muon"),
     "compiled, LightningDiT": ("--compile",),
+    "compiled, combo kernels": ("--compile",),
     "compiled, CUDA graphs": ("--compile",),
 }
-FEW_IMAGES = ("compiled, few images", "compiled, CUDA graphs")
+INDUCTOR = {"compiled, combo kernels": {"combo_kernels": True}, "compiled, CUDA graphs": {"triton.cudagraphs": True}}
+FEW_IMAGES = ("compiled, few images", *INDUCTOR)
 ONE_BATCH = ("plain", "compiled, Muon", "compiled, LightningDiT")
 SENDVAE_VARIANTS = {
     "plain, VAE in float32": ("--no-compile", "--mixed-precision", "no"),
@@ -239,7 +249,7 @@ def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
             args, method = build_ldm([*network, *LDM_VARIANTS[what]])
             batch = to_device(train_ldm.random_batch(args, method, images), report.device)
             step = plain_ldm_step(method, batch) if what == "plain" else ldm_step(method, batch, what)
-            with cuda_graphs() if "CUDA graphs" in what else contextlib.nullcontext():
+            with compiled_with(INDUCTOR.get(what, {})):
                 fits = time_training(report, "ldm", what, step, images, flops[network])
             if fits and what not in ("plain", *FEW_IMAGES) and images == batches[0]:
                 show_parts(report, what, method, batch, images)
@@ -257,12 +267,12 @@ def ldm_step(method: Method, batch, what: str) -> Callable[[], dict[str, torch.T
     return step
 
 
-def cuda_graphs():
-    """Context: what is compiled in it is replayed by CUDA graphs, a block each, so that a step launches little."""
+def compiled_with(settings: dict[str, bool]):
+    """Context: what is compiled in it is compiled with these settings of Inductor."""
     import torch._inductor.config
 
     counters["inductor"].pop("cudagraph_skips", None)
-    return torch._inductor.config.patch({"triton.cudagraphs": True})
+    return torch._inductor.config.patch(settings)
 
 
 DRY = ("--dry-run", "--random-weights", "--max-train-steps", "1000")
@@ -367,7 +377,7 @@ def time_training(
     """A step after its first, whose seconds are shown too: kernels are compiled there. False: no figures.
 
     Raises:
-        Exception: what the step raised, but for a lack of memory and for what CUDA graphs may raise.
+        Exception: what the step raised, but for a lack of memory and for what an experiment may raise.
     """
     report.forget_peak()
     start = time.perf_counter()
@@ -388,11 +398,9 @@ def time_training(
             print(f"{part:9} {what:34}{images:5}  out of memory", flush=True)
             report.record({"part": part, "what": what, "images": images, "out_of_memory": True})
             return False
-        if "CUDA graphs" not in what:
+        if what not in INDUCTOR:
             raise
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        print(f"{part:9} {what:34}{images:5}  {said}", flush=True)
-        report.record({"part": part, "what": what, "images": images, "failed": said})
+        report.failed(part, what, images, error)
         return False
     report.add(part, what, seconds, images, flops, **figures)
     if report.kernels:
@@ -461,33 +469,71 @@ def measure_caching(report: Report, sizes: Sizes, variants: Sequence[str]) -> No
 
 def measure_sampling(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
     """A guided evaluation of the denoiser, the decoder, and what all published samples would take."""
-    process, exact = this_process(), None
+    exact = None
     for what in variants:
-        args = generate.parse_arguments(["--dry-run", *sizes.sample, *INFERENCE_VARIANTS[what]])
-        set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
-        torch.compiler.reset()
-        torch.manual_seed(0)  # the same random weights for all
-        trained = generate.open_model(args, print)
-        args.mode, args.num_steps = "ode", sizes.sample_steps
-        networks = load_networks(args, trained, trained.load_autoencoder(), process)
-        sampler = build_sampler(args, trained, networks, process)
-        with torch.no_grad():
-            for parameter in networks.model.parameters():  # what starts at zero would make a velocity of zero
-                if not parameter.any():
-                    parameter.copy_(0.02 * torch.randn(parameter.shape, device=parameter.device))  # drawn in float32
-        items = torch.arange(sizes.sample_batch, device=process.device)
-        labels = items % len(trained.class_names)
-        report.forget_peak()
-        with torch.inference_mode():
-            noise = sampler.noise(items, 0)
-            evaluation = report.seconds(lambda s=sampler, x=noise, y=labels: s.velocity(x, 0.5, y), times=3)
-            z = sampler.latents(items, labels)
-            decoding = report.seconds(lambda s=sampler, z=z: [s.decode(part) for part in z.split(s.decode_batch)])
-        exact = z if exact is None else exact
-        seconds = PUBLISHED_IMAGES / len(items) * (PUBLISHED_STEPS * evaluation + decoding)
-        figures = {"hours_50k": seconds / 3600, "decode_seconds": decoding, "difference": relative(z, exact)}
-        report.add("sampling", what, evaluation, len(items), **figures)
-        del sampler, networks
+        try:
+            z = time_sampling(report, sizes, what, exact)
+            exact = z if exact is None else exact
+        except Exception as error:
+            if what not in SAMPLING_EXPERIMENTS or is_out_of_memory(error):
+                raise
+            report.failed("sampling", what, sizes.sample_batch, error)
+
+
+def time_sampling(report: Report, sizes: Sizes, what: str, exact: torch.Tensor | None) -> torch.Tensor:
+    """One variant against the latents ``exact``, where there are some; gives its own."""
+    process, flags = this_process(), INFERENCE_VARIANTS["bf16, compiled" if what in SAMPLING_EXPERIMENTS else what]
+    args = generate.parse_arguments(["--dry-run", *sizes.sample, *flags])
+    set_inference_numerics(process, args.mixed_precision, args.allow_tf32)
+    torch.compiler.reset()
+    torch.manual_seed(0)  # the same random weights for all
+    trained = generate.open_model(args, print)
+    args.mode, args.num_steps = "ode", sizes.sample_steps
+    networks = load_networks(args, trained, trained.load_autoencoder(), process)
+    with torch.no_grad():
+        for parameter in networks.model.parameters():  # what starts at zero would make a velocity of zero
+            if not parameter.any():
+                parameter.copy_(0.02 * torch.randn(parameter.shape, device=parameter.device))  # drawn in float32
+    if what in SAMPLING_EXPERIMENTS:
+        SAMPLING_EXPERIMENTS[what](networks.model)  # which is compiled when it is first called
+    sampler = build_sampler(args, trained, networks, process)
+    items = torch.arange(sizes.sample_batch, device=process.device)
+    labels = items % len(trained.class_names)
+    report.forget_peak()
+    with torch.inference_mode():
+        noise = sampler.noise(items, 0)
+        evaluation = report.seconds(lambda: sampler.velocity(noise, 0.5, labels), times=3)
+        z = sampler.latents(items, labels)
+        decoding = report.seconds(lambda: [sampler.decode(part) for part in z.split(sampler.decode_batch)])
+    seconds = PUBLISHED_IMAGES / len(items) * (PUBLISHED_STEPS * evaluation + decoding)
+    figures = {"hours_50k": seconds / 3600, "decode_seconds": decoding}
+    report.add(
+        "sampling", what, evaluation, len(items), **figures, difference=relative(z, z if exact is None else exact)
+    )
+    return z
+
+
+def gelu_in_product(model: nn.Module) -> None:
+    """SiT's MLPs, in bf16: 2 of the 12 bytes a hidden number that the two kernels move are left to write."""
+
+    def mlp(layers: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = layers.fc1.weight, layers.fc1.bias
+        hidden = torch._addmm_activation(bias, x.flatten(0, 1).to(weight.dtype), weight.t(), use_gelu=True)
+        return layers.fc2(hidden.unflatten(0, x.shape[:2]))
+
+    for block in model.blocks:
+        block.mlp.forward = functools.partial(mlp, block.mlp)
+
+
+def bf16_residuals(model: nn.Module) -> None:
+    """Tokens start in bf16, so that every block adds in bf16."""
+    model.pos_embed = model.pos_embed.bfloat16()
+
+
+SAMPLING_EXPERIMENTS = {
+    "bf16, compiled, GELU in product": gelu_in_product,
+    "bf16, compiled, bf16 residuals": bf16_residuals,
+}
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -496,12 +542,15 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 PARTS = {
-    "ldm": (measure_ldm, tuple(name for name in LDM_VARIANTS if "CUDA graphs" not in name)),
+    "ldm": (measure_ldm, tuple(name for name in LDM_VARIANTS if name not in INDUCTOR)),
     "sendvae": (measure_sendvae, tuple(SENDVAE_VARIANTS)),
     "caching": (measure_caching, tuple(INFERENCE_VARIANTS)),
-    "sampling": (measure_sampling, tuple(name for name in INFERENCE_VARIANTS if "NCHW" not in name)),
+    "sampling": (
+        measure_sampling,
+        (*(name for name in INFERENCE_VARIANTS if "NCHW" not in name), *SAMPLING_EXPERIMENTS),
+    ),
     # last: a GPU that an experiment leaves in error serves nothing after it
-    "graphs": (measure_ldm, ("compiled, CUDA graphs",)),
+    "graphs": (measure_ldm, tuple(INDUCTOR)),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from models.denoisers import denoiser_kind
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -54,6 +55,34 @@ def test_cuda_graphs_may_fail_and_nothing_else_may(capsys):
     assert "overwritten" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="overwritten"):
         gpu.time_training(report, "ldm", "compiled", step, 2, 1.0)
+
+
+@pytest.mark.parametrize(("what", "may_fail"), [("bf16, compiled, GELU in product", True), ("bf16", False)])
+def test_an_experiment_in_sampling_may_fail(what, may_fail, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no such epilogue")
+
+    report = gpu.Report(1, torch.device("cpu"))
+    monkeypatch.setattr(gpu, "build_sampler", refuse)
+    if not may_fail:
+        with pytest.raises(RuntimeError, match="epilogue"):
+            gpu.measure_sampling(report, gpu.TINY, [what])
+        return
+    gpu.measure_sampling(report, gpu.TINY, [what])
+    assert report.rows[0]["failed"] == "RuntimeError: no such epilogue"
+
+
+def test_a_gelu_in_the_product_is_the_same_mlp():
+    """On a CPU that product takes the exact GELU, which differs from SiT's by 5e-4 at most."""
+    torch.manual_seed(0)
+    config = denoiser_kind("SiT-Ti/2")("SiT-Ti/2", 4, 8, num_classes=10)
+    model = config.build().requires_grad_(False)
+    x = torch.randn(2, 16, model.width)
+    wanted = [block.mlp(x) for block in model.blocks]
+    gpu.gelu_in_product(model)
+    for block, values in zip(model.blocks, wanted, strict=True):
+        torch.testing.assert_close(block.mlp(x), values, atol=5e-3, rtol=0)
+        assert not torch.equal(block.mlp(x), values)
 
 
 def test_what_is_measured_can_be_chosen(capsys):
