@@ -14,6 +14,7 @@ from models.denoisers.config import LightningDiTConfig, SiTConfig
 from models.denoisers.sit import SiT
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
+from models.tokenizers.posterior import ActivatedGroupNorm, activate_in_norm
 from tests.ldm_runs import random_weights
 from training.method import frozen
 from training.networks import compile_networks
@@ -115,6 +116,45 @@ def test_the_judges_of_a_reconstruction_are_one_graph_each():
         for other, one in zip(gradients() + gradients(), plain + plain, strict=True):
             torch.testing.assert_close(other, one)
         assert graphs() == expected
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_norm_takes_its_activation(precision):
+    """The same reconstruction and gradients to the bit, before anything is compiled, and the same names."""
+    torch.manual_seed(0)
+    tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
+    latents, names = torch.randn(2, 4, 8, 8), list(tokenizer.state_dict())
+
+    def results() -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+            images = tokenizer.decode(latents)
+        return [images, *torch.autograd.grad(images.square().sum(), list(tokenizer.network.decoder.parameters()))]
+
+    plain = results()
+    activate_in_norm(tokenizer.network.decoder)
+    activate_in_norm(tokenizer.network.decoder)  # once more is nothing
+    assert isinstance(tokenizer.network.decoder.conv_norm_out, ActivatedGroupNorm)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(results(), plain, strict=True))
+    assert list(tokenizer.state_dict()) == names
+
+
+@pytest.mark.slow
+def test_inductor_knows_the_limits_it_is_given():
+    """Blocks of a VAE and of a denoiser, forwards and backwards, by Inductor itself; an unknown limit is refused."""
+    torch.manual_seed(0)
+    tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
+    denoiser = SiT(SiTConfig("SiT-Ti/2", 4, 8, num_classes=6)).train()
+    random_weights(denoiser, 0)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 5])
+    for network, call in ((tokenizer, lambda: tokenizer.decode(x)), (denoiser, lambda: denoiser(x, t, y)[0])):
+        parameters = [parameter for name, parameter in network.named_parameters() if "encoder" not in name]
+        plain = torch.autograd.grad(call().square().mean(), parameters, allow_unused=True)
+        network.compile()
+        found = torch.autograd.grad(call().square().mean(), parameters, allow_unused=True)
+        for one, other in zip(plain, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
+    with pytest.raises(RuntimeError, match="realize_something"):
+        torch.compile(denoiser, options={"realize_something": 1})
 
 
 def test_residual_blocks_of_a_vae_share_graphs():

@@ -11,6 +11,7 @@ from torch import nn
 
 from errors import UserError, one_line
 from files import is_out_of_reach, whole_folder, write_safetensors
+from models.compilation import with_fusing
 from models.denoisers.config import DenoiserConfig
 from models.weight_files import NotWeightsError, read_state_dict
 from schema import read_json
@@ -111,7 +112,7 @@ class Denoiser(nn.Module, ABC):
 
     def compile(self, *args, **options) -> None:
         """``torch.compile`` in place. A network of equal blocks compiles them one by one: they share a graph."""
-        super().compile(*args, **options)
+        super().compile(*args, **with_fusing(options))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and the weights as safetensors, complete or not at all; replaces the folder."""

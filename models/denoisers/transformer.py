@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.compilation import with_fusing
 from models.denoisers.base import Denoiser
 from models.denoisers.config import TransformerConfig
 from models.layers import sincos_positions, unpatchify, xavier_linears
@@ -84,7 +85,7 @@ class Transformer(Denoiser):
     def compile(self, *args, **options) -> None:
         """Each block on its own: they share their code, and checkpointing and DDP stay outside of it."""
         for part in (*self.blocks, self.final_layer):
-            part.compile(*args, **options)
+            part.compile(*args, **with_fusing(options))
 
     def _through_blocks(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int], last: int
