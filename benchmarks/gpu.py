@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -46,6 +47,7 @@ import train_sendvae
 from inference.latent_cache import ChunkEncoder, Target, autocast_for, chunk_size, latents_encoder
 from inference.sample_folder import build_sampler, load_networks
 from loss.vae_objective import load_loss_config
+from models.compilation import FUSING
 from runtime.cli import ArgumentParser, add_debug_argument, is_out_of_memory, non_negative_int, positive_int, run
 from runtime.processes import set_inference_numerics, this_process
 from training import dry_run
@@ -246,11 +248,11 @@ def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
             if network not in flops:
                 args, method = build_ldm([*network, *LDM_VARIANTS["eager"]])
                 flops[network] = flops_of_step(method, train_ldm.random_batch(args, method, 2))
-            args, method = build_ldm([*network, *LDM_VARIANTS[what]])
+            with compiled_with(INDUCTOR.get(what, {})):
+                args, method = build_ldm([*network, *LDM_VARIANTS[what]])
             batch = to_device(train_ldm.random_batch(args, method, images), report.device)
             step = plain_ldm_step(method, batch) if what == "plain" else ldm_step(method, batch, what)
-            with compiled_with(INDUCTOR.get(what, {})):
-                fits = time_training(report, "ldm", what, step, images, flops[network])
+            fits = time_training(report, "ldm", what, step, images, flops[network])
             if fits and what not in ("plain", *FEW_IMAGES) and images == batches[0]:
                 show_parts(report, what, method, batch, images)
             del method, step, batch
@@ -268,11 +270,12 @@ def ldm_step(method: Method, batch, what: str) -> Callable[[], dict[str, torch.T
 
 
 def compiled_with(settings: dict[str, bool]):
-    """Context: what is compiled in it is compiled with these settings of Inductor."""
-    import torch._inductor.config
+    """Context: networks that are told to compile in it do so with these settings of Inductor, forwards and backwards.
 
+    A backward pass is compiled by a thread of autograd's, which does not see what is set for this one.
+    """
     counters["inductor"].pop("cudagraph_skips", None)
-    return torch._inductor.config.patch(settings)
+    return mock.patch.dict(FUSING, settings)
 
 
 DRY = ("--dry-run", "--random-weights", "--max-train-steps", "1000")
@@ -514,7 +517,7 @@ def time_sampling(report: Report, sizes: Sizes, what: str, exact: torch.Tensor |
 
 
 def gelu_in_product(model: nn.Module) -> None:
-    """SiT's MLPs, in bf16: 2 of the 12 bytes a hidden number that the two kernels move are left to write."""
+    """SiT's MLPs, in bf16: of the 6 bytes a hidden number that product and GELU move, the 2 of the result are left."""
 
     def mlp(layers: nn.Module, x: torch.Tensor) -> torch.Tensor:
         weight, bias = layers.fc1.weight, layers.fc1.bias

@@ -1,4 +1,4 @@
-"""What Inductor, the compiler behind ``torch.compile``, is told about every network."""
+"""What Inductor, the compiler behind ``torch.compile``, is told about denoisers, VFMs and VAEs."""
 
 # It writes an expression of many operations and reads to memory, in float32, and reads it again from there. Gradients
 # of norms with the activation or modulation that follows are longer than its limits, and read once. Left whole, the
@@ -9,4 +9,4 @@ FUSING = {"realize_opcount_threshold": 100, "realize_acc_reads_threshold": 16, "
 
 def with_fusing(options: dict) -> dict:
     """Arguments of ``torch.compile``, with these limits; another backend has none."""
-    return options if "backend" in options else options | {"options": FUSING}
+    return options if "backend" in options else options | {"options": FUSING | options.get("options", {})}

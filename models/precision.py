@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by ``--mixed-precision``; with ``no`` all stays float32
 
@@ -13,7 +12,8 @@ def hold_products(network: nn.Module | None, mixed_precision: str) -> None:
     Only for a network that is not trained and that runs under nothing but autocast of this precision: autocast would
     round the same weights and biases to the same values each time, which takes a kernel for each of them and reads four
     bytes a parameter to write two. What comes out is the same to the bit. Norms and embeddings stay in float32, as they
-    do under autocast. Take a checksum before, as it is of the weights as they are.
+    do under autocast; so does a layer of another class, which may do more with its weight than multiply by it. Take a
+    checksum before, as it is of the weights as they are.
 
     Args:
         network: None: there is none.
@@ -22,6 +22,6 @@ def hold_products(network: nn.Module | None, mixed_precision: str) -> None:
     if network is None or mixed_precision == "no":
         return
     for module in network.modules():
-        if isinstance(module, nn.Linear | _ConvNd):
+        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(AUTOCAST[mixed_precision])

@@ -1,5 +1,6 @@
 """Compiled in place: one graph for equal blocks, no graph breaks, the same numbers. Backend eager: tracing alone."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -24,8 +25,12 @@ from training.networks import compile_networks
 def forget_graphs():
     torch.compiler.reset()
     counters.clear()
+    donated = torch._functorch.config._config["donated_buffer"]
+    before = getattr(donated, "default", None)
     with torch._dynamo.config.patch(), torch._functorch.config.patch():  # what compiling changes is given back
         yield
+    if hasattr(donated, "default"):
+        donated.default = before
     torch.compiler.reset()
 
 
@@ -118,23 +123,52 @@ def test_the_judges_of_a_reconstruction_are_one_graph_each():
         assert graphs() == expected
 
 
+def test_a_graph_may_be_kept_by_a_thread_of_autograds():
+    """A backward pass that frees its graph, then one that keeps it, as an adaptive weight does; by another thread."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 1))
+    network.compile = partial(network.compile, backend="aot_eager")
+    compile_networks(network)
+
+    def both() -> list[tuple[torch.Tensor, ...]]:
+        parameters = list(network.parameters())
+        freed = torch.autograd.grad(network(torch.ones(2, 4)).sum(), parameters)
+        loss = network(torch.ones(2, 4)).sum()
+        return [freed, *(torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))]
+
+    with ThreadPoolExecutor(1) as other:
+        freed, *kept = other.submit(both).result()
+    for gradients in kept:
+        assert all(torch.equal(one, wanted) for one, wanted in zip(gradients, freed, strict=True))
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_norm_takes_its_activation(precision):
-    """The same reconstruction and gradients to the bit, before anything is compiled, and the same names."""
+def test_a_norm_takes_its_activation(precision, order):
+    """The same code, reconstruction and gradients to the bit, before anything is compiled, and the same names."""
     torch.manual_seed(0)
     tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
-    latents, names = torch.randn(2, 4, 8, 8), list(tokenizer.state_dict())
+    tokenizer.to(memory_format=order)
+    names, images = list(tokenizer.state_dict()), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
 
     def results() -> list[torch.Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
-            images = tokenizer.decode(latents)
-        return [images, *torch.autograd.grad(images.square().sum(), list(tokenizer.network.decoder.parameters()))]
+            code = tokenizer.encode(images).mode
+            made = tokenizer.decode(code)
+        return [
+            code,
+            made,
+            *torch.autograd.grad(made.square().sum(), list(tokenizer.network.parameters()), allow_unused=True),
+        ]
 
     plain = results()
-    activate_in_norm(tokenizer.network.decoder)
-    activate_in_norm(tokenizer.network.decoder)  # once more is nothing
-    assert isinstance(tokenizer.network.decoder.conv_norm_out, ActivatedGroupNorm)
-    assert all(torch.equal(found, wanted) for found, wanted in zip(results(), plain, strict=True))
+    for part in (tokenizer.network.encoder, tokenizer.network.decoder):
+        activate_in_norm(part)
+        activate_in_norm(part)  # once more is nothing
+        assert isinstance(part.conv_norm_out, ActivatedGroupNorm)
+        x = torch.randn(2, part.conv_norm_out.num_channels, 8, 8).to(memory_format=order)
+        assert part.conv_norm_out(x).is_contiguous(memory_format=order)
+    for found, wanted in zip(results(), plain, strict=True):
+        assert found is wanted is None or torch.equal(found, wanted)
     assert list(tokenizer.state_dict()) == names
 
 
@@ -153,6 +187,11 @@ def test_inductor_knows_the_limits_it_is_given():
         found = torch.autograd.grad(call().square().mean(), parameters, allow_unused=True)
         for one, other in zip(plain, found, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        images = tokenizer.decode(x)
+        torch.compiler.set_stance("force_eager")
+        torch.testing.assert_close(images, tokenizer.decode(x), rtol=0, atol=0.05)
+        torch.compiler.set_stance("default")
     with pytest.raises(RuntimeError, match="realize_something"):
         torch.compile(denoiser, options={"realize_something": 1})
 

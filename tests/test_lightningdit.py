@@ -88,8 +88,8 @@ def test_velocity_equals_the_formulas_in_float64(patch, qk_norm):
 
 
 def test_rotary_positions_are_turns_in_the_plane_and_the_public_tables():
-    rotary, x = RotaryPositions(24, 5), torch.randn(2, 3, 25, 24)
-    expected = rotated(x.transpose(1, 2), 5).transpose(1, 2)
+    rotary, x = RotaryPositions(24, 5), torch.randn(2, 25, 3, 24)
+    expected = rotated(x, 5)
     torch.testing.assert_close(rotary(x), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(rotary(x).norm(dim=-1), x.norm(dim=-1))
     for ours, table in zip((rotary.cos, rotary.sin), rotary_tables(5, 24), strict=True):
@@ -101,9 +101,9 @@ def test_rotary_positions_are_turns_in_the_plane_and_the_public_tables():
 def test_attention_scores_depend_on_relative_positions_only():
     """The same query and key everywhere: one score for each (row, column) difference, and not for its mirror image."""
     grid = 6
-    q, k = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64).expand(2, 1, 1, grid**2, 64)
+    q, k = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64).expand(2, 1, grid**2, 1, 64)
     rotary = RotaryPositions(64, grid).double()
-    scores = (rotary(q) @ rotary(k).transpose(-2, -1))[0, 0]
+    scores = rotary(q)[0, :, 0] @ rotary(k)[0, :, 0].T
     places = [(n // grid, n % grid) for n in range(grid**2)]
     found: dict[tuple[int, int], list[float]] = {}
     for i, (row, column) in enumerate(places):

@@ -110,10 +110,10 @@ class TestNetwork:
         assert of_token[1].any()
 
     def test_a_token_that_is_nowhere_is_not_turned(self):
-        x = torch.randn(2, 3, 17, 24)
+        x = torch.randn(2, 17, 3, 24)
         turned = RotaryPositions(24, 4, unplaced=1)(x)
-        assert torch.equal(turned[:, :, 0], x[:, :, 0])
-        assert torch.equal(turned[:, :, 1:], RotaryPositions(24, 4)(x[:, :, 1:]))
+        assert torch.equal(turned[:, 0], x[:, 0])
+        assert torch.equal(turned[:, 1:], RotaryPositions(24, 4)(x[:, 1:]))
 
     def test_checkpointing_and_truncation_change_nothing(self):
         model = filled(CONFIGS["SiT"]).train()

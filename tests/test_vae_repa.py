@@ -311,10 +311,11 @@ def test_cost_is_that_of_counting_by_hand(model, depth, share):
     assert any(line.startswith("VAE-REPA adds") and f"+{share}%" in line and "4 %" in line for line in lines)
 
 
-def test_dry_run_prints_the_cost_of_the_alignment(tmp_path, capsys):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_dry_run_prints_the_cost_of_the_alignment(precision, capsys):
     argv = ["--dry-run", "--model", "SiT-Ti/2", "--vae", "f4d4-tiny", "--resolution", "32", "--align", "repa+vae"]
     argv += ["--enc-type", "efficientnet-lite0", "--random-weights", "--encoder-depth", "3"]
-    assert train(*argv) == 0
+    assert train(*argv, "--mixed-precision", precision) == 0
     out = capsys.readouterr().out
     assert "SiT-Ti/2 alone: " in out
     assert "REPA adds " in out

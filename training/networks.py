@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from accelerate import Accelerator
@@ -155,9 +156,17 @@ def compile_networks(*networks: nn.Module | None) -> None:
     import torch._functorch.config
 
     # Adaptive weights take gradients through a graph that is kept; a compiled one must then not give its buffers away.
-    torch._functorch.config.donated_buffer = False
+    _set_in_all_threads(torch._functorch.config, "donated_buffer", False)
     # Blocks are smaller than DDP's buckets, and one that it split would be recomputed unsplit: torch 2.6 refuses that.
     torch._dynamo.config.optimize_ddp = False
     for network in networks:
         if network is not None:
             network.compile()
+
+
+def _set_in_all_threads(config: ModuleType, name: str, value: object) -> None:
+    """Set what autograd's threads read too: to newer torch an assignment is of the thread that makes it."""
+    setattr(config, name, value)
+    entry = getattr(config, "_config", {}).get(name)
+    if hasattr(entry, "default"):
+        entry.default = value

@@ -75,9 +75,10 @@ class RotaryPositions(nn.Module):
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries or keys ``[B, heads, unplaced + grid², width]`` → the same, turned."""
+        """Queries or keys ``[B, unplaced + grid², heads, width]`` → the same, turned."""
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = first * self.cos - second * self.sin, first * self.sin + second * self.cos
+        cos, sin = self.cos[:, None], self.sin[:, None]  # the same for all heads
+        turned = first * cos - second * sin, first * sin + second * cos
         return torch.stack(turned, dim=-1).flatten(-2)
 
 

@@ -182,7 +182,7 @@ class Attention(nn.Module):
     Args:
         width, heads: of the tokens.
         qk_norm: of the queries and keys of each head.
-        positions: what is done to queries and keys ``[B, heads, N, width/heads]`` to tell them where they are.
+        positions: what is done to queries and keys ``[B, N, heads, width/heads]`` to tell them where they are.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: Norm = nn.Identity, positions: nn.Module | None = None):
@@ -194,10 +194,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, w]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, heads, w]
         q, k = (self.positions(each).to(v) for each in (self.q_norm(q), self.k_norm(k)))
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        x = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)))  # heads before tokens
+        return self.proj(x.transpose(1, 2).flatten(2))  # as they lie: attention answers in the order of its queries
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import weights_checksum
+from models.compilation import with_fusing
 from models.encoders.folding import fold_batch_norm
 from models.encoders.registry import EncoderSpec
 
@@ -60,10 +61,10 @@ class Encoder(nn.Module):
     def compile(self, *args, **options) -> None:
         """``torch.compile`` in place; of a vision transformer each block, as they share their code."""
         if self.spec.kind == "cnn":
-            super().compile(*args, **options)
+            super().compile(*args, **with_fusing(options))
         else:
             for block in self.network.blocks:
-                block.compile(*args, **options)
+                block.compile(*args, **with_fusing(options))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, class_token: bool = False) -> torch.Tensor:

@@ -121,10 +121,15 @@ class PosteriorTokenizer(DiffusersTokenizer):
 
 
 class ActivatedGroupNorm(nn.GroupNorm):
-    """Norm and SiLU in one, in the precision of what comes in, to which autocast rounds before the next convolution."""
+    """Norm and SiLU in one, in the precision and order of what comes in, which the next convolution asks for.
+
+    Autocast rounds to that precision there. Alone, CUDA's norm answers in NCHW.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.silu(super().forward(x)).to(x.dtype)
+        is_nhwc = x.is_contiguous(memory_format=torch.channels_last)
+        order = torch.channels_last if is_nhwc else torch.contiguous_format
+        return F.silu(super().forward(x)).to(x.dtype, memory_format=order)
 
 
 def activate_in_norm(network: Encoder | Decoder) -> None:
