@@ -257,7 +257,8 @@ def cost_lines(args: argparse.Namespace, method: LDM) -> list[str]:
     if not len(method.alignment) or not method.accelerator.is_main_process:
         return []
     try:
-        return alignment_cost_lines(args, method.denoiser.config, [*method.alignment], method.encoders or ())
+        with method.accelerator.autocast():
+            return alignment_cost_lines(args, method.denoiser.config, [*method.alignment], method.encoders or ())
     except (NotImplementedError, RuntimeError) as error:  # of a method of one's own that the meta device does not know
         return [f"the cost of the alignment was not measured ({one_line(error)})"]
 

@@ -48,12 +48,10 @@ def alignment_cost(alignment: DenoiserAlignment, denoiser: Denoiser) -> Cost:
 
 def encoder_cost(encoder: Encoder, resolution: int) -> Cost:
     """A VFM that images of ``resolution`` pixels are run through."""
-    device, kinds = next(encoder.parameters()).device, {parameter.dtype for parameter in encoder.parameters()}
-    held = next(iter(kinds - {torch.float32}), None)  # the precision of products, where they are held in one
+    device = next(encoder.parameters()).device
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes only; its weights are where they are
         images = torch.empty(1, 3, resolution, resolution, dtype=torch.uint8, device=device)
-        with torch.autocast(device.type, held, enabled=held is not None):
-            return Cost(count_parameters(encoder)[0], _flops(encoder, images))
+        return Cost(count_parameters(encoder)[0], _flops(encoder, images))
 
 
 def alignment_cost_lines(
@@ -68,7 +66,7 @@ def alignment_cost_lines(
         args: flags of the alignments, settled, and the images' ``resolution``.
         config: of the denoiser.
         names: of the alignments.
-        encoders: VFMs that images are run through.
+        encoders: VFMs that images are run through, under the caller's autocast.
     """
     with torch.device("meta"):
         denoiser = config.build()
