@@ -1,7 +1,8 @@
 """Stage 3: train a SiT or LightningDiT on cached latents, its hidden states aligned with frozen VFM features (REPA).
 
---align vae aligns them with the VAE's latents instead (VAE-REPA), without any VFM; repa+vae with both, none with
-neither. --reg-coeff also generates the VFM's class token beside the latent (REG).
+--align vae aligns them with the VAE's latents instead (VAE-REPA), sra with later states of the averaged network (SRA),
+both without any VFM; repa+vae with two of them, none with nothing. --reg-coeff also generates the VFM's class token
+beside the latent (REG).
 
   python train_ldm.py --exp-name ldm --data-dir data/imagenet256 --vae-latents-name sendvae --model SiT-XL/1
 
@@ -82,8 +83,8 @@ def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
         default="repa",
         metavar="NAME",
         help=f"what hidden states are aligned with: {', '.join(DENOISER_ALIGNMENTS)}, a sum such as repa+vae, or "
-        f"{NONE}; repa: VFM features, irepa: their spatial structure, vae: the clean latents (VAE-REPA; no VFM, no "
-        "images)",
+        f"{NONE}; repa: VFM features, irepa: their spatial structure, vae: the clean latents (VAE-REPA), sra: later "
+        "states of the averaged network at less noise (both: no VFM, no images)",
     )
     add_encoder_arguments(group, default="dinov2-vit-b")
     arguments.add_feature_arguments(group)
@@ -228,7 +229,7 @@ def build(args: argparse.Namespace, config: DenoiserConfig, tokenizer: Tokenizer
     norm = build_feature_norm(args, alignment.features, accelerator)
     method = LDM(args, accelerator, denoiser, alignment, tokenizer, encoders, norm)
     if args.compile:
-        compile_networks(denoiser, *(encoders or ()))
+        compile_networks(denoiser, method.teacher, *(encoders or ()))
     return method
 
 

@@ -13,6 +13,7 @@ from tests.ldm_steps import CONFIG, accumulate, networks, part_of, random_batch,
 from tests.sendvae_runs import gradients
 
 BATCH = 8
+STEP = {"reg_coeff": 0.5, "ema_decay": 0.5, "sra_interval": 0.0}  # 0: SRA's times are not drawn, process by process
 
 
 def batch_draws(weighting: str = "uniform", class_token_width: int = 0) -> Draws:
@@ -28,12 +29,12 @@ def config_of(model: str, class_token_width: int = 0) -> DenoiserConfig:
     return denoiser_config(CONFIG.to_dict() | {"model": model, "class_token_width": class_token_width})
 
 
-def main(path: str, model: str, width: str = "0") -> None:
+def main(path: str, model: str, width: str = "0", align: str = "repa") -> None:
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     rank, half = accelerator.process_index, BATCH // accelerator.num_processes
     assert accelerator.num_processes == 2
     config = config_of(model, int(width))
-    trainer = tiny_trainer(accelerator, config=config, reg_coeff=0.5)
+    trainer = tiny_trainer(accelerator, config=config, align=align.split("+"), **STEP)
     mine = slice(rank * half, (rank + 1) * half)
     draws = batch_draws(class_token_width=config.class_token_width)
     accumulate(trainer, part_of(random_batch(BATCH, config=config), mine), part_of(draws, mine))

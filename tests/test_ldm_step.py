@@ -10,7 +10,7 @@ from diffusion.flow import add_noise, velocity
 from loss.alignment import TokenGrid
 from loss.denoising import direction_error
 from models.encoders import build_encoder
-from tests.distributed_ldm_step import BATCH, batch_draws, config_of
+from tests.distributed_ldm_step import BATCH, STEP, batch_draws, config_of
 from tests.ldm_steps import accumulate, networks, part_of, random_batch, tiny_trainer
 from tests.sendvae_runs import gradients
 from tests.test_distributed import torchrun
@@ -100,7 +100,7 @@ def test_labels_are_dropped_with_the_probability_given():
     trainer = tiny_trainer(cfg_prob=0.3)
     batch, seen = random_batch(2000), []
 
-    def network(noisy, t, labels, x, features, draws):
+    def network(noisy, t, labels, x, features, taught, draws):
         seen.append(labels)
         return noisy * trainer.denoiser.x_embedder.proj.bias.sum(), {}
 
@@ -177,12 +177,15 @@ def test_the_direction_of_a_velocity(path_type):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "token"), [("SiT-Ti/2", 0), ("SiT-Ti/2", 12), ("LightningDiT-Ti/2", 0)])
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, model, token):
-    torchrun("tests/distributed_ldm_step.py", str(tmp_path / "gradients"), model, str(token))
+@pytest.mark.parametrize(
+    ("model", "token", "align"),
+    [("SiT-Ti/2", 0, "repa"), ("SiT-Ti/2", 12, "repa+sra"), ("LightningDiT-Ti/2", 0, "repa")],
+)
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, model, token, align):
+    torchrun("tests/distributed_ldm_step.py", str(tmp_path / "gradients"), model, str(token), align)
     ranks = [load_file(tmp_path / f"gradients-{rank}.safetensors") for rank in (0, 1)]
     config = config_of(model, token)
-    trainer = tiny_trainer(config=config, reg_coeff=0.5)
+    trainer = tiny_trainer(config=config, align=align.split("+"), **STEP)
     accumulate(trainer, random_batch(BATCH, config=config), batch_draws(class_token_width=token))
     expected = gradients(networks(trainer))
     assert ranks[0].keys() == expected.keys()

@@ -1,11 +1,10 @@
 """What aligning a denoiser costs on top of training it alone: parameters and floating-point operations."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,17 +32,18 @@ class Cost:
 
 def denoiser_cost(denoiser: Denoiser) -> Cost:
     """Of a denoiser on the meta device: nothing is allocated."""
-    x = torch.empty(1, *denoiser.state_shape, device="meta")
-    t, y = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
-    return Cost(count_parameters(denoiser)[0], _flops(denoiser, x, t, y))
+    return Cost(count_parameters(denoiser)[0], _flops(denoiser.forward, *_one_input(denoiser)))
 
 
 def alignment_cost(alignment: DenoiserAlignment, denoiser: Denoiser) -> Cost:
     """Of an alignment's projectors, both on the meta device."""
     state = torch.empty(1, denoiser.grid**2, denoiser.width, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        alignment.predict([state] * len(alignment.taps))
-    return Cost(count_parameters(alignment)[0], counter.get_total_flops())
+    return Cost(count_parameters(alignment)[0], _flops(alignment.predict, [state] * len(alignment.taps)))
+
+
+def teacher_cost(denoiser: Denoiser, taps: Sequence[int]) -> Cost:
+    """Of the averaged network, which is kept anyway, up to the last of the ``taps``; on the meta device."""
+    return Cost(0, _flops(denoiser.hidden_states, *_one_input(denoiser), taps))
 
 
 def encoder_cost(encoder: Encoder, resolution: int) -> Cost:
@@ -51,7 +51,7 @@ def encoder_cost(encoder: Encoder, resolution: int) -> Cost:
     device = next(encoder.parameters()).device
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes only; its weights are where they are
         images = torch.empty(1, 3, resolution, resolution, dtype=torch.uint8, device=device)
-        return Cost(count_parameters(encoder)[0], _flops(encoder, images))
+        return Cost(count_parameters(encoder)[0], _flops(encoder.forward, images))  # not the compiled call
 
 
 def alignment_cost_lines(
@@ -77,6 +77,9 @@ def alignment_cost_lines(
         cost = alignment_cost(part, denoiser)
         published = f"; {PUBLISHED[part.called()]}" if part.called() in PUBLISHED else ""
         lines.append(_line(part.called(), cost, alone, cost.flops / alone.flops) + published)
+        if part.teacher_taps:
+            cost = teacher_cost(denoiser, part.teacher_taps)
+            lines.append(_line(f"{part.called()}'s averaged network", cost, alone, cost.flops / (3 * alone.flops)))
     for encoder in encoders:
         cost = encoder_cost(encoder, args.resolution)
         lines.append(_line(f"VFM {encoder.name} (frozen)", cost, alone, cost.flops / (3 * alone.flops)))
@@ -90,7 +93,12 @@ def _line(name: str, cost: Cost, alone: Cost, share: float) -> str:
     )
 
 
-def _flops(module: nn.Module, *inputs: torch.Tensor) -> int:
+def _one_input(denoiser: Denoiser) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.empty(1, *denoiser.state_shape, device="meta")
+    return x, torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+
+
+def _flops(call: Callable[..., object], *inputs: object) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module.forward(*inputs)  # not the compiled call
+        call(*inputs)
     return counter.get_total_flops()

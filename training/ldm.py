@@ -55,18 +55,20 @@ class AlignedDenoiser(nn.Module):
         labels: torch.Tensor,
         x: torch.Tensor,
         features: Sequence[torch.Tensor] | None,
+        taught: Mapping[str, Sequence[torch.Tensor]],
         draws: Draws,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Noisy states, times, labels ``[B]``, clean latents ``[B, C, h, w]``, features, draws → velocity and terms.
 
-        Without features (None) nothing is aligned.
+        Without features (None) nothing is aligned. ``taught`` are the averaged network's hidden states
+        (:meth:`DenoiserAlignments.taught`).
         """
         taps = () if features is None else self.alignment.taps
         prediction, states = checked(self.denoiser(noisy, t, labels, taps), self.denoiser, noisy, taps)
         if features is None:
             unused = sum(parameter.sum() for parameter in self.alignment.parameters())  # DDP wants their gradients
             return prediction + 0.0 * unused, {}
-        return prediction, self.alignment(states, features, x, t, labels, draws)
+        return prediction, self.alignment(states, features, taught, x, t, labels, draws)
 
 
 def checked(
@@ -127,6 +129,11 @@ class LDM(Method):
     def sampled(self) -> Denoiser:
         """The network that samples: the main average where there is one."""
         return self.denoiser if self.ema is None else self.ema.module
+
+    @property
+    def teacher(self) -> Denoiser | None:
+        """The averaged network, where an alignment compares with its hidden states."""
+        return self.ema.module if self.alignment.needs_average else None
 
     def unread(self, step: int) -> Collection[str]:
         """Images and features, once nothing is aligned with them."""
@@ -199,7 +206,8 @@ class LDM(Method):
         with self.reducing(self.networks, synchronise):
             state = self.denoiser.pack(x, class_token)
             noisy = add_noise(state, t, draws.noise, args.path_type)
-            prediction, aligned = self.networks(noisy, t, labels, x, features, draws)
+            taught = {} if features is None else self.taught(state, t, labels, draws)
+            prediction, aligned = self.networks(noisy, t, labels, x, features, taught, draws)
             prediction, token_prediction = self.denoiser.unpack(prediction)
             target, token_target = self.denoiser.unpack(velocity(state, t, draws.noise, args.path_type))
             terms, weights = {"denoise": denoising_error(prediction, target).mean()}, {"denoise": 1.0}
@@ -215,6 +223,19 @@ class LDM(Method):
             loss = total(terms, weights)
             self.accelerator.backward(loss * share)
         return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
+
+    def taught(
+        self, state: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, draws: Draws
+    ) -> dict[str, Sequence[torch.Tensor]]:
+        """What the averaged network makes of the same states, noise and labels, for alignments that compare with it."""
+
+        @torch.no_grad()
+        def teach(times: torch.Tensor, taps: Sequence[int]) -> Sequence[torch.Tensor]:
+            with self.accelerator.autocast():
+                noisy = add_noise(state, times, draws.noise, self.args.path_type)
+                return self.teacher.hidden_states(noisy, times, labels, taps)
+
+        return self.alignment.taught(teach, t, draws)
 
     def update(self, step: int, metrics: Metrics, kept: Sequence[None]) -> Metrics:
         """Optimizer and averages."""

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from errors import UserError
+from formats.averages import ema_names
 from formats.discriminator import load_discriminator
 from loss.alignment import (
     DENOISER_ALIGNMENTS,
@@ -92,7 +93,13 @@ def aligned(args: argparse.Namespace, alignments: Sequence[str], denoiser: Denoi
     """The alignments of these names for a denoiser; no VFM is built for it."""
     needed = any(DENOISER_ALIGNMENTS[name].needs_features for name in alignments)
     features = vfm_features(args.enc_type, denoiser.grid) if needed else []
-    return build_denoiser_alignment(args, alignments, denoiser, features)
+    alignment = build_denoiser_alignment(args, alignments, denoiser, features)
+    if alignment.needs_average and not ema_names(args.ema_decay):
+        raise UserError(
+            f"--align {'+'.join(alignments)} compares with the averaged network, and --ema-decay 0 keeps none: leave "
+            "that flag out"
+        )
+    return alignment
 
 
 def vfm_features(enc_type: str, grid: int) -> list[TokenGrid]:

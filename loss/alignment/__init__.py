@@ -16,6 +16,7 @@ from loss.alignment.flags import (
     IREPAFlags,
     MapperFlags,
     REPAFlags,
+    SRAFlags,
     TokenizerAlignmentFlags,
     VAEREPAFlags,
     VFFlags,
@@ -35,6 +36,7 @@ DENOISER_ALIGNMENTS: dict[str, type[DenoiserAlignmentFlags]] = {
     "repa": REPAFlags,
     "irepa": IREPAFlags,
     "vae": VAEREPAFlags,
+    "sra": SRAFlags,
 }
 NONE = "none"
 

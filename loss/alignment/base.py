@@ -149,10 +149,13 @@ class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
     Attributes:
         taps: blocks whose output it sees, counted from 1.
         features: the VFMs that it compares with.
+        teacher_taps: blocks of the averaged network (the first ``--ema-decay``) whose output it compares with, counted
+            from 1; that network sees the same latents, noise and labels at :meth:`teacher_times`.
     """
 
     taps: tuple[int, ...]
     features: tuple[TokenGrid, ...] = ()
+    teacher_taps: tuple[int, ...] = ()
 
     @classmethod
     def from_arguments(
@@ -174,13 +177,18 @@ class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
 
         Args:
             states: hidden states ``[B, grid², width]`` at :attr:`taps`.
-            features: of the images, ``[B, N, D]`` for each VFM; empty unless :attr:`needs_features`.
+            features: of the images, ``[B, N, D]`` for each VFM, where :attr:`needs_features`; then the averaged
+                network's hidden states ``[B, grid², width]`` at :attr:`teacher_taps`, without gradient.
             x: clean normalised latents ``[B, C, h, w]``.
             t: times in [0, 1], ``[B]``.
             labels: int64 ``[B]``; the null class where the label was dropped.
             draws: for this batch; random numbers of its own come from ``draws.generator``.
         """
         raise NotImplementedError
+
+    def teacher_times(self, t: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Times in [0, 1] ``[B]`` at which the averaged network sees what the trained one sees at ``t``: the same."""
+        return t
 
     def describe(self) -> list[str]:
         """What is aligned with what, for the log."""

@@ -1,7 +1,7 @@
 """A sum of alignments of a denoiser."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -29,19 +29,38 @@ class DenoiserAlignments(nn.ModuleDict):
     def needs_features(self) -> bool:
         return any(part.needs_features for part in self.values())
 
+    @property
+    def needs_average(self) -> bool:
+        """Whether a part compares with the averaged network."""
+        return any(part.teacher_taps for part in self.values())
+
+    def taught(
+        self, teach: Callable[[torch.Tensor, Sequence[int]], Sequence[torch.Tensor]], t: torch.Tensor, draws: Draws
+    ) -> dict[str, Sequence[torch.Tensor]]:
+        """The averaged network's hidden states, by the names of the parts that compare with them.
+
+        Args:
+            teach: times ``[B]`` and blocks → its hidden states there.
+            t, draws: as in :meth:`forward`.
+        """
+        taught = {name: part for name, part in self.items() if part.teacher_taps}
+        return {name: teach(part.teacher_times(t, draws), part.teacher_taps) for name, part in taught.items()}
+
     def forward(
         self,
         states: Sequence[torch.Tensor],
         features: Sequence[torch.Tensor],
+        taught: Mapping[str, Sequence[torch.Tensor]],
         x: torch.Tensor,
         t: torch.Tensor,
         labels: torch.Tensor,
         draws: Draws,
     ) -> Terms:
-        """As :meth:`DenoiserAlignment.forward`; ``states`` are those at :attr:`taps`."""
+        """As :meth:`DenoiserAlignment.forward`; ``states`` are those at :attr:`taps`, ``taught`` as :meth:`taught`."""
         terms: Terms = {}
-        for part in self.values():
-            terms = joined(terms, part(states[: len(part.taps)], features, x, t, labels, draws))
+        for name, part in self.items():
+            seen = [*(features if part.needs_features else ()), *taught.get(name, ())]
+            terms = joined(terms, part(states[: len(part.taps)], seen, x, t, labels, draws))
             states = states[len(part.taps) :]
         return terms
 
@@ -80,8 +99,9 @@ def build_denoiser_alignment(
             raise ValueError(f"--align {name}: its weight is None; list its flag in DEFAULTS")
     parts = {name: DENOISER_ALIGNMENTS[name].from_arguments(args, denoiser, features) for name in names}
     for name, part in parts.items():
-        if not all(1 <= tap <= denoiser.depth for tap in part.taps):
-            blocks = ", ".join(map(str, part.taps))
+        taps = (*part.taps, *part.teacher_taps)
+        if not all(1 <= tap <= denoiser.depth for tap in taps):
+            blocks = ", ".join(map(str, taps))
             raise UserError(
                 f"--align {name} sees block {blocks}, but {denoiser.config.model} has blocks 1 to {denoiser.depth}"
             )

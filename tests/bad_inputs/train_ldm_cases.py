@@ -250,6 +250,13 @@ CASES = [
     Case(
         "VAE-REPA beyond the model", with_flags(align="vae", vae_repa_depth=7), ("--vae-repa-depth 7", "blocks 1 to 6")
     ),
+    Case(
+        "SRA beyond the model", with_flags(align="sra", sra_teacher_depth=7), ("--align sra", "2, 7", "blocks 1 to 6")
+    ),
+    Case("SRA without an average", with_flags(align="sra", ema_decay=0), ("--align sra", "--ema-decay 0", "leave")),
+    Case(
+        "loss without SRA", with_flags(sra_loss="cosine"), ("--sra-loss belongs to --align sra, not to --align repa",)
+    ),
     Case("VAE-REPA at block 0", with_flags(align="vae", vae_repa_depth=0), ("--vae-repa-depth", "0")),
     Case(
         "times reversed", with_times("0.8", "0.2", align="vae"), ("--vae-repa-times 0.8 0.2", "lower time comes first")

@@ -26,6 +26,7 @@ RECIPES = {
     "ldm, Muon": ("ldm", "--optimizer", "muon", "--time-shift", "2"),
     "ldm, LightningDiT": ("ldm", "--model", "LightningDiT-Ti/2", "--velocity-cosine-coeff", "1"),
     "ldm, iREPA": ("ldm", "--align", "irepa", "--align-until", "50"),
+    "ldm, SRA": ("ldm", "--align", "repa+sra"),
 }
 UNCOMPILED = {"sendvae, equivariance": ("sendvae", "--align-loss", "equivariance", "--eq-scale", "0.5")}
 
