@@ -75,6 +75,52 @@ def test_latents_and_images_are_scaled_and_turned_alike():
     assert {key[1] for key in seen if key[0] == "side"} == set(range(2, SIDE))
 
 
+def test_some_of_the_other_images_are_scaled_before_they_are_encoded():
+    """Those whose latents are not; the transformed ones are those of a training without such images."""
+    regularisation, former = Equivariance(0.5, range(2, SIDE), 0.25), Equivariance(0.5, range(2, SIDE))
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(2, 3, SIDE, SIDE, generator=generator)
+    images = torch.randint(0, 256, (2, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8, generator=generator)
+    seen: Counter = Counter()
+    for step in range(1500):
+        draws = draws_at(step)
+        small = regularisation.encoded(images, draws)
+        z, target = regularisation.view(latent, small, draws)
+        before, before_target = former.view(latent, former.encoded(images, draws), draws)
+        assert torch.equal(z, before)
+        assert z is latent or small is images
+        if small is images:
+            assert torch.equal(target, before_target)
+            seen["transformed" if z is not latent else "plain"] += 1
+            continue
+        assert target is small
+        assert small.dtype == torch.uint8
+        side = small.shape[-1] // STRIDE
+        assert np.abs(bilinear(images[1, 2].numpy(), STRIDE * side) - small[1, 2].numpy()).max() < 0.5 + 1e-3
+        seen["side", side] += 1
+    # of 1,500: 750, 562.5 and 187.5 with deviations of 19, 19 and 13; of the last in sixths 31 with 5
+    assert abs(seen["transformed"] - 750) < 78
+    assert abs(seen["plain"] - 562) < 78
+    assert {key[1] for key in seen if key[0] == "side"} == set(range(2, SIDE))
+    assert all(abs(seen["side", side] - 31) < 21 for side in range(2, SIDE))
+
+
+def test_small_images_are_encoded_with_the_corner_of_the_step_s_noise():
+    """And compared with as small ones, by the discriminator too."""
+    trainer, batch = tiny_trainer(align_coeff=0.0), image_batch(2)
+    networks(trainer).alignment = trainer.alignment = Equivariance(0.0, range(6, SIDE), 1.0)
+    draws = trainer.draws(0, 0, batch)
+    output = networks(trainer)(batch, [], draws)
+    side = output.latent.shape[-1]
+    assert side in (6, 7)
+    assert output.reconstruction.shape == output.target.shape == (2, 3, STRIDE * side, STRIDE * side)
+    code = trainer.tokenizer.encode(output.target)
+    assert torch.equal(output.latent, code.sample(draws.posterior[:, :, :side, :side]))
+    step = train_step(trainer, 0, [batch])
+    assert all(value.isfinite().all() for value in step.values() if isinstance(value, torch.Tensor))
+    assert trainer.statistics.mean.isfinite().all()
+
+
 def test_choices_follow_from_the_step_alone():
     """Not from torch's global generator, nor from Python's."""
     regularisation, latent = Equivariance(1.0, range(2, SIDE)), torch.randn(1, 1, SIDE, SIDE)
@@ -132,9 +178,27 @@ def test_a_run_resumes_exactly(images, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["reconstruction"] > 0
     assert lines[-1]["val/psnr"] > 0
-    assert "50% of the micro-batches are scaled to sides of 4 to 7 positions and turned" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "50% of the micro-batches are scaled to sides of 4 to 7 positions and turned" in said
+    assert "images of 25% of the others are scaled" in said
     args = json.loads((tmp_path / "straight" / "args.json").read_text())["args"]
     assert (args["eq_probability"], args["eq_scale"], args["compile"], args["mapper_depth"]) == (0.5, 0.5, False, None)
+
+
+def test_a_run_that_is_older_than_small_images_goes_on_without_them(images, tmp_path, capsys):
+    options = {"align_loss": "equivariance", "eq_scale": 0.5, "loss_cfg_path": "configs/l1_kl.yaml"}
+    argv = flags(images, tmp_path, **options, eq_image_probability=0, max_train_steps=None)
+    assert run(train_sendvae.main, [*argv, "--max-train-steps", "1"]) == 0
+    path = tmp_path / "run" / "args.json"
+    record = json.loads(path.read_text())
+    del record["args"]["eq_image_probability"]
+    path.write_text(json.dumps(record))
+    assert run(train_sendvae.main, [*argv, "--max-train-steps", "2"]) == 0
+    del record["args"]["max_train_steps"]
+    path.write_text(json.dumps(record))
+    argv = flags(images, tmp_path, **options, max_train_steps=3)
+    assert run(train_sendvae.main, argv) == 2
+    assert "--eq-image-probability 0" in capsys.readouterr().err
 
 
 DRY = ("--dry-run", "--vae", "f4d4-tiny", "--vae-ckpt", "none", "--resolution", "32")
@@ -155,16 +219,20 @@ def test_a_trial_of_memory_takes_whole_images(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("scale", "probability", "side"),
-    [(0.25, 0.5, 8), (0.4, 0.5, 16), (0.76, 1, 28), (1, 1, 32), (0.01, 1, 4), (0.25, 0, 32)],
+    ("scale", "probability", "images", "side"),
+    [
+        *((0.25, 0.5, 0, 8), (0.4, 0.5, 0, 16), (0.76, 1, 0, 28), (1, 1, 1, 32), (0.01, 1, 0, 4), (0.25, 0, 0, 32)),
+        (0.25, 0, 0.5, 8),
+    ],
 )
-def test_the_smallest_images_are_known_before(scale, probability, side):
+def test_the_smallest_images_are_known_before(scale, probability, images, side):
     """Whole positions of an 8×8 latent, 4 px each."""
     argv = [*DRY, "--align-loss", "equivariance", "--eq-scale", str(scale), "--eq-probability", str(probability)]
+    argv += ["--eq-image-probability", str(images)]
     args, tokenizer = train_sendvae.parse_arguments(argv), load_tokenizer("f4d4-tiny", "none")[0]
     assert train_sendvae.smallest_images(args, tokenizer) == side
     regularisation = Equivariance.from_arguments(args, (4, 8, 8), ())
-    assert 4 * min(regularisation.sides, default=8) == side or not probability
+    assert 4 * min(regularisation.sides, default=8) == side or not probability + images
 
 
 def test_a_latent_with_positions_in_its_channels_is_refused():

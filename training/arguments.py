@@ -46,7 +46,7 @@ UNSAID = {
     **{"optimizer": "adamw", "feature_norm": "none", "time_shift": 1.0, "velocity_cosine_coeff": 0.0},
     **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp", "reg_coeff": 0.0},
     **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
-    "posthoc_ema": averages.NO_LENGTHS,
+    **{"posthoc_ema": averages.NO_LENGTHS, "eq_image_probability": 0.0},
 }
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(

@@ -71,12 +71,13 @@ class AlignedTokenizer(nn.Module):
 
     def forward(self, batch: ImageBatch, features: Sequence[torch.Tensor], draws: Draws) -> AlignedOutput:
         """uint8 images ``[B, 3, H, W]`` with labels, their VFM features ``[B, N, D]``, and the draws for them."""
+        images = batch.images if self.alignment is None else self.alignment.encoded(batch.images, draws)
         with torch.no_grad() if self.is_frozen else nullcontext():
-            code = self.tokenizer.encode(batch.images)
-            latent = code.sample(draws.posterior)
-        reconstruction, regulariser, aligned, seen, target = None, {}, {}, latent, batch.images
+            _, height, width = self.tokenizer.latent_shape(images.shape[-1])
+            latent = (code := self.tokenizer.encode(images)).sample(draws.posterior[..., :height, :width])
+        reconstruction, regulariser, aligned, seen, target = None, {}, {}, latent, images
         if self.alignment is not None:
-            seen, target = self.alignment.view(latent, batch.images, draws)
+            seen, target = self.alignment.view(latent, images, draws)
         if not self.is_frozen:
             reconstruction, regulariser = self.tokenizer.decode(seen), code.regulariser()
         if self.alignment is not None:

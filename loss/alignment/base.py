@@ -65,12 +65,21 @@ class TokenizerAlignment(nn.Module, TokenizerAlignmentFlags):
         """
         raise NotImplementedError
 
+    def encoded(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """The images that are encoded: by default as they are; of another size only with ``keeps_size = False``.
+
+        Args:
+            images: uint8 ``[B, 3, H, W]``.
+            draws: as in :meth:`forward`.
+        """
+        return images
+
     def view(self, latent: torch.Tensor, images: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         """What is decoded, and the images that it shall be: both transformed alike, or by default as they are.
 
         Args:
             latent: as in :meth:`forward`, which is given the one that is not transformed.
-            images: uint8 ``[B, 3, H, W]``.
+            images: uint8 ``[B, 3, H, W]``, as :meth:`encoded`.
             draws: as in :meth:`forward`.
         """
         return latent, images

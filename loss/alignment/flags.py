@@ -240,7 +240,7 @@ class EquivarianceFlags(TokenizerAlignmentFlags):
 
     needs_features = False
     keeps_size = False
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"eq_probability": 0.5, "eq_scale": 0.25}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"eq_probability": 0.5, "eq_scale": 0.25, "eq_image_probability": 0.25}
 
     @classmethod
     def add_arguments(cls, group: Any) -> None:
@@ -257,6 +257,13 @@ class EquivarianceFlags(TokenizerAlignmentFlags):
             help="equivariance only: the smallest scale; larger ones up to the latent's side less one are as probable "
             "(default: 0.25)",
         )
+        group.add_argument(
+            "--eq-image-probability",
+            type=fraction,
+            metavar="P",
+            help="equivariance only: of the other micro-batches, the share whose images are scaled before they are "
+            "encoded, and reconstructed as small (default: 0.25)",
+        )
 
     @classmethod
     def check_arguments(cls, args: argparse.Namespace) -> None:
@@ -270,7 +277,8 @@ class EquivarianceFlags(TokenizerAlignmentFlags):
 
     @classmethod
     def smallest_side(cls, args: argparse.Namespace, side: int) -> int:
-        return side if not args.eq_probability else min(side, max(1, math.ceil(args.eq_scale * side)))
+        is_scaled = args.eq_probability or args.eq_image_probability
+        return min(side, max(1, math.ceil(args.eq_scale * side))) if is_scaled else side
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
