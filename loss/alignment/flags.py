@@ -7,6 +7,7 @@ and builds the module that has them (:meth:`from_arguments`). A method of your o
 import argparse
 import math
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, ClassVar
 
 from diffusion import WEIGHTINGS
@@ -27,9 +28,11 @@ class AlignmentFlags:
     Attributes:
         DEFAULTS: of those flags that say nothing unless this alignment is chosen, by their names in ``args``; the flags
             themselves default to None, so that one which is given to another alignment is noticed.
+        implementation: where the class with the networks is, ``MODULE:NAME``; it is imported when it is built.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    implementation: ClassVar[str] = ""
 
     @classmethod
     def add_arguments(cls, group: Any) -> None:
@@ -46,7 +49,8 @@ class AlignmentFlags:
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
         """The module, with random weights; ``context`` is told by ``TokenizerAlignment`` and ``DenoiserAlignment``."""
-        raise NotImplementedError
+        module, _, name = cls.implementation.partition(":")
+        return getattr(import_module(module), name).from_arguments(args, *context)
 
 
 class TokenizerAlignmentFlags(AlignmentFlags):
@@ -100,6 +104,7 @@ class DenoiserAlignmentFlags(AlignmentFlags):
 class MapperFlags(TokenizerAlignmentFlags):
     """Send-VAE's, through a mapper."""
 
+    implementation = "loss.alignment.mapper:MapperAlignment"
     trains_alone = True
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
         "mapper_depth": 1,
@@ -185,16 +190,11 @@ class MapperFlags(TokenizerAlignmentFlags):
             )
         return args.mapper_grid
 
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
-        from loss.alignment.mapper import MapperAlignment
-
-        return MapperAlignment.from_arguments(args, *context)
-
 
 class VFFlags(TokenizerAlignmentFlags):
     """VA-VAE's, of projected latents."""
 
+    implementation = "loss.alignment.vf:VFAlignment"
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"vf_weight": 0.1, "vf_cosine_margin": 0.5, "vf_distance_margin": 0.25}
 
     @classmethod
@@ -228,16 +228,11 @@ class VFFlags(TokenizerAlignmentFlags):
     def features_grid(cls, args: argparse.Namespace, latent_size: int) -> int:
         return latent_size  # every position has its feature
 
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
-        from loss.alignment.vf import VFAlignment
-
-        return VFAlignment.from_arguments(args, *context)
-
 
 class EquivarianceFlags(TokenizerAlignmentFlags):
     """EQ-VAE's: no term of its own, but other images to be reconstructed."""
 
+    implementation = "loss.alignment.equivariance:Equivariance"
     needs_features = False
     keeps_size = False
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"eq_probability": 0.5, "eq_scale": 0.25, "eq_image_probability": 0.25}
@@ -280,16 +275,11 @@ class EquivarianceFlags(TokenizerAlignmentFlags):
         is_scaled = args.eq_probability or args.eq_image_probability
         return min(side, max(1, math.ceil(args.eq_scale * side))) if is_scaled else side
 
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
-        from loss.alignment.equivariance import Equivariance
-
-        return Equivariance.from_arguments(args, *context)
-
 
 class REPAFlags(DenoiserAlignmentFlags):
     """REPA's, with VFM features."""
 
+    implementation = "loss.alignment.repa:REPA"
     needs_features = True
     title = "REPA"
     FIXED = ("encoder_depth", "projector_width")
@@ -320,16 +310,11 @@ class REPAFlags(DenoiserAlignmentFlags):
     def weight_of(cls, args: argparse.Namespace) -> float:
         return args.proj_coeff
 
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
-        from loss.alignment.repa import REPA
-
-        return REPA.from_arguments(args, *context)
-
 
 class IREPAFlags(DenoiserAlignmentFlags):
     """iREPA's, with VFM features; it shares REPA's ``--encoder-depth``."""
 
+    implementation = "loss.alignment.irepa:IREPA"
     needs_features = True
     title = "iREPA"
     FIXED = ("encoder_depth",)
@@ -352,16 +337,11 @@ class IREPAFlags(DenoiserAlignmentFlags):
     def weight_of(cls, args: argparse.Namespace) -> float:
         return args.irepa_coeff
 
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
-        from loss.alignment.irepa import IREPA
-
-        return IREPA.from_arguments(args, *context)
-
 
 class VAEREPAFlags(DenoiserAlignmentFlags):
     """VAE-REPA's, with the clean latent."""
 
+    implementation = "loss.alignment.vae_repa:VAEREPA"
     title = "VAE-REPA"
     FIXED = ("vae_repa_depth", "vae_repa_width")
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
@@ -410,16 +390,11 @@ class VAEREPAFlags(DenoiserAlignmentFlags):
     def weight_of(cls, args: argparse.Namespace) -> float:
         return args.vae_repa_coeff
 
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
-        from loss.alignment.vae_repa import VAEREPA
-
-        return VAEREPA.from_arguments(args, *context)
-
 
 class SRAFlags(DenoiserAlignmentFlags):
     """SRA's, with the averaged network."""
 
+    implementation = "loss.alignment.sra:SRA"
     title = "SRA"
     FIXED = ("sra_depth", "sra_teacher_depth")
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
@@ -468,9 +443,3 @@ class SRAFlags(DenoiserAlignmentFlags):
     @classmethod
     def weight_of(cls, args: argparse.Namespace) -> float:
         return args.sra_coeff
-
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, *context: Any) -> Any:
-        from loss.alignment.sra import SRA
-
-        return SRA.from_arguments(args, *context)
