@@ -175,13 +175,13 @@ from inference.latent_cache import (
     Target,
     autocast_for,
     chunk_size,
-    differences,
     features_encoder,
     latents_encoder,
     one_thread_each,
     save_beside,
 )
 from models.encoders import Encoder, build_encoders, encoder_names
+from models.latent_statistics import differences
 from models.tokenizers import Tokenizer
 from runtime.log import progress_bar
 from runtime.measure import count_parameters, peak_memory

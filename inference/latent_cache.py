@@ -370,13 +370,6 @@ def save_beside(folder: Path, tokenizer: Tokenizer, measured: LatentStatistics, 
         write_safetensors_file(measured.tensors(), temporary)
 
 
-def differences(measured: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Largest difference over the channels, of means in units of the expected std, and of stds as a share of it."""
-    mean = (measured["mean"] - expected["mean"]).abs() / expected["std"]
-    std = (measured["std"] / expected["std"] - 1).abs()
-    return float(mean.max()), float(std.max())
-
-
 @contextmanager
 def one_thread_each() -> Iterator[int]:
     """Let every operation on the CPU use one thread; gives how many there were to share out."""

@@ -1,6 +1,7 @@
 """Per-channel mean and variance of a VAE's latents: the one owner of how latents are normalised."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -69,12 +70,20 @@ class LatentStatistics(nn.Module):
         return {"mean": self.mean.cpu(), "std": self.std.cpu(), "var": self.var.cpu()}
 
 
-def difference(a: LatentStatistics, b: LatentStatistics) -> float:
-    """The largest difference of a channel's mean or standard deviation, in standard deviations of ``b``."""
-    ours, theirs = a.tensors(), b.tensors()  # they may lie on different devices
+def differences(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """Largest difference of a channel's mean, and of its standard deviation, in standard deviations of ``theirs``.
+
+    Args:
+        ours, theirs: as :meth:`LatentStatistics.tensors`.
+    """
     mean = (ours["mean"] - theirs["mean"]).abs() / theirs["std"]
     std = (ours["std"] / theirs["std"] - 1).abs()
-    return max(mean.max().item(), std.max().item())
+    return mean.max().item(), std.max().item()
+
+
+def difference(a: LatentStatistics, b: LatentStatistics) -> float:
+    """The larger of :func:`differences`."""
+    return max(differences(a.tensors(), b.tensors()))
 
 
 def normalize_by_batch(z: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:

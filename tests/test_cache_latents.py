@@ -21,9 +21,9 @@ from dataset.shards import ShardSpec
 from dataset.toy import write_toy_dataset
 from errors import UserError
 from formats.vae import load_tokenizer
-from inference.latent_cache import MeasuredStatistics, chunk_size, differences, one_thread_each
+from inference.latent_cache import MeasuredStatistics, chunk_size, one_thread_each
 from models.encoders import build_encoder
-from models.latent_statistics import latent_moments
+from models.latent_statistics import differences, latent_moments
 from models.tokenizers import Tokenizer
 from models.tokenizers.kl import KLTokenizer
 from runtime.cli import EXIT_USER_ERROR, run
