@@ -142,8 +142,9 @@ def test_each_part_of_a_sum_is_given_what_it_compares_with():
     }
     trainer = tiny_trainer(align=ALONE, ema_decay=0.5)
     networks(trainer).alignment = trainer.alignment = DenoiserAlignments(parts)
-    taught, states = [], trainer.ema.module.hidden_states
-    trainer.ema.module.hidden_states = lambda *given: taught.append(given[3]) or states(*given)
+    trainer.teacher = trainer.ema.module
+    taught, states = [], trainer.teacher.hidden_states
+    trainer.teacher.hidden_states = lambda *given: taught.append(given[3]) or states(*given)
     accumulate(trainer, random_batch(BATCH), batch_draws())
     assert taught == [(4, 2), (1,)]
     vfm, state = (BATCH, 16, 12), (BATCH, 16, 192)
@@ -165,6 +166,14 @@ def test_sizes_have_their_published_blocks(size, blocks):
     with torch.device("meta"):
         alignment = SRA.from_arguments(args, SiT(SiTConfig(f"SiT-{size}/2", 4, 32, num_classes=1000)), [])
     assert (alignment.taps, alignment.teacher_taps) == (blocks[:1], blocks[1:])
+    assert (args.sra_depth, args.sra_teacher_depth) == blocks
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(1, (1, 1)), (2, (1, 1)), (13, (4, 8)), (19, (6, 12)), (20, (8, 20))])
+def test_any_depth_has_its_blocks(depth, blocks):
+    args = settled()
+    denoiser = Namespace(depth=depth, width=4, config=Namespace(model="mine"))
+    SRA.from_arguments(args, denoiser, [])
     assert (args.sra_depth, args.sra_teacher_depth) == blocks
 
 
@@ -214,6 +223,38 @@ def test_until_it_is_switched_off(data, tmp_path, monkeypatch):
     assert len(calls) == 2  # one to count its operations
     lines = metrics(tmp_path / "run")
     assert ["sra" in line for line in lines] == [True, False]
+
+
+def test_changed_on_resume(data, tmp_path, capsys):
+    """The flag that was changed is the one that is named; a weight of 0 may be left out."""
+    argv = flags(data, tmp_path, align="sra", enc_type=None, max_train_steps=1)
+    assert train(*argv) == 0
+    assert train(*argv, "--sra-loss", "cosine") == 2
+    assert "--sra-loss smooth-l1, not cosine" in capsys.readouterr().err
+    none = flags(data, tmp_path, "none", align="repa", max_train_steps=None)
+    assert train(*none, "--align", "repa+sra", "--sra-coeff", "0", "--max-train-steps", "1") == 0
+    assert train(*none, "--max-train-steps", "2") == 0
+
+
+def test_the_teacher_is_the_average_but_not_compiled_with_it():
+    trainer = trainer_with_average()
+    teacher, average = trainer.teacher, trainer.ema.module
+    pairs = list(zip(teacher.state_dict().values(), average.state_dict().values(), strict=True))
+    assert all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in pairs)
+    before = [ours.clone() for ours, _ in pairs]
+    train_step(trainer, 0, [random_batch(4)])
+    assert any(not torch.equal(old, ours) for old, (ours, _) in zip(before, pairs, strict=True))
+    assert all(torch.equal(*pair) for pair in pairs)
+    teacher.compile(backend="eager")
+    assert teacher.blocks[0]._compiled_call_impl is not None
+    assert average.blocks[0]._compiled_call_impl is None
+
+
+def test_hidden_states_of_another_shape_are_noticed():
+    trainer = trainer_with_average()
+    trainer.teacher.hidden_states = lambda *given: (torch.zeros(1, 1, 192),)
+    with pytest.raises(ValueError, match="hidden states of"):
+        accumulate(trainer, random_batch(BATCH), batch_draws())
 
 
 @pytest.mark.slow

@@ -10,6 +10,12 @@ from formats.averages import ema_names, posthoc_names
 from formats.power_average import decay_at, gamma_of
 
 
+def twin(module: nn.Module) -> nn.Module:
+    """A second module of the same tensors, which follow each other; compiled, it leaves the first one uncompiled."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, tensors)
+
+
 class Average:
     """Keeps an averaged copy of a module, which starts as an exact copy.
 

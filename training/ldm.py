@@ -27,7 +27,7 @@ from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
 from training.alignment_schedule import alignment_factor
-from training.ema import build_averages
+from training.ema import build_averages, twin
 from training.features import batch_features, features_and_class_token
 from training.method import Method, Metrics, micro_batch_size, to_device
 from training.optimizer import build_optimizer, optimizer_step, scheduled_rate
@@ -120,6 +120,9 @@ class LDM(Method):
         self.optimizer = build_optimizer(args, networks, args.optimizer)
         self.averages = build_averages(args, denoiser)
         self.ema = self.averages.get(MAIN)
+        # Compiled, it shall meet micro-batches alone: grids and validation of the average have other sizes, and graphs
+        # of any size, which would serve the training too from then on.
+        self.teacher = twin(self.ema.module) if alignment.needs_average else None
         self.networks = accelerator.prepare_model(networks)
         self.snapshot = tuple(posthoc_names(args.posthoc_ema))
         self.milestone = tuple(name for name in self.averages if name not in self.snapshot) or ("model",)
@@ -129,11 +132,6 @@ class LDM(Method):
     def sampled(self) -> Denoiser:
         """The network that samples: the main average where there is one."""
         return self.denoiser if self.ema is None else self.ema.module
-
-    @property
-    def teacher(self) -> Denoiser | None:
-        """The averaged network, where an alignment compares with its hidden states."""
-        return self.ema.module if self.alignment.needs_average else None
 
     def unread(self, step: int) -> Collection[str]:
         """Images and features, once nothing is aligned with them."""
@@ -233,7 +231,8 @@ class LDM(Method):
         def teach(times: torch.Tensor, taps: Sequence[int]) -> Sequence[torch.Tensor]:
             with self.accelerator.autocast():
                 noisy = add_noise(state, times, draws.noise, self.args.path_type)
-                return self.teacher.hidden_states(noisy, times, labels, taps)
+                states = self.teacher.hidden_states(noisy, times, labels, taps)
+            return checked((noisy, states), self.teacher, noisy, taps)[1]
 
         return self.alignment.taught(teach, t, draws)
 

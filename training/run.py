@@ -383,7 +383,8 @@ def refuse_changed_arguments(
             other people's checkpoints says of few flags what they were, and may be trained on with any other.
     """
     of_methods = defaults_of_methods()
-    unsaid = {**defaults, **of_methods, **UNSAID} if "output_dir" in old else UNSAID
+    known = {name: default for name, default in of_methods.items() if default is not None}
+    unsaid = {**defaults, **known, **UNSAID} if "output_dir" in old else UNSAID
     for name, value in new.items():
         if value is None and name in of_methods:  # of another alignment; older runs recorded some of them all the same
             continue

@@ -75,9 +75,12 @@ def settle_arguments(
 
 
 def defaults_of_methods() -> dict[str, Any]:
-    """Flags that are None where no alignment which has them was chosen, and what they are by default elsewhere."""
+    """Flags that are None where no alignment which has them was chosen, and what they are by default elsewhere.
+
+    None again: it follows from something else.
+    """
     kinds = [*TOKENIZER_ALIGNMENTS.values(), *DENOISER_ALIGNMENTS.values()]
-    return {name: default for kind in kinds for name, default in kind.DEFAULTS.items() if default is not None}
+    return {name: default for kind in kinds for name, default in kind.DEFAULTS.items()}
 
 
 def parse_sum(text: str) -> list[str]:

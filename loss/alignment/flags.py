@@ -17,7 +17,7 @@ from runtime.cli import flag_of, fraction, non_negative_float, non_negative_int,
 MAPPER_HEADS, NOISE_STATISTICS = ("mlp", "conv"), ("running", "batch")
 # VAE-REPA: published for B, L and XL; smaller denoisers follow B.
 DEEP, DEPTHS = 12, (2, 8)  # the block, of denoisers of up to so many blocks and of deeper ones
-# SRA's: its code takes 4 and 8 of B's 12 blocks, 8 and 20 of XL's 28; smaller denoisers have a third and two thirds.
+# SRA's of XL, by its code; where there are fewer than 20 blocks, a third and two thirds of them: its 4 and 8 of B's 12.
 SRA_DEPTHS = (8, 20)
 SRA_WEIGHTS = {"smooth-l1": 0.2, "cosine": 0.5}
 
@@ -410,29 +410,30 @@ class SRAFlags(DenoiserAlignmentFlags):
         weights = ", ".join(f"{weight:g} of {loss}" for loss, weight in SRA_WEIGHTS.items())
         student, teacher = SRA_DEPTHS
         group.add_argument(
+            "--sra-loss", choices=tuple(SRA_WEIGHTS), help="SRA's distance of hidden states (default: smooth-l1)"
+        )
+        group.add_argument(
             "--sra-coeff", type=non_negative_float, metavar="X", help=f"weight of SRA (default: {weights})"
         )
         group.add_argument(
             "--sra-depth",
             type=positive_int,
             metavar="N",
-            help="block, from 1, whose output predicts what the averaged network sees (default: after a third of up to "
-            f"{DEEP} blocks, else {student})",
+            help="block, from 1, whose output predicts what the averaged network sees (default: after a third of fewer "
+            f"than {teacher} blocks, else {student})",
         )
         group.add_argument(
             "--sra-teacher-depth",
             type=positive_int,
             metavar="N",
-            help=f"block of the averaged network (default: after two thirds of up to {DEEP} blocks, else {teacher})",
+            help=f"block of the averaged network (default: after two thirds of fewer than {teacher} blocks, else "
+            f"{teacher})",
         )
         group.add_argument(
             "--sra-interval",
             type=fraction,
             metavar="X",
             help="the averaged network sees less noise: a time that is earlier by up to X (default: 0.2)",
-        )
-        group.add_argument(
-            "--sra-loss", choices=tuple(SRA_WEIGHTS), help="distance of hidden states (default: smooth-l1)"
         )
 
     @classmethod

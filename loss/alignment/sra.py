@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.draws import Draws
+from errors import UserError
 from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
 from loss.alignment.cosine import patch_cosine_loss
-from loss.alignment.flags import DEEP, SRA_DEPTHS, SRAFlags
+from loss.alignment.flags import SRA_DEPTHS, SRAFlags
 from loss.alignment.vae_repa import BETA
 from models.denoisers import Denoiser
 from models.layers import projector, xavier_linears
@@ -29,6 +30,9 @@ class SRA(DenoiserAlignment, SRAFlags):
 
     def __init__(self, denoiser: Denoiser, depth: int, teacher_depth: int, interval: float, loss: str, weight: float):
         super().__init__()
+        for flag, block in (("--sra-depth", depth), ("--sra-teacher-depth", teacher_depth)):
+            if not 1 <= block <= denoiser.depth:
+                raise UserError(f"{flag} {block}: {denoiser.config.model} has blocks 1 to {denoiser.depth}; choose one")
         self.taps, self.teacher_taps = (depth,), (teacher_depth,)
         self.interval, self.loss, self.weight = interval, loss, weight
         self.projector = projector(denoiser.width, denoiser.width, 2 * denoiser.width, layers=2)
@@ -37,7 +41,7 @@ class SRA(DenoiserAlignment, SRAFlags):
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[TokenGrid]) -> "SRA":
         depth, teacher_depth = SRA_DEPTHS
-        if denoiser.depth <= DEEP:
+        if denoiser.depth < teacher_depth:
             depth, teacher_depth = max(1, denoiser.depth // 3), max(1, 2 * denoiser.depth // 3)
         args.sra_depth = args.sra_depth or depth
         args.sra_teacher_depth = args.sra_teacher_depth or teacher_depth

@@ -99,9 +99,8 @@ def build_denoiser_alignment(
             raise ValueError(f"--align {name}: its weight is None; list its flag in DEFAULTS")
     parts = {name: DENOISER_ALIGNMENTS[name].from_arguments(args, denoiser, features) for name in names}
     for name, part in parts.items():
-        taps = (*part.taps, *part.teacher_taps)
-        if not all(1 <= tap <= denoiser.depth for tap in taps):
-            blocks = ", ".join(map(str, taps))
+        if absent := [tap for tap in (*part.taps, *part.teacher_taps) if not 1 <= tap <= denoiser.depth]:
+            blocks = ", ".join(map(str, absent))
             raise UserError(
                 f"--align {name} sees block {blocks}, but {denoiser.config.model} has blocks 1 to {denoiser.depth}"
             )

@@ -251,7 +251,7 @@ CASES = [
         "VAE-REPA beyond the model", with_flags(align="vae", vae_repa_depth=7), ("--vae-repa-depth 7", "blocks 1 to 6")
     ),
     Case(
-        "SRA beyond the model", with_flags(align="sra", sra_teacher_depth=7), ("--align sra", "2, 7", "blocks 1 to 6")
+        "SRA beyond the model", with_flags(align="sra", sra_teacher_depth=7), ("--sra-teacher-depth 7", "blocks 1 to 6")
     ),
     Case("SRA without an average", with_flags(align="sra", ema_decay=0), ("--align sra", "--ema-decay 0", "leave")),
     Case(
