@@ -10,7 +10,7 @@ import torch
 import train_ldm
 import train_sendvae
 from diffusion.draws import draw
-from loss.alignment import TokenGrid
+from loss.alignment import DenoisingStep, TokenGrid
 from loss.alignment.irepa import IREPA
 from loss.alignment.mapper import MapperAlignment
 from models.denoisers.sit import SiT
@@ -228,8 +228,7 @@ def test_several_vfms_have_a_convolution_each():
     alignment = IREPA(denoiser, [TokenGrid("a", 4, 12), TokenGrid("b", 4, 7)], depth=2, weight=0.5, strength=1.0)
     state = torch.randn(2, 16, denoiser.width)
     assert [tuple(part.shape) for part in alignment.predict([state])] == [(2, 16, 12), (2, 16, 7)]
-    terms = alignment(
-        [state], [torch.randn(2, 16, 12), torch.randn(2, 16, 7)], torch.zeros(2), torch.zeros(2), None, None
-    )
+    features = [torch.randn(2, 16, 12), torch.randn(2, 16, 7)]
+    terms = alignment(DenoisingStep(None, None, None, None, None, features, [state]))
     assert terms.keys() == {"irepa", "irepa/a", "irepa/b"}
     assert alignment.weights(terms) == {"irepa": 0.5, "irepa/a": 0.0, "irepa/b": 0.0}

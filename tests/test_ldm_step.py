@@ -100,8 +100,8 @@ def test_labels_are_dropped_with_the_probability_given():
     trainer = tiny_trainer(cfg_prob=0.3)
     batch, seen = random_batch(2000), []
 
-    def network(noisy, t, labels, x, features, taught, draws):
-        seen.append(labels)
+    def network(noisy, step, taught):
+        seen.append(step.labels)
         return noisy * trainer.denoiser.x_embedder.proj.bias.sum(), {}
 
     trainer.networks = network

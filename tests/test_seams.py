@@ -30,11 +30,13 @@ from errors import UserError
 from inference.sampling import SOLVERS
 from loss.alignment import DENOISER_ALIGNMENTS, TOKENIZER_ALIGNMENTS
 from loss.alignment.base import DenoiserAlignment, TokenizerAlignment
-from loss.alignment.sums import build_denoiser_alignment
+from loss.alignment.sums import DenoiserAlignments, build_denoiser_alignment
 from models.denoisers import DENOISERS
 from models.tokenizers import TOKENIZERS, tokenizer_kind
 from runtime.cli import run
 from tests.command_line import argv_of
+from tests.distributed_ldm_step import batch_draws, config_of
+from tests.ldm_steps import accumulate, networks, part_of, random_batch, tiny_trainer
 from training import arguments
 from training.ldm import checked
 from training.optimizer import BUILDERS, build_optimizer
@@ -208,9 +210,9 @@ class Repulsion(DenoiserAlignment):
     def from_arguments(cls, args, denoiser, features):
         return cls()
 
-    def forward(self, states, features, x, t, labels, draws):
-        flat = states[0].float().flatten(1)
-        chosen = torch.rand(flat.shape, generator=draws.generator, device=flat.device) < 0.5
+    def forward(self, step):
+        flat = step.states[0].float().flatten(1)
+        chosen = torch.rand(flat.shape, generator=step.draws.generator, device=flat.device) < 0.5
         return {"repulsion": -torch.pdist(flat * chosen).mean() / flat.shape[1]}
 
     def weights(self, terms):
@@ -231,6 +233,33 @@ def test_an_alignment_without_parameters_and_with_numbers_of_its_own(folder, cac
     script(train_ldm.main, **common, align="repulsion", exp_name="joined", max_train_steps=2,
            continue_train_exp_dir=folder / "plain")  # fmt: skip
     assert "repulsion" in records(folder / "joined")
+
+
+class Contrast(DenoiserAlignment):
+    """Contrastive flow matching (arXiv 2506.05350): velocities keep away from another image's. It sees no block."""
+
+    taps = ()
+
+    def forward(self, step):
+        distance = (step.velocity - step.target).square().mean()
+        return {"near": distance, "far": (step.velocity - step.target.roll(1, 0)).square().mean()}
+
+    def weights(self, terms):
+        return {"near": 0.0, "far": -0.05}
+
+
+@pytest.mark.parametrize("token", [0, 12])
+def test_an_alignment_may_see_velocities(token):
+    """Predicted and true ones, of the latent alone where a class token goes with it."""
+    config = config_of("SiT-Ti/2", token)
+    trainer, plain = (tiny_trainer(align=(), config=config, reg_coeff=0.5) for _ in range(2))
+    networks(trainer).alignment = trainer.alignment = DenoiserAlignments({"contrast": Contrast()})
+    batch, draws = random_batch(4, config=config), part_of(batch_draws(class_token_width=token), slice(4))
+    found, without = accumulate(trainer, batch, draws), accumulate(plain, batch, draws)
+    assert found["near"].item() == pytest.approx(found["denoise"].item(), rel=1e-6)
+    assert found["denoise"].item() == without["denoise"].item()
+    assert found["loss"].item() == pytest.approx((without["loss"] - 0.05 * found["far"]).item(), rel=1e-6)
+    assert found["far"] > found["near"]
 
 
 class Turned(TokenizerAlignment):

@@ -125,8 +125,9 @@ class Recorder(DenoiserAlignment):
         super().__init__()
         self.taps, self.teacher_taps, self.needs_features, self.given = (1,), teacher_taps, needs_features, None
 
-    def forward(self, states, features, x, t, labels, draws):
-        self.given = [tuple(part.shape) for part in features]
+    def forward(self, step):
+        assert [tuple(state.shape) for state in step.states] == [(BATCH, 16, 192)]
+        self.given = [tuple(part.shape) for part in step.features]
         return {}
 
     def weights(self, terms):

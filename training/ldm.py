@@ -17,7 +17,7 @@ from diffusion.flow import add_noise, training_times, velocity
 from diffusion.guidance import guided
 from diffusion.samplers import model_velocity, sample_ode
 from formats.averages import MAIN, posthoc_names
-from loss.alignment import DenoiserAlignments
+from loss.alignment import DenoiserAlignments, DenoisingStep
 from loss.denoising import denoising_error, direction_error
 from loss.total import joined, total
 from models.denoisers import Denoiser
@@ -49,26 +49,22 @@ class AlignedDenoiser(nn.Module):
         self.denoiser, self.alignment = denoiser, alignment
 
     def forward(
-        self,
-        noisy: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor,
-        x: torch.Tensor,
-        features: Sequence[torch.Tensor] | None,
-        taught: Mapping[str, Sequence[torch.Tensor]],
-        draws: Draws,
+        self, noisy: torch.Tensor, step: DenoisingStep, taught: Mapping[str, Sequence[torch.Tensor]]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Noisy states, times, labels ``[B]``, clean latents ``[B, C, h, w]``, features, draws → velocity and terms.
+        """Velocity of the states, and the alignment's terms: none without features.
 
-        Without features (None) nothing is aligned. ``taught`` are the averaged network's hidden states
-        (:meth:`DenoiserAlignments.taught`).
+        Args:
+            noisy: states, as ``Denoiser.forward`` takes them.
+            step: what is known before.
+            taught: the averaged network's hidden states (:meth:`DenoiserAlignments.taught`).
         """
-        taps = () if features is None else self.alignment.taps
-        prediction, states = checked(self.denoiser(noisy, t, labels, taps), self.denoiser, noisy, taps)
-        if features is None:
+        taps = () if step.features is None else self.alignment.taps
+        prediction, states = checked(self.denoiser(noisy, step.t, step.labels, taps), self.denoiser, noisy, taps)
+        if step.features is None:
             unused = sum(parameter.sum() for parameter in self.alignment.parameters())  # DDP wants their gradients
             return prediction + 0.0 * unused, {}
-        return prediction, self.alignment(states, features, taught, x, t, labels, draws)
+        step = step._replace(states=states, velocity=self.denoiser.unpack(prediction)[0])
+        return prediction, self.alignment(step, taught)
 
 
 def checked(
@@ -204,10 +200,11 @@ class LDM(Method):
         with self.reducing(self.networks, synchronise):
             state = self.denoiser.pack(x, class_token)
             noisy = add_noise(state, t, draws.noise, args.path_type)
-            taught = {} if features is None else self.taught(state, t, labels, draws)
-            prediction, aligned = self.networks(noisy, t, labels, x, features, taught, draws)
-            prediction, token_prediction = self.denoiser.unpack(prediction)
             target, token_target = self.denoiser.unpack(velocity(state, t, draws.noise, args.path_type))
+            step = DenoisingStep(x, t, labels, draws, target, features)
+            taught = {} if features is None else self.taught(state, step)
+            prediction, aligned = self.networks(noisy, step, taught)
+            prediction, token_prediction = self.denoiser.unpack(prediction)
             terms, weights = {"denoise": denoising_error(prediction, target).mean()}, {"denoise": 1.0}
             if class_token is not None:
                 terms["class_token"] = denoising_error(token_prediction, token_target).mean()
@@ -222,19 +219,17 @@ class LDM(Method):
             self.accelerator.backward(loss * share)
         return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
 
-    def taught(
-        self, state: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, draws: Draws
-    ) -> dict[str, Sequence[torch.Tensor]]:
+    def taught(self, state: torch.Tensor, step: DenoisingStep) -> dict[str, Sequence[torch.Tensor]]:
         """What the averaged network makes of the same states, noise and labels, for alignments that compare with it."""
 
         @torch.no_grad()
         def teach(times: torch.Tensor, taps: Sequence[int]) -> Sequence[torch.Tensor]:
             with self.accelerator.autocast():
-                noisy = add_noise(state, times, draws.noise, self.args.path_type)
-                states = self.teacher.hidden_states(noisy, times, labels, taps)
+                noisy = add_noise(state, times, step.draws.noise, self.args.path_type)
+                states = self.teacher.hidden_states(noisy, times, step.labels, taps)
             return checked((noisy, states), self.teacher, noisy, taps)[1]
 
-        return self.alignment.taught(teach, t, draws)
+        return self.alignment.taught(teach, step.t, step.draws)
 
     def update(self, step: int, metrics: Metrics, kept: Sequence[None]) -> Metrics:
         """Optimizer and averages."""

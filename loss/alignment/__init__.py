@@ -23,7 +23,14 @@ from loss.alignment.flags import (
 )
 from runtime.cli import flag_of
 
-__all__ = ["DenoiserAlignment", "DenoiserAlignments", "TokenGrid", "TokenizerAlignment", "build_denoiser_alignment"]
+__all__ = [
+    "DenoiserAlignment",
+    "DenoiserAlignments",
+    "DenoisingStep",
+    "TokenGrid",
+    "TokenizerAlignment",
+    "build_denoiser_alignment",
+]
 
 # --align-loss of train_sendvae.py
 TOKENIZER_ALIGNMENTS: dict[str, type[TokenizerAlignmentFlags]] = {

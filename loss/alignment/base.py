@@ -152,8 +152,33 @@ class FeaturePrediction(TokenizerAlignment):
         return ", ".join(f"{vfm.grid}×{vfm.grid} tokens of {vfm.width} ({vfm.name})" for vfm in self.features)
 
 
+class DenoisingStep(NamedTuple):
+    """What an alignment of a denoiser sees of a micro-batch.
+
+    Attributes:
+        x: clean normalised latents ``[B, C, h, w]``.
+        t: times in [0, 1], ``[B]``.
+        labels: int64 ``[B]``; the null class where the label was dropped.
+        draws: for this batch; random numbers of its own come from ``draws.generator``.
+        target: the true velocity of the latents ``[B, C, h, w]``.
+        features: of the images, ``[B, N, D]`` for each VFM, where the alignment needs them; then the averaged network's
+            hidden states ``[B, grid², width]`` at its ``teacher_taps``, without gradient. None: nothing is aligned.
+        states: hidden states ``[B, grid², width]`` at its ``taps``.
+        velocity: as predicted, ``[B, C, h, w]``.
+    """
+
+    x: torch.Tensor
+    t: torch.Tensor
+    labels: torch.Tensor
+    draws: Draws
+    target: torch.Tensor
+    features: Sequence[torch.Tensor] | None
+    states: Sequence[torch.Tensor] = ()
+    velocity: torch.Tensor | None = None
+
+
 class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
-    """A term of a denoiser's objective, on hidden states; its projectors are kept apart from the network's weights.
+    """A term of a denoiser's objective, on hidden states or the velocity; its projectors are no part of the network.
 
     Attributes:
         taps: blocks whose output it sees, counted from 1.
@@ -173,26 +198,8 @@ class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
         """Build it, with random weights; may settle ``args`` that depend on the denoiser."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        states: Sequence[torch.Tensor],
-        features: Sequence[torch.Tensor],
-        x: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor,
-        draws: Draws,
-    ) -> Terms:
-        """Unweighted terms.
-
-        Args:
-            states: hidden states ``[B, grid², width]`` at :attr:`taps`.
-            features: of the images, ``[B, N, D]`` for each VFM, where :attr:`needs_features`; then the averaged
-                network's hidden states ``[B, grid², width]`` at :attr:`teacher_taps`, without gradient.
-            x: clean normalised latents ``[B, C, h, w]``.
-            t: times in [0, 1], ``[B]``.
-            labels: int64 ``[B]``; the null class where the label was dropped.
-            draws: for this batch; random numbers of its own come from ``draws.generator``.
-        """
+    def forward(self, step: DenoisingStep) -> Terms:
+        """Unweighted terms."""
         raise NotImplementedError
 
     def teacher_times(self, t: torch.Tensor, draws: Draws) -> torch.Tensor:

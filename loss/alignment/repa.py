@@ -7,9 +7,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from diffusion.draws import Draws
 from errors import UserError
-from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
+from loss.alignment.base import DenoiserAlignment, DenoisingStep, Terms, TokenGrid, Weights
 from loss.alignment.cosine import averaged, patch_cosine_loss
 from loss.alignment.flags import REPAFlags
 from models.denoisers import Denoiser
@@ -48,17 +47,10 @@ class REPA(DenoiserAlignment, REPAFlags):
     def from_arguments(cls, args: argparse.Namespace, denoiser: Denoiser, features: Sequence[TokenGrid]) -> "REPA":
         return cls(denoiser, features, args.encoder_depth, args.projector_width, args.proj_coeff)
 
-    def forward(
-        self,
-        states: Sequence[torch.Tensor],
-        features: Sequence[torch.Tensor],
-        x: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor,
-        draws: Draws,
-    ) -> Terms:
+    def forward(self, step: DenoisingStep) -> Terms:
         """``repa``: mean over batch and patches of 1 − cos."""
-        losses = [patch_cosine_loss(*pair) for pair in zip(self.predict(states), self.targets(features), strict=True)]
+        pairs = zip(self.predict(step.states), self.targets(step.features), strict=True)
+        losses = [patch_cosine_loss(*pair) for pair in pairs]
         return averaged(self.term, [vfm.name for vfm in self.features], losses)
 
     def targets(self, features: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from diffusion.draws import Draws
 from errors import UserError
-from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
+from loss.alignment.base import DenoiserAlignment, DenoisingStep, Terms, TokenGrid, Weights
 from loss.alignment.cosine import patch_cosine_loss
 from loss.alignment.flags import SRA_DEPTHS, SRAFlags
 from loss.alignment.vae_repa import BETA
@@ -51,17 +51,9 @@ class SRA(DenoiserAlignment, SRAFlags):
         earlier = self.interval * torch.rand(t.shape, generator=draws.generator, device=t.device)
         return (t - earlier).clamp_min(0)
 
-    def forward(
-        self,
-        states: Sequence[torch.Tensor],
-        features: Sequence[torch.Tensor],
-        x: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor,
-        draws: Draws,
-    ) -> Terms:
+    def forward(self, step: DenoisingStep) -> Terms:
         """``sra``: mean over batch, tokens and channels of the smooth-L1 distance, or over tokens of 1 − cos."""
-        (predicted,), (target,) = self.predict(states), features
+        (predicted,), (target,) = self.predict(step.states), step.features
         if self.loss == "cosine":
             return {"sra": patch_cosine_loss(predicted, target)}
         return {"sra": F.smooth_l1_loss(predicted.float(), target.float(), beta=BETA)}

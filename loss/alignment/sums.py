@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from diffusion.draws import Draws
 from errors import UserError
 from loss.alignment import DENOISER_ALIGNMENTS
-from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
+from loss.alignment.base import DenoiserAlignment, DenoisingStep, Terms, TokenGrid, Weights
 from loss.total import joined
 from models.denoisers import Denoiser
 
@@ -41,27 +42,19 @@ class DenoiserAlignments(nn.ModuleDict):
 
         Args:
             teach: times ``[B]`` and blocks → its hidden states there.
-            t, draws: as in :meth:`forward`.
+            t, draws: those of the step.
         """
         taught = {name: part for name, part in self.items() if part.teacher_taps}
         return {name: teach(part.teacher_times(t, draws), part.teacher_taps) for name, part in taught.items()}
 
-    def forward(
-        self,
-        states: Sequence[torch.Tensor],
-        features: Sequence[torch.Tensor],
-        taught: Mapping[str, Sequence[torch.Tensor]],
-        x: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor,
-        draws: Draws,
-    ) -> Terms:
-        """As :meth:`DenoiserAlignment.forward`; ``states`` are those at :attr:`taps`, ``taught`` as :meth:`taught`."""
+    def forward(self, step: DenoisingStep, taught: Mapping[str, Sequence[torch.Tensor]]) -> Terms:
+        """As :meth:`DenoiserAlignment.forward`; with the states at :attr:`taps`, and ``taught`` of :meth:`taught`."""
         terms: Terms = {}
+        states = iter(step.states)
         for name, part in self.items():
-            seen = [*(features if part.needs_features else ()), *taught.get(name, ())]
-            terms = joined(terms, part(states[: len(part.taps)], seen, x, t, labels, draws))
-            states = states[len(part.taps) :]
+            features = [*(step.features if part.needs_features else ()), *taught.get(name, ())]
+            own = step._replace(states=list(islice(states, len(part.taps))), features=features)
+            terms = joined(terms, part(own))
         return terms
 
     def weights(self, terms: Terms) -> Weights:

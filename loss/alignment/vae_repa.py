@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from diffusion.draws import Draws
 from errors import UserError
-from loss.alignment.base import DenoiserAlignment, Terms, TokenGrid, Weights
+from loss.alignment.base import DenoiserAlignment, DenoisingStep, Terms, TokenGrid, Weights
 from loss.alignment.flags import DEEP, DEPTHS, VAEREPAFlags
 from models.denoisers import Denoiser
 from models.layers import projector, unpatchify, xavier_linears
@@ -82,18 +81,10 @@ class VAEREPA(DenoiserAlignment, VAEREPAFlags):
         args.vae_repa_width = args.vae_repa_width or WIDTH * denoiser.width
         return cls(denoiser, args.vae_repa_depth, args.vae_repa_width, args.vae_repa_times, args.vae_repa_coeff)
 
-    def forward(
-        self,
-        states: Sequence[torch.Tensor],
-        features: Sequence[torch.Tensor],
-        x: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor,
-        draws: Draws,
-    ) -> Terms:
+    def forward(self, step: DenoisingStep) -> Terms:
         """``vae_repa``: see :func:`latent_alignment_loss`."""
-        (predicted,) = self.predict(states)
-        return {"vae_repa": latent_alignment_loss(predicted, x, t, *self.times)}
+        (predicted,) = self.predict(step.states)
+        return {"vae_repa": latent_alignment_loss(predicted, step.x, step.t, *self.times)}
 
     def predict(self, states: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The clean normalised latent ``[B, C, h, w]``."""
