@@ -42,14 +42,15 @@ class LatentStatistics(nn.Module):
     def update(self, moments: torch.Tensor, momentum: float) -> None:
         """Move towards a batch as BatchNorm does: ``running = (1 - momentum)·running + momentum·batch``.
 
-        A batch with a non-finite value changes nothing; finding out costs no synchronisation.
+        A batch with a non-finite value, or of no latents, changes nothing; finding out costs no synchronisation.
 
         Args:
             moments: what :func:`latent_moments` returns, summed over micro-batches and processes.
             momentum: weight of the batch; 1 replaces the statistics.
         """
         mean, var = mean_and_variance(moments)
-        weight = torch.where(moments.isfinite().all(), momentum, 0.0).to(self.mean)
+        _, _, count = _split(moments)
+        weight = torch.where(moments.isfinite().all() & (count > 0), momentum, 0.0).to(self.mean)
         for buffer, batch in ((self.mean, mean), (self.var, var)):
             buffer.lerp_(torch.nan_to_num(batch.to(buffer), 0.0, 0.0, 0.0), weight)
 

@@ -116,9 +116,27 @@ def test_small_images_are_encoded_with_the_corner_of_the_step_s_noise():
     assert output.reconstruction.shape == output.target.shape == (2, 3, STRIDE * side, STRIDE * side)
     code = trainer.tokenizer.encode(output.target)
     assert torch.equal(output.latent, code.sample(draws.posterior[:, :, :side, :side]))
+    before = {name: tensor.clone() for name, tensor in trainer.statistics.state_dict().items()}
     step = train_step(trainer, 0, [batch])
     assert all(value.isfinite().all() for value in step.values() if isinstance(value, torch.Tensor))
-    assert trainer.statistics.mean.isfinite().all()
+    after = trainer.statistics.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)  # which are those of whole images
+
+
+def test_latent_statistics_are_those_of_whole_images():
+    """Of a step of several micro-batches, some of them small."""
+    trainer, batch = tiny_trainer(align_coeff=0.0), image_batch(2)
+    networks(trainer).alignment = trainer.alignment = Equivariance(0.0, range(6, SIDE), 0.5)
+    drawn = [trainer.draws(0, number, batch) for number in range(8)]
+    whole = [d for d in drawn if networks(trainer).alignment.encoded(batch.images, d) is batch.images]
+    assert 0 < len(whole) < 8
+    with torch.no_grad():
+        code = trainer.tokenizer.encode(batch.images)
+    latents = torch.cat([code.sample(d.posterior) for d in whole])
+    old, momentum = trainer.statistics.mean.clone(), trainer.args.bn_momentum
+    train_step(trainer, 0, [batch] * 8)
+    expected = (1 - momentum) * old + momentum * latents.double().mean((0, 2, 3)).to(old)
+    torch.testing.assert_close(trainer.statistics.mean, expected)
 
 
 def test_choices_follow_from_the_step_alone():

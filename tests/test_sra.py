@@ -235,6 +235,7 @@ def test_changed_on_resume(data, tmp_path, capsys):
     none = flags(data, tmp_path, "none", align="repa", max_train_steps=None)
     assert train(*none, "--align", "repa+sra", "--sra-coeff", "0", "--max-train-steps", "1") == 0
     assert train(*none, "--max-train-steps", "2") == 0
+    assert train(*none, "--vae-repa-coeff", "0", "--max-train-steps", "3") == 0
 
 
 def test_the_teacher_is_the_average_but_not_compiled_with_it():

@@ -72,9 +72,12 @@ class AlignedTokenizer(nn.Module):
     def forward(self, batch: ImageBatch, features: Sequence[torch.Tensor], draws: Draws) -> AlignedOutput:
         """uint8 images ``[B, 3, H, W]`` with labels, their VFM features ``[B, N, D]``, and the draws for them."""
         images = batch.images if self.alignment is None else self.alignment.encoded(batch.images, draws)
+        _, height, width = self.tokenizer.latent_shape(images.shape[-1])
+        posterior, noise = (numbers[..., :height, :width] for numbers in (draws.posterior, draws.noise))
+        draws = draws._replace(posterior=posterior, noise=noise)
         with torch.no_grad() if self.is_frozen else nullcontext():
-            _, height, width = self.tokenizer.latent_shape(images.shape[-1])
-            latent = (code := self.tokenizer.encode(images)).sample(draws.posterior[..., :height, :width])
+            code = self.tokenizer.encode(images)
+            latent = code.sample(draws.posterior)
         reconstruction, regulariser, aligned, seen, target = None, {}, {}, latent, images
         if self.alignment is not None:
             seen, target = self.alignment.view(latent, images, draws)
@@ -134,7 +137,10 @@ class SendVAE(Method):
     def accumulate(
         self, step: int, micro_step: int, batch: ImageBatch | LatentBatch, share: float, synchronise: bool
     ) -> tuple[Metrics, torch.Tensor]:
-        """Add the gradients of one micro-batch; also returns its latents, detached and un-normalised."""
+        """Add the gradients of one micro-batch; also returns its latents, detached and un-normalised.
+
+        Of images that the alignment made smaller it returns none.
+        """
         return self.backward(step, batch, self.draws(step, micro_step, batch), share, synchronise)
 
     def draws(self, step: int, micro_step: int, batch: ImageBatch) -> Draws:
@@ -195,7 +201,9 @@ class SendVAE(Method):
                 self.accelerator.backward(total(terms, self.objective.discriminator_weights()) * share)
             metrics |= {name: term.detach() for name, term in terms.items()}
             metrics |= {"logits_real": real.detach().float().mean(), "logits_fake": fake.detach().float().mean()}
-        return metrics, output.latent.detach()
+        latent = output.latent.detach()
+        is_whole = latent.shape == draws.posterior.shape
+        return metrics, latent if is_whole else latent[:0]  # statistics are those of whole images
 
     def update(self, step: int, metrics: Metrics, latents: Sequence[torch.Tensor]) -> Metrics:
         """Both optimizers, latent statistics, LeCam's anchors and the average."""

@@ -74,6 +74,8 @@ def settle_arguments(
                     f"{flag_of(name)} belongs to {flag} {key}, not to {flag} {'+'.join(chosen) or NONE}: leave it out, "
                     "or choose that alignment"
                 )
+            if name not in owned and not asks and value is not None:
+                setattr(args, name, None)  # as if it had not been given, then or on resume
     for key in chosen:
         for name, default in registry[key].DEFAULTS.items():
             if getattr(args, name) is None:

@@ -66,7 +66,9 @@ class TokenizerAlignment(nn.Module, TokenizerAlignmentFlags):
         raise NotImplementedError
 
     def encoded(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """The images that are encoded: by default as they are; of another size only with ``keeps_size = False``.
+        """The images that are encoded: by default as they are; smaller ones only with ``keeps_size = False``.
+
+        The draws of :meth:`view` and :meth:`forward` are then of their latent's size; features are of the given ones.
 
         Args:
             images: uint8 ``[B, 3, H, W]``.
