@@ -62,7 +62,7 @@ class Equivariance(TokenizerAlignment, EquivarianceFlags):
     def describe(self) -> list[str]:
         sides = f"scaled to sides of {self.sides.start} to {self.sides.stop - 1} positions and " if self.sides else ""
         lines = [f"equivariance: {self.probability:.0%} of the micro-batches are {sides}turned"]
-        if self.image_probability and self.sides:
+        if self.image_probability and self.sides and self.probability < 1:
             lines.append(f"equivariance: images of {self.image_probability:.0%} of the others are scaled")
         return lines
 
