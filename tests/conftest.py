@@ -24,6 +24,19 @@ def fresh_logger():
     logger.setLevel("NOTSET")
 
 
+@pytest.fixture
+def no_vfm_no_images(monkeypatch):
+    """Whoever builds a VFM or opens an image fails."""
+
+    def refuse(*args, **kwargs):
+        pytest.fail("a VFM was built, or an image opened")
+
+    for name in ("build_encoders", "build_encoder", "find_weights"):
+        monkeypatch.setattr(f"models.encoders.build.{name}", refuse)
+    for place in ("training.latent_data.open_images", "dataset.images.ImageDataset.read_into", "PIL.Image.open"):
+        monkeypatch.setattr(place, refuse)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: of files shared among processes, a long one that starts last decides the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -189,19 +189,6 @@ def test_a_denoiser_s_config_says_nothing_of_alignments():
     assert networks(tiny_trainer(align=BOTH)).denoiser.config.to_dict() == expected
 
 
-@pytest.fixture
-def no_vfm_no_images(monkeypatch):
-    """Whoever builds a VFM or opens an image fails."""
-
-    def refuse(*args, **kwargs):
-        pytest.fail("a VFM was built, or an image opened")
-
-    for name in ("build_encoders", "build_encoder", "find_weights"):
-        monkeypatch.setattr(f"models.encoders.build.{name}", refuse)
-    for place in ("training.latent_data.open_images", "dataset.images.ImageDataset.read_into", "PIL.Image.open"):
-        monkeypatch.setattr(place, refuse)
-
-
 @pytest.mark.parametrize(
     ("align", "terms"), [("vae", {"denoise", "vae_repa"}), ("none", {"denoise"}), ("proj-coeff 0", {"denoise"})]
 )

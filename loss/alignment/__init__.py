@@ -67,15 +67,16 @@ def settle_arguments(
     for key, cls in registry.items():
         for name in cls.DEFAULTS:
             value = getattr(args, name, None)
-            # A switch that is off and a weight of 0 ask for nothing; a depth of 0 does.
-            asks = value is not None and value is not False and not (isinstance(value, float) and value == 0)
-            if name not in owned and asks and value != unasked.get(name):
+            if name in owned or value is None:
+                continue
+            if value is False or (isinstance(value, float) and value == 0):
+                # A switch that is off and a weight of 0 ask for nothing, here and on resume; a depth of 0 does.
+                setattr(args, name, None)
+            elif value != unasked.get(name):
                 raise UserError(
                     f"{flag_of(name)} belongs to {flag} {key}, not to {flag} {'+'.join(chosen) or NONE}: leave it out, "
                     "or choose that alignment"
                 )
-            if name not in owned and not asks and value is not None:
-                setattr(args, name, None)  # as if it had not been given, then or on resume
     for key in chosen:
         for name, default in registry[key].DEFAULTS.items():
             if getattr(args, name) is None:
