@@ -2,6 +2,7 @@
 
   python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
   python generate.py --exp-path exps/ldm --cfg-scale 2 --guide exps/ldm-small@20000             # autoguidance
+  python generate.py --exp-path exps/ldm-sprint --cfg-scale 2 --guide path-drop                 # SPRINT's
   python generate.py --exp-path exps/ldm --evaluate REF.npz --sweep scale=1,1.5,2,2.5 high=0.75,1
   python generate.py --dry-run --model SiT-XL/1 --vae f16d32    # what it would take, before anything is trained
 
@@ -30,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from errors import UserError
-from inference import arguments
+from inference import PATH_DROP, arguments
 from inference.arguments import COMPILED_FROM, OUTPUT_FLAG, SAMPLES
 from inference.sweep import DEFAULT_SAMPLES, Point, axis, points_of
 from metrics.arguments import INCEPTION, SWEEP_METRICS, add_metric_arguments
@@ -145,7 +146,7 @@ from dataset.packing import lock_if_free, sigterm_as_interrupt
 from inference.sample_folder import Job, default_folder, load_networks, make_samples
 from inference.sampling import default_shard_size
 from inference.sampling_dry_run import dry_run
-from inference.trained_ldm import TrainedLDM, open_guide, open_trained_ldm
+from inference.trained_ldm import TrainedLDM, open_guide, open_path_drop, open_trained_ldm
 from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
 from metrics.evaluate_generation import EVALUATION_LOCK_NAME, GenerationEvaluation, plan, settings_of
 from metrics.generation import check_count
@@ -217,6 +218,8 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
             f"--path-type {args.path_type}: {args.exp_path} was trained on {trained.path_type}; leave it out"
         )
     check_channels(args, trained)
+    if args.guide == PATH_DROP:
+        return replace(trained, guide=open_path_drop(trained))
     if args.guide is not None:
         return replace(trained, guide=open_guide(trained, *args.guide, report))
     scale = next((point.scale for point in args.points if point.is_guided), None)

@@ -149,6 +149,7 @@ from training.loop import Loop
 from training.micro_batch import Trial
 from training.networks import aligned, build_aligned_denoiser, build_feature_norm, build_vfms, compile_networks
 from training.run import Run, begin, open_run
+from training.token_drop import at_its_largest, check_token_drop
 
 
 def main(argv: Sequence[str]) -> int:
@@ -159,7 +160,12 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = open_tokenizer(args, latents)
     config = resolve(args, latents, tokenizer)
     source = ldm_source.open_source(args, config, origin, folder, None if latents is None else tokenizer)
-    trial = Trial(partial(build, args, config, tokenizer, accelerator), partial(random_batch, args))
+    trial = Trial(
+        build=partial(build, args, config, tokenizer, accelerator),
+        batch_of=partial(random_batch, args),
+        step=(args.token_drop_until or 1) - 1,  # a dry run shows the step after it, too
+        build_largest=partial(build, at_its_largest(args), config, tokenizer, accelerator),
+    )
     if args.dry_run:
         dry_run.dry_run(args, accelerator, trial, partial(prepare_dry_run, args, source))
         return 0
@@ -205,6 +211,7 @@ def resolve(args: argparse.Namespace, latents: LatentDataset | None, tokenizer: 
     args.time_shift = settled_shift(args.time_shift, config.latent_shape)
     with torch.device("meta"):  # what does not fit the denoiser is refused, and what follows from it settled
         denoiser = config.build()
+        check_token_drop(args, denoiser.grid)
         vfms = aligned(args, parse_sum(args.align), denoiser).features
     args.feature_widths = [vfm.width for vfm in vfms]
     if latents is not None:

@@ -106,6 +106,7 @@ from training.networks import (
 )
 from training.repae import Repae
 from training.run import begin, open_run
+from training.token_drop import at_its_largest, check_token_drop
 
 
 def main(argv: Sequence[str]) -> int:
@@ -122,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
         build=lambda: build(args, loss_config, config, copy.deepcopy(tokenizer), accelerator),
         batch_of=lambda method, count: dry_run.image_batch(images, count, args.resolution, config.num_classes),
         step=loss_config.discriminator_start,  # so that the discriminator takes part
+        build_largest=lambda: build(at_its_largest(args), loss_config, config, copy.deepcopy(tokenizer), accelerator),
     )
     if args.dry_run:
         dry_run.dry_run(args, accelerator, trial)
@@ -164,7 +166,9 @@ def resolve(
     args.denoiser, args.vae_config = config.to_dict(), tokenizer.architecture
     args.time_shift = settled_shift(args.time_shift, config.latent_shape)
     with torch.device("meta"):  # what does not fit the denoiser is refused
-        vfms = aligned(args, parse_sum(args.align), config.build()).features
+        denoiser = config.build()
+        check_token_drop(args, denoiser.grid)
+        vfms = aligned(args, parse_sum(args.align), denoiser).features
     args.feature_widths = [vfm.width for vfm in vfms]
     if images is not None:
         if held_out is not None and held_out.class_names != images.class_names:

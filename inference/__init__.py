@@ -3,3 +3,4 @@
 MODES = ("sde", "ode")
 LABEL_SAMPLINGS = ("random", "equal")
 ROUNDINGS = ("round", "truncate")
+PATH_DROP = "path-drop"  # --guide: by the network's own first and last blocks

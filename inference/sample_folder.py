@@ -19,9 +19,10 @@ from inference.arguments import OUTPUT_FLAG
 from inference.latent_cache import autocast_for, chunk_size
 from inference.sampling import NPZ_NAME, ImageSampler, SamplerSettings, ShardMaker, choose_labels, complete
 from inference.sweep import Point
-from inference.trained_ldm import TrainedLDM
+from inference.trained_ldm import PathDrop, TrainedLDM
 from inference.untrained_ldm import UntrainedLDM
 from models.denoisers import Denoiser
+from models.denoisers.sprint import Shortcut
 from models.precision import hold_products
 from models.tokenizers import Tokenizer
 from runtime.log import progress_bar
@@ -37,7 +38,7 @@ class Networks(NamedTuple):
     """On the device, compiled where that is wanted."""
 
     model: Denoiser
-    guide: Denoiser | None
+    guide: Denoiser | Shortcut | None
     tokenizer: Tokenizer
 
 
@@ -83,11 +84,12 @@ def guidance_name(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) 
     """Scale, interval, channels and guide, for the names of folders."""
     if args.cfg_scale == 1:
         return "unguided"
-    kind, guide = "cfg" if trained.guide is None else "auto", trained.guide
+    guide = trained.guide
+    kind = "cfg" if guide is None else "pathdrop" if isinstance(guide, PathDrop) else "auto"
     parts = [f"{kind}{args.cfg_scale:g}", f"{args.guidance_low:g}", f"{args.guidance_high:g}"]
     if args.guidance_channels is not None:
         parts.append(f"{args.guidance_channels}ch")
-    if guide is not None:
+    if kind == "auto":
         is_own = guide.folder.resolve() == trained.folder.resolve()
         parts += [*([] if is_own else [guide.folder.resolve().name]), guide.label]
     return "-".join(parts)
@@ -135,7 +137,7 @@ def describe(args: argparse.Namespace, job: Job) -> dict:
         "vae": trained.vae_checksum,
         "latent_statistics": job.tokenizer.statistics.checksum(),
         **vars(sampler_settings(args, trained)),
-        "guide": None if guide is None else f"{guide.config.model} of step {guide.step}",
+        "guide": None if guide is None else guide.as_guide,
         "guide_sha256": None if guide is None else guide.checksum,
         "num_fid_samples": args.num_fid_samples,
         "label_sampling": args.label_sampling,
@@ -152,7 +154,7 @@ def load_networks(
     """The denoiser, its guide and the VAE on the device."""
     device = process.device
     model = trained.load_model().to(device)
-    guide = None if trained.guide is None else trained.guide.load_model().to(device)
+    guide = None if trained.guide is None else trained.guide.load_guide(model).to(device)
     for network in (model, guide):
         hold_products(network, args.mixed_precision)
     tokenizer.to(device)

@@ -41,10 +41,8 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         f"{count_parameters(networks.model)[0]:,} parameters"
     )
     if networks.guide is not None:
-        print(
-            f"guide: {trained.guide.config.model}, checkpoint {trained.guide.label}: "
-            f"{count_parameters(networks.guide)[0]:,} parameters, {guide_seconds:.3f} s a forward pass"
-        )
+        size = count_parameters(networks.guide)[0]
+        print(f"guide: {trained.guide.as_guide}: {size:,} parameters, {guide_seconds:.3f} s a forward pass")
     print(f"VAE: {count_parameters(networks.tokenizer)[0]:,} parameters")
     print(f"batch of 2: {own_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
     own, of_guide = (passes + guided, "") if networks.guide is None else (passes, f" and {guided} of the guide")

@@ -12,8 +12,10 @@ from errors import UserError, one_line
 from formats.averages import FURTHER, MAIN, MODEL, POSTHOC, posthoc_length, statistics_of
 from formats.run_folders import OWN_VAE, arguments_of, status_of
 from formats.vae import load_tokenizer
+from inference import PATH_DROP
 from inference.posthoc import PosthocCheckpoint
 from models.denoisers import Denoiser, DenoiserConfig, denoiser_config
+from models.denoisers.sprint import Shortcut
 from models.tokenizers import STATISTICS_FILE, Tokenizer, build_tokenizer
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from schema import check
@@ -31,6 +33,7 @@ class _Arguments(TypedDict):
     vae_config: dict | None
     cfg_prob: float | None
     time_shift: float | None
+    path_drop: float | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class TrainedLDM:
         vae_config: architecture of the VAE where it lies in the checkpoint, because it was trained along; or None.
         cfg_prob: share of labels that were dropped; with 0 the null class was never trained, and nothing can guide.
         time_shift: of its training times.
-        guide: the weaker one that guides it (:func:`open_guide`), or None.
+        path_drop: with which probability images went without SPRINT's middle blocks; 0: never.
+        guide: what guides it in the place of the null class (:func:`open_guide`), or None.
     """
 
     folder: Path
@@ -67,7 +71,8 @@ class TrainedLDM:
     vae_config: dict | None = None
     cfg_prob: float = 0.1
     time_shift: float = 1.0
-    guide: "TrainedLDM | None" = None
+    path_drop: float = 0.0
+    guide: "TrainedLDM | PathDrop | None" = None
 
     @property
     def step(self) -> int:
@@ -83,6 +88,15 @@ class TrainedLDM:
         model = self.config.build()
         self.checkpoint.load_module(self.weights, model)
         return model.eval().requires_grad_(False)
+
+    @property
+    def as_guide(self) -> str:
+        """What it is called where it guides."""
+        return f"{self.config.model} of step {self.step}"
+
+    def load_guide(self, guided: Denoiser) -> Denoiser:
+        """As :meth:`load_model`, where it guides."""
+        return self.load_model()
 
     def load_autoencoder(self) -> Tokenizer:
         """The run's VAE with its latent statistics; refused if it is not the one of the training."""
@@ -163,6 +177,31 @@ def open_trained_ldm(
     if isinstance(checkpoint, PosthocCheckpoint) and (doubts := checkpoint.doubts()):
         report(doubts)
     return _describe(folder, checkpoint, weights)
+
+
+class PathDrop:
+    """What guides a network with SPRINT: its own first and last blocks, for no class (arXiv 2510.21986)."""
+
+    as_guide, checksum = PATH_DROP, None
+
+    def load_guide(self, guided: Denoiser) -> Shortcut:
+        return Shortcut(guided)
+
+
+def open_path_drop(trained: TrainedLDM) -> PathDrop:
+    """Of a run that was trained for it.
+
+    Raises:
+        UserError: it was not.
+    """
+    why = "the null class (--cfg-prob 0)" if trained.cfg_prob == 0 else None
+    if not trained.path_drop:
+        why = "--path-drop" if trained.config.sparse_blocks else "--sprint"
+    if why is not None:
+        raise UserError(
+            f"--guide {PATH_DROP}: {trained.folder} was trained without {why}; leave the flag out, or give a run"
+        )
+    return PathDrop()
 
 
 def open_guide(
@@ -311,6 +350,7 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             vae_config=arguments.get("vae_config"),
             cfg_prob=arguments.get("cfg_prob", 0.1),
             time_shift=arguments.get("time_shift", 1.0),
+            path_drop=arguments.get("path_drop") or 0.0,
         )
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(

@@ -501,7 +501,7 @@ def test_dry_run_counts_the_guide(run, small, capsys):
     inside = sum(1 - 0.96 * k / 249 <= 0.5 for k in range(250))
     assert f"250 forward passes and {inside} of the guide an image" in output
     size = sum(p.numel() for p in open_trained_ldm(small, None, "ema").load_model().parameters())
-    assert f"guide: LightningDiT-Ti/2, checkpoint {STEP:07d}: {size:,} parameters" in output
+    assert f"guide: LightningDiT-Ti/2 of step {STEP}: {size:,} parameters" in output
 
 
 def test_default_folders_with_a_guide(run, small):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loss.alignment import DenoiserAlignment
 from models.denoisers import Denoiser, DenoiserConfig
+from models.denoisers.sprint import Route
 from models.encoders import Encoder
 from runtime.measure import count_parameters
 from training.networks import aligned
@@ -30,15 +31,26 @@ class Cost:
     flops: int
 
 
-def denoiser_cost(denoiser: Denoiser) -> Cost:
-    """Of a denoiser on the meta device: nothing is allocated."""
-    return Cost(count_parameters(denoiser)[0], _flops(denoiser.forward, *_one_input(denoiser)))
+def denoiser_cost(denoiser: Denoiser, route: Route | None = None) -> Cost:
+    """Of a denoiser on the meta device: nothing is allocated; ``route`` is of :func:`training_route`."""
+    routed = () if route is None else ((), route)
+    return Cost(count_parameters(denoiser)[0], _flops(denoiser.forward, *_one_input(denoiser), *routed))
 
 
-def alignment_cost(alignment: DenoiserAlignment, denoiser: Denoiser) -> Cost:
+def training_route(denoiser: Denoiser, token_drop: float | None) -> Route | None:
+    """Through a network with SPRINT, on the meta device; None where no token is dropped."""
+    if not (denoiser.config.sparse_blocks and token_drop):
+        return None
+    kept = round(denoiser.grid**2 * (1 - token_drop))
+    return Route(torch.empty(1, kept, dtype=torch.int64, device="meta"))
+
+
+def alignment_cost(alignment: DenoiserAlignment, denoiser: Denoiser, route: Route | None = None) -> Cost:
     """Of an alignment's projectors, both on the meta device."""
-    state = torch.empty(1, denoiser.grid**2, denoiser.width, device="meta")
-    return Cost(count_parameters(alignment)[0], _flops(alignment.predict, [state] * len(alignment.taps)))
+    places = [denoiser.places(tap, route) for tap in alignment.taps]
+    counts = [denoiser.grid**2 if some is None else some.shape[1] for some in places]
+    states = [torch.empty(1, count, denoiser.width, device="meta") for count in counts]
+    return Cost(count_parameters(alignment)[0], _flops(alignment.predict, states))
 
 
 def teacher_cost(denoiser: Denoiser, taps: Sequence[int]) -> Cost:
@@ -71,10 +83,13 @@ def alignment_cost_lines(
     with torch.device("meta"):
         denoiser = config.build()
         parts: Mapping[str, DenoiserAlignment] = aligned(args, names, denoiser)
-    alone = denoiser_cost(denoiser)
+    route = training_route(denoiser, args.token_drop)
+    alone = denoiser_cost(denoiser, route)
     lines = [f"{config.model} alone: {alone.parameters:,} parameters, {alone.flops / 1e9:.2f} GFLOPs a forward pass"]
+    if route is not None:
+        lines[0] += f", {args.token_drop:.1%} of the tokens dropped; {denoiser_cost(denoiser).flops / 1e9:.2f} of all"
     for part in parts.values():
-        cost = alignment_cost(part, denoiser)
+        cost = alignment_cost(part, denoiser, route)
         published = f"; {PUBLISHED[part.called()]}" if part.called() in PUBLISHED else ""
         lines.append(_line(part.called(), cost, alone, cost.flops / alone.flops) + published)
         if part.teacher_taps:

@@ -20,6 +20,7 @@ from runtime.cli import (
     positive_int,
 )
 from runtime.repae_flags import default_data_dir
+from training.token_drop import add_token_drop_arguments, settle_token_drop
 
 FEATURE_NORMS = ("none", "channel", "token", "spatial")
 SCHEDULES = ("constant", "cosine")
@@ -167,6 +168,7 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     )
     for add_arguments in dict.fromkeys(kind.add_arguments for kind in DENOISERS.values()):  # kinds may share them
         add_arguments(group)
+    add_token_drop_arguments(group)
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
     group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
     group.add_argument(
@@ -426,7 +428,7 @@ def add_alignment_schedule_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def check_denoiser_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse flags of another kind of denoiser than ``--model``'s."""
+    """Refuse flags of another kind of denoiser than ``--model``'s, and of SPRINT without it; settle the latter."""
     own = denoiser_kind(args.model).own_flags()
     for kind in DENOISERS.values():
         for name in sorted(kind.own_flags() - own):
@@ -435,6 +437,7 @@ def check_denoiser_arguments(parser: argparse.ArgumentParser, args: argparse.Nam
                     f"{flag_of(name)} belongs to --model {kind.names}, not to {args.model}: leave it out, or choose "
                     "such a model"
                 )
+    settle_token_drop(args)
 
 
 def check_feature_arguments(

@@ -21,6 +21,7 @@ from loss.alignment import DenoiserAlignments, DenoisingStep
 from loss.denoising import denoising_error, direction_error
 from loss.total import joined, total
 from models.denoisers import Denoiser
+from models.denoisers.sprint import Route, draw_route
 from models.encoders import Encoder, encoder_names
 from models.feature_norm import FeatureNorm, SpatialNorm
 from models.pixels import to_uint8
@@ -31,6 +32,7 @@ from training.ema import build_averages, twin
 from training.features import batch_features, features_and_class_token
 from training.method import Method, Metrics, micro_batch_size, to_device
 from training.optimizer import build_optimizer, optimizer_step, scheduled_rate
+from training.token_drop import token_drop_at
 from training.validation import HeldOutLatents, mean_denoising_errors
 
 GRID_COLUMNS, GRID_ROWS = 8, 2
@@ -59,23 +61,32 @@ class AlignedDenoiser(nn.Module):
             taught: the averaged network's hidden states (:meth:`DenoiserAlignments.taught`).
         """
         taps = () if step.features is None else self.alignment.taps
-        prediction, states = checked(self.denoiser(noisy, step.t, step.labels, taps), self.denoiser, noisy, taps)
+        routed = () if step.route is None else (step.route,)
+        output = self.denoiser(noisy, step.t, step.labels, taps, *routed)
+        prediction, states = checked(output, self.denoiser, noisy, taps, step.route)
         if step.features is None:
             unused = sum(parameter.sum() for parameter in self.alignment.parameters())  # DDP wants their gradients
             return prediction + 0.0 * unused, {}
-        step = step._replace(states=states, velocity=self.denoiser.unpack(prediction)[0])
+        places = [self.denoiser.places(tap, step.route) for tap in taps]
+        step = step._replace(states=states, places=places, velocity=self.denoiser.unpack(prediction)[0])
         return prediction, self.alignment(step, taught)
 
 
 def checked(
-    output: tuple[torch.Tensor, Sequence[torch.Tensor]], denoiser: Denoiser, noisy: torch.Tensor, taps: Sequence[int]
+    output: tuple[torch.Tensor, Sequence[torch.Tensor]],
+    denoiser: Denoiser,
+    noisy: torch.Tensor,
+    taps: Sequence[int],
+    route: Route | None = None,
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """What a denoiser returned, where it has the shapes that it promises: another one could be broadcast unnoticed.
 
     Raises:
         ValueError: it has not.
     """
-    states = [(len(noisy), denoiser.grid**2, denoiser.width)] * len(taps)
+    places = [denoiser.places(tap, route) for tap in taps]
+    counts = [denoiser.grid**2 if some is None else some.shape[1] for some in places]
+    states = [(len(noisy), count, denoiser.width) for count in counts]
     if not (isinstance(output, tuple) and len(output) == 2):
         raise ValueError(f"{type(denoiser).__name__} must return its velocity and a tuple of hidden states")
     found, promised = [tuple(x.shape) for x in (output[0], *output[1])], [tuple(noisy.shape), *states]
@@ -145,7 +156,8 @@ class LDM(Method):
         x = self.normalised(batch, draws)
         factor = alignment_factor(self.args, step)
         features, class_token = self.seen(batch, is_aligned=bool(factor))
-        return self.backward(x, draws, batch.labels, features, share, synchronise, factor, class_token), None
+        route = self.route(step, draws)
+        return self.backward(x, draws, batch.labels, features, share, synchronise, route, factor, class_token), None
 
     def draws(self, step: int, micro_step: int, batch: LatentBatch) -> Draws:
         """A function of (seed, step, micro-step, rank)."""
@@ -158,6 +170,14 @@ class LDM(Method):
         draws = draw((count, *self.denoiser.latent_shape), generator, weighting)
         token = torch.randn(count, self.denoiser.class_token_width, generator=generator, device=generator.device)
         return draws._replace(noise=self.denoiser.pack(draws.noise, token))
+
+    def route(self, step: int, draws: Draws) -> Route | None:
+        """Through a network with SPRINT, drawn after all else of a step; None for others."""
+        args = self.args
+        if not self.denoiser.config.sparse_blocks:
+            return None
+        count, dropped = len(draws.times), token_drop_at(args, step)
+        return draw_route(count, self.denoiser.grid, dropped, args.path_drop, draws.generator)
 
     def normalised(self, batch: LatentBatch, draws: Draws) -> torch.Tensor:
         """Samples of what the cache holds, normalised, float32 ``[B, C, h, w]``."""
@@ -187,12 +207,14 @@ class LDM(Method):
         features: Sequence[torch.Tensor] | None,
         share: float,
         synchronise: bool,
+        route: Route | None = None,
         factor: float = 1.0,
         class_token: torch.Tensor | None = None,
     ) -> Metrics:
         """Add the gradients of normalised latents ``x`` ``[B, C, h, w]``; the rest as in ``Phase.accumulate``.
 
-        The alignment's weights are multiplied by ``factor``; ``class_token`` ``[B, D]`` is of the same images.
+        ``route`` is :meth:`route`'s; the alignment's weights are multiplied by ``factor``; ``class_token`` ``[B, D]``
+        is of the same images.
         """
         args = self.args
         t = training_times(draws.times, args.weighting, args.path_type, args.time_shift)
@@ -201,7 +223,7 @@ class LDM(Method):
             state = self.denoiser.pack(x, class_token)
             noisy = add_noise(state, t, draws.noise, args.path_type)
             target, token_target = self.denoiser.unpack(velocity(state, t, draws.noise, args.path_type))
-            step = DenoisingStep(x, t, labels, draws, target, features)
+            step = DenoisingStep(x, t, labels, draws, target, features, route=route)
             taught = {} if features is None else self.taught(state, step)
             prediction, aligned = self.networks(noisy, step, taught)
             prediction, token_prediction = self.denoiser.unpack(prediction)

@@ -106,7 +106,7 @@ class StartingRun:
             tokenizer: of the latent cache; None in a dry run without one.
         """
         given = self.given
-        own = {name: flag_of(name) for name in config.to_dict() if name not in SAME}
+        own = {name: flag_of(name) for name in config.to_dict() | self.config.to_dict() if name not in SAME}
         for name, what in (SAME | own).items():
             before, now = getattr(self.config, name, None), getattr(config, name)
             if before != now and not (tokenizer is None and name in OF_THE_CACHE):

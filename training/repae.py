@@ -70,7 +70,8 @@ class DenoiserPhase(Phase):
     ) -> tuple[Metrics, None]:
         # by mean and variance of the global batch, as a BatchNorm in training mode does
         x = normalize_by_batch(batch.latent, self.vae.batch_moments)
-        return self.ldm.backward(x, batch.draws, batch.labels, batch.features, share, synchronise), None
+        route = self.ldm.route(step, batch.draws)
+        return self.ldm.backward(x, batch.draws, batch.labels, batch.features, share, synchronise, route), None
 
     def update(self, step: int, metrics: Metrics, kept: Sequence[None]) -> Metrics:
         """The denoiser's optimizer, its averages and those of the statistics."""

@@ -15,6 +15,7 @@ from diffusion.draws import Draws
 from loss.alignment.cosine import patch_cosine
 from loss.alignment.flags import DenoiserAlignmentFlags, TokenizerAlignmentFlags
 from models.denoisers import Denoiser
+from models.denoisers.sprint import Route, select
 from models.latent_statistics import LatentStatistics
 from models.tokenizers import Code, Tokenizer
 
@@ -165,8 +166,10 @@ class DenoisingStep(NamedTuple):
         target: the true velocity of the latents ``[B, C, h, w]``.
         features: of the images, ``[B, N, D]`` for each VFM, where the alignment needs them; then the averaged network's
             hidden states ``[B, grid², width]`` at its ``teacher_taps``, without gradient. None: nothing is aligned.
-        states: hidden states ``[B, grid², width]`` at its ``taps``.
+        states: hidden states ``[B, grid², width]`` at its ``taps``; of fewer tokens where ``places`` says so.
         velocity: as predicted, ``[B, C, h, w]``.
+        route: of the tokens through a network with SPRINT, or None.
+        places: of each state's tokens in the grid, int64 ``[B, n]``; None: it has all.
     """
 
     x: torch.Tensor
@@ -177,6 +180,12 @@ class DenoisingStep(NamedTuple):
     features: Sequence[torch.Tensor] | None
     states: Sequence[torch.Tensor] = ()
     velocity: torch.Tensor | None = None
+    route: Route | None = None
+    places: Sequence[torch.Tensor | None] = ()
+
+    def at_places(self, tokens: torch.Tensor, number: int = 0) -> torch.Tensor:
+        """Those of tokens ``[B, grid², D]`` that the state of this number has: all, but for SPRINT's middle blocks."""
+        return select(tokens, self.places[number] if self.places else None)
 
 
 class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
@@ -187,8 +196,11 @@ class DenoiserAlignment(nn.Module, DenoiserAlignmentFlags):
         features: the VFMs that it compares with.
         teacher_taps: blocks of the averaged network (the first ``--ema-decay``) whose output it compares with, counted
             from 1; that network sees the same latents, noise and labels at :meth:`teacher_times`.
+        takes_some_tokens: whether its states may lack tokens (SPRINT): it then compares them with
+            ``DenoisingStep.at_places``.
     """
 
+    takes_some_tokens: ClassVar[bool] = False
     taps: tuple[int, ...]
     features: tuple[TokenGrid, ...] = ()
     teacher_taps: tuple[int, ...] = ()

@@ -23,6 +23,7 @@ class IREPA(IREPAFlags, REPA):
         strength: how much of an image's mean feature is taken away.
     """
 
+    takes_some_tokens = False  # neighbours are convolved
     term: ClassVar[str] = "irepa"
 
     def __init__(self, denoiser: Denoiser, features: Sequence[TokenGrid], depth: int, weight: float, strength: float):

@@ -30,6 +30,7 @@ class REPA(DenoiserAlignment, REPAFlags):
         weight: of the average over the VFMs.
     """
 
+    takes_some_tokens = True
     term: ClassVar[str] = "repa"
     projector: ClassVar[Callable[[int, int, int], nn.Module]] = staticmethod(projector)
 
@@ -49,7 +50,8 @@ class REPA(DenoiserAlignment, REPAFlags):
 
     def forward(self, step: DenoisingStep) -> Terms:
         """``repa``: mean over batch and patches of 1 − cos."""
-        pairs = zip(self.predict(step.states), self.targets(step.features), strict=True)
+        targets = [step.at_places(target) for target in self.targets(step.features)]
+        pairs = zip(self.predict(step.states), targets, strict=True)
         losses = [patch_cosine_loss(*pair) for pair in pairs]
         return averaged(self.term, [vfm.name for vfm in self.features], losses)
 

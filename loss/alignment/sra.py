@@ -28,6 +28,8 @@ class SRA(DenoiserAlignment, SRAFlags):
         weight: of the term.
     """
 
+    takes_some_tokens = True
+
     def __init__(self, denoiser: Denoiser, depth: int, teacher_depth: int, interval: float, loss: str, weight: float):
         super().__init__()
         for flag, block in (("--sra-depth", depth), ("--sra-teacher-depth", teacher_depth)):
@@ -53,7 +55,8 @@ class SRA(DenoiserAlignment, SRAFlags):
 
     def forward(self, step: DenoisingStep) -> Terms:
         """``sra``: mean over batch, tokens and channels of the smooth-L1 distance, or over tokens of 1 − cos."""
-        (predicted,), (target,) = self.predict(step.states), step.features
+        (predicted,), (state,) = self.predict(step.states), step.features
+        target = step.at_places(state)
         if self.loss == "cosine":
             return {"sra": patch_cosine_loss(predicted, target)}
         return {"sra": F.smooth_l1_loss(predicted.float(), target.float(), beta=BETA)}

@@ -50,10 +50,11 @@ class DenoiserAlignments(nn.ModuleDict):
     def forward(self, step: DenoisingStep, taught: Mapping[str, Sequence[torch.Tensor]]) -> Terms:
         """As :meth:`DenoiserAlignment.forward`; with the states at :attr:`taps`, and ``taught`` of :meth:`taught`."""
         terms: Terms = {}
-        states = iter(step.states)
+        states, places = iter(step.states), iter(step.places)
         for name, part in self.items():
             features = [*(step.features if part.needs_features else ()), *taught.get(name, ())]
-            own = step._replace(states=list(islice(states, len(part.taps))), features=features)
+            own_states, own_places = (list(islice(each, len(part.taps))) for each in (states, places))
+            own = step._replace(states=own_states, places=own_places, features=features)
             terms = joined(terms, part(own))
         return terms
 
@@ -96,5 +97,11 @@ def build_denoiser_alignment(
             blocks = ", ".join(map(str, absent))
             raise UserError(
                 f"--align {name} sees block {blocks}, but {denoiser.config.model} has blocks 1 to {denoiser.depth}"
+            )
+        sparse = denoiser.config.sparse_blocks
+        if not part.takes_some_tokens and (some := [tap for tap in part.taps if tap in sparse]) and args.token_drop:
+            raise UserError(
+                f"--align {name} wants all tokens after block {some[0]}, and --sprint drops some in blocks "
+                f"{sparse.start} to {sparse.stop - 1}: align another block, or choose repa or sra"
             )
     return DenoiserAlignments(parts)

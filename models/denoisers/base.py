@@ -13,6 +13,7 @@ from errors import UserError, one_line
 from files import is_out_of_reach, whole_folder, write_safetensors
 from models.compilation import with_fusing
 from models.denoisers.config import DenoiserConfig
+from models.denoisers.sprint import Route
 from models.weight_files import NotWeightsError, read_state_dict
 from schema import read_json
 
@@ -97,7 +98,7 @@ class Denoiser(nn.Module, ABC):
 
         Returns:
             velocity, in the shape of ``x``; the hidden state ``[B, grid², width]`` after each of the taps, without a
-            class token.
+            class token; of fewer tokens where :meth:`places` says so.
         """
 
     def hidden_states(
@@ -105,6 +106,18 @@ class Denoiser(nn.Module, ABC):
     ) -> tuple[torch.Tensor, ...]:
         """The hidden states alone; a kind that can leaves out the blocks after the last tap."""
         return self(x, t, y, taps)[1]
+
+    def places(self, tap: int, route: Route | None) -> torch.Tensor | None:
+        """Which tokens of the grid a hidden state has.
+
+        Args:
+            tap: its block.
+            route: what was given to :meth:`forward`, which a kind with ``config.sparse_blocks`` takes after ``taps``.
+
+        Returns:
+            int64 ``[B, n]``; None: all of them, in order.
+        """
+        return None if route is None or tap not in self.config.sparse_blocks else route.kept
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass."""

@@ -20,10 +20,12 @@ class DenoiserConfig:
         num_classes: real classes; the null class of guidance comes on top.
         class_token_width: channels of a VFM's class token that is generated beside the latent (REG, arXiv 2507.01467);
             0: none. A kind that can makes it a field.
+        sparse_blocks: numbers, from 1, of the blocks that may see a part of the tokens in training (SPRINT).
     """
 
     names: ClassVar[str] = ""
     class_token_width = 0  # without a type, so that it is no field here
+    sparse_blocks = range(0)
 
     model: str
     latent_channels: int
@@ -72,6 +74,10 @@ class DenoiserConfig:
         return config
 
 
+# SPRINT: share of the tokens that is dropped → side of the squares in which it is, and how many of each are kept.
+TOKEN_GROUPS = {0.5: (2, 2), 0.625: (4, 6), 0.75: (2, 1), 0.875: (4, 2)}
+
+
 @dataclass(frozen=True)
 class TransformerSize:
     """Depth in blocks, width, attention heads."""
@@ -91,6 +97,7 @@ class TransformerConfig(DenoiserConfig):
         patches: sides that there are, in latent positions.
         model: ``KIND-SIZE/PATCH``, e.g. ``SiT-XL/1``.
         qk_norm: a norm on the queries and keys of each head.
+        sprint: the middle blocks see a part of the tokens in training (``models.denoisers.sprint``).
     """
 
     kind: ClassVar[str] = ""
@@ -99,14 +106,16 @@ class TransformerConfig(DenoiserConfig):
 
     qk_norm: bool = False
     class_token_width: int = field(default=0, metadata={"has_flag": False})
+    sprint: bool = False
 
     def with_class_token(self, width: int) -> "TransformerConfig":
         return replace(self, class_token_width=width)
 
     def to_dict(self) -> dict:
         values = super().to_dict()
-        if not self.class_token_width:  # as before there was such a thing
-            del values["class_token_width"]
+        for name in ("class_token_width", "sprint"):
+            if not values[name]:  # as before there was such a thing
+                del values[name]
         return values
 
     @staticmethod
@@ -114,6 +123,20 @@ class TransformerConfig(DenoiserConfig):
         group.add_argument(
             "--qk-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise queries and keys"
         )
+        group.add_argument(
+            "--sprint",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="SPRINT (arXiv 2510.21986): all but the first and last two blocks are trained on a quarter of the "
+            "tokens, at less than half the cost; see --token-drop",
+        )
+
+    @property
+    def sparse_blocks(self) -> range:
+        """Numbers, from 1, of the blocks that may see a part of the tokens: all but two at either end, of a shallow
+        network one; none without ``sprint``."""
+        dense = 2 if self.size.depth >= 8 else 1
+        return range(1 + dense, 1 + self.size.depth - dense) if self.sprint else range(0)
 
     @property
     def size(self) -> TransformerSize:

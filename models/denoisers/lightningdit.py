@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.denoisers.sprint import DENSE, Route
 from models.denoisers.transformer import Attention, Block, Transformer
 
 
@@ -37,9 +38,9 @@ class LightningDiT(Transformer):
             yield Block(width, self.norm, Attention(width, heads, qk_norm, rotary), SwiGLU(width, 8 * width // 3))
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = ()
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = (), route: Route = DENSE
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        to_data, states = super().forward(x, 1 - t, y, taps)
+        to_data, states = super().forward(x, 1 - t, y, taps, route)
         return -to_data, states
 
     def hidden_states(
@@ -74,10 +75,14 @@ class RotaryPositions(nn.Module):
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries or keys ``[B, unplaced + grid², heads, width]`` → the same, turned."""
+    def forward(self, x: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Queries or keys ``[B, N, heads, width]`` → the same, turned.
+
+        ``places`` ``[B, N]`` are theirs among the unplaced and the grid; None: N is all of these.
+        """
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = self.cos[:, None], self.sin[:, None]  # the same for all heads
+        cos, sin = (self.cos, self.sin) if places is None else (self.cos[places], self.sin[places])
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
         turned = first * cos - second * sin, first * sin + second * cos
         return torch.stack(turned, dim=-1).flatten(-2)
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.compilation import with_fusing
+from models.compilation import hold_length, with_fusing
 from models.denoisers.base import Denoiser
 from models.denoisers.config import TransformerConfig
+from models.denoisers.sprint import DENSE, Fusion, Route, select
 from models.layers import sincos_positions, unpatchify, xavier_linears
 
 Norm = Callable[[int], nn.Module]  # width → a norm of the last dimension
@@ -35,7 +36,7 @@ class Transformer(Denoiser):
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.is_compiled = False
         size, patch = config.size, config.patch_size
         self.x_embedder = PatchEmbedding(config.latent_channels, size.width, patch)
         self.register_buffer("pos_embed", sincos_positions(size.width, config.grid)[None])
@@ -44,6 +45,7 @@ class Transformer(Denoiser):
         self.t_embedder = TimestepEmbedder(size.width)
         self.y_embedder = LabelEmbedder(config.num_classes, size.width)
         self.blocks = nn.ModuleList(self.make_blocks())
+        self.fusion = Fusion(size.width) if config.sprint else None
         self.final_layer = FinalLayer(size.width, patch * patch * config.latent_channels, self.norm, token_width)
         self._initialise()
 
@@ -68,46 +70,61 @@ class Transformer(Denoiser):
         return self.config.grid
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = ()
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = (), route: Route = DENSE
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        x, condition, states = self._through_blocks(x, t, y, taps, self.depth)
+        x, condition, states = self._through_blocks(x, t, y, taps, self.depth, route)
         patches, class_token = self.final_layer(x, condition)
         return self.pack(unpatchify(patches, self.config.latent_shape), class_token), states
 
     def hidden_states(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
     ) -> tuple[torch.Tensor, ...]:
-        return self._through_blocks(x, t, y, taps, max(taps))[2]
+        return self._through_blocks(x, t, y, taps, max(taps), DENSE)[2]
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True
 
     def compile(self, *args, **options) -> None:
         """Each block on its own: they share their code, and checkpointing and DDP stay outside of it."""
+        self.is_compiled = True
         for part in (*self.blocks, self.final_layer):
             part.compile(*args, **with_fusing(options))
 
     def _through_blocks(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int], last: int
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int], last: int, route: Route
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """Tokens ``[B, N, width]`` after block ``last``, the condition ``[B, width]``, tokens after each tap.
 
         A class token stands before the latent's in the first, and is left out of the last.
         """
+        sparse, places = self.config.sparse_blocks, None
         latent, class_token = self.unpack(x)
         x = self.x_embedder(latent) + self.pos_embed  # [B, N, width]
         if class_token is not None:
             x = torch.cat([self.class_token_embedder(class_token)[:, None], x], dim=1)
         condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
-        states = {}
+        dense, states = x, {}
         for number, block in enumerate(self.blocks[:last], start=1):
+            if number == sparse.start:
+                dense, places = x, self._sequence_places(route.kept)
+                x = select(x, places)
+            elif number == sparse.stop:
+                x, places = self.fusion(dense, x, places, route.skipped), None
+            if number in sparse and route.skipped is True:
+                continue
+            if sparse and self.is_compiled:  # blocks of all tokens and of some have a graph each
+                x, places = hold_length(x), None if places is None else hold_length(places)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, condition, use_reentrant=False)
+                x = checkpoint(block, x, condition, places, use_reentrant=False)
             else:
-                x = block(x, condition)
+                x = block(x, condition, places)
             if number in taps:
                 states[number] = x if class_token is None else x[:, 1:]
         return x, condition, tuple(states[tap] for tap in taps)
+
+    def _sequence_places(self, kept: torch.Tensor | None) -> torch.Tensor | None:
+        """Of tokens of the grid, with a class token before them, which is always kept."""
+        return kept if kept is None or self.class_token_embedder is None else F.pad(kept + 1, (1, 0))
 
     def _initialise(self) -> None:
         self.apply(xavier_linears)
@@ -182,7 +199,8 @@ class Attention(nn.Module):
     Args:
         width, heads: of the tokens.
         qk_norm: of the queries and keys of each head.
-        positions: what is done to queries and keys ``[B, N, heads, width/heads]`` to tell them where they are.
+        positions: what is done to queries and keys ``[B, N, heads, width/heads]``, given their places, to tell them
+            where they are; None: nothing.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: Norm = nn.Identity, positions: nn.Module | None = None):
@@ -190,12 +208,16 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm, self.k_norm = qk_norm(width // heads), qk_norm(width // heads)
-        self.positions = positions or nn.Identity()
+        self.positions = positions
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """``places`` ``[B, N]`` are those of the tokens in the whole sequence; None: all of it."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, heads, w]
-        q, k = (self.positions(each).to(v) for each in (self.q_norm(q), self.k_norm(k)))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.positions is not None:
+            q, k = self.positions(q, places), self.positions(k, places)
+        q, k = q.to(v), k.to(v)
         x = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)))  # heads before tokens
         return self.proj(x.transpose(1, 2).flatten(2))  # as they lie: attention answers in the order of its queries
 
@@ -217,11 +239,11 @@ class Block(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Tokens ``[B, N, width]`` and the condition after its SiLU ``[B, width]`` → tokens."""
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens ``[B, N, width]``, the condition after its SiLU ``[B, width]``, places as in attention → tokens."""
         modulation = self.adaLN_modulation(condition)[:, None]  # [B, 1, 6·width]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), places)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
