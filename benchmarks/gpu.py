@@ -222,12 +222,13 @@ LDM_VARIANTS = {
     "compiled, deterministic": ("--compile", "--deterministic"),
     "compiled, Muon": ("--compile", "--optimizer", "muon"),
     "compiled, LightningDiT": ("--compile",),
+    "compiled, SPRINT": ("--compile",),
     "compiled, combo kernels": ("--compile",),
     "compiled, CUDA graphs": ("--compile",),
 }
 INDUCTOR = {"compiled, combo kernels": {"combo_kernels": True}, "compiled, CUDA graphs": {"triton.cudagraphs": True}}
 FEW_IMAGES = ("compiled, few images", *INDUCTOR)
-ONE_BATCH = ("plain", "compiled, Muon", "compiled, LightningDiT")
+ONE_BATCH = ("plain", "compiled, Muon", "compiled, LightningDiT", "compiled, SPRINT")
 SENDVAE_VARIANTS = {
     "plain, VAE in float32": ("--no-compile", "--mixed-precision", "no"),
     "eager": ("--no-compile",),
@@ -244,7 +245,8 @@ def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
     for what in variants:
         batches = sizes.ldm_small_batches if what in FEW_IMAGES else sizes.ldm_batches
         for images in batches[:1] if what in ONE_BATCH else batches:
-            network = (*sizes.ldm, *(("--model", sizes.ldm_lightning) if "LightningDiT" in what else ()))
+            own = {"compiled, LightningDiT": ("--model", sizes.ldm_lightning), "compiled, SPRINT": ("--sprint",)}
+            network = (*sizes.ldm, *own.get(what, ()))
             if network not in flops:
                 args, method = build_ldm([*network, *LDM_VARIANTS["eager"]])
                 flops[network] = flops_of_step(method, train_ldm.random_batch(args, method, 2))

@@ -37,6 +37,7 @@ def write_ldm_run(
     milestone: bool = False,
     seed: int = 0,
     model: str = "SiT-Ti/2",
+    sprint: bool = False,
     **changes: object,
 ) -> Path:
     """Write a run with a checkpoint of step 10.
@@ -48,6 +49,7 @@ def write_ldm_run(
         milestone: also keep a milestone of step 5, the EMA alone, of other weights.
         seed: of the weights.
         model: of the denoiser.
+        sprint: whether it has SPRINT's middle blocks.
         changes: entries of the manifest's ``args`` to replace, None to leave out.
     """
     torch.manual_seed(0)
@@ -55,7 +57,10 @@ def write_ldm_run(
     tokenizer.statistics.load(torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.5, 1.0, 0.8]))
     tokenizer.save(folder / "vae")
     config = denoiser_config(
-        {"model": model, "latent_channels": 4, "latent_size": RESOLUTION // 4, "num_classes": len(CLASS_NAMES)}
+        {
+            **{"model": model, "latent_channels": 4, "latent_size": RESOLUTION // 4},
+            **{"num_classes": len(CLASS_NAMES), "sprint": sprint},
+        }
     )
     trained, ema = config.build(), config.build()
     repa = REPA(trained, [TokenGrid("vfm", trained.grid, 16)], depth=2, width=32, weight=0.5)

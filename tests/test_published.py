@@ -35,6 +35,8 @@ from runtime.experiment import load_preset, preset_names
         ("vae_repa/b2-vae", "generation", "FID", 28.89),
         ("vae_repa/xl2-vae", "guided", "FID", 1.52),
         ("sra/xl2", "guided", "IS", 311.4),
+        ("sprint/xl2", "guided", "FID", 1.62),
+        ("sprint/xl2-repa", "guided", "FID", 1.59),
         # of the same VAE, in another table
         ("table1/sendvae-800", "reconstruction", "PSNR", 27.62),
         ("table4/dinov2", "probe", "celeba/F1", 0.6647),
@@ -55,7 +57,7 @@ def test_all_rows_are_there():
     counts = {table: tables.count(table) for table in dict.fromkeys(tables)}
     assert counts == {
         "table1": 7, "table2": 3, "table3": 2, "table4": 7, "table5": 6, "table6": 8, "table7": 4, "table8": 4,
-        "repae": 3, "repae_frozen": 4, "repae_balanced": 3, "vae_repa": 3, "sra": 1,
+        "repae": 3, "repae_frozen": 4, "repae_balanced": 3, "vae_repa": 3, "sra": 1, "sprint": 2,
     }  # fmt: skip
     assert "slip" in rows["table5/f16d16"].note
     assert rows["table1/sendvae-80"].epochs == 80

@@ -103,7 +103,7 @@ class Transformer(Denoiser):
         if class_token is not None:
             x = torch.cat([self.class_token_embedder(class_token)[:, None], x], dim=1)
         condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
-        dense, states = x, {}
+        dense, states, recomputes = x, {}, self.gradient_checkpointing and self.training
         for number, block in enumerate(self.blocks[:last], start=1):
             if number == sparse.start:
                 dense, places = x, self._sequence_places(route.kept)
@@ -114,10 +114,8 @@ class Transformer(Denoiser):
                 continue
             if sparse and self.is_compiled:  # blocks of all tokens and of some have a graph each
                 x, places = hold_length(x), None if places is None else hold_length(places)
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, condition, places, use_reentrant=False)
-            else:
-                x = block(x, condition, places)
+            given = (x, condition) if places is None else (x, condition, places)
+            x = checkpoint(block, *given, use_reentrant=False) if recomputes else block(*given)
             if number in taps:
                 states[number] = x if class_token is None else x[:, 1:]
         return x, condition, tuple(states[tap] for tap in taps)
@@ -216,7 +214,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, heads, w]
         q, k = self.q_norm(q), self.k_norm(k)
         if self.positions is not None:
-            q, k = self.positions(q, places), self.positions(k, places)
+            where = () if places is None else (places,)
+            q, k = self.positions(q, *where), self.positions(k, *where)
         q, k = q.to(v), k.to(v)
         x = F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)))  # heads before tokens
         return self.proj(x.transpose(1, 2).flatten(2))  # as they lie: attention answers in the order of its queries
@@ -243,7 +242,8 @@ class Block(nn.Module):
         """Tokens ``[B, N, width]``, the condition after its SiLU ``[B, width]``, places as in attention → tokens."""
         modulation = self.adaLN_modulation(condition)[:, None]  # [B, 1, 6·width]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), places)
+        where = () if places is None else (places,)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), *where)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 

@@ -27,6 +27,7 @@ RECIPES = {
     "ldm, LightningDiT": ("ldm", "--model", "LightningDiT-Ti/2", "--velocity-cosine-coeff", "1"),
     "ldm, iREPA": ("ldm", "--align", "irepa", "--align-until", "50"),
     "ldm, SRA": ("ldm", "--align", "repa+sra"),
+    "ldm, SPRINT": ("ldm", "--sprint", "--token-drop-until", "50"),
 }
 UNCOMPILED = {"sendvae, equivariance": ("sendvae", "--align-loss", "equivariance", "--eq-scale", "0.5")}
 
