@@ -184,6 +184,8 @@ def export_repae(args: argparse.Namespace, trained: TrainedLDM) -> Callable[[Pat
         raise UserError(f"--format repa: REPA-E knows no {trained.config.model}, only SiTs; take --format diffusers")
     if trained.config.class_token_width:
         raise UserError("--format repa: REPA-E knows no class token (--reg-coeff); take --format diffusers")
+    if trained.config.sparse_blocks:
+        raise UserError("--format repa: REPA-E knows no SPRINT (--sprint); take --format diffusers")
     tokenizer, arguments = open_vae(args, trained), trained.checkpoint.manifest()["args"]
     model, alignment = (load_module(trained.checkpoint, name) for name in (MODEL, "alignment"))
     chosen = trained.load_model().state_dict()

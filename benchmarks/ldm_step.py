@@ -5,8 +5,8 @@
 Bare: the denoiser's forward on noisy latents, mean squared error, backward, gradients dropped. Step: reading the batch
 from a cache on disk, drawing the posterior sample, time and noise, normalising, the loss, backward, clipping, AdamW,
 EMA, and metrics. Between them stands what every training pays: clipping, AdamW and EMA written plainly, one tensor at a
-time. Without REPA, whose VFM would hide the rest. The three take turns, ``--repeats`` times; medians of seconds and of
-ratios are shown.
+time. Without REPA, whose VFM would hide the rest. Then the whole step of the same network with SPRINT, on a quarter of
+the tokens in its middle blocks. They take turns, ``--repeats`` times; medians of seconds and of ratios are shown.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,8 @@ def plain_update(model: Denoiser) -> Callable[[], None]:
 
 
 def our_step(model: Denoiser, loader: BatchLoader, accelerator: Accelerator) -> Callable[[], None]:
-    flags = train_ldm.parse_arguments(["--dry-run", "--align", "none", "--max-train-steps", "1000000"])
+    sprint = ["--sprint"] if model.config.sparse_blocks else []
+    flags = train_ldm.parse_arguments(["--dry-run", "--align", "none", "--max-train-steps", "1000000", *sprint])
     # small networks, which no step runs: of a tokenizer it takes the sample and the statistics
     architecture = load_tokenizer("f4d4-tiny", "none")[0].architecture
     tokenizer = build_tokenizer(architecture | {"latent_channels": model.config.latent_channels})
@@ -118,6 +120,8 @@ def main(argv: Sequence[str]) -> int:
             runs = {"bare forward + backward": bare_step(model, args.batch_size, device, accelerator)}
             runs["our whole step"] = our_step(model, loader, accelerator)
             runs["plain update"] = plain_update(config.build().to(device))
+            sparse = replace(config, sprint=True).build().to(device).train()
+            runs["our whole step, SPRINT"] = our_step(sparse, loader, accelerator)
             seconds: dict[str, list[float]] = {name: [] for name in runs}
             for repeat in range(args.repeats + 1):
                 for name, function in runs.items():
@@ -129,13 +133,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def show(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
-    bare, ours, update = (np.array(seconds[name]) for name in seconds)
+    bare, ours, update, sparse = (np.array(seconds[name]) for name in seconds)
     print(f"{'':28}{'s/step':>9}{'of bare':>9}")
-    for name, values in zip(seconds, (bare, ours, update), strict=True):
+    for name, values in zip(seconds, (bare, ours, update, sparse), strict=True):
         print(f"{name:28}{np.median(values):9.3f}{np.median(values / bare):9.3f}")
     overhead = statistics.median((ours - bare) / bare)
     beyond = statistics.median((ours - bare - update) / bare)
     print(f"overhead of everything but the network: {overhead:.1%}; beyond a plain clip + AdamW + EMA: {beyond:.1%}")
+    print(f"SPRINT: {statistics.median(sparse / ours):.3f} of a step")
     print(f"{args.model}, batch {args.batch_size}, median of {args.repeats}")
 
 

@@ -24,7 +24,7 @@ FLAGS = {
 ROWS = {  # each has figures
     "caching": ("bare encoder", "cache_latents"),
     "latent_reading": ("one file a latent", "ours, from files", "ours, in memory"),
-    "ldm_step": ("bare forward + backward", "our whole step", "plain update"),
+    "ldm_step": ("bare forward + backward", "our whole step", "plain update", "our whole step, SPRINT"),
     "metrics": ("FID", "precision, recall"),
     "preprocessing": ("baseline", "ours", "ratio"),
     "reading": ("baseline", "ours, raw", "ours, png"),

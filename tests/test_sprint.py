@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import export_ldm
 import generate
 from diffusion.counted_noise import counted_normal
 from diffusion.draws import Draws
@@ -14,6 +15,7 @@ from inference.sample_folder import build_sampler, default_folder, load_networks
 from inference.trained_ldm import open_trained_ldm
 from models.denoisers import Denoiser, DenoiserConfig
 from models.denoisers.config import TOKEN_GROUPS, LightningDiTConfig, SiTConfig
+from models.denoisers.sit import SiT
 from models.denoisers.sprint import DENSE, SHORTCUT, Route, draw_route, select
 from models.denoisers.transformer import Block, Transformer
 from tests.distributed_ldm_step import BATCH, batch_draws
@@ -500,3 +502,14 @@ def test_another_run_s_guide_by_a_folder_of_that_name(run, tmp_path, monkeypatch
     write_ldm_run(tmp_path / "path-drop", seed=5)
     args = generate.parse_arguments(sampling_flags(run, cfg_scale=2, guide="./path-drop"))
     assert generate.open_model(args, print).guide.folder.resolve() == tmp_path / "path-drop"
+
+
+def test_exported_it_samples_and_not_to_who_does_not_know_it(run, tmp_path, capsys):
+    assert export_ldm.run(export_ldm.main, [str(run), str(tmp_path / "repa"), "--format", "repa"]) == 2
+    assert "REPA-E knows no SPRINT" in capsys.readouterr().err
+    assert not (tmp_path / "repa").exists()
+    assert export_ldm.main([str(run), str(tmp_path / "out")]) == 0
+    read = SiT.from_pretrained(tmp_path / "out" / "transformer")
+    x, t, y = inputs(read.config)
+    model = open_trained_ldm(run, STEP, "ema").load_model()
+    assert torch.equal(read(x, t, y % 3)[0], model(x, t, y % 3)[0])
