@@ -149,7 +149,7 @@ from training.loop import Loop
 from training.micro_batch import Trial
 from training.networks import aligned, build_aligned_denoiser, build_feature_norm, build_vfms, compile_networks
 from training.run import Run, begin, open_run
-from training.token_drop import at_its_largest, check_token_drop
+from training.token_drop import at_its_largest, check_token_drop, describe_token_drop
 
 
 def main(argv: Sequence[str]) -> int:
@@ -163,8 +163,8 @@ def main(argv: Sequence[str]) -> int:
     trial = Trial(
         build=partial(build, args, config, tokenizer, accelerator),
         batch_of=partial(random_batch, args),
-        step=(args.token_drop_until or 1) - 1,  # a dry run shows the step after it, too
-        build_largest=partial(build, at_its_largest(args), config, tokenizer, accelerator),
+        later=args.token_drop_until,
+        build_largest=lambda: build(at_its_largest(args), config, tokenizer, accelerator),
     )
     if args.dry_run:
         dry_run.dry_run(args, accelerator, trial, partial(prepare_dry_run, args, source))
@@ -254,6 +254,7 @@ def describe(args: argparse.Namespace, method: LDM, latents: LatentDataset) -> l
     return [
         f"{len(latents)} latents {denoiser.latent_shape}, {denoiser.null_class} classes, {held:.2f} GB held in memory",
         denoiser.describe(),
+        *describe_token_drop(args, denoiser.config.sparse_blocks, denoiser.grid**2),
         *method.alignment.describe(),
         *(reg if args.reg_coeff else []),
         *source,
@@ -261,8 +262,8 @@ def describe(args: argparse.Namespace, method: LDM, latents: LatentDataset) -> l
 
 
 def cost_lines(args: argparse.Namespace, method: LDM) -> list[str]:
-    """What the alignment costs, measured; on the main process, which alone has a use for it."""
-    if not len(method.alignment) or not method.accelerator.is_main_process:
+    """What the alignment costs, or SPRINT saves, counted; on the main process, which alone has a use for it."""
+    if not (len(method.alignment) or args.token_drop) or not method.accelerator.is_main_process:
         return []
     try:
         with method.accelerator.autocast():

@@ -106,7 +106,7 @@ from training.networks import (
 )
 from training.repae import Repae
 from training.run import begin, open_run
-from training.token_drop import at_its_largest, check_token_drop
+from training.token_drop import at_its_largest, check_token_drop, describe_token_drop
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
         build=lambda: build(args, loss_config, config, copy.deepcopy(tokenizer), accelerator),
         batch_of=lambda method, count: dry_run.image_batch(images, count, args.resolution, config.num_classes),
         step=loss_config.discriminator_start,  # so that the discriminator takes part
+        later=args.token_drop_until,
         build_largest=lambda: build(at_its_largest(args), loss_config, config, copy.deepcopy(tokenizer), accelerator),
     )
     if args.dry_run:
@@ -208,6 +209,7 @@ def describe(args: argparse.Namespace, method: Repae, images: ImageDataset) -> l
     return [
         f"{len(images)} images at {args.resolution} px, {denoiser.null_class} classes, latents {denoiser.latent_shape}",
         denoiser.describe(),
+        *describe_token_drop(args, denoiser.config.sparse_blocks, denoiser.grid**2),
         f"loss of the VAE {method.vae.objective.config}",
         *method.ldm.alignment.describe(),
         *([] if through is None else through.describe()),

@@ -76,7 +76,7 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="RUN[@STEP]",
         help="autoguidance (arXiv 2406.02507): in the place of the null class a weaker denoiser on the same latents "
         f"guides, smaller or of an earlier step; @STEP alone: of --exp-path. {PATH_DROP}, of a run with --sprint: its "
-        "own first and last blocks without a class guide, which costs a seventh of a network of 28 blocks",
+        "own first and last blocks without a class guide, for XL a seventh of a pass, for B a third",
     )
     group.add_argument(
         "--guidance-low", type=fraction, default=0.0, metavar="T", help="guide from this time on (data: 0)"
@@ -183,6 +183,8 @@ def run_and_step(text: str) -> tuple[Path | None, int | None] | str:
     if text == PATH_DROP:
         return text
     folder, at, step = text.rpartition("@")
+    if folder == PATH_DROP:
+        raise argparse.ArgumentTypeError(f"{text!r}: {PATH_DROP} is of the network itself and has no step")
     if not at or Path(text).is_dir():
         return Path(text), None
     try:

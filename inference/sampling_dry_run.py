@@ -10,6 +10,7 @@ from diffusion.samplers import model_velocity
 from inference.sample_folder import Job, at_point, build_sampler, sampler_settings
 from inference.sampling import NPZ_NAME, ImageSampler
 from models.denoisers import Denoiser
+from models.denoisers.sprint import Shortcut
 from runtime.measure import count_parameters, peak_memory
 
 
@@ -41,8 +42,9 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         f"{count_parameters(networks.model)[0]:,} parameters"
     )
     if networks.guide is not None:
-        size = count_parameters(networks.guide)[0]
-        print(f"guide: {trained.guide.as_guide}: {size:,} parameters, {guide_seconds:.3f} s a forward pass")
+        own = isinstance(networks.guide, Shortcut)
+        what = "blocks of its own" if own else f"{count_parameters(networks.guide)[0]:,} parameters"
+        print(f"guide: {trained.guide.as_guide}: {what}, {guide_seconds:.3f} s a forward pass")
     print(f"VAE: {count_parameters(networks.tokenizer)[0]:,} parameters")
     print(f"batch of 2: {own_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
     own, of_guide = (passes + guided, "") if networks.guide is None else (passes, f" and {guided} of the guide")

@@ -13,6 +13,7 @@ from formats.vae import load_tokenizer
 from loss.perceptual import build_lpips
 from models.denoisers.config import LightningDiTConfig, SiTConfig
 from models.denoisers.sit import SiT
+from models.denoisers.sprint import SHORTCUT, draw_route
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from models.tokenizers.posterior import ActivatedGroupNorm, activate_in_norm
@@ -87,6 +88,38 @@ def test_the_blocks_of_a_denoiser_share_a_graph(config, checkpointing):
     assert graphs() == 2
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(other, plain)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", [SiTConfig, LightningDiTConfig])
+def test_blocks_of_all_tokens_and_of_some_have_a_graph_each(kind, checkpointing):
+    """For their numbers of tokens, not for any."""
+    torch.manual_seed(0)
+    network = kind(f"{kind.kind}-Ti/2", 4, 8, 6, sprint=True).build().train()
+    random_weights(network, 0)
+    network.gradient_checkpointing = checkpointing
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 5])
+    routes = [draw_route(2, 4, 0.75, 0.5, torch.Generator().manual_seed(seed)) for seed in range(3)]
+    plain = [network(x, t, y, (3,), route) for route in routes]
+    shapes = set()
+
+    def backend(graph, inputs):
+        shapes.update(each.shape for each in inputs if isinstance(each, torch.Tensor) and each.dim() == 3)
+        assert all(isinstance(each, torch.Tensor) for each in inputs)  # no number of tokens, of any value
+        return graph.forward
+
+    network.compile(backend=backend)
+    for route, (velocity, (state,)) in zip(routes, plain, strict=True):
+        found, (other,) = network(x, t, y, (3,), route)
+        torch.testing.assert_close(found, velocity)
+        torch.testing.assert_close(other, state)
+        found.square().mean().backward()
+    before = graphs()
+    assert shapes == {(2, 16, 192), (2, 4, 192)}
+    assert before == 3
+    network(x, t, y)
+    network(x, t, y, (), SHORTCUT)
+    assert graphs() == before
 
 
 @pytest.mark.parametrize(("name", "grid", "side"), [("dinov2-vit-s", 4, 56), ("efficientnet-lite0", 2, 32)])

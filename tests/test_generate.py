@@ -502,6 +502,8 @@ def test_dry_run_counts_the_guide(run, small, capsys):
     assert f"250 forward passes and {inside} of the guide an image" in output
     size = sum(p.numel() for p in open_trained_ldm(small, None, "ema").load_model().parameters())
     assert f"guide: LightningDiT-Ti/2 of step {STEP}: {size:,} parameters" in output
+    shards = 10 * 3 * RESOLUTION**2
+    assert f"{shards} bytes of shards" in output
 
 
 def test_default_folders_with_a_guide(run, small):

@@ -9,10 +9,15 @@ import torch.nn.functional as F
 
 import export_ldm
 import generate
+import train_ldm
+import train_repae
+from dataset.toy import main as make_toy
 from diffusion.counted_noise import counted_normal
 from diffusion.draws import Draws
 from inference.sample_folder import build_sampler, default_folder, load_networks
 from inference.trained_ldm import open_trained_ldm
+from loss.alignment import DenoiserAlignments
+from loss.alignment.base import DenoiserAlignment
 from models.denoisers import Denoiser, DenoiserConfig
 from models.denoisers.config import TOKEN_GROUPS, LightningDiTConfig, SiTConfig
 from models.denoisers.sit import SiT
@@ -23,6 +28,7 @@ from tests.ldm_runs import CLASS_NAMES, STEP, random_weights, write_ldm_run
 from tests.ldm_runs import flags as sampling_flags
 from tests.ldm_steps import accumulate, networks, part_of, random_batch, tiny_trainer
 from tests.ldm_trainings import flags, write_data
+from tests.repae_runs import flags as repae_flags
 from tests.sendvae_runs import gradients
 from tests.test_generate import images_in, largest_difference
 from tests.test_train_ldm import metrics, train, weights
@@ -315,8 +321,48 @@ def test_what_wants_all_tokens_is_refused_in_the_middle_blocks(align, data, tmp_
     assert train(*flags(data, tmp_path, "all", **common | {depth: 3, "token_drop": 0})) == 0
 
 
+class Places(DenoiserAlignment):
+    """Keeps which tokens it is told that its states have."""
+
+    takes_some_tokens = True
+
+    def __init__(self, *taps: int):
+        super().__init__()
+        self.taps, self.told = taps, None
+
+    def forward(self, step):
+        self.told = [None if some is None else some.shape[1] for some in step.places]
+        assert [state.shape[1] for state in step.states] == [some or 16 for some in self.told]
+        assert step.at_places(torch.zeros(BATCH, 16, 2), len(self.taps) - 1).shape[1] == (self.told[-1] or 16)
+        return {}
+
+    def weights(self, terms):
+        return {}
+
+
+def test_each_part_of_a_sum_is_told_the_places_of_its_own_states():
+    parts = {"dense": Places(1), "both": Places(6, 2), "middle": Places(5)}
+    trainer = trainer_of()
+    networks(trainer).alignment = trainer.alignment = DenoiserAlignments(parts)
+    accumulate(trainer, random_batch(BATCH), with_generator(batch_draws()))
+    assert {name: part.told for name, part in parts.items()} == {"dense": [None], "both": [None, 4], "middle": [4]}
+
+
+def test_a_class_token_goes_along():
+    """With REG: it is in every block, and no state that is aligned has it."""
+    config = replace(SPRINT, class_token_width=12)
+    trainer = trainer_of(config, align=("repa",), reg_coeff=0.5)
+    seen = tokens_seen(networks(trainer).denoiser)
+    batch = random_batch(BATCH, config=config)
+    found = accumulate(trainer, batch, with_generator(batch_draws(class_token_width=12)))
+    assert seen == [[17, 5, 5, 5, 5, 17]]
+    assert found.keys() >= {"denoise", "class_token", "repa"}
+    gradient = gradients(networks(trainer))["denoiser.class_token_embedder.proj.weight"]
+    assert gradient.abs().sum() > 0
+
+
 def test_the_numbers_of_a_step_are_those_without_it():
-    """Its own are drawn last; a step's route is a function of (seed, step, micro-step)."""
+    """Its own are drawn after them; a step's route is a function of (seed, step, micro-step)."""
     batch = random_batch(4)
     ours, plain = trainer_of(), tiny_trainer()
     for name, one in ours.draws(3, 1, batch)._asdict().items():
@@ -386,7 +432,10 @@ def test_it_trains_and_resumes_exactly(data, tmp_path, model, capsys):
     assert {name: args[name] for name in FLAGS} == FLAGS
     assert args["denoiser"]["sprint"] is True
     said = capsys.readouterr().err
-    assert "75.0% of the tokens dropped" in said
+    assert (
+        "SPRINT: blocks 2 to 5 see 4 of 16 tokens; what they make of an image is dropped with probability 0.1" in said
+    )
+    assert "GFLOPs a forward pass of training, 52% of the 0.09 with all tokens" in said
     assert train(*flags(data, tmp_path, "halted", **options | {"token_drop": 0.5, "max_train_steps": 5})) == 2
     assert "--token-drop 0.75, not 0.5" in capsys.readouterr().err
 
@@ -414,6 +463,7 @@ def test_a_run_on_all_tokens_continues_it(data, tmp_path, capsys):
         ({"path_drop": 0.1}, "--path-drop is for --sprint"),
         ({"token_drop_until": 1}, "--token-drop-until is for --sprint"),
         ({"sprint": True, "token_drop": 0, "token_drop_until": 1}, "no token is dropped"),
+        ({"sprint": True, "path_drop": 0.1, "cfg_prob": 0}, "--path-drop with --cfg-prob 0"),
         ({"sprint": True, "model": "SiT-Ti/8"}, "take another patch, or leave --sprint out"),
         ({"sprint": True, "model": "SiT-Ti/4", "token_drop": 0.875}, "take one of 0.5, 0.75"),
     ],
@@ -424,13 +474,96 @@ def test_wrong_usage(data, tmp_path, capsys, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_shows_the_step_on_all_tokens(tmp_path, monkeypatch):
-    seen = []
+DRY = ["--dry-run", "--vae", "f4d4-tiny", "--resolution", "32", "--model", "SiT-Ti/2"]
+SPARSE, ALL = [16, 4, 4, 4, 4, 16], [16] * 6
+
+
+@pytest.fixture
+def numbers_of_tokens(monkeypatch):
+    """What the blocks are given, one after the other."""
+    seen: list[int] = []
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", lambda *given: seen.append(given[1].shape[1]) or forward(*given))
-    argv = ["--dry-run", "--vae", "f4d4-tiny", "--resolution", "32", "--model", "SiT-Ti/2", "--align", "none"]
-    assert train(*argv, "--sprint", "--token-drop-until", "40") == 0
-    assert seen == [16, 4, 4, 4, 4, 16] + [16] * 6
+    return seen
+
+
+def test_a_dry_run_shows_the_step_on_all_tokens(numbers_of_tokens, monkeypatch, capsys):
+    """After two with everything, also where the alignment ends before the dropping does."""
+    monkeypatch.setattr(train_ldm, "cost_lines", lambda *given: [])
+    flags = ["--enc-type", "efficientnet-lite0", "--random-weights", "--encoder-depth", "3", "--align-until", "20"]
+    assert train(*DRY, *flags, "--sprint", "--token-drop-until", "40") == 0
+    assert numbers_of_tokens == SPARSE + SPARSE + ALL
+    output = capsys.readouterr().out
+    assert ["repa" in line for line in output.splitlines() if "images at once" in line] == [True, True, False]
+    assert "as after step 40: 2 images at once" in output
+
+
+def test_the_search_for_what_fits_drops_none(monkeypatch):
+    """Of --micro-batch-size auto: all tokens where a training ends with them, else as it is."""
+    found = []
+
+    class Seen(train_ldm.Trial):
+        def find(self, args, accelerator):
+            args.max_train_steps = 7  # as a search does where a dry run knows no length
+            built = [build().args for build in (self.build_largest, self.build)]
+            assert all(each.max_train_steps == 7 for each in built)
+            found.append([each.token_drop for each in built])
+
+    monkeypatch.setattr(train_ldm, "Trial", Seen)
+    for until in ([], ["--token-drop-until", "40"]):
+        assert train(*DRY, "--align", "none", "--sprint", *until) == 0
+    assert found == [[0.75, 0.75], [0.0, 0.75]]
+
+
+def test_what_a_run_does_not_reach_is_said(data, tmp_path, capsys):
+    options = {"sprint": True, "align": "none", "enc_type": None}
+    assert train(*flags(data, tmp_path, **options, token_drop_until=2)) == 0
+    assert "all of them after step 2 (which this run of 2 does not reach" in capsys.readouterr().err
+    assert train(*flags(data, tmp_path, "reached", **options, token_drop_until=1)) == 0
+    said = capsys.readouterr().err
+    assert "all of them after step 1; what they make" in said
+    assert "GFLOPs a forward pass of training" in said
+
+
+def test_without_a_null_class_no_path_is_dropped(data, tmp_path):
+    assert train(*flags(data, tmp_path, sprint=True, align="none", enc_type=None, cfg_prob=0)) == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["path_drop"] == 0
+
+
+def test_a_run_that_is_older_than_these_flags_goes_on(data, tmp_path):
+    argv = flags(data, tmp_path, align="none", enc_type=None, max_train_steps=None)
+    assert train(*argv, "--max-train-steps", "1") == 0
+    for path in (tmp_path / "run" / "args.json", tmp_path / "run" / "checkpoints" / "0000001" / "manifest.json"):
+        record = json.loads(path.read_text())
+        for name in ("sprint", *FLAGS):
+            del record["args"][name]
+        path.write_text(json.dumps(record))
+    assert train(*argv, "--max-train-steps", "2") == 0
+    assert open_trained_ldm(tmp_path / "run", None, "ema").path_drop == 0
+
+
+def test_repa_e_trains_on_some_tokens_and_aligns_its_vae_by_all(tmp_path, numbers_of_tokens):
+    make_toy(["--output", str(tmp_path / "images"), "--num-images", "12", "--resolution", "32"])
+    common = {
+        "sprint": True,
+        "encoder_depth": 3,
+        "batch_size": 4,
+        "token_drop_until": 1,
+        "gradient_checkpointing": True,
+    }
+    straight = repae_flags(tmp_path / "images", tmp_path, "straight", **common)
+    assert train_repae.run(train_repae.main, straight) == 0
+    aligned, recomputed = [16] * 3, [16] * 3
+    vae = aligned + recomputed[:3]
+    assert [n for n in numbers_of_tokens if n == 4] == [4] * 8  # forwards and recomputed, in the first step alone
+    assert numbers_of_tokens[:6] == vae[:6]
+    halted = repae_flags(tmp_path / "images", tmp_path, "halted", **common | {"max_train_steps": 1})
+    assert train_repae.run(train_repae.main, halted) == 0
+    halted = repae_flags(tmp_path / "images", tmp_path, "halted", **common)
+    assert train_repae.run(train_repae.main, halted) == 0
+    for name in ("model", "ema", "vae"):
+        resumed, whole = (weights(tmp_path / run_name, 2, name) for run_name in ("halted", "straight"))
+        assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
 # --- generate.py --------------------------------------------------------------------------------------------------
@@ -477,7 +610,10 @@ def test_samples_by_path_drop_say_so(run, tmp_path, capsys):
     assert generate.main([*argv, "--dry-run", "--num-steps", "10"]) == 0
     output = capsys.readouterr().out
     assert "10 forward passes and 10 of the guide an image" in output
-    assert "guide: path-drop: " in output
+    assert "guide: path-drop: blocks of its own, " in output
+    with pytest.raises(SystemExit):
+        generate.parse_arguments(sampling_flags(run, cfg_scale=2, guide="path-drop@3"))
+    assert "path-drop is of the network itself and has no step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

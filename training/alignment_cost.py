@@ -87,7 +87,8 @@ def alignment_cost_lines(
     alone = denoiser_cost(denoiser, route)
     lines = [f"{config.model} alone: {alone.parameters:,} parameters, {alone.flops / 1e9:.2f} GFLOPs a forward pass"]
     if route is not None:
-        lines[0] += f", {args.token_drop:.1%} of the tokens dropped; {denoiser_cost(denoiser).flops / 1e9:.2f} of all"
+        whole = denoiser_cost(denoiser).flops
+        lines[0] += f" of training, {alone.flops / whole:.0%} of the {whole / 1e9:.2f} with all tokens"
     for part in parts.values():
         cost = alignment_cost(part, denoiser, route)
         published = f"; {PUBLISHED[part.called()]}" if part.called() in PUBLISHED else ""

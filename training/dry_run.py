@@ -24,7 +24,7 @@ def dry_run(
     trial: Trial,
     prepare: Callable[[Any], object] = lambda method: None,
 ) -> None:
-    """Print parameter counts, run ``STEPS`` steps, print their seconds, metrics and the peak memory.
+    """Print parameter counts, run ``STEPS`` steps and ``trial.later``, print their seconds, metrics, the peak memory.
 
     Args:
         args: the flags of ``training.arguments``.
@@ -35,7 +35,8 @@ def dry_run(
     trial.find(args, accelerator)
     method = trial.build()
     prepare(method)
-    args.max_train_steps = args.max_train_steps or trial.step + STEPS
+    steps = [trial.step + number for number in range(STEPS)] + ([] if trial.later is None else [trial.later])
+    args.max_train_steps = args.max_train_steps or max(steps) + 1
     images = max(1, micro_batch_size(args, accelerator))
     if accelerator.device.type != "cuda":  # on a GPU a training's, to see whether they fit
         images = min(2, images)
@@ -48,13 +49,14 @@ def dry_run(
         total, trained = count_parameters(network)
         if total:
             show(f"{name:<{width}}{total:>16,}{trained:>16,}")
-    for number in range(STEPS):
+    for number, step in enumerate(steps, start=1):
         begin = time.perf_counter()
-        metrics = {name: value.item() for name, value in train_step(method, trial.step + number, [batch]).items()}
+        metrics = {name: value.item() for name, value in train_step(method, step, [batch]).items()}
         seconds = time.perf_counter() - begin
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         rate = images * accelerator.num_processes / seconds
-        show(f"step {number + 1}: {images} images at once, {seconds:.2f} s, {rate:.2f} images/s  {values}")
+        what = f"step {number}" if step != trial.later else f"as after step {step}"
+        show(f"{what}: {images} images at once, {seconds:.2f} s, {rate:.2f} images/s  {values}")
     show(f"peak memory: {peak_memory(accelerator.device)}")
     if args.micro_batch_size == "auto" and accelerator.device.type == "cuda":
         show(f"{FOUND.format(images)}, {args.gradient_accumulation_steps} times a step")

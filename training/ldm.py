@@ -172,7 +172,7 @@ class LDM(Method):
         return draws._replace(noise=self.denoiser.pack(draws.noise, token))
 
     def route(self, step: int, draws: Draws) -> Route | None:
-        """Through a network with SPRINT, drawn after all else of a step; None for others."""
+        """Through a network with SPRINT; drawn after :meth:`draws`, before what an alignment draws. None for others."""
         args = self.args
         if not self.denoiser.config.sparse_blocks:
             return None

@@ -41,12 +41,14 @@ class Trial:
         batch_of: a micro-batch of so many images for it.
         step: number of a step in which every network takes part.
         build_largest: makes what needs most memory, where that changes from step to step; else it is :attr:`build`.
+        later: another step that a dry run shows, because what is trained changes there; or None.
     """
 
     build: Callable[[], Method]
     batch_of: Callable[[Any, int], Any]
     step: int = 0
     build_largest: Callable[[], Method] | None = None
+    later: int | None = None
 
     def find_for_run(self, args: argparse.Namespace, this_run: Run, checkpoint: Checkpoint | None) -> None:
         """:meth:`find` for a run, which records what was found; resumed on as many processes it keeps that."""

@@ -102,6 +102,7 @@ def build_denoiser_alignment(
         if not part.takes_some_tokens and (some := [tap for tap in part.taps if tap in sparse]) and args.token_drop:
             raise UserError(
                 f"--align {name} wants all tokens after block {some[0]}, and --sprint drops some in blocks "
-                f"{sparse.start} to {sparse.stop - 1}: align another block, or choose repa or sra"
+                f"{sparse.start} to {sparse.stop - 1}: align an earlier or a later one (--encoder-depth, of vae "
+                "--vae-repa-depth), or add --token-drop 0"
             )
     return DenoiserAlignments(parts)

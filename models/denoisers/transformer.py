@@ -100,6 +100,8 @@ class Transformer(Denoiser):
         sparse, places = self.config.sparse_blocks, None
         latent, class_token = self.unpack(x)
         x = self.x_embedder(latent) + self.pos_embed  # [B, N, width]
+        if sparse:  # as tokens lie behind select and fusion: blocks that differ in this alone would not share a graph
+            x = x.contiguous()
         if class_token is not None:
             x = torch.cat([self.class_token_embedder(class_token)[:, None], x], dim=1)
         condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
