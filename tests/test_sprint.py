@@ -30,6 +30,7 @@ from tests.ldm_steps import accumulate, networks, part_of, random_batch, tiny_tr
 from tests.ldm_trainings import flags, write_data
 from tests.repae_runs import flags as repae_flags
 from tests.sendvae_runs import gradients
+from tests.test_experiment import commands
 from tests.test_generate import images_in, largest_difference
 from tests.test_train_ldm import metrics, train, weights
 from tests.test_vae_repa import matrix_flops
@@ -649,3 +650,18 @@ def test_exported_it_samples_and_not_to_who_does_not_know_it(run, tmp_path, caps
     x, t, y = inputs(read.config)
     model = open_trained_ldm(run, STEP, "ema").load_model()
     assert torch.equal(read(x, t, y % 3)[0], model(x, t, y % 3)[0])
+
+
+@pytest.mark.parametrize(("preset", "until", "last", "align"), [
+    ("sprint_imagenet256", 350_000, None, "repa"),
+    ("sprint/xl2", 2_000_000, 2_800_000, "none"),
+    ("sprint/xl2-repa", 2_000_000, 2_800_000, "repa"),
+])  # fmt: skip
+def test_its_presets(preset, until, last, align):
+    found = commands(preset)
+    parsed = train_ldm.parse_arguments(found["ldm"][found["ldm"].index("train_ldm.py") + 1 :])
+    assert (parsed.token_drop, parsed.path_drop, parsed.token_drop_until) == (0.75, 0.1, until)
+    assert (parsed.max_train_steps, parsed.align) == (last, align)
+    assert parsed.epochs * 1_281_167 // parsed.batch_size > until or last
+    sampled = found["samples"][found["samples"].index("generate.py") + 1 :]
+    assert generate.parse_arguments(sampled).guide == "path-drop"
