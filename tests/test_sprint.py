@@ -654,6 +654,7 @@ def test_exported_it_samples_and_not_to_who_does_not_know_it(run, tmp_path, caps
 
 @pytest.mark.parametrize(("preset", "until", "last", "align"), [
     ("sprint_imagenet256", 350_000, None, "repa"),
+    ("one_gpu_imagenet256", 375_000, None, "repa"),
     ("sprint/xl2", 2_000_000, 2_800_000, "none"),
     ("sprint/xl2-repa", 2_000_000, 2_800_000, "repa"),
 ])  # fmt: skip
