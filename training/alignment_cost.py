@@ -47,9 +47,7 @@ def training_route(denoiser: Denoiser, token_drop: float | None) -> Route | None
 
 def alignment_cost(alignment: DenoiserAlignment, denoiser: Denoiser, route: Route | None = None) -> Cost:
     """Of an alignment's projectors, both on the meta device."""
-    places = [denoiser.places(tap, route) for tap in alignment.taps]
-    counts = [denoiser.grid**2 if some is None else some.shape[1] for some in places]
-    states = [torch.empty(1, count, denoiser.width, device="meta") for count in counts]
+    states = [torch.empty(1, *denoiser.state_size(tap, route), device="meta") for tap in alignment.taps]
     return Cost(count_parameters(alignment)[0], _flops(alignment.predict, states))
 
 

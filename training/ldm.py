@@ -84,9 +84,7 @@ def checked(
     Raises:
         ValueError: it has not.
     """
-    places = [denoiser.places(tap, route) for tap in taps]
-    counts = [denoiser.grid**2 if some is None else some.shape[1] for some in places]
-    states = [(len(noisy), count, denoiser.width) for count in counts]
+    states = [(len(noisy), *denoiser.state_size(tap, route)) for tap in taps]
     if not (isinstance(output, tuple) and len(output) == 2):
         raise ValueError(f"{type(denoiser).__name__} must return its velocity and a tuple of hidden states")
     found, promised = [tuple(x.shape) for x in (output[0], *output[1])], [tuple(noisy.shape), *states]

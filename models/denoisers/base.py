@@ -119,6 +119,11 @@ class Denoiser(nn.Module, ABC):
         """
         return None if route is None or tap not in self.config.sparse_blocks else route.kept
 
+    def state_size(self, tap: int, route: Route | None) -> tuple[int, int]:
+        """Tokens and channels of the hidden state after a block; arguments as :meth:`places`."""
+        places = self.places(tap, route)
+        return self.grid**2 if places is None else places.shape[1], self.width
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass."""
         raise UserError(f"{self.config.model} cannot recompute its activations: leave --gradient-checkpointing out")
