@@ -255,7 +255,7 @@ def test_its_cost_is_counted():
     assert sparse.flops == matrix_flops(config) - saved + fusion[some]
     assert sparse.flops / denoiser_cost(plain).flops == pytest.approx(0.356, abs=0.001)
     assert sparse.parameters == denoiser_cost(plain).parameters + 2 * width**2 + width
-    assert training_route(plain, None) is None and training_route(network, 0.0) is None
+    assert training_route(network, 0.0) is None
 
 
 # --- a step of training -------------------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ def denoiser_cost(denoiser: Denoiser, route: Route | None = None) -> Cost:
     return Cost(count_parameters(denoiser)[0], _flops(denoiser.forward, *_one_input(denoiser), *routed))
 
 
-def training_route(denoiser: Denoiser, token_drop: float | None) -> Route | None:
+def training_route(denoiser: Denoiser, token_drop: float) -> Route | None:
     """Through a network with SPRINT, on the meta device; None where no token is dropped."""
-    if not (denoiser.config.sparse_blocks and token_drop):
+    if not token_drop:
         return None
     kept = round(denoiser.grid**2 * (1 - token_drop))
     return Route(torch.empty(1, kept, dtype=torch.int64, device="meta"))
@@ -81,7 +81,7 @@ def alignment_cost_lines(
     with torch.device("meta"):
         denoiser = config.build()
         parts: Mapping[str, DenoiserAlignment] = aligned(args, names, denoiser)
-    route = training_route(denoiser, args.token_drop)
+    route = training_route(denoiser, args.token_drop) if config.sparse_blocks else None
     alone = denoiser_cost(denoiser, route)
     lines = [f"{config.model} alone: {alone.parameters:,} parameters, {alone.flops / 1e9:.2f} GFLOPs a forward pass"]
     if route is not None:
