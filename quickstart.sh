@@ -10,6 +10,7 @@
 #   --from-scratch  train the tiny VAE too, instead of starting from the one in pretrained/tiny_vae
 #   --dry-run       build every stage, train nothing
 set -euo pipefail
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 from=$PWD
 cd "$(dirname "$0")"
 
@@ -62,7 +63,9 @@ if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
 fi
 if ! python -c 'import accelerate, diffusers, lpips, safetensors, timm, torch, torchvision, yaml' 2>/dev/null; then
     echo "installing the packages of requirements.txt (PyTorch is large; a few minutes)"
-    python -m pip install --quiet --disable-pip-version-check -r requirements.txt ${versions[@]+"${versions[@]}"}
+    installer=(python -m pip)
+    python -c 'import pip' 2>/dev/null || installer=(uv pip) # an environment that uv made has no pip
+    "${installer[@]}" install --quiet -r requirements.txt ${versions[@]+"${versions[@]}"}
 fi
 
 if $scratch; then

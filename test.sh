@@ -5,6 +5,7 @@
 # The long part of the faults (kills, full disks, damage), half an hour, is: python -m tests.faults
 # Files of tests are shared among processes, one a core and 8 at the most; TEST_PROCESSES says how many, 0 is this one.
 set -euo pipefail
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 cd "$(dirname "$0")"
 
 versions=()
@@ -20,7 +21,9 @@ if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
     # shellcheck disable=SC1091
     source .venv/bin/activate
 fi
-python -m pip install --quiet --disable-pip-version-check -r requirements.txt ${versions[@]+"${versions[@]}"}
+installer=(python -m pip)
+python -c 'import pip' 2>/dev/null || installer=(uv pip) # an environment that uv made has no pip
+"${installer[@]}" install --quiet -r requirements.txt ${versions[@]+"${versions[@]}"}
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the networks of tests are small: threads would only wait for each other

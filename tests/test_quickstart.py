@@ -1,5 +1,6 @@
 """What the quickstart starts from: the VAE that comes with the code, and the versions that it installs."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -61,6 +62,20 @@ def test_compare_goes_with_the_quickstart_alone(words):
     )
     assert answer.returncode == 2
     assert answer.stderr.startswith("quickstart.sh: error: --compare goes without")
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_an_environment_that_uv_made_has_no_pip(script, tmp_path):
+    """Its packages are then installed by uv, into the one that is active."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, lines in (("python", "exit 1"), ("uv", f'echo "$@" > {tmp_path}/asked; exit 3')):
+        (programs / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (programs / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)}
+    answer = subprocess.run([f"./{script}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 3, answer.stderr
+    assert (tmp_path / "asked").read_text() == "pip install --quiet -r requirements.txt\n"
 
 
 def test_what_compare_adds_differs_in_the_alignment_alone():
