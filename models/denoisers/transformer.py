@@ -107,10 +107,10 @@ class Transformer(Denoiser):
         condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
         dense, states, recomputes = x, {}, self.gradient_checkpointing and self.training
         for number, block in enumerate(self.blocks[:last], start=1):
-            if number == sparse.start:
+            if number == sparse.start:  # SPRINT: on with some of the tokens
                 dense, places = x, self._sequence_places(route.kept)
                 x = select(x, places)
-            elif number == sparse.stop:
+            elif number == sparse.stop:  # and with all again
                 x, places = self.fusion(dense, x, places, route.skipped), None
             if number in sparse and route.skipped is True:
                 continue
