@@ -32,7 +32,7 @@ from tests.repae_runs import flags as repae_flags
 from tests.sendvae_runs import gradients
 from tests.test_experiment import commands
 from tests.test_generate import images_in, largest_difference
-from tests.test_train_ldm import metrics, train, weights
+from tests.test_train_ldm import metrics, train, train_halted_and_straight, weights
 from tests.test_vae_repa import matrix_flops
 from training.alignment_cost import denoiser_cost, training_route
 from training.method import train_step
@@ -419,14 +419,8 @@ def test_an_image_is_learned(config):
 
 @pytest.mark.parametrize("model", ["SiT-Ti/2", "LightningDiT-Ti/2"])
 def test_it_trains_and_resumes_exactly(data, tmp_path, model, capsys):
-    options = {"sprint": True, "model": model, "encoder_depth": 3, "max_train_steps": None, "checkpointing_steps": 2}
-    for name, stops in (("halted", (2, 4)), ("straight", (4,))):
-        for stop in stops:
-            assert train(*flags(data, tmp_path, name, **options), "--max-train-steps", str(stop)) == 0
-    assert metrics(tmp_path / "halted") == metrics(tmp_path / "straight")
-    for name in ("model", "ema", "alignment"):
-        resumed, straight = (weights(tmp_path / run_name, 4, name) for run_name in ("halted", "straight"))
-        assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+    options = {"sprint": True, "model": model, "encoder_depth": 3}
+    train_halted_and_straight(data, tmp_path, **options)
     args = json.loads((tmp_path / "straight" / "args.json").read_text())["args"]
     assert {name: args[name] for name in FLAGS} == FLAGS
     assert args["denoiser"]["sprint"] is True
@@ -495,6 +489,12 @@ def test_a_dry_run_shows_the_step_on_all_tokens(numbers_of_tokens, monkeypatch, 
     output = capsys.readouterr().out
     assert ["repa" in line for line in output.splitlines() if "images at once" in line] == [True, True, False]
     assert "as after step 40: 2 images at once" in output
+
+
+def test_a_dry_run_takes_no_step_twice(numbers_of_tokens, monkeypatch):
+    monkeypatch.setattr(train_ldm, "cost_lines", lambda *given: [])
+    assert train(*DRY, "--align", "none", "--sprint", "--token-drop-until", "1") == 0
+    assert numbers_of_tokens == SPARSE + ALL
 
 
 def test_the_search_for_what_fits_drops_none(monkeypatch):

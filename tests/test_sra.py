@@ -15,7 +15,7 @@ from tests.distributed_ldm_step import BATCH, batch_draws
 from tests.ldm_steps import accumulate, networks, part_of, random_batch, tiny_trainer
 from tests.ldm_trainings import LATENTS, flags, write_data
 from tests.sendvae_runs import gradients
-from tests.test_train_ldm import metrics, train, weights
+from tests.test_train_ldm import metrics, train, train_halted_and_straight
 from tests.test_vae_repa import matrix_flops
 from training.alignment_cost import denoiser_cost, teacher_cost
 from training.method import train_step
@@ -209,16 +209,8 @@ def test_the_averaged_network_costs_its_first_blocks():
 
 
 def test_it_trains_without_vfm_and_images_and_resumes_exactly(data, tmp_path, no_vfm_no_images, capsys):
-    options = {"align": "sra", "data_dir": None, "vae_latents_name": data / LATENTS, "checkpointing_steps": 2}
-    options |= {"max_train_steps": None, "gradient_checkpointing": True, "enc_type": None}
-    for name, stops in (("halted", (2, 4)), ("straight", (4,))):
-        for stop in stops:
-            assert train(*flags(data, tmp_path, name, **options), "--max-train-steps", str(stop)) == 0
-    assert metrics(tmp_path / "halted") == metrics(tmp_path / "straight")
-    for name in ("model", "ema", "alignment"):
-        resumed, straight = (weights(tmp_path / run_name, 4, name) for run_name in ("halted", "straight"))
-        assert resumed.keys() == straight.keys()
-        assert all(torch.equal(resumed[key], straight[key]) for key in resumed)
+    options = {"align": "sra", "data_dir": None, "vae_latents_name": data / LATENTS}
+    train_halted_and_straight(data, tmp_path, **options, gradient_checkpointing=True, enc_type=None)
     args = json.loads((tmp_path / "straight" / "args.json").read_text())["args"]
     expected = {"align": "sra", "sra_coeff": 0.2, "sra_depth": 2, "sra_teacher_depth": 4, "sra_interval": 0.2}
     assert {name: args[name] for name in expected} == expected

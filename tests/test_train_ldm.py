@@ -44,6 +44,19 @@ def weights(folder, step: int, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / f"{step:07d}" / f"{name}.safetensors")
 
 
+def train_halted_and_straight(data, folder, **options) -> None:
+    """Four steps with a stop after two and without: the runs ``halted`` and ``straight``, bit for bit the same."""
+    options = options | {"max_train_steps": None, "checkpointing_steps": 2}
+    for name, stops in (("halted", (2, 4)), ("straight", (4,))):
+        for stop in stops:
+            assert train(*flags(data, folder, name, **options), "--max-train-steps", str(stop)) == 0
+    assert metrics(folder / "halted") == metrics(folder / "straight")
+    for name in ("model", "ema", "alignment"):
+        resumed, straight = (weights(folder / run_name, 4, name) for run_name in ("halted", "straight"))
+        assert resumed.keys() == straight.keys()
+        assert all(torch.equal(resumed[key], straight[key]) for key in resumed)
+
+
 def test_a_run_leaves_everything_it_promises_and_generate_reads_it(data, tmp_path, capsys):
     argv = flags(
         data, tmp_path, "run", val_data_dir=data, max_train_steps=4, checkpointing_steps=2, milestone_steps=2,

@@ -35,7 +35,9 @@ def dry_run(
     trial.find(args, accelerator)
     method = trial.build()
     prepare(method)
-    steps = [trial.step + number for number in range(STEPS)] + ([] if trial.later is None else [trial.later])
+    steps = [trial.step + number for number in range(STEPS)]
+    if trial.later is not None and trial.later not in steps:
+        steps.append(trial.later)
     args.max_train_steps = args.max_train_steps or max(steps) + 1
     images = max(1, micro_batch_size(args, accelerator))
     if accelerator.device.type != "cuda":  # on a GPU a training's, to see whether they fit
