@@ -1,4 +1,4 @@
-"""A checkpoint of REPA, REPA-E or LightningDiT as a run of train_ldm.py: networks, VAE, statistics, arguments.
+"""Other people's diffusion transformer as a run of train_ldm.py: networks, VAE, statistics, arguments.
 
 Flags say only what the checkpoint does not say itself; one that contradicts it is refused.
 """
@@ -12,7 +12,7 @@ from torch import nn
 
 from errors import UserError
 from formats.run_folders import OWN_STATISTICS, OWN_VAE, is_foreign_experiment
-from formats.sit import SiTCheckpoint, SiTWeights, State, build_networks, read_sit
+from formats.sit import SOURCES, SiTCheckpoint, SiTWeights, State, build_networks, read_sit
 from formats.statistics import REPA_CHANNELS, REPA_SCALE, repa_statistics
 from formats.vae import load_vae
 from models.denoisers.config import SiTConfig
@@ -28,7 +28,7 @@ TOLERANCE = 0.01  # of two latent statistics that count as the same, in standard
 
 @dataclass(frozen=True)
 class ForeignRun:
-    """A SiT or LightningDiT from elsewhere, with its VAE.
+    """A denoiser from elsewhere, with its VAE.
 
     Attributes:
         checkpoint: what its file holds.
@@ -81,6 +81,7 @@ class ForeignRun:
             "cfg_prob": facts.get("cfg_prob"),
             "weighting": facts.get("weighting"),
             "velocity_cosine_coeff": facts.get("velocity_cosine_coeff"),
+            "time_shift": facts.get("time_shift"),
             "adam_beta1": beta1,
             "adam_beta2": beta2,
             "adam_epsilon": self.checkpoint.adamw["eps"],
@@ -103,7 +104,7 @@ class ForeignRun:
 
 
 def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) -> ForeignRun:
-    """Read a checkpoint of REPA, REPA-E or LightningDiT with its VAE.
+    """Read a checkpoint of REPA, REPA-E, LightningDiT, RAE or diffusion-bench with its VAE.
 
     Args:
         args: ``source``, ``train_steps`` and ``FLAGS``, None where they are not given.
@@ -135,7 +136,7 @@ def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) 
     if checkpoint.step is None:
         notes.append(f"{given} does not say its step; taking 0")
     if checkpoint.moments is None:
-        notes.append(f"{given} holds no optimizer state: a training that continues from it begins AdamW anew")
+        notes.append(f"{given} holds no optimizer state that is read here: training on from it begins AdamW anew")
     for note in notes:
         report(note)
     return ForeignRun(checkpoint, tokenizer, path_type, resolution)
@@ -150,15 +151,14 @@ def checkpoint_file(source: Path, train_steps: int | None) -> tuple[Path, dict |
     """
     if not source.is_dir():
         if not source.exists():
-            raise UserError(
-                f"SOURCE {source}: no such file or folder; give a checkpoint of REPA, REPA-E or LightningDiT"
-            )
+            raise UserError(f"SOURCE {source}: no such file or folder; give a checkpoint of {SOURCES}")
         if train_steps is not None:
             raise UserError(f"--train-steps chooses a checkpoint of a folder; SOURCE {source} is one itself")
         return source, None
     if not is_foreign_experiment(source):
         raise UserError(
-            f"SOURCE {source} has no checkpoints/*.pt: give an experiment of REPA, REPA-E or LightningDiT, or a file"
+            f"SOURCE {source} has no checkpoints/*.pt: give an experiment of REPA, REPA-E or LightningDiT, or a file "
+            "of these, RAE or diffusion-bench"
         )
     found = {int(path.stem): path for path in (source / "checkpoints").glob("*.pt") if path.stem.isdigit()}
     if not found or train_steps not in (None, *found):

@@ -1,4 +1,4 @@
-"""Checkpoints of REPA, REPA-E and LightningDiT: which network they hold, by its tensors, and what they say of it.
+"""Checkpoints of diffusion transformers: which network they hold, by its tensors, and what they say of it.
 
 ::
 
@@ -9,7 +9,8 @@
 Their networks hold REPA's projectors, ``projectors.N.…``, here kept apart from the denoiser (``loss.alignment``).
 REPA-E's hold the latent statistics too, as ``bn.running_mean`` and ``bn.running_var``. REPA's first checkpoints call
 the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0. What is LightningDiT's alone is in
-``formats.lightningdit``; wherever SiT is said below, it is meant too.
+``formats.lightningdit``, what is RAE's and diffusion-bench's in ``formats.ddt``; wherever SiT is said below, theirs are
+meant too.
 """
 
 import re
@@ -21,7 +22,9 @@ from pathlib import Path
 import torch
 
 from diffusion import PATH_TYPES
+from diffusion.flow import settled_shift
 from errors import UserError
+from formats import ddt
 from formats.lightningdit import ROTARY, check_rotary, facts_of, is_lightningdit, step_of
 from formats.statistics import batch_norm_statistics
 from loss.alignment import DenoiserAlignments, TokenGrid
@@ -35,6 +38,7 @@ State = dict[str, torch.Tensor]
 
 PROJECTORS, BATCH_NORM = "projectors.", "bn."  # what of their networks is none of ours
 REPA_PREFIX = "repa."  # of REPA's projectors among ``loss.alignment.DenoiserAlignments``
+SOURCES = "REPA, REPA-E, LightningDiT, RAE or diffusion-bench"
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 # What REPA's and REPA-E's flags say of a network or of how it is sampled; the rest of args is nobody's concern here.
 FACTS = (
@@ -79,7 +83,7 @@ class SiTWeights:
 
 @dataclass(frozen=True)
 class SiTCheckpoint:
-    """What a checkpoint of REPA, REPA-E or LightningDiT holds.
+    """What a checkpoint of REPA, REPA-E, LightningDiT, RAE or diffusion-bench holds.
 
     Attributes:
         path: of the file.
@@ -183,8 +187,15 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
     found, sizes = {}, {}
     for name, state in sets.items():
         plain, legacy_depth = rename_legacy_blocks(_unwrapped(state))
-        networks = _without_empty_projectors(plain)
-        sizes[name] = config, projectors = infer_sizes(networks, given, legacy_depth or facts.get("encoder_depth"))
+        if ddt.has_wide_head(plain):
+            config, projectors = ddt.wide_head_config(plain, given), Projectors()
+            ddt.check_tables(plain, config, given)
+            networks = ddt.own_names(plain, config)
+            facts |= ddt.FACTS | {"time_shift": settled_shift(ddt.FACTS["time_shift"], config.latent_shape)}
+        else:
+            networks = _without_empty_projectors(plain)
+            config, projectors = infer_sizes(networks, given, legacy_depth or facts.get("encoder_depth"))
+        sizes[name] = config, projectors
         if isinstance(config, LightningDiTConfig):
             check_rotary(plain, config, given)
         _check_fits(networks, config, projectors, given)
@@ -196,7 +207,7 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
     config, projectors = next(iter(sizes.values()))
     _check_facts(facts, config, projectors, given)
     is_whole = isinstance(contents.get("opt"), dict) and "model" in found
-    step = contents.get("steps", step_of(path) if "config" in contents else None)
+    step = contents.get("steps", contents.get("step", step_of(path) if "config" in contents else None))
     return SiTCheckpoint(
         path=path,
         config=config,
@@ -292,9 +303,7 @@ def _weight_sets(contents: object, given: str) -> dict[str, State]:
     sets = nested or {"ema": {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}}
     for state in sets.values():
         if not any(str(key).endswith("x_embedder.proj.weight") for key in state):
-            raise UserError(
-                f"{given} {_what_instead(contents, state)}; give a checkpoint of REPA, REPA-E or LightningDiT"
-            )
+            raise UserError(f"{given} {_what_instead(contents, state)}; give a checkpoint of {SOURCES}")
         try:
             tensors_by_name(state)
         except NotWeightsError as error:

@@ -123,7 +123,7 @@ def test_initialisation():
     x, t, y = inputs()
     assert not model(x, t, y)[0].any()
     tokens = torch.randn(2, 16, 192)
-    assert torch.equal(model.blocks[0](tokens, torch.randn(2, 192)), tokens)
+    assert torch.equal(model.blocks[0](tokens, torch.randn(2, 1, 192)), tokens)
     assert all(bool((module.weight == 1).all()) for module in model.modules() if isinstance(module, RMSNorm))
 
 

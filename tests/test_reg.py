@@ -81,11 +81,11 @@ class TestNetwork:
         first = (first - first.mean(1, keepdim=True)) / (first.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
         first = first * w["class_token_embedder.norm.weight"] + w["class_token_embedder.norm.bias"]
         h = torch.cat([first[:, None], patches], 1)
-        condition = F.silu(model.t_embedder(t) + model.y_embedder(y))
+        condition = F.silu(model.t_embedder(t) + model.y_embedder(y))[:, None]
         for block in model.blocks:
             h = block(h, condition)
         modulation = condition @ w["final_layer.adaLN_modulation.1.weight"].T + w["final_layer.adaLN_modulation.1.bias"]
-        shift, scale = modulation[:, None].chunk(2, -1)
+        shift, scale = modulation.chunk(2, -1)
         normed = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
         normed = normed * (1 + scale) + shift
         out = normed[:, 1:] @ w["final_layer.linear.weight"].T + w["final_layer.linear.bias"]  # [3, 16, 2·2·4]

@@ -161,7 +161,7 @@ def derived(network: Transformer, x, t, y, route: Route) -> tuple[torch.Tensor, 
                 tokens = network.fusion.linear(torch.cat([deep, dense], -1))
             tokens = masked(block, tokens, condition, kept if 2 <= block_number <= 5 else torch.ones_like(kept))
             states.setdefault(block_number, []).append(tokens[0, extra:])
-        patches, token = network.final_layer(tokens, condition)
+        patches, token = network.final_layer(tokens, condition[:, None])
         latent = patches.unflatten(1, (4, 4)).unflatten(-1, (2, 2, 4)).permute(0, 5, 1, 3, 2, 4).reshape(1, 4, 8, 8)
         velocities.append(network.pack(latent, token))
     velocity = torch.cat(velocities)

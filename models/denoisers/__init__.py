@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from errors import UserError
-from models.denoisers.config import DenoiserConfig, LightningDiTConfig, SiTConfig
+from models.denoisers.config import DDTConfig, DenoiserConfig, DiTDHConfig, LightningDiTConfig, SiTConfig
 
 __all__ = ["DENOISERS", "Denoiser", "DenoiserConfig"]
 
@@ -12,6 +12,8 @@ __all__ = ["DENOISERS", "Denoiser", "DenoiserConfig"]
 DENOISERS: dict[str, type[DenoiserConfig]] = {
     "SiT": SiTConfig,
     "LightningDiT": LightningDiTConfig,
+    "DiTDH": DiTDHConfig,
+    "DDT": DDTConfig,
 }
 
 

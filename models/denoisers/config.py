@@ -210,3 +210,65 @@ class LightningDiTConfig(TransformerConfig):
         from models.denoisers.lightningdit import LightningDiT
 
         return LightningDiT(self)
+
+
+HEAD_CHANNELS = 128  # of an attention head in the wide head
+
+
+@dataclass(frozen=True)
+class DiTDHConfig(TransformerConfig):
+    """A LightningDiT's blocks and a wide head; sizes are those of the blocks before the head.
+
+    Attributes:
+        head_depth, head_width: blocks and channels of the head.
+    """
+
+    names: ClassVar[str] = f"DiTDH-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1 or 2"
+    kind: ClassVar[str] = "DiTDH"
+    sizes: ClassVar[Mapping[str, TransformerSize]] = SIT_SIZES
+    patches: ClassVar[tuple[int, ...]] = (1, 2)
+
+    head_depth: int = 2
+    head_width: int = 2048
+
+    @staticmethod
+    def add_arguments(group: Any) -> None:
+        group.add_argument(
+            "--head-depth", type=int, default=2, metavar="N", help="DiTDH and DDT: blocks of the wide head"
+        )
+        group.add_argument(
+            "--head-width",
+            type=int,
+            default=2048,
+            metavar="N",
+            help=f"DiTDH and DDT: its channels, a multiple of {HEAD_CHANNELS}; at least those of a latent's patch",
+        )
+
+    @property
+    def head(self) -> TransformerSize:
+        return TransformerSize(self.head_depth, self.head_width, self.head_width // HEAD_CHANNELS)
+
+    def check(self) -> None:
+        super().check()
+        if self.head_depth < 1:
+            raise UserError(f"--head-depth {self.head_depth}: give 1 or more")
+        if self.head_width < 1 or self.head_width % HEAD_CHANNELS:
+            raise UserError(f"--head-width {self.head_width}: give a multiple of {HEAD_CHANNELS}")
+
+    def build(self) -> "DiTDH":  # noqa: F821
+        from models.denoisers.ditdh import DiTDH
+
+        return DiTDH(self)
+
+
+@dataclass(frozen=True)
+class DDTConfig(DiTDHConfig):
+    """Time and class are tokens; diffusion-bench's has a norm on queries and keys (``qk_norm``)."""
+
+    names: ClassVar[str] = f"DDT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1 or 2"
+    kind: ClassVar[str] = "DDT"
+
+    def build(self) -> "DDT":  # noqa: F821
+        from models.denoisers.ddt import DDT
+
+        return DDT(self)

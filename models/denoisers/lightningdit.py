@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.denoisers.config import TransformerSize
 from models.denoisers.sprint import DENSE, Route
-from models.denoisers.transformer import Attention, Block, Transformer
+from models.denoisers.transformer import Attention, Block, Norm, PlainBlock, Transformer
 
 
 class RMSNorm(nn.RMSNorm):
@@ -30,12 +31,8 @@ class LightningDiT(Transformer):
         return RMSNorm(width, eps=1e-6)
 
     def make_blocks(self) -> Iterator[Block]:
-        width, heads = self.width, self.config.size.heads
-        qk_norm = self.norm if self.config.qk_norm else nn.Identity
-        # one for all blocks; a class token is nowhere
-        rotary = RotaryPositions(width // heads, self.grid, unplaced=min(1, self.class_token_width))
-        for _ in range(self.depth):
-            yield Block(width, self.norm, Attention(width, heads, qk_norm, rotary), SwiGLU(width, 8 * width // 3))
+        size, qk_norm = self.config.size, self.norm if self.config.qk_norm else nn.Identity
+        return lightning_blocks(Block, size, self.norm, qk_norm, self.grid, self.prefix)
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = (), route: Route = DENSE
@@ -47,6 +44,23 @@ class LightningDiT(Transformer):
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
     ) -> tuple[torch.Tensor, ...]:
         return super().hidden_states(x, 1 - t, y, taps)
+
+
+def lightning_blocks(
+    kind: type[PlainBlock], size: TransformerSize, norm: Norm, qk_norm: Norm, grid: int, unplaced: int
+) -> Iterator[PlainBlock]:
+    """Blocks with rotary positions and SwiGLU, of as many numbers as with a GELU MLP of four times the width.
+
+    Args:
+        kind: of the blocks.
+        size: how many, of which width, with how many heads.
+        norm, qk_norm: as in :class:`Block` and :class:`Attention`.
+        grid, unplaced: as in :class:`RotaryPositions`.
+    """
+    rotary = RotaryPositions(size.width // size.heads, grid, unplaced=unplaced)  # one for all
+    for _ in range(size.depth):
+        attention = Attention(size.width, size.heads, qk_norm, rotary)
+        yield kind(size.width, norm, attention, SwiGLU(size.width, 8 * size.width // 3))
 
 
 class RotaryPositions(nn.Module):

@@ -7,6 +7,7 @@ so that their checkpoints load.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +42,12 @@ class Transformer(Denoiser):
         self.x_embedder = PatchEmbedding(config.latent_channels, size.width, patch)
         self.register_buffer("pos_embed", sincos_positions(size.width, config.grid)[None])
         token_width = config.class_token_width
-        self.class_token_embedder = ClassTokenEmbedder(token_width, size.width) if token_width else None
-        self.t_embedder = TimestepEmbedder(size.width)
+        self.class_token_embedder = self.make_class_token_embedder(size.width) if token_width else None
+        self.t_embedder = self.make_time_embedder()
         self.y_embedder = LabelEmbedder(config.num_classes, size.width)
         self.blocks = nn.ModuleList(self.make_blocks())
         self.fusion = Fusion(size.width) if config.sprint else None
-        self.final_layer = FinalLayer(size.width, patch * patch * config.latent_channels, self.norm, token_width)
+        self.final_layer = self.make_final_layer(size.width)
         self._initialise()
 
     @abstractmethod
@@ -56,6 +57,24 @@ class Transformer(Denoiser):
     @abstractmethod
     def make_blocks(self) -> Iterator["Block"]:
         """The blocks, in their order."""
+
+    def make_time_embedder(self) -> nn.Module:
+        """Time ``[B]`` → ``[B, width]``."""
+        return TimestepEmbedder(self.width)
+
+    def make_class_token_embedder(self, width: int) -> nn.Module:
+        """A noisy class token ``[B, D]`` → ``[B, width]``."""
+        return ClassTokenEmbedder(self.class_token_width, width, partial(nn.LayerNorm, eps=1e-6))
+
+    def make_final_layer(self, width: int) -> nn.Module:
+        """Tokens of ``width`` → patches of the velocity, and its class token."""
+        numbers = self.config.patch_size**2 * self.config.latent_channels
+        return FinalLayer(width, numbers, self.norm, self.class_token_width)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of the grid: they are nowhere in it, and see and are seen by all."""
+        return min(1, self.class_token_width)
 
     @property
     def depth(self) -> int:
@@ -72,14 +91,36 @@ class Transformer(Denoiser):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = (), route: Route = DENSE
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        x, condition, states = self._through_blocks(x, t, y, taps, self.depth, route)
-        patches, class_token = self.final_layer(x, condition)
+        time = self.t_embedder(t)
+        condition = self.condition(time, y)
+        tokens, states = self._through_blocks(x, condition, taps, self.depth, route)
+        patches, class_token = self.final_layer(*self.last_tokens(x, time, condition, tokens))
         return self.pack(unpatchify(patches, self.config.latent_shape), class_token), states
 
     def hidden_states(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
     ) -> tuple[torch.Tensor, ...]:
-        return self._through_blocks(x, t, y, taps, max(taps), DENSE)[2]
+        return self._through_blocks(x, self.condition(self.t_embedder(t), y), taps, max(taps), DENSE)[1]
+
+    def condition(self, time: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The embedding of the time ``[B, width]`` and the class ``[B]`` → what the blocks are given."""
+        return F.silu(time + self.y_embedder(y))[:, None]  # [B, 1, width], for all tokens
+
+    def embed(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """A noisy state, and what the blocks are given → tokens ``[B, prefix + N, width]``."""
+        latent, class_token = self.unpack(x)
+        x = self.x_embedder(latent)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        if class_token is not None:
+            x = torch.cat([self.class_token_embedder(class_token)[:, None], x], dim=1)
+        return x
+
+    def last_tokens(
+        self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the final layer is given: tokens after the blocks, the class token first, and its condition."""
+        return tokens, condition
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True
@@ -87,25 +128,22 @@ class Transformer(Denoiser):
     def compile(self, *args, **options) -> None:
         """Each block on its own: they share their code, and checkpointing and DDP stay outside of it."""
         self.is_compiled = True
-        for part in (*self.blocks, self.final_layer):
+        for part in self.compiled_parts():
             part.compile(*args, **with_fusing(options))
 
-    def _through_blocks(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int], last: int, route: Route
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Tokens ``[B, N, width]`` after block ``last``, the condition ``[B, width]``, tokens after each tap.
+    def compiled_parts(self) -> Iterator[nn.Module]:
+        """What is compiled, each on its own."""
+        yield from (*self.blocks, self.final_layer)
 
-        A class token stands before the latent's in the first, and is left out of the last.
-        """
+    def _through_blocks(
+        self, x: torch.Tensor, condition: torch.Tensor, taps: Sequence[int], last: int, route: Route
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Tokens ``[B, prefix + N, width]`` after block ``last``; those of the grid after each tap."""
         sparse, places = self.config.sparse_blocks, None
-        latent, class_token = self.unpack(x)
-        x = self.x_embedder(latent) + self.pos_embed  # [B, N, width]
+        x = self.embed(x, condition)
         if sparse:  # as tokens lie behind select and fusion: blocks that differ in this alone would not share a graph
             x = x.contiguous()
-        if class_token is not None:
-            x = torch.cat([self.class_token_embedder(class_token)[:, None], x], dim=1)
-        condition = F.silu(self.t_embedder(t) + self.y_embedder(y))  # [B, width]
-        dense, states, recomputes = x, {}, self.gradient_checkpointing and self.training
+        dense, states = x, {}
         for number, block in enumerate(self.blocks[:last], start=1):
             if number == sparse.start:  # SPRINT: on with some of the tokens
                 dense, places = x, self._sequence_places(route.kept)
@@ -117,30 +155,41 @@ class Transformer(Denoiser):
             if sparse and self.is_compiled:  # blocks of all tokens and of some have a graph each
                 x, places = hold_length(x), None if places is None else hold_length(places)
             given = (x, condition) if places is None else (x, condition, places)
-            x = checkpoint(block, *given, use_reentrant=False) if recomputes else block(*given)
+            x = self.run_block(block, *given)
             if number in taps:
-                states[number] = x if class_token is None else x[:, 1:]
-        return x, condition, tuple(states[tap] for tap in taps)
+                states[number] = x[:, self.prefix :] if self.prefix else x
+        return x, tuple(states[tap] for tap in taps)
+
+    def run_block(self, block: nn.Module, *given: torch.Tensor) -> torch.Tensor:
+        """Its answer, with gradient checkpointing where that is on."""
+        recomputes = self.gradient_checkpointing and self.training
+        return checkpoint(block, *given, use_reentrant=False) if recomputes else block(*given)
 
     def _sequence_places(self, kept: torch.Tensor | None) -> torch.Tensor | None:
-        """Of tokens of the grid, with a class token before them, which is always kept."""
-        return kept if kept is None or self.class_token_embedder is None else F.pad(kept + 1, (1, 0))
+        """Of tokens of the grid, with those before them, which are always kept."""
+        if kept is None or not self.prefix:
+            return kept
+        before = torch.arange(self.prefix, device=kept.device).expand(len(kept), -1)
+        return torch.cat([before, kept + self.prefix], dim=1)
 
     def _initialise(self) -> None:
-        self.apply(xavier_linears)
-        embedding = self.x_embedder.proj
-        nn.init.xavier_uniform_(embedding.weight.view(embedding.out_channels, -1))
-        nn.init.zeros_(embedding.bias)
+        self.initialise_linears()
+        self.x_embedder.initialise()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        zero = [block.adaLN_modulation[1] for block in self.blocks]
-        zero += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for block in self.blocks:
+            block.initialise()
+        zero = [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
         if self.final_layer.class_token is not None:
             zero.append(self.final_layer.class_token)
         for layer in zero:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def initialise_linears(self) -> None:
+        """All linear layers, before those that begin otherwise."""
+        self.apply(xavier_linears)
 
 
 class PatchEmbedding(nn.Module):
@@ -150,17 +199,22 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
 
+    def initialise(self) -> None:
+        """As the linear layer that it is."""
+        nn.init.xavier_uniform_(self.proj.weight.view(self.proj.out_channels, -1))
+        nn.init.zeros_(self.proj.bias)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class ClassTokenEmbedder(nn.Module):
-    """A noisy class token ``[B, D]`` → a token ``[B, width]``: linear, LayerNorm (REG, arXiv 2507.01467)."""
+    """A noisy class token ``[B, D]`` → a token ``[B, width]``: linear, norm (REG, arXiv 2507.01467)."""
 
-    def __init__(self, token_width: int, width: int):
+    def __init__(self, token_width: int, width: int, norm: Norm):
         super().__init__()
         self.proj = nn.Linear(token_width, width)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = norm(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.proj(x))
@@ -223,8 +277,8 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # as they lie: attention answers in the order of its queries
 
 
-class Block(nn.Module):
-    """An adaLN-Zero transformer block (DiT): shift, scale and gate of both branches come from the condition.
+class PlainBlock(nn.Module):
+    """A transformer block without a condition of its own, for networks whose condition is tokens.
 
     Args:
         width: of the tokens.
@@ -238,11 +292,39 @@ class Block(nn.Module):
         self.attn = attention
         self.norm2 = norm(width)
         self.mlp = mlp
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 6 * width))
+
+    def initialise(self) -> None:
+        """Nothing but what all linear layers begin with."""
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens ``[B, N, width]``, the condition after its SiLU ``[B, width]``, places as in attention → tokens."""
-        modulation = self.adaLN_modulation(condition)[:, None]  # [B, 1, 6·width]
+        """As :meth:`Block.forward`; the condition is not used."""
+        where = () if places is None else (places,)
+        x = x + self.attn(self.norm1(x), *where)
+        return x + self.mlp(self.norm2(x))
+
+
+class Block(PlainBlock):
+    """An adaLN-Zero transformer block (DiT): shift, scale and gate of both branches come from the condition.
+
+    Args:
+        width, norm, attention, mlp: as in :class:`PlainBlock`.
+    """
+
+    def __init__(self, width: int, norm: Norm, attention: nn.Module, mlp: nn.Module):
+        super().__init__(width, norm, attention, mlp)
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 6 * width))
+
+    def initialise(self) -> None:
+        """As the identity."""
+        nn.init.zeros_(self.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.adaLN_modulation[1].bias)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens ``[B, N, width]``, their condition after its SiLU, places as in attention → tokens.
+
+        The condition is one for all tokens, ``[B, 1, width]``, or each token's own, ``[B, N, width]``.
+        """
+        modulation = self.adaLN_modulation(condition)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         where = () if places is None else (places,)
         x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), *where)
@@ -267,8 +349,11 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``[B, N, out]`` and None; with a class token, which comes first, ``[B, N − 1, out]`` and ``[B, D]``."""
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        """``[B, N, out]`` and None; with a class token, which comes first, ``[B, N − 1, out]`` and ``[B, D]``.
+
+        The condition is as in :class:`Block`.
+        """
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
         x = modulate(self.norm_final(x), shift, scale)
         if self.class_token is None:
             return self.linear(x), None

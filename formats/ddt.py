@@ -1,0 +1,147 @@
+"""Checkpoints of RAE's DiT^DH and of diffusion-bench's DDT (``formats.sit``): their names, and how they were trained.
+
+::
+
+    stage2_model.pt, ddt-….pt    the averaged weights, alone or as ema
+    ep-0000080.pt                model, ema, optimizer, scheduler, epoch, step
+
+In both ``s_embedder`` is that of the blocks before the head, ``x_embedder`` the head's, and the head's blocks follow
+the others. diffusion-bench's queries, keys and values are three layers, which are one here, and so are the two of
+SwiGLU. Tables of rotary positions are computed here. What neither file says is the same in all their trainings:
+:data:`FACTS`.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from errors import UserError
+from models.denoisers.config import DDTConfig, DiTDHConfig
+from models.denoisers.ddt import LABEL_TOKENS, TIME_TOKENS
+from models.denoisers.lightningdit import RotaryPositions
+
+State = dict[str, torch.Tensor]
+
+FACTS = {"path_type": "linear", "prediction": "v", "weighting": "lognormal", "time_shift": "auto"}
+TABLES = {DiTDHConfig: ("enc_feat_rope", "dec_feat_rope"), DDTConfig: ("enc_rope", "dec_rope")}  # blocks', head's
+TOLERANCE = 1e-5  # of the tables: float32's rounding
+READ = {"s_embedder.proj.weight": 4, "x_embedder.proj.weight": 4}  # dimensions
+# Beginnings of names, theirs and ours; what is not among them has the same name.
+NAMES = {
+    "s_embedder.": "x_embedder.",
+    "x_embedder.": "head.x_embedder.",
+    "s_projector.": "head.projector.",
+    "ctx_embedder.embedding_table.": "y_embedder.embedding_table.",
+    "ctx_embedder.learnable_tokens": "label_tokens",
+    "t_embedder.learnable_tokens": "time_tokens",
+    "final_layer.norm.": "final_layer.norm_final.",
+    "final_layer.cls_linear.": "final_layer.class_token.",
+    "cls_in_proj_enc.": "class_token_embedder.proj.",
+    "cls_in_norm_enc.": "class_token_embedder.norm.",
+    "cls_in_proj_dec.": "head.class_token_embedder.proj.",
+    "cls_in_norm_dec.": "head.class_token_embedder.norm.",
+}
+MERGED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}  # ours, and theirs in its order
+LEFT_OUT = "repa_projector."  # of a training with REPA: one layer, where this project's has three
+
+
+def has_wide_head(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether weights are of one of the two."""
+    return "s_embedder.proj.weight" in state
+
+
+def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConfig:
+    """Which network a state dict in their names belongs to, by names and shapes.
+
+    Raises:
+        UserError: none that is known here.
+    """
+    kind = DDTConfig if "ctx_embedder.embedding_table.weight" in state else DiTDHConfig
+    labels = "ctx_embedder" if kind is DDTConfig else "y_embedder"
+    tables = [f"{name}.freqs_cos" for name in TABLES[kind]]
+    needed = READ | {f"{labels}.embedding_table.weight": 2} | dict.fromkeys(tables, 2)
+    for name, dimensions in needed.items():
+        if name not in state:
+            raise UserError(f"{given} is not a complete {kind.kind}: it lacks {name}")
+        if state[name].ndim != dimensions:
+            raise UserError(f"{given}: {name} has {state[name].ndim} dimensions instead of {dimensions}; it is damaged")
+    width, channels, patch, _ = state["s_embedder.proj.weight"].shape
+    head_width = len(state["x_embedder.proj.weight"])
+    numbers = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", key) for key in state) if match}
+    depth = sum(len(state.get(f"blocks.{number}.norm1.weight", ())) == width for number in numbers)
+    names = [name for name, size in kind.sizes.items() if (size.depth, size.width) == (depth, width)]
+    if not names or patch not in kind.patches or head_width == width:
+        known = ", ".join(f"{name} {size.depth} × {size.width}" for name, size in kind.sizes.items())
+        raise UserError(
+            f"{given}: a {kind.kind} of {depth} blocks of width {width} and a head of width {head_width}, with patch "
+            f"{patch}, is none that is known ({known}, a head of another width, patch "
+            f"{', '.join(map(str, kind.patches))})"
+        )
+    class_token = state.get("cls_in_proj_enc.weight")
+    # the head's table has a row for each token, and one for a class token
+    grid = round((len(state[tables[1]]) - (class_token is not None)) ** 0.5)
+    return kind(
+        model=f"{kind.kind}-{names[0]}/{patch}",
+        latent_channels=channels,
+        latent_size=grid * patch,
+        num_classes=len(state[f"{labels}.embedding_table.weight"]) - 1,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        class_token_width=0 if class_token is None else class_token.shape[1],
+        head_depth=len(numbers) - depth,
+        head_width=head_width,
+    )
+
+
+def own_names(state: Mapping[str, torch.Tensor], config: DiTDHConfig) -> State:
+    """The network's tensors by the names of ours, layers that are one here put together."""
+    renamed = {
+        _own_name(key, config.size.depth): tensor
+        for key, tensor in state.items()
+        if not key.startswith((LEFT_OUT, *(f"{table}." for table in TABLES[type(config)])))
+    }
+    for key in list(renamed):
+        for ours, theirs in MERGED.items():
+            if f".{theirs[0]}." in key:
+                parts = [key.replace(f".{theirs[0]}.", f".{name}.") for name in theirs]
+                if all(part in renamed for part in parts):  # otherwise it is said to be incomplete
+                    merged = torch.cat([renamed.pop(part) for part in parts])
+                    renamed[key.replace(f".{theirs[0]}.", f".{ours}.")] = merged
+    return renamed
+
+
+def check_tables(state: Mapping[str, torch.Tensor], config: DiTDHConfig, given: str) -> None:
+    """The rotary positions of a file must be those of the network that is built.
+
+    Raises:
+        UserError: they are others.
+    """
+    before = min(1, config.class_token_width)
+    conditions = TIME_TOKENS + LABEL_TOKENS if isinstance(config, DDTConfig) else 0
+    for name, size, after in zip(TABLES[type(config)], (config.size, config.head), (conditions, 0), strict=True):
+        rotary = RotaryPositions(size.width // size.heads, config.grid)
+        for which, grid in (("cos", rotary.cos), ("sin", rotary.sin)):
+            table = state.get(f"{name}.freqs_{which}")
+            nowhere = (torch.ones_like if which == "cos" else torch.zeros_like)(grid[:1])
+            expected = torch.cat([nowhere.expand(before, -1), grid, nowhere.expand(after, -1)])
+            expected = expected.repeat_interleave(2, dim=-1)  # theirs says both channels of a pair
+            if (
+                table is None
+                or table.shape != expected.shape
+                or not torch.allclose(table.float(), expected, rtol=0, atol=TOLERANCE)
+            ):
+                raise UserError(
+                    f"{given}: {name}.freqs_{which} is not there or of other rotary positions than those of "
+                    f"{config.model}"
+                )
+
+
+def _own_name(key: str, depth: int) -> str:
+    key = key.replace("adaln_modulation.", "adaLN_modulation.")
+    if match := re.match(r"blocks\.(\d+)\.(.*)", key):
+        number = int(match[1])
+        return key if number < depth else f"head.blocks.{number - depth}.{match[2]}"
+    for theirs, ours in NAMES.items():
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
