@@ -86,7 +86,7 @@ def test_initialisation():
     assert torch.equal(model(x, t, y)[0], torch.zeros_like(x))
     block = model.blocks[0]
     tokens = torch.randn(2, 5, 384)
-    assert torch.equal(block(tokens, torch.randn(2, 384)), tokens)
+    assert torch.equal(block(tokens, torch.randn(2, 1, 384)), tokens)
     bound = math.sqrt(6 / (384 + 3 * 384))
     assert block.attn.qkv.weight.abs().max() <= bound
     assert block.attn.qkv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
