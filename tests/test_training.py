@@ -1,5 +1,6 @@
 """The parts of a run: checkpoints, EMA, optimizer step, schedules, metrics, run folder, stop flag."""
 
+import argparse
 import copy
 import json
 import os
@@ -17,7 +18,7 @@ from formats.run_folders import status_of
 from models.denoisers.config import SiTConfig
 from runtime.checkpoint import CheckpointFolder
 from runtime.cli import ArgumentParser
-from training.arguments import CHANGEABLE
+from training.arguments import CHANGEABLE, add_schedule_arguments, check_rate_schedule
 from training.ema import EMA
 from training.method import Method, Phase, frozen, train_step
 from training.metrics import MeanMetrics
@@ -266,6 +267,27 @@ def test_learning_rates():
     assert learning_rate(2.0, 0, 10, "cosine") == 2.0
     assert learning_rate(2.0, 5, 10, "cosine") == pytest.approx(1.0)
     assert learning_rate(2.0, 10, 10, "cosine") == pytest.approx(0.0)
+    held = [learning_rate(2.0, step, 10, "linear", 2, 3, 0.1) for step in (0, 1, 4, 5, 6, 9, 10, 30)]
+    assert held == pytest.approx([1.0, 2.0, 2.0, 2.0, 1.64, 0.56, 0.2, 0.2])  # 0.36 a step from step 5 on
+    assert learning_rate(2.0, 5, 10, "cosine", floor=0.5) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lr-floor 0.1", "--lr-floor: the learning rate stays constant; leave it out, or give --lr-schedule"),
+        ("--lr-hold-steps 5", "--lr-hold-steps: the learning rate stays constant"),
+        (
+            "--lr-schedule linear --warmup-steps 5 --lr-hold-steps 5 --lr-decay-until 10",
+            "--lr-decay-until 10: the rate begins to fall at step 10; give more",
+        ),
+    ],
+)
+def test_a_fall_that_cannot_be_is_refused(flags, message):
+    parser = argparse.ArgumentParser()
+    add_schedule_arguments(parser, batch_size=4, epochs=1)
+    with pytest.raises(UserError, match=message):
+        check_rate_schedule(parser.parse_args(flags.split()))
 
 
 def test_metrics_average_over_steps_and_name_non_finite_values():

@@ -23,7 +23,7 @@ from runtime.repae_flags import default_data_dir
 from training.token_drop import add_token_drop_arguments, settle_token_drop
 
 FEATURE_NORMS = ("none", "channel", "token", "spatial")
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "linear", "cosine")
 ALIGN_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 
@@ -48,6 +48,7 @@ UNSAID = {
     **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp", "reg_coeff": 0.0},
     **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
     **{"posthoc_ema": averages.NO_LENGTHS, "eq_image_probability": 0.0},
+    **{"lr_hold_steps": 0, "lr_decay_until": None, "lr_floor": 0.0},
 }
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
@@ -266,8 +267,29 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, batch_size: int, epo
         metavar="N",
         help="steps, instead of --epochs (default: epochs · images / batch-size)",
     )
-    group.add_argument("--lr-schedule", choices=SCHEDULES, default="constant", help="after the warm-up")
+    group.add_argument(
+        "--lr-schedule",
+        choices=SCHEDULES,
+        default="constant",
+        help="after the warm-up; linear, cosine: it falls until the last step",
+    )
     group.add_argument("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="linear warm-up, steps")
+    group.add_argument(
+        "--lr-hold-steps",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="steps after the warm-up before it falls",
+    )
+    group.add_argument(
+        "--lr-decay-until",
+        type=positive_int,
+        metavar="N",
+        help="step at which it has fallen, within the training or beyond (default: the last)",
+    )
+    group.add_argument(
+        "--lr-floor", type=fraction, default=0.0, metavar="X", help="share of the rate that is left in the end"
+    )
     group.add_argument(
         "--optimizer",
         choices=OPTIMIZERS,
@@ -376,6 +398,7 @@ def named_folder(args: argparse.Namespace) -> Path:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse combinations of the shared flags that cannot be meant."""
+    check_rate_schedule(args)
     if args.random_weights and not args.dry_run:
         raise UserError("--random-weights is for --dry-run: a random VFM or LPIPS teaches nothing")
     if getattr(args, "posthoc_steps", None) and args.posthoc_ema == averages.NO_LENGTHS:
@@ -425,6 +448,20 @@ def add_alignment_schedule_arguments(group: argparse._ArgumentGroup) -> None:
         help="it is 0 from step N on (HASTE); of a denoiser, nothing is read or computed for it then (default: "
         "constant: never, else: the last step)",
     )
+
+
+def check_rate_schedule(args: argparse.Namespace) -> None:
+    """Refuse a fall of what stays constant, and one that ends before it begins."""
+    if args.lr_schedule == "constant":
+        for name in ("lr_hold_steps", "lr_decay_until", "lr_floor"):
+            if getattr(args, name):
+                raise UserError(
+                    f"{flag_of(name)}: the learning rate stays constant; leave it out, or give --lr-schedule linear or "
+                    "cosine"
+                )
+    first = args.warmup_steps + args.lr_hold_steps
+    if args.lr_decay_until is not None and args.lr_decay_until <= first:
+        raise UserError(f"--lr-decay-until {args.lr_decay_until}: the rate begins to fall at step {first}; give more")
 
 
 def check_denoiser_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -68,17 +68,38 @@ def build_optimizer(args: argparse.Namespace, module: nn.Module, kind: str = "ad
 
 def scheduled_rate(args: argparse.Namespace, base: float, step: int) -> float:
     """The rate of a step, by the flags of ``training.arguments``."""
-    return learning_rate(base, step, args.max_train_steps, args.lr_schedule, args.warmup_steps)
+    until = args.max_train_steps if args.lr_decay_until is None else args.lr_decay_until
+    shape = (args.lr_schedule, args.warmup_steps, args.lr_hold_steps, args.lr_floor)
+    return learning_rate(base, step, until, *shape)
 
 
-def learning_rate(base: float, step: int, max_steps: int, schedule: str = "constant", warmup_steps: int = 0) -> float:
-    """The rate of step ``step`` (from 0): linear warm-up to ``base``, then constant, or half a cosine down to 0."""
+def learning_rate(
+    base: float,
+    step: int,
+    until: int,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    hold_steps: int = 0,
+    floor: float = 0.0,
+) -> float:
+    """The rate of a step: linear warm-up to ``base``, then constant, or held for a while and then falling.
+
+    Args:
+        base: highest rate.
+        step: counted from 0.
+        until: step at which it has fallen; it stays so.
+        schedule: ``constant``, a ``linear`` fall or half a ``cosine``.
+        warmup_steps, hold_steps: before it falls, one after the other.
+        floor: what is left of ``base`` in the end, as a share.
+    """
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
-    if schedule == "cosine":
-        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-        return base * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return base
+    if schedule == "constant":
+        return base
+    first = warmup_steps + hold_steps
+    progress = min(1.0, max(0, step - first) / max(1, until - first))
+    left = 1.0 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return base * (floor + (1.0 - floor) * left)
 
 
 def optimizer_step(

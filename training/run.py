@@ -367,7 +367,7 @@ def schedule_factor(arguments: Mapping[str, Any], step: int) -> float | None:
     """What the learning rate of the step after ``step`` is multiplied by; None where the arguments do not say."""
     if not {"lr_schedule", "warmup_steps", "max_train_steps"} <= arguments.keys():
         return None
-    return scheduled_rate(argparse.Namespace(**arguments), 1.0, step)
+    return scheduled_rate(argparse.Namespace(**UNSAID | dict(arguments)), 1.0, step)
 
 
 def refuse_changed_arguments(
