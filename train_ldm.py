@@ -1,4 +1,4 @@
-"""Stage 3: train a SiT or LightningDiT on cached latents, its hidden states aligned with frozen VFM features (REPA).
+"""Stage 3: train a SiT or another denoiser on cached latents, its hidden states aligned with frozen VFM features (REPA).
 
 --align vae aligns them with the VAE's latents instead (VAE-REPA), sra with later states of the averaged network (SRA),
 both without any VFM; repa+vae with two of them, none with nothing. --reg-coeff also generates the VFM's class token
@@ -27,7 +27,7 @@ from training import arguments
 
 CONTINUE_HELP = (
     "with --exp-name: begin that run with weights, average, optimizer state and step of another run (--resume-step "
-    "chooses which); alone: resume the run in DIR. Checkpoints of REPA, REPA-E and LightningDiT become a run with "
+    "chooses which); alone: resume the run in DIR. Other people's checkpoints become a run with "
     "export_ldm.py --format run"
 )
 

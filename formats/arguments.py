@@ -53,7 +53,7 @@ def add_vae_source_arguments(group: argparse._ActionsContainer, default: str | N
 
 
 def add_foreign_vae_arguments(group: argparse._ActionsContainer) -> None:
-    """The VAE of a checkpoint of REPA, REPA-E or LightningDiT, where that does not hold it."""
+    """The VAE of other people's checkpoint, where that does not hold it."""
     group.add_argument("--vae", metavar="NAME", help="architecture of --vae-ckpt, e.g. f8d4, where it does not tell")
     group.add_argument(
         "--vae-ckpt",

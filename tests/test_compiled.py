@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from formats.vae import load_tokenizer
 from loss.perceptual import build_lpips
-from models.denoisers.config import LightningDiTConfig, SiTConfig
+from models.denoisers.config import DDTConfig, DiTDHConfig, LightningDiTConfig, SiTConfig
 from models.denoisers.sit import SiT
 from models.denoisers.sprint import SHORTCUT, draw_route
 from models.discriminator import PatchDiscriminator
@@ -71,10 +71,16 @@ def test_checkpointed_blocks_under_ddp(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    "config", [SiTConfig("SiT-Ti/2", 4, 8, 6), LightningDiTConfig("LightningDiT-Ti/2", 4, 8, 6, qk_norm=True)]
+    ("config", "count"),
+    [
+        (SiTConfig("SiT-Ti/2", 4, 8, 6), 2),
+        (LightningDiTConfig("LightningDiT-Ti/2", 4, 8, 6, qk_norm=True), 2),
+        (DiTDHConfig("DiTDH-Ti/2", 4, 8, 6, head_width=256), 3),
+        (DDTConfig("DDT-Ti/2", 4, 8, 6, qk_norm=True, head_width=256), 3),
+    ],
 )
-def test_the_blocks_of_a_denoiser_share_a_graph(config, checkpointing):
-    """One of the block and one of the final layer, however deep; gradients as without."""
+def test_the_blocks_of_a_denoiser_share_a_graph(config, count, checkpointing):
+    """One of the block, one of a wide head's and one of the final layer, however deep; gradients as without."""
     torch.manual_seed(0)
     network = config.build().train()
     random_weights(network, 0)
@@ -85,17 +91,28 @@ def test_the_blocks_of_a_denoiser_share_a_graph(config, checkpointing):
         velocity, (state,) = net(x, t, y, taps=(2,))
         gradients = torch.autograd.grad((velocity.square().mean() + state.mean()), list(net.parameters()))
         results.append((velocity, state, *gradients))
-    assert graphs() == 2
+    assert graphs() == count
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(other, plain)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", [SiTConfig, LightningDiTConfig])
-def test_blocks_of_all_tokens_and_of_some_have_a_graph_each(kind, checkpointing):
-    """For their numbers of tokens, not for any."""
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SiTConfig("SiT-Ti/2", 4, 8, 6, sprint=True), {(2, 16, 192), (2, 4, 192)}),
+        (LightningDiTConfig("LightningDiT-Ti/2", 4, 8, 6, sprint=True), {(2, 16, 192), (2, 4, 192)}),
+        (
+            DiTDHConfig("DiTDH-Ti/2", 4, 8, 6, sprint=True, head_width=256),
+            {(2, 16, 192), (2, 4, 192), (2, 16, 256)},
+        ),
+        (DDTConfig("DDT-Ti/2", 4, 8, 6, sprint=True, head_width=256), {(2, 28, 192), (2, 16, 192), (2, 16, 256)}),
+    ],
+)
+def test_blocks_of_all_tokens_and_of_some_have_a_graph_each(config, expected, checkpointing):
+    """For their numbers of tokens, not for any; a wide head's too. Conditions of all tokens are of length 1."""
     torch.manual_seed(0)
-    network = kind(f"{kind.kind}-Ti/2", 4, 8, 6, sprint=True).build().train()
+    network = config.build().train()
     random_weights(network, 0)
     network.gradient_checkpointing = checkpointing
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 5])
@@ -115,8 +132,8 @@ def test_blocks_of_all_tokens_and_of_some_have_a_graph_each(kind, checkpointing)
         torch.testing.assert_close(other, state)
         found.square().mean().backward()
     before = graphs()
-    assert shapes == {(2, 16, 192), (2, 4, 192)}
-    assert before == 3
+    assert {shape for shape in shapes if shape[1] > 1} == expected
+    assert before == len(expected) + 1  # and the final layer
     network(x, t, y)
     network(x, t, y, (), SHORTCUT)
     assert graphs() == before

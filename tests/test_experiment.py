@@ -142,6 +142,7 @@ def test_public_vaes_without_a_discriminator_get_one_later():
         ("frozen_qwenimage", "AutoencoderKLQwenImage", "SiT-XL/2", True),
         ("frozen_flux2", "AutoencoderKLFlux2", "SiT-XL/1", True),
         ("frozen_rae", "AutoencoderRAE", "LightningDiT-XL/1", False),
+        ("rae_imagenet256", "AutoencoderRAE", "DiTDH-XL/1", False),
     ],
 )
 def test_frozen_public_tokenizers(name, kind, model, align):
@@ -153,6 +154,21 @@ def test_frozen_public_tokenizers(name, kind, model, align):
     assert {value(stages[stage].dry_command, "vae") for stage in ("cache", "ldm", "samples")} == {kind}
     ldm = stages["ldm"].command
     assert (value(ldm, "model"), value(ldm, "time-shift"), "--enc-type" in ldm) == (model, "auto", align)
+
+
+def test_a_wide_heads_recipes():
+    """One cache and one guide for RAE's rows; a rate that is held for 40 epochs of 1,251 steps."""
+    guide, long = commands("rae/guide"), commands("rae/ditdh-xl-800")
+    assert list(guide) == ["preprocess", "cache", "ldm"]
+    assert (value(guide["ldm"], "model"), value(guide["ldm"], "epochs")) == ("DiTDH-S/1", "14")
+    assert value(long["samples"], "guide") == "exps/" + value(guide["ldm"], "exp-name")
+    assert value(long["cache"], "vae-latents-name") == value(guide["cache"], "vae-latents-name")
+    assert "--cfg-scale" not in long["samples-unguided"]
+    ddt = commands("ddt_imagenet256", "--tokenizer", "exps/sendvae/vae")
+    assert value(ddt["cache"], "vae") == "exps/sendvae/vae"
+    steps = [int(value(ddt["ldm"], f"lr-{name}")) for name in ("hold-steps", "decay-until")]
+    assert steps == [40 * 1251, 800 * 1251]
+    assert "--qk-norm" in ddt["ldm"] and "--qk-norm" not in long["ldm"]
 
 
 def test_stages_of_held_out_data_come_with_their_variable():

@@ -26,7 +26,7 @@ def test_features_of_weights_that_are_rounded_once(enc_type):
         assert torch.equal(held(images), encoder(images))
 
 
-@pytest.mark.parametrize("model", ["SiT-S/2", "LightningDiT-S/2"])
+@pytest.mark.parametrize("model", ["SiT-S/2", "LightningDiT-S/2", "DiTDH-S/2", "DDT-S/2"])
 def test_velocities_of_weights_that_are_rounded_once(model):
     network = denoiser_kind(model)(model, 4, 16, num_classes=10).build().eval()
     random_weights(network, 0)

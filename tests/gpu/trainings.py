@@ -25,6 +25,8 @@ RECIPES = {
     "sendvae, convolution": ("sendvae", "--mapper-head", "conv", "--align-schedule", "cosine"),
     "ldm, Muon": ("ldm", "--optimizer", "muon", "--time-shift", "2"),
     "ldm, LightningDiT": ("ldm", "--model", "LightningDiT-Ti/2", "--velocity-cosine-coeff", "1"),
+    "ldm, DiTDH": ("ldm", "--model", "DiTDH-Ti/2", "--head-width", "256", "--weighting", "lognormal"),
+    "ldm, DDT": ("ldm", "--model", "DDT-Ti/2", "--head-width", "256", "--qk-norm", "--lr-schedule", "linear"),
     "ldm, iREPA": ("ldm", "--align", "irepa", "--align-until", "50"),
     "ldm, SRA": ("ldm", "--align", "repa+sra"),
     "ldm, SPRINT": ("ldm", "--sprint", "--token-drop-until", "50"),
