@@ -37,6 +37,10 @@ from runtime.experiment import load_preset, preset_names
         ("sra/xl2", "guided", "IS", 311.4),
         ("sprint/xl2", "guided", "FID", 1.62),
         ("sprint/xl2-repa", "guided", "FID", 1.59),
+        ("rae/ditdh-xl-80", "generation", "FID", 2.16),
+        ("rae/ditdh-xl-80", "guided", "FID", None),
+        ("rae/ditdh-xl-800", "generation", "FID", 1.51),
+        ("rae/ditdh-xl-800", "guided", "FID", 1.13),
         # of the same VAE, in another table
         ("table1/sendvae-800", "reconstruction", "PSNR", 27.62),
         ("table4/dinov2", "probe", "celeba/F1", 0.6647),
@@ -57,7 +61,7 @@ def test_all_rows_are_there():
     counts = {table: tables.count(table) for table in dict.fromkeys(tables)}
     assert counts == {
         "table1": 7, "table2": 3, "table3": 2, "table4": 7, "table5": 6, "table6": 8, "table7": 4, "table8": 4,
-        "repae": 3, "repae_frozen": 4, "repae_balanced": 3, "vae_repa": 3, "sra": 1, "sprint": 2,
+        "repae": 3, "repae_frozen": 4, "repae_balanced": 3, "vae_repa": 3, "sra": 1, "sprint": 2, "rae": 2,
     }  # fmt: skip
     assert "slip" in rows["table5/f16d16"].note
     assert rows["table1/sendvae-80"].epochs == 80
@@ -86,7 +90,7 @@ def test_presets_name_rows_that_are_there():
 def test_a_row_that_is_not_there_is_answered_with_its_likes():
     with pytest.raises(UserError, match=r"no published row table2/depth3; there are .*table2/depth2"):
         load_published().row("table2/depth3")
-    with pytest.raises(UserError, match=r"there are repae/…, .*table8/…"):
+    with pytest.raises(UserError, match=r"there are rae/…, repae/…, .*table8/…"):
         load_published().row("?")
 
 
