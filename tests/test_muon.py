@@ -128,6 +128,7 @@ def test_which_parameters_are_whose():
     module = nn.ModuleDict(
         {"embedding": nn.Embedding(20, 16), "net": network(), "attention": nn.MultiheadAttention(8, 2)}
     )
+    module.register_parameter("tokens", nn.Parameter(torch.randn(8, 16)))
     module["net"][4].requires_grad_(False)
     matrices, rest = build_muon(module, **SETTINGS).state_dict()["param_groups"]
     assert matrices["param_names"] == [
@@ -136,7 +137,7 @@ def test_which_parameters_are_whose():
         "attention.in_proj_weight",
         "attention.out_proj.weight",
     ]
-    assert "embedding.weight" in rest["param_names"]
+    assert {"embedding.weight", "tokens"} <= set(rest["param_names"])
     assert not any(name.startswith("net.4.") for name in rest["param_names"])
 
 

@@ -134,11 +134,14 @@ def _by_gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def matrices(module: nn.Module) -> list[str]:
-    """Names of what Muon moves: weights of linear maps and convolutions, unless a side is as narrow as pixels."""
+    """Names of what Muon moves: weights of linear maps and convolutions, unless a side is as narrow as pixels.
+
+    Tables of vectors, such as embeddings and learned tokens, are no maps; a map's matrix is called a weight.
+    """
     return [
         name
         for prefix, owner in module.named_modules()
         for name, parameter in owner.named_parameters(prefix, recurse=False)
-        if parameter.ndim >= 2 and not isinstance(owner, nn.Embedding)
+        if parameter.ndim >= 2 and not isinstance(owner, nn.Embedding) and name.endswith("weight")
         if min(parameter.flatten(1).shape) >= LEAST_SIDE
     ]
