@@ -16,8 +16,8 @@ Formats:
               moments (not those of the last two) and its step
 
 SOURCE is a run of train_ldm.py or train_repae.py; for --format run an experiment of REPA or REPA-E with its args.json,
-one of LightningDiT, or a single file (.pt, .safetensors) of any of them, with --vae-ckpt where its VAE is neither in the
-checkpoint nor where its args say. Everything is written under a temporary name and renamed when it is complete.
+one of LightningDiT, or a single file (.pt, .safetensors) of any of them, with --vae-ckpt where its VAE is neither in
+the checkpoint nor where its args say. Everything is written under a temporary name and renamed when it is complete.
 """
 
 import argparse

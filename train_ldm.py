@@ -1,4 +1,4 @@
-"""Stage 3: train a SiT or another denoiser on cached latents, its hidden states aligned with frozen VFM features (REPA).
+"""Stage 3: train a denoiser such as SiT on cached latents, its hidden states aligned with frozen VFM features (REPA).
 
 --align vae aligns them with the VAE's latents instead (VAE-REPA), sra with later states of the averaged network (SRA),
 both without any VFM; repa+vae with two of them, none with nothing. --reg-coeff also generates the VFM's class token

@@ -11,13 +11,16 @@ SwiGLU. Tables of rotary positions are computed here. What neither file says is 
 :data:`FACTS`.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
 import torch
 
 from errors import UserError
-from models.denoisers.config import DDTConfig, DiTDHConfig
+from formats.lightningdit import is_table
+from formats.statistics import FoundStatistics
+from models.denoisers.config import HEAD_CHANNELS, DDTConfig, DiTDHConfig
 from models.denoisers.ddt import LABEL_TOKENS, TIME_TOKENS
 from models.denoisers.lightningdit import RotaryPositions
 
@@ -25,7 +28,8 @@ State = dict[str, torch.Tensor]
 
 FACTS = {"path_type": "linear", "prediction": "v", "weighting": "lognormal", "time_shift": "auto"}
 TABLES = {DiTDHConfig: ("enc_feat_rope", "dec_feat_rope"), DDTConfig: ("enc_rope", "dec_rope")}  # blocks', head's
-TOLERANCE = 1e-5  # of the tables: float32's rounding
+OF_CLASS_TOKEN = "cls_in_proj_enc.weight"  # noqa: S105
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 READ = {"s_embedder.proj.weight": 4, "x_embedder.proj.weight": 4}  # dimensions
 # Beginnings of names, theirs and ours; what is not among them has the same name.
 NAMES = {
@@ -57,10 +61,11 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConf
     Raises:
         UserError: none that is known here.
     """
-    kind = DDTConfig if "ctx_embedder.embedding_table.weight" in state else DiTDHConfig
+    kind = DDTConfig if any(key.startswith("ctx_embedder.") for key in state) else DiTDHConfig
     labels = "ctx_embedder" if kind is DDTConfig else "y_embedder"
     tables = [f"{name}.freqs_cos" for name in TABLES[kind]]
     needed = READ | {f"{labels}.embedding_table.weight": 2} | dict.fromkeys(tables, 2)
+    needed |= {OF_CLASS_TOKEN: 2} if OF_CLASS_TOKEN in state else {}
     for name, dimensions in needed.items():
         if name not in state:
             raise UserError(f"{given} is not a complete {kind.kind}: it lacks {name}")
@@ -69,23 +74,27 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConf
     width, channels, patch, _ = state["s_embedder.proj.weight"].shape
     head_width = len(state["x_embedder.proj.weight"])
     numbers = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", key) for key in state) if match}
-    depth = sum(len(state.get(f"blocks.{number}.norm1.weight", ())) == width for number in numbers)
+    norms = [state.get(f"blocks.{number}.norm1.weight") for number in numbers]
+    depth = sum(norm is not None and norm.shape == (width,) for norm in norms)
     names = [name for name, size in kind.sizes.items() if (size.depth, size.width) == (depth, width)]
-    if not names or patch not in kind.patches or head_width == width:
+    if not names or patch not in kind.patches or head_width == width or head_width % HEAD_CHANNELS or not head_width:
         known = ", ".join(f"{name} {size.depth} × {size.width}" for name, size in kind.sizes.items())
         raise UserError(
             f"{given}: a {kind.kind} of {depth} blocks of width {width} and a head of width {head_width}, with patch "
-            f"{patch}, is none that is known ({known}, a head of another width, patch "
-            f"{', '.join(map(str, kind.patches))})"
+            f"{patch}, is none that is known ({known}, a head of another width that is a multiple of {HEAD_CHANNELS}, "
+            f"patch {', '.join(map(str, kind.patches))})"
         )
-    class_token = state.get("cls_in_proj_enc.weight")
+    class_token, classes = state.get(OF_CLASS_TOKEN), len(state[f"{labels}.embedding_table.weight"]) - 1
     # the head's table has a row for each token, and one for a class token
-    grid = round((len(state[tables[1]]) - (class_token is not None)) ** 0.5)
+    tokens = len(state[tables[1]]) - (class_token is not None)
+    grid = math.isqrt(max(0, tokens))
+    if grid * grid != tokens or not grid or classes < 1:
+        raise UserError(f"{given}: {tokens} tokens and {classes} classes are no {kind.kind}; the file is damaged")
     return kind(
         model=f"{kind.kind}-{names[0]}/{patch}",
         latent_channels=channels,
         latent_size=grid * patch,
-        num_classes=len(state[f"{labels}.embedding_table.weight"]) - 1,
+        num_classes=classes,
         qk_norm="blocks.0.attn.q_norm.weight" in state,
         class_token_width=0 if class_token is None else class_token.shape[1],
         head_depth=len(numbers) - depth,
@@ -93,18 +102,25 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConf
     )
 
 
-def own_names(state: Mapping[str, torch.Tensor], config: DiTDHConfig) -> State:
-    """The network's tensors by the names of ours, layers that are one here put together."""
-    renamed = {
-        _own_name(key, config.size.depth): tensor
-        for key, tensor in state.items()
-        if not key.startswith((LEFT_OUT, *(f"{table}." for table in TABLES[type(config)])))
-    }
+def own_names(state: Mapping[str, torch.Tensor], config: DiTDHConfig, given: str) -> State:
+    """The network's tensors by the names of ours, layers that are one here put together.
+
+    Raises:
+        UserError: two of theirs would have one name of ours.
+    """
+    renamed: State = {}
+    for key, tensor in state.items():
+        if key.startswith((LEFT_OUT, *(f"{table}." for table in TABLES[type(config)]))):
+            continue
+        name = _own_name(key, config.size.depth)
+        if name in renamed:
+            raise UserError(f"{given}: {key} is there under two names; the file is of another code")
+        renamed[name] = tensor
     for key in list(renamed):
         for ours, theirs in MERGED.items():
             if f".{theirs[0]}." in key:
                 parts = [key.replace(f".{theirs[0]}.", f".{name}.") for name in theirs]
-                if all(part in renamed for part in parts):  # otherwise it is said to be incomplete
+                if _are_alike([renamed.get(part) for part in parts]):  # otherwise it is said to be incomplete
                     merged = torch.cat([renamed.pop(part) for part in parts])
                     renamed[key.replace(f".{theirs[0]}.", f".{ours}.")] = merged
     return renamed
@@ -125,15 +141,35 @@ def check_tables(state: Mapping[str, torch.Tensor], config: DiTDHConfig, given: 
             nowhere = (torch.ones_like if which == "cos" else torch.zeros_like)(grid[:1])
             expected = torch.cat([nowhere.expand(before, -1), grid, nowhere.expand(after, -1)])
             expected = expected.repeat_interleave(2, dim=-1)  # theirs says both channels of a pair
-            if (
-                table is None
-                or table.shape != expected.shape
-                or not torch.allclose(table.float(), expected, rtol=0, atol=TOLERANCE)
-            ):
+            if table is None or not is_table(table, expected):
                 raise UserError(
                     f"{given}: {name}.freqs_{which} is not there or of other rotary positions than those of "
                     f"{config.model}"
                 )
+
+
+def statistics_of(config: Mapping) -> FoundStatistics:
+    """How diffusion-bench normalises the latents of an ``AutoencoderKL``, by its configuration: with ``latents_mean``
+    and ``latents_std`` as they are, where it has them, else with its shift and scaling factor."""
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (torch.tensor(config[name]).flatten() for name in ("latents_mean", "latents_std"))
+        return FoundStatistics(mean, std, None, "latents_mean and latents_std of its configuration, as they are")
+    shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
+    mean, std = (torch.full((config["latent_channels"],), value) for value in (shift, 1 / scale))
+    return FoundStatistics(mean, std, None, f"its configuration's shift {shift} and scale {scale}")
+
+
+def _are_alike(tensors: list[torch.Tensor | None]) -> bool:
+    """Whether all are there and can be put together."""
+    first = tensors[0]
+    return (
+        first is not None
+        and all(
+            each is not None and each.shape == first.shape and each.dtype == first.dtype and each.dtype in PRECISIONS
+            for each in tensors
+        )
+        and first.ndim in (1, 2)
+    )
 
 
 def _own_name(key: str, depth: int) -> str:

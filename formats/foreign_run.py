@@ -11,13 +11,16 @@ from pathlib import Path
 from torch import nn
 
 from errors import UserError
+from formats.ddt import statistics_of as diffusion_bench_statistics
 from formats.run_folders import OWN_STATISTICS, OWN_VAE, is_foreign_experiment
 from formats.sit import SOURCES, SiTCheckpoint, SiTWeights, State, build_networks, read_sit
-from formats.statistics import REPA_CHANNELS, REPA_SCALE, repa_statistics
-from formats.vae import load_vae
-from models.denoisers.config import SiTConfig
+from formats.statistics import CONFIG_STATISTICS, REPA_CHANNELS, REPA_SCALE, repa_statistics
+from formats.vae import LoadedVAE, load_vae
+from models.denoisers.config import DDTConfig, SiTConfig
 from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import Tokenizer, architecture_names
+from models.tokenizers.base import CONFIG_FILE
+from models.tokenizers.kl import KLTokenizer
 from runtime.cli import flag_of
 from schema import MalformedError, read_json
 
@@ -161,6 +164,12 @@ def checkpoint_file(source: Path, train_steps: int | None) -> tuple[Path, dict |
             "of these, RAE or diffusion-bench"
         )
     found = {int(path.stem): path for path in (source / "checkpoints").glob("*.pt") if path.stem.isdigit()}
+    others = sorted(path for path in (source / "checkpoints").glob("*.pt") if path not in found.values())
+    if not found and others and train_steps is None:
+        raise UserError(
+            f"SOURCE {source}: its checkpoints are not named by their steps, as RAE's and diffusion-bench's; give one "
+            f"of them, such as {others[-1]}"
+        )
     if not found or train_steps not in (None, *found):
         there = ", ".join(map(str, sorted(found))) or "none"
         wanted = "a step's .pt" if train_steps is None else f"step {train_steps}"
@@ -202,7 +211,9 @@ def _load_vae(
     loaded = load_vae(architecture, source, args.vae_latents_stats)
     tokenizer, known = loaded.tokenizer, loaded.statistics_source
     channels = checkpoint.config.latent_channels
-    is_repas = channels == REPA_CHANNELS and isinstance(checkpoint.config, SiTConfig)
+    is_repas = channels == REPA_CHANNELS and (
+        isinstance(checkpoint.config, SiTConfig) or (isinstance(checkpoint.config, DDTConfig) and known is None)
+    )
     if tokenizer.latent_channels != channels:
         raise UserError(
             f"{given} makes latents of {channels} channels, the VAE decodes {tokenizer.latent_channels}: give the VAE "
@@ -214,6 +225,10 @@ def _load_vae(
         if known is not None and not checkpoint.holds_vae:
             _check_vae_of(own, tokenizer.statistics, args.vae_latents_stats or args.vae_ckpt or given, given)
         tokenizer.statistics.load_state_dict(own.state_dict())
+    elif isinstance(checkpoint.config, DDTConfig) and args.vae_latents_stats is None and _is_configured(loaded):
+        statistics = diffusion_bench_statistics(tokenizer.network.config)
+        report(f"{given} holds no latent statistics; taking what diffusion-bench takes of the VAE: {statistics.source}")
+        statistics.load_into(tokenizer.statistics)
     elif is_repas and args.vae_latents_stats is None:
         instead = f", and not those of {known} (--vae-latents-stats takes those)" if known else ""
         report(f"{given} holds no latent statistics; taking REPA's, mean 0 and scale {REPA_SCALE}{instead}")
@@ -221,6 +236,13 @@ def _load_vae(
     elif known is None:
         raise UserError(f"--vae-latents-stats is needed: neither {given} nor its VAE says how latents were normalised")
     return tokenizer
+
+
+def _is_configured(loaded: LoadedVAE) -> bool:
+    """Whether a VAE is a folder of diffusers' AutoencoderKL, with no statistics but those of its configuration."""
+    is_folder = loaded.path is not None and (loaded.path / CONFIG_FILE).is_file()
+    by_config = loaded.statistics_source is None or loaded.statistics_source.startswith(CONFIG_STATISTICS)
+    return is_folder and isinstance(loaded.tokenizer, KLTokenizer) and by_config
 
 
 def _vae_of_training(checkpoint: SiTCheckpoint, given: str) -> str:

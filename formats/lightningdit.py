@@ -70,6 +70,13 @@ def step_of(path: Path) -> int | None:
     return int(path.stem) if path.stem.isdecimal() else None
 
 
+def is_table(table: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a file's table is the expected one, in the precision that it is kept in."""
+    if table.shape != expected.shape or not table.is_floating_point():
+        return False
+    return torch.allclose(table.float(), expected.to(table.dtype).float(), rtol=0, atol=TOLERANCE)
+
+
 def check_rotary(state: Mapping[str, torch.Tensor], config: LightningDiTConfig, given: str) -> None:
     """The tables of a file must be those of the network that is built.
 
@@ -82,5 +89,5 @@ def check_rotary(state: Mapping[str, torch.Tensor], config: LightningDiTConfig, 
         if table is None:
             raise UserError(f"{given} holds no {ROTARY}{name}: a network without rotary positions is not known here")
         expected = expected.repeat_interleave(2, dim=-1)  # theirs says both channels of a pair
-        if table.shape != expected.shape or not torch.allclose(table.float(), expected, rtol=0, atol=TOLERANCE):
+        if not is_table(table, expected):
             raise UserError(f"{given}: {ROTARY}{name} is of other rotary positions than those of {config.model}")

@@ -190,7 +190,7 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
         if ddt.has_wide_head(plain):
             config, projectors = ddt.wide_head_config(plain, given), Projectors()
             ddt.check_tables(plain, config, given)
-            networks = ddt.own_names(plain, config)
+            networks = ddt.own_names(plain, config, given)
             facts |= ddt.FACTS | {"time_shift": settled_shift(ddt.FACTS["time_shift"], config.latent_shape)}
         else:
             networks = _without_empty_projectors(plain)

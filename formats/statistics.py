@@ -144,6 +144,9 @@ def batch_norm_statistics(state: Mapping, source: str) -> FoundStatistics | None
     return None
 
 
+CONFIG_STATISTICS = "latents_mean and latents_std of"  # with what a source begins
+
+
 def config_statistics(config: Mapping, source: str) -> FoundStatistics | None:
     """Those of a diffusers configuration.
 

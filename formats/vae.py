@@ -30,6 +30,7 @@ from formats.own_kinds import KL, OwnKind, find_own_kind
 from formats.run_folders import MANIFEST
 from formats.runs import DIFFUSERS_WEIGHTS, locate_vae, read_checkpoint
 from formats.statistics import (
+    CONFIG_STATISTICS,
     REPA,
     FoundStatistics,
     config_statistics,
@@ -276,7 +277,7 @@ def _load_statistics(tokenizer: Tokenizer, source: VAESource | None, file: str |
             except NotWeightsError as error:
                 raise NotWeightsError(f"latent statistics do not load from {beside.name} ({error})") from error
         if found is None:
-            found = config_statistics(tokenizer.network.config, "latents_mean and latents_std of config.json")
+            found = config_statistics(tokenizer.network.config, f"{CONFIG_STATISTICS} config.json")
         if found is None:
             return None
         try:
@@ -301,7 +302,7 @@ def _statistics_at(path: Path) -> FoundStatistics:
     elif (beside := find_beside(path) if path.is_dir() else None) is not None:
         found = read_statistics(beside)
     elif path.is_dir():
-        found = config_statistics(_read_config(path, str(path)), f"latents_mean and latents_std of {path}/config.json")
+        found = config_statistics(_read_config(path, str(path)), f"{CONFIG_STATISTICS} {path}/config.json")
     else:
         found = _of_file(path)
     if found is None:

@@ -76,7 +76,8 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="RUN[@STEP]",
         help="autoguidance (arXiv 2406.02507): in the place of the null class a weaker denoiser on the same latents "
         f"guides, smaller or of an earlier step; @STEP alone: of --exp-path. {PATH_DROP}, of a run with --sprint: its "
-        "own first and last blocks without a class guide, for XL a seventh of a pass, for B a third",
+        "own first and last blocks without a class guide, of a SiT-XL a seventh of a pass, of a B a third; a wide head "
+        "comes on top",
     )
     group.add_argument(
         "--guidance-low", type=fraction, default=0.0, metavar="T", help="guide from this time on (data: 0)"

@@ -9,6 +9,19 @@ import torch
 FUSING = {"realize_opcount_threshold": 100, "realize_acc_reads_threshold": 16, "realize_reads_threshold": 8}
 
 
+# Of one function, such as a block's: f16d32 has 15 kinds of residual blocks, each with and without gradients, for a
+# batch and for its rest. torch's own limit is 8.
+MOST_GRAPHS = 128
+
+
+def allow_graphs() -> None:
+    """Let a function be compiled for so many shapes; beyond the limit it would run uncompiled."""
+    import torch._dynamo.config as limits  # here, because it takes a second
+
+    limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    setattr(limits, limit, max(getattr(limits, limit), MOST_GRAPHS))
+
+
 def hold_length(tokens: torch.Tensor) -> torch.Tensor:
     """Tokens ``[B, N, ...]`` whose number is part of what a compiled function is compiled for.
 

@@ -73,7 +73,7 @@ def test_ditdh_equals_the_formulas_in_float64(patch, qk_norm):
     state = rae_state(patch, side=4 * patch, qk_norm=qk_norm)
     config = DiTDHConfig(f"DiTDH-Ti/{patch}", 4, 4 * patch, 6, qk_norm, head_width=256)
     model = config.build().double()
-    model.load_state_dict(own_names(state, config))
+    model.load_state_dict(own_names(state, config, "x"))
     x, t, y = inputs(model, torch.float64)
     expected = rae_velocity(state, x, t, y)
     assert expected.std() > 0.1
@@ -91,7 +91,7 @@ def test_ddt_equals_the_formulas_in_float64(patch, has_token):
     width = state["final_layer.cls_linear.bias"].shape[0] if has_token else 0
     config = DDTConfig(f"DDT-Ti/{patch}", 4, 4 * patch, 6, qk_norm=True, class_token_width=width, head_width=256)
     model = config.build().double()
-    model.load_state_dict(own_names(state, config))
+    model.load_state_dict(own_names(state, config, "x"))
     x, t, y = inputs(model, torch.float64)
     expected = bench_velocity(state, *(model.unpack(x)[0], t, y, model.unpack(x)[1]))
     assert expected[0].std() > 0.1

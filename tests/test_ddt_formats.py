@@ -174,6 +174,16 @@ def without(kind: str, name: str) -> State:
         (state_of("rae") | {"s_embedder.proj.weight": torch.zeros(3)}, "s_embedder.proj.weight has 1 dimensions"),
         (state_of("rae") | {"head.blocks.9.x": torch.zeros(3)}, "it has in addition head.blocks.9.x"),
         (state_of("bench") | {"base_final_layer.linear.bias": torch.zeros(3)}, "in addition base_final_layer.linear"),
+        (without("bench", "ctx_embedder.embedding"), "is not a complete DDT: it lacks ctx_embedder.embedding_table"),
+        (state_of("rae") | {"blocks.5.norm1.weight": torch.tensor(1.0)}, "a DiTDH of 5 blocks of width 192"),
+        (state_of("rae") | {"x_embedder.proj.weight": torch.zeros(96, 4, 2, 2)}, "a head of width 96"),
+        (state_of("bench-reg") | {"cls_in_proj_enc.weight": torch.zeros(3)}, "cls_in_proj_enc.weight has 1 dimensions"),
+        (state_of("bench") | {"dec_rope.freqs_cos": torch.zeros(0, 128)}, "0 tokens and 6 classes are no DDT"),
+        (state_of("rae") | {"y_embedder.embedding_table.weight": torch.zeros(1, 192)}, "16 tokens and 0 classes"),
+        (state_of("bench") | {"blocks.2.attn.q.weight": torch.zeros(96, 192)}, "it lacks blocks.2.attn.qkv.weight"),
+        (state_of("bench") | {"blocks.2.mlp.w1.bias": torch.tensor(1.0)}, "blocks.2.mlp.w1.bias has 0 dimensions"),
+        (state_of("bench") | {"time_tokens": torch.zeros(4, 192)}, "time_tokens is there under two names"),
+        (state_of("rae") | {"head.projector.bias": torch.zeros(256)}, "head.projector.bias is there under two names"),
     ],
 )
 def test_what_is_another_network_is_one_line(tmp_path, capsys, contents, said):
@@ -182,6 +192,48 @@ def test_what_is_another_network_is_one_line(tmp_path, capsys, contents, said):
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_other_precisions(tmp_path, precision):
+    """Tables are compared as they are kept."""
+    torch.save({name: tensor.to(precision) for name, tensor in state_of("rae").items()}, tmp_path / "file.pt")
+    assert read_sit(tmp_path / "file.pt", "SOURCE").config == CONFIGS["rae"]
+
+
+def test_an_experiments_folder_names_a_file_of_it(tmp_path, capsys):
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    for epoch in (5, 10):
+        torch.save({"ema": state_of("rae")}, tmp_path / "theirs" / "checkpoints" / f"ep-{epoch:07d}.pt")
+    assert export(tmp_path / "theirs", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"such as {tmp_path / 'theirs' / 'checkpoints' / 'ep-0000010.pt'}")
+
+
+MEAN, STD = [0.5, -0.2, 0.1, 0.0], [1.5, 0.7, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("said", "mean", "std"),
+    [
+        ({"latents_mean": MEAN, "latents_std": STD, "scaling_factor": 0.18215}, MEAN, STD),
+        ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, [0.1159] * 4, [1 / 0.3611] * 4),
+        ({"scaling_factor": 0.13025, "shift_factor": None}, [0] * 4, [1 / 0.13025] * 4),
+    ],
+)
+def test_latents_are_normalised_as_diffusion_bench_does(tmp_path, capsys, said, mean, std):
+    """By the VAE's configuration, its scaling factor left out where it has statistics, unlike diffusers' pipelines."""
+    vae = save_vae(tmp_path)
+    for path in vae.glob("latents_stats*"):
+        path.unlink()
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | said))
+    torch.save(state_of("bench"), tmp_path / "file.pt")
+    assert export(tmp_path / "file.pt", tmp_path / "run", vae_ckpt=vae) == 0
+    assert "taking what diffusion-bench takes of the VAE" in capsys.readouterr().err
+    statistics = load_tokenizer(str(tmp_path / "run" / "vae"))[0].statistics
+    assert statistics.mean.tolist() == pytest.approx(mean)
+    assert statistics.std.tolist() == pytest.approx(std)
 
 
 def test_what_the_run_says_of_its_training(tmp_path):

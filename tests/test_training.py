@@ -18,7 +18,7 @@ from formats.run_folders import status_of
 from models.denoisers.config import SiTConfig
 from runtime.checkpoint import CheckpointFolder
 from runtime.cli import ArgumentParser
-from training.arguments import CHANGEABLE, add_schedule_arguments, check_rate_schedule
+from training.arguments import CHANGEABLE, add_schedule_arguments, check_rate_schedule, resolve_max_steps
 from training.ema import EMA
 from training.method import Method, Phase, frozen, train_step
 from training.metrics import MeanMetrics
@@ -281,13 +281,15 @@ def test_learning_rates():
             "--lr-schedule linear --warmup-steps 5 --lr-hold-steps 5 --lr-decay-until 10",
             "--lr-decay-until 10: the rate begins to fall at step 10; give more",
         ),
+        ("--lr-schedule linear --lr-hold-steps 5 --epochs 2", "--lr-hold-steps 5: in 5 steps the rate would not fall"),
     ],
 )
 def test_a_fall_that_cannot_be_is_refused(flags, message):
     parser = argparse.ArgumentParser()
     add_schedule_arguments(parser, batch_size=4, epochs=1)
     with pytest.raises(UserError, match=message):
-        check_rate_schedule(parser.parse_args(flags.split()))
+        check_rate_schedule(args := parser.parse_args(flags.split()))
+        resolve_max_steps(args, images=10)
 
 
 def test_metrics_average_over_steps_and_name_non_finite_values():

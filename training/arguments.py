@@ -398,7 +398,7 @@ def named_folder(args: argparse.Namespace) -> Path:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse combinations of the shared flags that cannot be meant."""
-    check_rate_schedule(args)
+    check_rate_schedule(args, args.max_train_steps)
     if args.random_weights and not args.dry_run:
         raise UserError("--random-weights is for --dry-run: a random VFM or LPIPS teaches nothing")
     if getattr(args, "posthoc_steps", None) and args.posthoc_ema == averages.NO_LENGTHS:
@@ -450,8 +450,8 @@ def add_alignment_schedule_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def check_rate_schedule(args: argparse.Namespace) -> None:
-    """Refuse a fall of what stays constant, and one that ends before it begins."""
+def check_rate_schedule(args: argparse.Namespace, max_steps: int | None = None) -> None:
+    """Refuse a fall of what stays constant, and one that ends before it begins, as far as the steps are known."""
     if args.lr_schedule == "constant":
         for name in ("lr_hold_steps", "lr_decay_until", "lr_floor"):
             if getattr(args, name):
@@ -462,18 +462,21 @@ def check_rate_schedule(args: argparse.Namespace) -> None:
     first = args.warmup_steps + args.lr_hold_steps
     if args.lr_decay_until is not None and args.lr_decay_until <= first:
         raise UserError(f"--lr-decay-until {args.lr_decay_until}: the rate begins to fall at step {first}; give more")
+    if args.lr_hold_steps and args.lr_decay_until is None and max_steps is not None and max_steps <= first:
+        raise UserError(
+            f"--lr-hold-steps {args.lr_hold_steps}: in {max_steps} steps the rate would not fall; give fewer"
+        )
 
 
 def check_denoiser_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags of another kind of denoiser than ``--model``'s, and of SPRINT without it; settle the latter."""
     own = denoiser_kind(args.model).own_flags()
-    for kind in DENOISERS.values():
-        for name in sorted(kind.own_flags() - own):
-            if getattr(args, name) != parser.get_default(name):
-                raise UserError(
-                    f"{flag_of(name)} belongs to --model {kind.names}, not to {args.model}: leave it out, or choose "
-                    "such a model"
-                )
+    for name in sorted({name for kind in DENOISERS.values() for name in kind.own_flags()} - own):
+        if getattr(args, name) != parser.get_default(name):
+            names = "; ".join(kind.names for kind in DENOISERS.values() if name in kind.own_flags())
+            raise UserError(
+                f"{flag_of(name)} belongs to --model {names}, not to {args.model}: leave it out, or choose such a model"
+            )
     settle_token_drop(args)
 
 
@@ -549,4 +552,5 @@ def resolve_max_steps(args: argparse.Namespace, images: int) -> int:
     steps = args.max_train_steps or args.epochs * images // args.batch_size
     if steps < 1:
         raise UserError(f"--epochs {args.epochs} of {images} images are less than one batch of {args.batch_size}")
+    check_rate_schedule(args, steps)
     return steps

@@ -128,7 +128,8 @@ class TransformerConfig(DenoiserConfig):
             action=argparse.BooleanOptionalAction,
             default=False,
             help="SPRINT (arXiv 2510.21986): all but the first and last two blocks (of fewer than 8: one) are trained "
-            "on a quarter of the tokens, which takes XL 36 %% of the arithmetic and B half; see --token-drop",
+            "on a quarter of the tokens, which takes a SiT-XL 36 %% of the arithmetic and a B half, a DiTDH-XL or "
+            "DDT-XL, whose head sees all tokens, somewhat more than half; see --token-drop",
         )
 
     @property

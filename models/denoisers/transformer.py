@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.compilation import hold_length, with_fusing
+from models.compilation import allow_graphs, hold_length, with_fusing
 from models.denoisers.base import Denoiser
 from models.denoisers.config import TransformerConfig
 from models.denoisers.sprint import DENSE, Fusion, Route, select
@@ -128,6 +128,7 @@ class Transformer(Denoiser):
     def compile(self, *args, **options) -> None:
         """Each block on its own: they share their code, and checkpointing and DDP stay outside of it."""
         self.is_compiled = True
+        allow_graphs()
         for part in self.compiled_parts():
             part.compile(*args, **with_fusing(options))
 

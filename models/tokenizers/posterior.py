@@ -11,13 +11,11 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from models.compilation import with_fusing
+from models.compilation import allow_graphs, with_fusing
 from models.tokenizers.base import Code
 from models.tokenizers.diffusers_network import DiffusersTokenizer
 
 MOMENTS_ITEMS = 64  # summed at once: part of what the last bits of measured statistics depend on
-# Compiled residual blocks: f16d32 has 15 kinds, each with and without gradients, for a batch and for its rest.
-MOST_GRAPHS = 128
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,7 @@ class PosteriorTokenizer(DiffusersTokenizer):
 
     def compile(self, *args, **options) -> None:
         """Residual blocks, which share a graph where width and resolution are the same, and the norms before images."""
-        import torch._dynamo.config as limits  # here, because it takes a second
-
-        limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # torch 2.6
-        setattr(limits, limit, max(getattr(limits, limit), MOST_GRAPHS))
+        allow_graphs()
         options = with_fusing(options | {"dynamic": False})
         for module in list(self.network.modules()):
             if isinstance(module, ResnetBlock2D):
