@@ -26,7 +26,7 @@ from models.denoisers.lightningdit import RotaryPositions
 
 State = dict[str, torch.Tensor]
 
-FACTS = {"path_type": "linear", "prediction": "v", "weighting": "lognormal", "time_shift": "auto"}
+FACTS = {"path_type": "linear", "prediction": "v", "weighting": "lognormal", "time_shift": "auto", "adam_beta2": 0.95}
 TABLES = {DiTDHConfig: ("enc_feat_rope", "dec_feat_rope"), DDTConfig: ("enc_rope", "dec_rope")}  # blocks', head's
 OF_CLASS_TOKEN = "cls_in_proj_enc.weight"  # noqa: S105
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -47,6 +47,7 @@ NAMES = {
     "cls_in_norm_dec.": "head.class_token_embedder.norm.",
 }
 MERGED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}  # ours, and theirs in its order
+OTHERS = {"ctx_embedder.proj.": "of text", "t_abs_embedder.": "of MeanFlow", "base_final_layer.": "that guides itself"}
 LEFT_OUT = "repa_projector."  # of a training with REPA: one layer, where this project's has three
 
 
@@ -62,6 +63,11 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConf
         UserError: none that is known here.
     """
     kind = DDTConfig if any(key.startswith("ctx_embedder.") for key in state) else DiTDHConfig
+    for name, what in OTHERS.items():
+        if any(key.startswith(name) for key in state):
+            raise UserError(
+                f"{given} is a {kind.kind} {what}, which is not known here; give one of classes and velocities"
+            )
     labels = "ctx_embedder" if kind is DDTConfig else "y_embedder"
     tables = [f"{name}.freqs_cos" for name in TABLES[kind]]
     needed = READ | {f"{labels}.embedding_table.weight": 2} | dict.fromkeys(tables, 2)

@@ -86,7 +86,7 @@ class ForeignRun:
             "velocity_cosine_coeff": facts.get("velocity_cosine_coeff"),
             "time_shift": facts.get("time_shift"),
             "adam_beta1": beta1,
-            "adam_beta2": beta2,
+            "adam_beta2": facts.get("adam_beta2", beta2),
             "adam_epsilon": self.checkpoint.adamw["eps"],
             "adam_weight_decay": self.checkpoint.adamw["weight_decay"],
             "vae_config": self.tokenizer.architecture if self._has_own_statistics else None,
@@ -252,7 +252,8 @@ def _vae_of_training(checkpoint: SiTCheckpoint, given: str) -> str:
         return path
     if path is not None:
         raise UserError(f"--vae-ckpt is needed: {given} was trained with the VAE {path}, which is not here")
-    hint = "; REPA's is stabilityai/sd-vae-ft-ema or -mse" if checkpoint.config.latent_channels == REPA_CHANNELS else ""
+    is_repas = checkpoint.config.latent_channels == REPA_CHANNELS and isinstance(checkpoint.config, SiTConfig)
+    hint = "; REPA's is stabilityai/sd-vae-ft-ema or -mse" if is_repas else ""
     raise UserError(f"--vae-ckpt is needed: {given} does not hold the VAE of its latents{hint}")
 
 

@@ -82,7 +82,7 @@ def test_a_checkpoint_is_the_same_network(tmp_path, kind, form):
     assert checkpoint.config == CONFIGS[kind]
     assert (checkpoint.step, checkpoint.moments) == (7 if form == "training" else None, None)
     assert checkpoint.facts == {
-        "path_type": "linear", "prediction": "v", "weighting": "lognormal", "time_shift": SHIFT,
+        "path_type": "linear", "prediction": "v", "weighting": "lognormal", "time_shift": SHIFT, "adam_beta2": 0.95,
     }  # fmt: skip
     for name, weights in checkpoint.weights.items():
         assert_same_network(weights.denoiser, {"model": model, "ema": ema}[name], kind)
@@ -173,7 +173,12 @@ def without(kind: str, name: str) -> State:
         (without("rae", "blocks.7.mlp.w3"), "it lacks head.blocks.1.mlp.w3.weight"),
         (state_of("rae") | {"s_embedder.proj.weight": torch.zeros(3)}, "s_embedder.proj.weight has 1 dimensions"),
         (state_of("rae") | {"head.blocks.9.x": torch.zeros(3)}, "it has in addition head.blocks.9.x"),
-        (state_of("bench") | {"base_final_layer.linear.bias": torch.zeros(3)}, "in addition base_final_layer.linear"),
+        (
+            state_of("bench") | {"base_final_layer.linear.bias": torch.zeros(3)},
+            "is a DDT that guides itself",
+        ),
+        (state_of("bench") | {"t_abs_embedder.W": torch.zeros(3)}, "is a DDT of MeanFlow, which is not known here"),
+        (without("bench", "ctx_") | {"ctx_embedder.proj.bias": torch.zeros(3)}, "is a DDT of text"),
         (without("bench", "ctx_embedder.embedding"), "is not a complete DDT: it lacks ctx_embedder.embedding_table"),
         (state_of("rae") | {"blocks.5.norm1.weight": torch.tensor(1.0)}, "a DiTDH of 5 blocks of width 192"),
         (state_of("rae") | {"x_embedder.proj.weight": torch.zeros(96, 4, 2, 2)}, "a head of width 96"),

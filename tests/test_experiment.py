@@ -169,6 +169,10 @@ def test_a_wide_heads_recipes():
     steps = [int(value(ddt["ldm"], f"lr-{name}")) for name in ("hold-steps", "decay-until")]
     assert steps == [40 * 1251, 800 * 1251]
     assert "--qk-norm" in ddt["ldm"] and "--qk-norm" not in long["ldm"]
+    assert "--hflip" in long["ldm"] and "--hflip" not in ddt["ldm"]  # diffusion-bench's ImageNet is not mirrored
+    short = commands("rae/ditdh-xl-80")
+    assert value(short["cache"], "vae-latents-name") == value(long["cache"], "vae-latents-name")
+    assert {value(found[stage], "label-sampling") for found in (ddt, long) for stage in ("samples",)} == {"equal"}
 
 
 def test_stages_of_held_out_data_come_with_their_variable():

@@ -242,7 +242,8 @@ class DiTDHConfig(TransformerConfig):
             type=int,
             default=2048,
             metavar="N",
-            help=f"DiTDH and DDT: its channels, a multiple of {HEAD_CHANNELS}; at least those of a latent's patch",
+            help=f"DiTDH and DDT: its channels, a multiple of {HEAD_CHANNELS}; with fewer than a latent's patch has "
+            "numbers it cannot learn them",
         )
 
     @property
