@@ -20,6 +20,7 @@ from models.denoisers.ditdh import DiTDH
 from models.tokenizers import Tokenizer
 from runtime.cli import run
 from tests.command_line import argv_of
+from tests.foreign_runs import assert_refused, export
 from tests.latent_caches import save_vae
 from tests.ldm_trainings import LATENTS, write_data
 from tests.ldm_trainings import flags as ldm_flags
@@ -42,10 +43,6 @@ def state_of(kind: str, **options: object) -> State:
 
 def velocity_of(kind: str, state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return rae_velocity(state, x, t, y) if kind == "rae" else bench_velocity(state, x, t, y)[0]
-
-
-def export(source: Path, out: Path, **flags: object) -> int:
-    return run(export_ldm.main, [str(source), str(out), "--format", "run", *argv_of(flags)])
 
 
 @torch.no_grad()
@@ -192,11 +189,7 @@ def without(kind: str, name: str) -> State:
     ],
 )
 def test_what_is_another_network_is_one_line(tmp_path, capsys, contents, said):
-    torch.save(contents, tmp_path / "file.pt")
-    assert export(tmp_path / "file.pt", tmp_path / "out", vae_ckpt=tmp_path) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
-    assert not (tmp_path / "out").exists()
+    assert_refused(contents, said, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])

@@ -21,6 +21,7 @@ from models.denoisers.lightningdit import LightningDiT
 from models.tokenizers import Tokenizer
 from runtime.cli import run
 from tests.command_line import argv_of
+from tests.foreign_runs import assert_refused, export
 from tests.latent_caches import save_vae
 from tests.ldm_steps import networks, tiny_trainer
 from tests.ldm_trainings import LATENTS, write_data
@@ -31,10 +32,6 @@ from training.ldm_source import open_source
 
 CONFIG = LightningDiTConfig("LightningDiT-Ti/2", 4, 8, num_classes=6)
 STATISTICS = {"mean": torch.tensor([0.5, -0.2, 0.1, 0.0]), "std": torch.tensor([1.5, 0.7, 1.0, 2.0])}
-
-
-def export(source: Path, out: Path, **flags: object) -> int:
-    return run(export_ldm.main, [str(source), str(out), "--format", "run", *argv_of(flags)])
 
 
 def statistics_file(folder: Path) -> Path:
@@ -255,11 +252,7 @@ def configured(**changes: object) -> dict:
     ],
 )
 def test_what_is_another_network_is_one_line(tmp_path, capsys, contents, said):
-    torch.save(contents, tmp_path / "file.pt")
-    assert export(tmp_path / "file.pt", tmp_path / "out", vae_ckpt=tmp_path) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
-    assert not (tmp_path / "out").exists()
+    assert_refused(contents, said, tmp_path, capsys)
 
 
 def test_statistics_are_needed_and_never_taken_to_be_repas(tmp_path, capsys):
