@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -67,6 +67,7 @@ class PresetFile(TypedDict):
     published: str | None
     variables: dict[str, Scalar] | None
     stages: dict[str, dict | None] | None
+    needs: dict[str, str | None] | None
     closing: str | None
 
 
@@ -132,6 +133,7 @@ class Experiment:
         published: id of the published row that it reproduces, if any.
         runs: names of the runs that are its own: not of those that several experiments share.
         changes: flags that make it another experiment than its preset, e.g. ``--ldm.epochs 10``.
+        needs: paths that other presets make, and how to come by them; looked for before hours have passed.
     """
 
     preset: str
@@ -142,6 +144,7 @@ class Experiment:
     published: str | None = None
     runs: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    needs: Mapping[str, str] = field(default_factory=dict)
 
 
 def preset_names() -> list[str]:
@@ -287,7 +290,8 @@ def _resolve(
     name, runs = variables["name"], _run_names(stages, variables["name"])
     folder = Path(variables["exps"]) / name
     published = preset.get("published")
-    return Experiment(preset_name, name, folder, stages, closing, published, runs, changes)
+    needs = {_expand(path, variables): remedy for path, remedy in preset.get("needs", {}).items()}
+    return Experiment(preset_name, name, folder, stages, closing, published, runs, changes, needs)
 
 
 def _changes(preset: Mapping[str, Any], flags: Mapping[str, Mapping], variables: Mapping[str, Any]) -> tuple[str, ...]:
@@ -332,12 +336,13 @@ def run_stages(experiment: Experiment, brief: bool = False) -> int:
     if not experiment.stages:
         raise UserError(_nothing_to_do(experiment.preset))
     stamps = _read_stamps(experiment.folder)
+    _check_needs(experiment, stamps)
     _write_preset(experiment)
     begin, stages = time.monotonic(), experiment.stages
     expectation = Expectation([stage.minutes for stage in stages])
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {stage.name}"
-        if stamps.get(stage.name) == stage.command and stage.product.exists():
+        if _is_finished(stage, stamps):
             print(f"{title}: finished already", flush=True)
             continue
         log = experiment.folder / LOGS_NAME / f"{stage.name}.log" if brief else None
@@ -367,6 +372,18 @@ def run_stages(experiment: Experiment, brief: bool = False) -> int:
             print(said(log), flush=True)
     print(f"{experiment.name}: all stages are finished ({_minutes(time.monotonic() - begin)})", flush=True)
     return EXIT_OK
+
+
+def _is_finished(stage: Stage, stamps: Mapping[str, list[str]]) -> bool:
+    return stamps.get(stage.name) == stage.command and stage.product.exists()
+
+
+def _check_needs(experiment: Experiment, stamps: Mapping[str, list[str]]) -> None:
+    """What a stage that is still to run reads, and no earlier one makes, must be there."""
+    words = {word for stage in experiment.stages if not _is_finished(stage, stamps) for word in stage.command}
+    for path, remedy in experiment.needs.items():
+        if path in words and not Path(path).exists():
+            raise UserError(f"{experiment.preset} needs {path}, which is not there: {remedy}")
 
 
 def dry_run(experiment: Experiment, built: set[tuple[str, ...]]) -> int:

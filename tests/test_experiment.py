@@ -235,6 +235,29 @@ def test_a_misspelt_preset_is_named(presets, content, part):
         resolve("mine", load_preset("mine"), "exps", [])
 
 
+def test_what_another_preset_makes_is_looked_for_first(presets, tmp_path, capsys):
+    """Not after the hours of the stages before; not for a stage that is done, nor if something else is given."""
+    first, second, guide = tmp_path / "first", tmp_path / "second", tmp_path / "exps" / "guide"
+    script = writing_stage(second) | {"script": f"{second.with_suffix('.py')} {{guide}}"}
+    presets(
+        "mine",
+        variables={"guide": "{exps}/guide"},
+        needs={"{exps}/guide": "run the preset other first"},
+        stages={"first": writing_stage(first), "second": script},
+    )
+    argv = ["mine", "--output-dir", str(tmp_path / "exps")]
+    assert run(experiment.main, argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"mine needs {guide}, which is not there: run the preset other first")
+    assert not first.exists()
+    assert run(experiment.main, [*argv, "--stages", "first"]) == 0
+    guide.mkdir(parents=True)
+    assert run(experiment.main, argv) == 0
+    guide.rmdir()
+    assert run(experiment.main, argv) == 0
+    assert run(experiment.main, [*argv, "--guide", str(tmp_path)]) == 0
+
+
 def test_finished_stages_are_skipped_and_changed_ones_run_again(presets, tmp_path, capfd):
     first, second = tmp_path / "first", tmp_path / "second"
     stages = {"first": writing_stage(first), "second": writing_stage(second, "import sys; sys.exit(3)")}
