@@ -7,8 +7,8 @@
 
 In both ``s_embedder`` is that of the blocks before the head, ``x_embedder`` the head's, and the head's blocks follow
 the others. diffusion-bench's queries, keys and values are three layers, which are one here, and so are the two of
-SwiGLU. Tables of rotary positions are computed here. What neither file says is the same in all their trainings:
-:data:`FACTS`.
+SwiGLU. Tables of rotary positions are computed here. What neither file says is the same in all their trainings
+(:func:`facts_of`).
 """
 
 import math
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import torch
 
+from diffusion.flow import settled_shift
 from errors import UserError
 from formats.lightningdit import is_table
 from formats.statistics import FoundStatistics
@@ -26,10 +27,8 @@ from models.denoisers.lightningdit import RotaryPositions
 
 State = dict[str, torch.Tensor]
 
-FACTS = {"path_type": "linear", "prediction": "v", "weighting": "lognormal", "time_shift": "auto", "adam_beta2": 0.95}
 TABLES = {DiTDHConfig: ("enc_feat_rope", "dec_feat_rope"), DDTConfig: ("enc_rope", "dec_rope")}  # blocks', head's
 OF_CLASS_TOKEN = "cls_in_proj_enc.weight"  # noqa: S105
-PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 READ = {"s_embedder.proj.weight": 4, "x_embedder.proj.weight": 4}  # dimensions
 # Beginnings of names, theirs and ours; what is not among them has the same name.
 NAMES = {
@@ -82,13 +81,12 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConf
     numbers = {int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", key) for key in state) if match}
     norms = [state.get(f"blocks.{number}.norm1.weight") for number in numbers]
     depth = sum(norm is not None and norm.shape == (width,) for norm in norms)
-    names = [name for name, size in kind.sizes.items() if (size.depth, size.width) == (depth, width)]
-    if not names or patch not in kind.patches or head_width == width or head_width % HEAD_CHANNELS or not head_width:
-        known = ", ".join(f"{name} {size.depth} × {size.width}" for name, size in kind.sizes.items())
+    model = kind.name_of(depth, width, patch)
+    if model is None or head_width == width or head_width % HEAD_CHANNELS or not head_width:
         raise UserError(
             f"{given}: a {kind.kind} of {depth} blocks of width {width} and a head of width {head_width}, with patch "
-            f"{patch}, is none that is known ({known}, a head of another width that is a multiple of {HEAD_CHANNELS}, "
-            f"patch {', '.join(map(str, kind.patches))})"
+            f"{patch}, is none that is known ({kind.sizes_in_words()}; a head of another width that is a multiple of "
+            f"{HEAD_CHANNELS})"
         )
     class_token, classes = state.get(OF_CLASS_TOKEN), len(state[f"{labels}.embedding_table.weight"]) - 1
     # the head's table has a row for each token, and one for a class token
@@ -97,7 +95,7 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConf
     if grid * grid != tokens or not grid or classes < 1:
         raise UserError(f"{given}: {tokens} tokens and {classes} classes are no {kind.kind}; the file is damaged")
     return kind(
-        model=f"{kind.kind}-{names[0]}/{patch}",
+        model=model,
         latent_channels=channels,
         latent_size=grid * patch,
         num_classes=classes,
@@ -125,11 +123,19 @@ def own_names(state: Mapping[str, torch.Tensor], config: DiTDHConfig, given: str
     for key in list(renamed):
         for ours, theirs in MERGED.items():
             if f".{theirs[0]}." in key:
-                parts = [key.replace(f".{theirs[0]}.", f".{name}.") for name in theirs]
-                if _are_alike([renamed.get(part) for part in parts]):  # otherwise it is said to be incomplete
-                    merged = torch.cat([renamed.pop(part) for part in parts])
-                    renamed[key.replace(f".{theirs[0]}.", f".{ours}.")] = merged
+                names = [key.replace(f".{theirs[0]}.", f".{name}.") for name in theirs]
+                parts = [renamed[name].float() for name in names if _holds_numbers(renamed.get(name))]
+                if len(parts) == len(names) and len({part.shape for part in parts}) == 1:  # else it is incomplete
+                    for name in names:
+                        del renamed[name]
+                    renamed[key.replace(f".{theirs[0]}.", f".{ours}.")] = torch.cat(parts)
     return renamed
+
+
+def facts_of(config: DiTDHConfig) -> dict[str, object]:
+    """How all networks of both projects were trained, in the words of our flags."""
+    facts = {"path_type": "linear", "prediction": "v", "weighting": "lognormal", "adam_beta2": 0.95}
+    return facts | {"time_shift": settled_shift("auto", config.latent_shape)}
 
 
 def check_tables(state: Mapping[str, torch.Tensor], config: DiTDHConfig, given: str) -> None:
@@ -138,15 +144,14 @@ def check_tables(state: Mapping[str, torch.Tensor], config: DiTDHConfig, given: 
     Raises:
         UserError: they are others.
     """
-    before = min(1, config.class_token_width)
+    class_token = min(1, config.class_token_width)
     conditions = TIME_TOKENS + LABEL_TOKENS if isinstance(config, DDTConfig) else 0
     for name, size, after in zip(TABLES[type(config)], (config.size, config.head), (conditions, 0), strict=True):
-        rotary = RotaryPositions(size.width // size.heads, config.grid)
-        for which, grid in (("cos", rotary.cos), ("sin", rotary.sin)):
+        rotary = RotaryPositions(size.width // size.heads, config.grid, unplaced=class_token + after)
+        for which, ours in (("cos", rotary.cos), ("sin", rotary.sin)):
             table = state.get(f"{name}.freqs_{which}")
-            nowhere = (torch.ones_like if which == "cos" else torch.zeros_like)(grid[:1])
-            expected = torch.cat([nowhere.expand(before, -1), grid, nowhere.expand(after, -1)])
-            expected = expected.repeat_interleave(2, dim=-1)  # theirs says both channels of a pair
+            expected = ours.roll(-after, 0)  # theirs has the conditions behind the grid
+            expected = expected.repeat_interleave(2, dim=-1)  # and says both channels of a pair
             if table is None or not is_table(table, expected):
                 raise UserError(
                     f"{given}: {name}.freqs_{which} is not there or of other rotary positions than those of "
@@ -165,17 +170,9 @@ def statistics_of(config: Mapping) -> FoundStatistics:
     return FoundStatistics(mean, std, None, f"its configuration's shift {shift} and scale {scale}")
 
 
-def _are_alike(tensors: list[torch.Tensor | None]) -> bool:
-    """Whether all are there and can be put together."""
-    first = tensors[0]
-    return (
-        first is not None
-        and all(
-            each is not None and each.shape == first.shape and each.dtype == first.dtype and each.dtype in PRECISIONS
-            for each in tensors
-        )
-        and first.ndim in (1, 2)
-    )
+def _holds_numbers(tensor: torch.Tensor | None) -> bool:
+    """Whether it is there and may be put together with others."""
+    return tensor is not None and tensor.ndim > 0 and tensor.is_floating_point()
 
 
 def _own_name(key: str, depth: int) -> str:

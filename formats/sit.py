@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from diffusion import PATH_TYPES
-from diffusion.flow import settled_shift
 from errors import UserError
 from formats import ddt
 from formats.lightningdit import ROTARY, check_rotary, facts_of, is_lightningdit, step_of
@@ -191,7 +190,7 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
             config, projectors = ddt.wide_head_config(plain, given), Projectors()
             ddt.check_tables(plain, config, given)
             networks = ddt.own_names(plain, config, given)
-            facts |= ddt.FACTS | {"time_shift": settled_shift(ddt.FACTS["time_shift"], config.latent_shape)}
+            facts |= ddt.facts_of(config)
         else:
             networks = _without_empty_projectors(plain)
             config, projectors = infer_sizes(networks, given, legacy_depth or facts.get("encoder_depth"))
@@ -241,18 +240,17 @@ def infer_sizes(
     tokens, rows = state["pos_embed"].shape[1], len(state["y_embedder.embedding_table.weight"])
     depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state) if m), default=-1)
     kind = LightningDiTConfig if is_lightningdit(state) else SiTConfig
-    names = [name for name, size in kind.sizes.items() if (size.depth, size.width) == (depth, width)]
-    if not names or patch not in kind.patches:
-        known = ", ".join(f"{name} {size.depth} × {size.width}" for name, size in kind.sizes.items())
+    model = kind.name_of(depth, width, patch)
+    if model is None:
         raise UserError(
             f"{given}: a {kind.kind} of {depth} blocks of width {width} with patch {patch} is none that is known "
-            f"({known}, patch {', '.join(map(str, kind.patches))})"
+            f"({kind.sizes_in_words()})"
         )
     grid = round(tokens**0.5)
     if grid * grid != tokens:
         raise UserError(f"{given}: pos_embed has {tokens} tokens, which is not a square")
     config = kind(
-        model=f"{kind.kind}-{names[0]}/{patch}",
+        model=model,
         latent_channels=channels,
         latent_size=grid * patch,
         num_classes=rows - 1,

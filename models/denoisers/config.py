@@ -157,6 +157,17 @@ class TransformerConfig(DenoiserConfig):
         """All sizes with all patches."""
         return [f"{cls.kind}-{size}/{patch}" for size in cls.sizes for patch in cls.patches]
 
+    @classmethod
+    def name_of(cls, depth: int, width: int, patch: int) -> str | None:
+        """The model of these sizes; None: there is none."""
+        names = [name for name, size in cls.sizes.items() if (size.depth, size.width) == (depth, width)]
+        return f"{cls.kind}-{names[0]}/{patch}" if names and patch in cls.patches else None
+
+    @classmethod
+    def sizes_in_words(cls) -> str:
+        sizes = (f"{name} {size.depth} × {size.width}" for name, size in cls.sizes.items())
+        return f"{', '.join(sizes)}, patch {', '.join(map(str, cls.patches))}"
+
     def check(self) -> None:
         if self.model not in self.model_names():
             sizes, patches = ", ".join(self.sizes), ", ".join(map(str, self.patches))
