@@ -3,6 +3,7 @@
   python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
   python generate.py --exp-path exps/ldm --cfg-scale 2 --guide exps/ldm-small@20000             # autoguidance
   python generate.py --exp-path exps/ldm-sprint --cfg-scale 2 --guide path-drop                 # SPRINT's
+  python generate.py --exp-path exps/ldm-map --mode map --num-steps 2      # of a run with --flow-map-blocks
   python generate.py --exp-path exps/ldm --evaluate REF.npz --sweep scale=1,1.5,2,2.5 high=0.75,1
   python generate.py --dry-run --model SiT-XL/1 --vae f16d32    # what it would take, before anything is trained
 
@@ -32,7 +33,7 @@ from pathlib import Path
 
 from errors import UserError
 from inference import PATH_DROP, arguments
-from inference.arguments import COMPILED_FROM, OUTPUT_FLAG, SAMPLES
+from inference.arguments import COMPILED_FROM, JUMPS, OUTPUT_FLAG, SAMPLES, STEPS
 from inference.sweep import DEFAULT_SAMPLES, Point, axis, points_of
 from metrics.arguments import INCEPTION, SWEEP_METRICS, add_metric_arguments
 from runtime.cli import ArgumentParser, answer_early, out_of_memory_means, run
@@ -93,6 +94,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     arguments.check_source(args)
     if args.heun and args.mode != "ode":
         raise UserError(f"--heun is for --mode ode, not for --mode {args.mode}: leave it out, or give --mode ode")
+    args.num_steps = args.num_steps or (JUMPS if args.mode == "map" else STEPS)
     if args.guidance_low > args.guidance_high:
         raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
     check_guidance(args)
@@ -211,13 +213,15 @@ def evaluate_complete(folder: Path, evaluation: GenerationEvaluation, process: P
 def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> TrainedLDM | UntrainedLDM:
     """A run, or random networks."""
     if args.model is not None:
-        return open_untrained_ldm(args.model, args.vae, args.resolution, args.path_type)
+        untrained = open_untrained_ldm(args.model, args.vae, args.resolution, args.path_type)
+        return replace(untrained, config=untrained.config.with_flow_map(1)) if args.mode == "map" else untrained
     trained = open_trained_ldm(args.exp_path, args.train_steps, args.weights, report)
     if args.path_type not in (None, trained.path_type):
         raise UserError(
             f"--path-type {args.path_type}: {args.exp_path} was trained on {trained.path_type}; leave it out"
         )
     check_channels(args, trained)
+    check_flow_map(args, trained)
     if args.guide == PATH_DROP:
         return replace(trained, guide=open_path_drop(trained))
     if args.guide is not None:
@@ -246,6 +250,19 @@ def check_channels(args: argparse.Namespace, trained: TrainedLDM) -> None:
         raise UserError(
             f"--guidance-channels {args.guidance_channels}: the latent has {channels}; leave the flag out to guide all"
         )
+
+
+def check_flow_map(args: argparse.Namespace, trained: TrainedLDM) -> None:
+    """Refuse ``--mode map`` of networks that cannot jump."""
+    if args.mode != "map":
+        return
+    if not trained.config.flow_map_blocks:
+        raise UserError(
+            f"--mode map: {args.exp_path} was trained without --flow-map-blocks; give --mode sde or ode, or continue "
+            "it with that flag of train_ldm.py"
+        )
+    if args.guide is not None:
+        raise UserError("--guide with --mode map: a guide makes no jumps; leave it out")
 
 
 def warn(message: str) -> None:

@@ -24,6 +24,7 @@ from loss.alignment import DENOISER_ALIGNMENTS, NONE, parse_sum, settle_argument
 from models.tokenizers import architecture_names
 from runtime.cli import ArgumentParser, answer_early, non_negative_float, run
 from training import arguments
+from training.flow_map_flags import add_flow_map_arguments, check_not_aligned, describe_flow_map, settle_flow_map
 
 CONTINUE_HELP = (
     "with --exp-name: begin that run with weights, average, optimizer state and step of another run (--resume-step "
@@ -43,6 +44,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_latent_arguments(parser)
     arguments.add_denoiser_arguments(parser, model="SiT-XL/1")
     add_alignment_arguments(parser)
+    add_flow_map_arguments(parser.add_argument_group("flow map"))
     arguments.add_schedule_arguments(parser, batch_size=256, epochs=80)
     arguments.add_speed_arguments(parser)
     arguments.add_interval_arguments(parser)
@@ -51,6 +53,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_arguments(args)
     arguments.check_denoiser_arguments(parser, args)
     settle_alignment(args)
+    settle_flow_map(args)
+    check_not_aligned(args)
     if "/" not in (args.vae_latents_name or "/"):  # a folder in --data-dir
         args.data_dir = args.data_dir or arguments.default_data_dir()
     if not args.dry_run and not args.vae_latents_name:
@@ -143,6 +147,7 @@ from training import dry_run, ldm_source
 from training.alignment_cost import alignment_cost_lines
 from training.alignment_schedule import settle_alignment_schedule
 from training.data import measure_features
+from training.flow_map import FlowMap
 from training.latent_data import check_features, class_token_vfm, open_latents, open_tokenizer, with_class_token
 from training.ldm import LDM
 from training.loop import Loop
@@ -207,6 +212,7 @@ def resolve(args: argparse.Namespace, latents: LatentDataset | None, tokenizer: 
         num_classes=NUM_CLASSES if latents is None else len(latents.class_names),
     )
     config = with_class_token(config, args)
+    config = config.with_flow_map(args.flow_map_blocks) if args.flow_map_blocks else config
     args.denoiser = config.to_dict()
     args.time_shift = settled_shift(args.time_shift, config.latent_shape)
     with torch.device("meta"):  # what does not fit the denoiser is refused, and what follows from it settled
@@ -234,7 +240,8 @@ def build(args: argparse.Namespace, config: DenoiserConfig, tokenizer: Tokenizer
         encoders = build_vfms(args, denoiser.grid, accelerator)
     tokenizer.requires_grad_(False).to(accelerator.device)
     norm = build_feature_norm(args, alignment.features, accelerator)
-    method = LDM(args, accelerator, denoiser, alignment, tokenizer, encoders, norm)
+    kind = FlowMap if args.flow_map_blocks else LDM
+    method = kind(args, accelerator, denoiser, alignment, tokenizer, encoders, norm)
     if args.compile:
         compile_networks(denoiser, method.teacher, *(encoders or ()))
     return method
@@ -250,12 +257,14 @@ def describe(args: argparse.Namespace, method: LDM, latents: LatentDataset) -> l
     """The resolved sizes, for the log."""
     denoiser, held = method.denoiser, latents.held_bytes / 1e9
     source = [] if args.repa_source == "none" else [f"VFM features come from {args.repa_source}"]
+    flow_map = describe_flow_map(args, denoiser.depth)
     reg = [f"class token of {class_token_vfm(args)} beside the latent, weight {args.reg_coeff:g}"]
     return [
         f"{len(latents)} latents {denoiser.latent_shape}, {denoiser.null_class} classes, {held:.2f} GB held in memory",
         denoiser.describe(),
         *describe_token_drop(args, denoiser.config.sparse_blocks, denoiser.grid**2),
         *method.alignment.describe(),
+        *flow_map,
         *(reg if args.reg_coeff else []),
         *source,
     ]

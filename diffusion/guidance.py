@@ -24,8 +24,10 @@ def guided(
         channels: guide only the first ones of the latent, as LightningDiT does with 3; None: all.
     """
 
-    def with_and_without_class(x: torch.Tensor, t: float, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return velocity(torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, null_class)])).chunk(2)
+    def with_and_without_class(
+        x: torch.Tensor, t: float, y: torch.Tensor, *arrival: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return velocity(torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, null_class)]), *arrival).chunk(2)
 
     return _extrapolated(velocity, with_and_without_class, scale, low, high, channels)
 
@@ -44,15 +46,15 @@ def autoguided(
         scale, low, high, channels: as in :func:`guided`.
     """
 
-    def with_guide(x: torch.Tensor, t: float, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return velocity(x, t, y), guide(x, t, y)
+    def with_guide(x: torch.Tensor, t: float, y: torch.Tensor, *arrival: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return velocity(x, t, y, *arrival), guide(x, t, y, *arrival)
 
     return _extrapolated(velocity, with_guide, scale, low, high, channels)
 
 
 def _extrapolated(
     velocity: Velocity,
-    pair: Callable[[torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    pair: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     scale: float,
     low: float,
     high: float,
@@ -62,10 +64,10 @@ def _extrapolated(
     if scale == 1:
         return velocity
 
-    def guided_velocity(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
+    def guided_velocity(x: torch.Tensor, t: float, y: torch.Tensor, *arrival: float) -> torch.Tensor:
         if not low <= t <= high:
-            return velocity(x, t, y)
-        own, other = pair(x, t, y)
+            return velocity(x, t, y, *arrival)
+        own, other = pair(x, t, y, *arrival)
         together = other + scale * (own - other)
         return together if channels is None else torch.cat([together[:, :channels], own[:, channels:]], dim=1)
 

@@ -1,7 +1,8 @@
 """From noise to data along a velocity: Euler, Heun and Euler–Maruyama (SiT, arXiv 2401.08740).
 
 Every sampler takes any ``velocity(x, t, y)``: ``x`` ``[B, ...]`` in the type of the noise that was given, ``t`` a
-Python float (so that what depends on the time is decided without asking the device), ``y`` int64 ``[B]``. The state
+Python float (so that what depends on the time is decided without asking the device), ``y`` int64 ``[B]``. That of a
+flow map also takes the time where a step ends, ``velocity(x, t, y, r)``, and is the mean one between both. The state
 and the times are float64. Nothing here synchronises with the device.
 """
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from diffusion.flow import score_from_velocity, shift_times
 
-Velocity = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
+Velocity = Callable[..., torch.Tensor]  # (x, t, y), of a flow map (x, t, y, r)
 
 LAST_SDE_TIME = 0.04  # the SDE ends here, as its score is infinite at 0; one deterministic step does the rest
 
@@ -32,7 +33,7 @@ def sde_times(num_steps: int, shift: float = 1.0, path_type: str = "linear") -> 
     return [*shift_times(uniform, shift, path_type).tolist(), 0.0]
 
 
-GRIDS = {"ode": ode_times, "sde": sde_times}  # by mode
+GRIDS = {"ode": ode_times, "sde": sde_times, "map": ode_times}  # by mode
 
 
 def evaluation_times(
@@ -80,6 +81,30 @@ def sample_ode(
 
 
 @torch.no_grad()
+def sample_map(
+    velocity: Velocity,
+    noise: torch.Tensor,
+    labels: torch.Tensor,
+    num_steps: int,
+    shift: float = 1.0,
+    path_type: str = "linear",
+) -> torch.Tensor:
+    """Jump from 1 to 0 along a flow map (MeanFlow, arXiv 2505.13447): exact for any number of steps if the map is.
+
+    Args:
+        velocity: of a flow map, see the module.
+        noise, labels, num_steps, shift, path_type: as in :func:`sample_ode`.
+
+    Returns:
+        the state at t = 0, in the noise's type.
+    """
+    x = noise.double()
+    for now, then in pairwise(ode_times(num_steps, shift, path_type)):
+        x = x + (then - now) * velocity(x.to(noise.dtype), now, labels, then).double()
+    return x.to(noise.dtype)
+
+
+@torch.no_grad()
 def sample_sde(
     velocity: Velocity,
     noise: torch.Tensor,
@@ -121,9 +146,13 @@ def sample_sde(
 def model_velocity(model: nn.Module, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Velocity:
     """The velocity of a network ``model(x, t, y) → (velocity, …)`` with one time a sample, under ``autocast()``."""
 
-    def velocity(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
+    def velocity(x: torch.Tensor, t: float, y: torch.Tensor, arrival: float | None = None) -> torch.Tensor:
+        def times(t: float) -> torch.Tensor:
+            return torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+
+        of_map = {} if arrival is None else {"arrival": times(arrival)}
         with autocast():
-            prediction, _ = model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)
+            prediction, _ = model(x, times(t), y, **of_map)
             return prediction.to(x.dtype)
 
     return velocity

@@ -26,6 +26,7 @@ from runtime.cli import (
 OUTPUT_FLAG = "--sample-dir"
 COMPILED_FROM = 1000  # fewer images take less time than compiling for them
 SAMPLES = 50_000
+STEPS, JUMPS = 250, 4
 # What only --model says, and what export_ldm.py says of other people's checkpoints; a run says it itself.
 UNTRAINED_FLAGS, FOREIGN_FLAGS = ("vae", "path_type", "resolution"), ("vae_ckpt", "vae_latents_stats")
 
@@ -60,8 +61,18 @@ def add_untrained_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--mode", choices=MODES, default="sde", help="sde: Euler–Maruyama; ode: Euler or Heun")
-    group.add_argument("--num-steps", type=positive_int, default=250, metavar="N", help="steps of the sampler")
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        default="sde",
+        help="sde: Euler–Maruyama; ode: Euler or Heun; map: jumps of a run with --flow-map-blocks",
+    )
+    group.add_argument(
+        "--num-steps",
+        type=positive_int,
+        metavar="N",
+        help=f"steps of the sampler (default: {STEPS}; of map: {JUMPS})",
+    )
     group.add_argument("--heun", action="store_true", help="for the ODE: second order, almost twice the evaluations")
     group.add_argument(
         "--cfg-scale",

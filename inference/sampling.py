@@ -17,7 +17,7 @@ from dataset.packing import PackingJob
 from dataset.verification import verify
 from diffusion.counted_noise import counted_integers, counted_state
 from diffusion.guidance import autoguided, guided
-from diffusion.samplers import Velocity, evaluation_times, model_velocity, sample_ode, sample_sde
+from diffusion.samplers import Velocity, evaluation_times, model_velocity, sample_map, sample_ode, sample_sde
 from errors import UserError
 from models.denoisers import Denoiser
 from models.pixels import to_uint8
@@ -39,7 +39,7 @@ class SamplerSettings:
     """How noise becomes a latent; flags of the same names.
 
     Attributes:
-        mode: ``"sde"`` or ``"ode"``.
+        mode: one of ``inference.MODES``.
         num_steps: of the sampler.
         heun: for the ODE; else Euler.
         cfg_scale: of guidance; 1: none.
@@ -83,8 +83,15 @@ def solve_sde(
     return sample_sde(velocity, noise, labels, settings.num_steps, step_noise, **times)
 
 
+def solve_map(
+    velocity: Velocity, noise: torch.Tensor, labels: torch.Tensor, settings: SamplerSettings, step_noise: StepNoise
+) -> torch.Tensor:
+    times = {"path_type": settings.path_type, "shift": settings.time_shift}
+    return sample_map(velocity, noise, labels, settings.num_steps, **times)
+
+
 # By ``--mode``: (velocity, noise at t = 1, labels, settings, noise of a step) → the state at t = 0.
-SOLVERS = {"ode": solve_ode, "sde": solve_sde}
+SOLVERS = {"ode": solve_ode, "sde": solve_sde, "map": solve_map}
 
 
 class ImageSampler:

@@ -66,6 +66,7 @@ def tiny_trainer(
     align: Sequence[str] = ("repa",),
     config: DenoiserConfig = CONFIG,
     features: Sequence[TokenGrid] = FEATURES,
+    kind: type[LDM] = LDM,
     **flags: object,
 ) -> LDM:
     """A denoiser whose zero-initialised layers are not zero; features come with the batch; no label is dropped.
@@ -76,6 +77,7 @@ def tiny_trainer(
         align: names of alignments.
         config: of the denoiser, for latents of 4 channels.
         features: what REPA compares with.
+        kind: of the training.
         flags: that differ from ``FLAGS``.
     """
     args = argparse.Namespace(**FLAGS | {"seed": seed} | flags)
@@ -87,7 +89,7 @@ def tiny_trainer(
             torch.nn.init.normal_(parameter, std=0.05)
     tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
     tokenizer.statistics.load(torch.tensor([0.5, -0.2, 0.1, 0.0]), torch.tensor([1.5, 0.7, 1.0, 2.0]))
-    return LDM(args, accelerator or Accelerator(cpu=True), denoiser, alignment, tokenizer, encoders=None)
+    return kind(args, accelerator or Accelerator(cpu=True), denoiser, alignment, tokenizer, encoders=None)
 
 
 def networks(trainer: LDM) -> AlignedDenoiser:

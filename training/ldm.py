@@ -1,7 +1,7 @@
 """Stage 3: a denoiser trained on cached latents, its hidden states aligned (REPA, arXiv 2410.06940, and others)."""
 
 import argparse
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +121,7 @@ class LDM(Method):
         self.args, self.accelerator = args, accelerator
         self.denoiser, self.alignment, self.tokenizer, self.encoders = denoiser, alignment, tokenizer, encoders
         self.feature_norm = feature_norm
-        networks = AlignedDenoiser(denoiser, alignment)
+        networks = self.wrapped()
         self.optimizer = build_optimizer(args, networks, args.optimizer)
         self.averages = build_averages(args, denoiser)
         self.ema = self.averages.get(MAIN)
@@ -132,6 +132,10 @@ class LDM(Method):
         self.snapshot = tuple(posthoc_names(args.posthoc_ema))
         self.milestone = tuple(name for name in self.averages if name not in self.snapshot) or ("model",)
         self.held_out: LatentDataset | None = None
+
+    def wrapped(self) -> nn.Module:
+        """All that is trained, behind one forward."""
+        return AlignedDenoiser(self.denoiser, self.alignment)
 
     @property
     def sampled(self) -> Denoiser:
@@ -298,30 +302,38 @@ class LDM(Method):
 
     @torch.no_grad()
     def save_sample_grid(self, tokenizer: Tokenizer, path: Path) -> None:
-        """Two rows of samples without and two with guidance, the same noise and labels always.
+        """Two rows of samples of each of :meth:`grid_samplers`, the same noise and labels always.
 
         Args:
             tokenizer: decodes, with the statistics that the sampled network's latents are normalised by.
             path: the PNG.
         """
-        network, scale = self.sampled, self.args.grid_cfg_scale
+        network = self.sampled
         was_training = network.training
         network.eval()
-        images = [self._grid_images(network, tokenizer, scale) for scale in ([1.0] if scale == 1 else [1.0, scale])]
+        images = [self._grid_images(network, tokenizer, sampler) for sampler in self.grid_samplers(network)]
         network.train(was_training)
         save_grid(list(torch.cat(images).split(GRID_COLUMNS)), path)
 
-    def _grid_images(self, network: Denoiser, tokenizer: Tokenizer, cfg_scale: float) -> torch.Tensor:
+    def grid_samplers(self, network: Denoiser) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """How samples are made that are shown one below the other: (noise, labels) → states."""
+        args, unguided = self.args, model_velocity(network, self.accelerator.autocast)
+
+        def sampler(scale: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+            velocity = guided(unguided, scale, network.null_class)
+            times = {"shift": args.time_shift, "path_type": args.path_type}
+            return lambda noise, labels: sample_ode(velocity, noise, labels, args.grid_steps, **times)
+
+        return [sampler(scale) for scale in ([1.0] if args.grid_cfg_scale == 1 else [1.0, args.grid_cfg_scale])]
+
+    def _grid_images(self, network: Denoiser, tokenizer: Tokenizer, sampler: Callable) -> torch.Tensor:
         """uint8 images ``[GRID_ROWS · GRID_COLUMNS, 3, H, W]``, labels spread over the classes."""
         accelerator, classes = self.accelerator, network.null_class
         count = GRID_COLUMNS * GRID_ROWS
         items = torch.arange(count, device=accelerator.device)
         labels = items * max(1, classes // count) % classes
         noise = counted_state(network, self.args.seed, items, 0)
-        sampled = guided(model_velocity(network, accelerator.autocast), cfg_scale, network.null_class)
-        shift, path_type = self.args.time_shift, self.args.path_type
-        state = sample_ode(sampled, noise, labels, self.args.grid_steps, shift=shift, path_type=path_type)
-        latent, _ = network.unpack(state)
+        latent, _ = network.unpack(sampler(noise, labels))
         with accelerator.autocast():
             return to_uint8(tokenizer.decode(tokenizer.statistics.denormalize(latent)))
 

@@ -38,6 +38,7 @@ SAME = {
     "num_classes": "the cache: classes",
     "class_token_width": "--reg-coeff, and the first VFM of --enc-type",
 }
+BEGINS_HERE = "flow_map_blocks"  # any network may learn to jump, and one that jumps with other blocks
 OF_THE_CACHE = ("num_classes", "latent_channels", "latent_size")
 
 
@@ -106,7 +107,8 @@ class StartingRun:
             tokenizer: of the latent cache; None in a dry run without one.
         """
         given = self.given
-        own = {name: flag_of(name) for name in config.to_dict() | self.config.to_dict() if name not in SAME}
+        names = config.to_dict() | self.config.to_dict()
+        own = {name: flag_of(name) for name in names if name not in SAME and name != BEGINS_HERE}
         for name, what in (SAME | own).items():
             before, now = getattr(self.config, name, None), getattr(config, name)
             if before != now and not (tokenizer is None and name in OF_THE_CACHE):

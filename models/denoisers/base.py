@@ -96,6 +96,9 @@ class Denoiser(nn.Module, ABC):
             y: class in 0…num_classes, the last one the null class, int64 ``[B]``.
             taps: blocks whose output is wanted, counted from 1.
 
+        A kind with ``config.flow_map_blocks`` also takes ``arrival`` ``[B]``, a time up to ``t``, and predicts the mean
+        velocity between both; None: ``t`` itself, the velocity there.
+
         Returns:
             velocity, in the shape of ``x``; the hidden state ``[B, grid², width]`` after each of the taps, without a
             class token; of fewer tokens where :meth:`places` says so.

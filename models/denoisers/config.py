@@ -21,11 +21,14 @@ class DenoiserConfig:
         class_token_width: channels of a VFM's class token that is generated beside the latent (REG, arXiv 2507.01467);
             0: none. A kind that can makes it a field.
         sparse_blocks: numbers, from 1, of the blocks that may see a part of the tokens in training (SPRINT).
+        flow_map_blocks: last blocks that are told where a jump ends (Decoupled MeanFlow); 0: the network makes none. A
+            kind that can makes it a field.
     """
 
     names: ClassVar[str] = ""
     class_token_width = 0  # without a type, so that it is no field here
     sparse_blocks = range(0)
+    flow_map_blocks = 0
 
     model: str
     latent_channels: int
@@ -51,6 +54,12 @@ class DenoiserConfig:
     def with_class_token(self, width: int) -> "DenoiserConfig":
         """The same, with a class token of ``width`` channels beside the latent."""
         raise UserError(f"--model {self.model} takes no class token: leave --reg-coeff out, or give a SiT")
+
+    def with_flow_map(self, blocks: int) -> "DenoiserConfig":
+        """The same, its last ``blocks`` told where a jump ends."""
+        raise UserError(
+            f"--model {self.model} cannot learn to jump: leave --flow-map-blocks out, or give a SiT or a LightningDiT"
+        )
 
     def to_dict(self) -> dict:
         """Plain JSON values; :meth:`from_dict` is the inverse."""
@@ -98,6 +107,7 @@ class TransformerConfig(DenoiserConfig):
         model: ``KIND-SIZE/PATCH``, e.g. ``SiT-XL/1``.
         qk_norm: a norm on the queries and keys of each head.
         sprint: the middle blocks see a part of the tokens in training (``models.denoisers.sprint``).
+        flow_map_blocks: as in :class:`DenoiserConfig`.
     """
 
     kind: ClassVar[str] = ""
@@ -107,13 +117,19 @@ class TransformerConfig(DenoiserConfig):
     qk_norm: bool = False
     class_token_width: int = field(default=0, metadata={"has_flag": False})
     sprint: bool = False
+    flow_map_blocks: int = field(default=0, metadata={"has_flag": False})
 
     def with_class_token(self, width: int) -> "TransformerConfig":
         return replace(self, class_token_width=width)
 
+    def with_flow_map(self, blocks: int) -> "TransformerConfig":
+        config = replace(self, flow_map_blocks=blocks)
+        config.check()
+        return config
+
     def to_dict(self) -> dict:
         values = super().to_dict()
-        for name in ("class_token_width", "sprint"):
+        for name in ("class_token_width", "sprint", "flow_map_blocks"):
             if not values[name]:  # as before there was such a thing
                 del values[name]
         return values
@@ -178,6 +194,11 @@ class TransformerConfig(DenoiserConfig):
             raise UserError(
                 f"--model {self.model}: patch {self.patch_size} does not divide the "
                 f"{self.latent_size}×{self.latent_size} latent"
+            )
+        if not 0 <= self.flow_map_blocks < self.size.depth:
+            raise UserError(
+                f"--flow-map-blocks {self.flow_map_blocks}: of the {self.size.depth} blocks of {self.model} at least "
+                f"one must see where a jump begins; give 1 to {self.size.depth - 1}"
             )
 
 
@@ -260,6 +281,9 @@ class DiTDHConfig(TransformerConfig):
     @property
     def head(self) -> TransformerSize:
         return TransformerSize(self.head_depth, self.head_width, self.head_width // HEAD_CHANNELS)
+
+    def with_flow_map(self, blocks: int) -> "DiTDHConfig":
+        return DenoiserConfig.with_flow_map(self, blocks)
 
     def check(self) -> None:
         super().check()

@@ -35,9 +35,15 @@ class LightningDiT(Transformer):
         return lightning_blocks(Block, size, self.norm, qk_norm, self.grid, self.prefix)
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = (), route: Route = DENSE
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        taps: Sequence[int] = (),
+        route: Route = DENSE,
+        arrival: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        to_data, states = super().forward(x, 1 - t, y, taps, route)
+        to_data, states = super().forward(x, 1 - t, y, taps, route, None if arrival is None else 1 - arrival)
         return -to_data, states
 
     def hidden_states(

@@ -89,18 +89,27 @@ class Transformer(Denoiser):
         return self.config.grid
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int] = (), route: Route = DENSE
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        taps: Sequence[int] = (),
+        route: Route = DENSE,
+        arrival: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         time = self.t_embedder(t)
-        condition = self.condition(time, y)
-        tokens, states = self._through_blocks(x, condition, taps, self.depth, route)
-        patches, class_token = self.final_layer(*self.last_tokens(x, time, condition, tokens))
+        condition = last = self.condition(time, y)
+        if arrival is not None:  # Decoupled MeanFlow (arXiv 2510.24474): the last blocks decode for another time
+            last = self.condition(self.t_embedder(arrival), y)
+        tokens, states = self._through_blocks(x, condition, taps, self.depth, route, last)
+        patches, class_token = self.final_layer(*self.last_tokens(x, time, last, tokens))
         return self.pack(unpatchify(patches, self.config.latent_shape), class_token), states
 
     def hidden_states(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
     ) -> tuple[torch.Tensor, ...]:
-        return self._through_blocks(x, self.condition(self.t_embedder(t), y), taps, max(taps), DENSE)[1]
+        condition = self.condition(self.t_embedder(t), y)
+        return self._through_blocks(x, condition, taps, max(taps), DENSE, condition)[1]
 
     def condition(self, time: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The embedding of the time ``[B, width]`` and the class ``[B]`` → what the blocks are given."""
@@ -137,10 +146,20 @@ class Transformer(Denoiser):
         yield from (*self.blocks, self.final_layer)
 
     def _through_blocks(
-        self, x: torch.Tensor, condition: torch.Tensor, taps: Sequence[int], last: int, route: Route
+        self,
+        x: torch.Tensor,
+        condition: torch.Tensor,
+        taps: Sequence[int],
+        last: int,
+        route: Route,
+        last_condition: torch.Tensor,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Tokens ``[B, prefix + N, width]`` after block ``last``; those of the grid after each tap."""
+        """Tokens ``[B, prefix + N, width]`` after block ``last``; those of the grid after each tap.
+
+        The last ``config.flow_map_blocks`` of all blocks are given ``last_condition``.
+        """
         sparse, places = self.config.sparse_blocks, None
+        first_of_map = self.depth - self.config.flow_map_blocks + 1
         x = self.embed(x, condition)
         if sparse:  # as tokens lie behind select and fusion: blocks that differ in this alone would not share a graph
             x = x.contiguous()
@@ -155,7 +174,8 @@ class Transformer(Denoiser):
                 continue
             if sparse and self.is_compiled:  # blocks of all tokens and of some have a graph each
                 x, places = hold_length(x), None if places is None else hold_length(places)
-            given = (x, condition) if places is None else (x, condition, places)
+            of_block = condition if number < first_of_map else last_condition
+            given = (x, of_block) if places is None else (x, of_block, places)
             x = self.run_block(block, *given)
             if number in taps:
                 states[number] = x[:, self.prefix :] if self.prefix else x

@@ -40,6 +40,11 @@ def with_flags(spoil=lambda data: None, **changes):
     return prepare
 
 
+def jumping(**changes):
+    """A case of a flow map."""
+    return with_flags(**{"align": "none", "flow_map_blocks": 2} | changes)
+
+
 def with_times(low: str, high: str, **changes):
     """A case with a range of times, which takes two values."""
 
@@ -314,6 +319,20 @@ CASES = [
         continuing(align="repa+vae"),
         ("trained without VAE-REPA", "no projectors of it", "--align without vae"),
     ),
+    Case("a flow map's guidance without one", with_flags(flow_map_cfg_scale=2), ("--flow-map-cfg-scale is for",)),
+    Case("a flow map that is aligned", with_flags(flow_map_blocks=2), ("with --align repa: give --align none",)),
+    Case("every block at the end of a jump", jumping(flow_map_blocks=6), ("--flow-map-blocks 6", "6 blocks", "1 to 5")),
+    Case("guidance below 1", jumping(flow_map_cfg_scale=0.5), ("--flow-map-cfg-scale", "at least 1")),
+    Case("guidance in words", jumping(flow_map_cfg_scale="some"), ("--flow-map-cfg-scale", "'some' is not a number")),
+    Case("guidance without the null class", jumping(flow_map_cfg_scale=2, cfg_prob=0), ("needs the null class",)),
+    Case(
+        "its interval upside down",
+        jumping(flow_map_guidance_low=0.8),
+        ("--flow-map-guidance-low 0.8 lies above --flow-map-guidance-high 0.7",),
+    ),
+    Case("one mean for two times", jumping(flow_map_times=0.4), ("--flow-map-times", "two numbers T,R")),
+    Case("jumps of some tokens", jumping(sprint=True), ("--token-drop 0 --path-drop 0",)),
+    Case("jumps and directions", jumping(velocity_cosine_coeff=1), ("--velocity-cosine-coeff", "leave one out")),
     Case("going on to where it is", continuing(max_train_steps=7, proj_coeff=0), ("7 steps already", "raise")),
     Case("going on with other statistics", continuing(spoil=other_statistics), ("latent statistics differ",)),
 ]

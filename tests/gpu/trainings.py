@@ -17,7 +17,7 @@ from training.method import Method, to_device
 from training.run import begin
 
 COMMON = ("--dry-run", "--random-weights", "--vae", "f4d4-tiny", "--enc-type", "dinov2-vit-s", "--resolution", "64")
-DENOISER = ("--model", "SiT-Ti/2", "--encoder-depth", "2")
+DENOISER, REPA = ("--model", "SiT-Ti/2"), ("--encoder-depth", "2")
 NAMES = ("sendvae", "ldm", "repae")
 RECIPES = {
     "sendvae, Muon": ("sendvae", "--feature-norm", "spatial", "--noise-times", "lognormal", "--optimizer", "muon"),
@@ -29,6 +29,7 @@ RECIPES = {
     "ldm, DDT": ("ldm", "--model", "DDT-Ti/2", "--head-width", "256", "--qk-norm", "--lr-schedule", "linear"),
     "ldm, iREPA": ("ldm", "--align", "irepa", "--align-until", "50"),
     "ldm, SRA": ("ldm", "--align", "repa+sra"),
+    "ldm, flow map": ("ldm", "--align", "none", "--flow-map-blocks", "2", "--flow-map-cfg-scale", "2.5"),
     "ldm, SPRINT": ("ldm", "--sprint", "--token-drop-until", "50"),
 }
 UNCOMPILED = {"sendvae, equivariance": ("sendvae", "--align-loss", "equivariance", "--eq-scale", "0.5")}
@@ -48,8 +49,8 @@ def parsed(name: str, *flags: str) -> tuple[str, argparse.Namespace]:
     losses = ("--loss-cfg-path", "configs/l1_lpips_kl_gan.yaml", "--vae-ckpt", "none")
     script, own = {
         "sendvae": (train_sendvae, losses),
-        "ldm": (train_ldm, DENOISER),
-        "repae": (train_repae, (*losses, *DENOISER)),
+        "ldm": (train_ldm, DENOISER if "none" in recipe else (*DENOISER, *REPA)),
+        "repae": (train_repae, (*losses, *DENOISER, *REPA)),
     }[name]
     return name, script.parse_arguments([*COMMON, *own, "--max-train-steps", "100", *recipe, *flags])
 

@@ -1,0 +1,171 @@
+"""A denoiser that learns to jump from noise to data, continued from one that was trained as usual (``loss.flow_map``).
+
+Every image of a batch is seen twice: as ever, between equal times, and at the beginning of a jump.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffusion.draws import Draws
+from diffusion.flow import add_noise, training_times, velocity
+from diffusion.samplers import model_velocity, sample_map
+from loss.alignment import DenoiserAlignments
+from loss.denoising import denoising_error
+from loss.flow_map import guidance_strength, log_error, mean_velocity_target
+from loss.total import total
+from models.denoisers import Denoiser
+from models.denoisers.sprint import Route
+from models.tokenizers import Tokenizer
+from training.ema import twin
+from training.ldm import LDM
+from training.method import Metrics
+
+GRID_STEPS = (1, 4)  # of the samples that a training shows
+
+
+class Jumps(NamedTuple):
+    """States ``[B, ...]`` at times ``t`` ``[B]``, the velocity of their path there, and where a jump ends, ``[B]``."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    velocity: torch.Tensor
+    arrival: torch.Tensor
+
+    def joined(self, others: "Jumps") -> "Jumps":
+        """One batch of both."""
+        return Jumps(*map(torch.cat, zip(self, others, strict=True)))
+
+
+class JumpingDenoiser(nn.Module):
+    """The denoiser behind a forward of four arguments, for DDP; with what no alignment has in it.
+
+    Args:
+        denoiser: with ``config.flow_map_blocks``.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, arrival: torch.Tensor) -> torch.Tensor:
+        """The mean velocity from ``t`` to ``arrival``, in the shape of ``x``."""
+        return self.denoiser(x, t, y, arrival=arrival)[0]
+
+
+class FlowMap(LDM):
+    """Trains a flow map; arguments as :class:`LDM`, the alignment a sum of none.
+
+    Args:
+        args: the flags of train_ldm.py, with ``flow_map_blocks``.
+        accelerator, denoiser, alignment, tokenizer, encoders: as :class:`LDM`'s.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        denoiser: Denoiser,
+        alignment: DenoiserAlignments,
+        tokenizer: Tokenizer,
+        encoders: Sequence[nn.Module] | None,
+        feature_norm: None = None,
+    ):
+        super().__init__(args, accelerator, denoiser, alignment, tokenizer, encoders, feature_norm)
+        self.derived = twin(denoiser)  # forward derivatives do not go through compiled blocks
+
+    def wrapped(self) -> nn.Module:
+        return JumpingDenoiser(self.denoiser)
+
+    def backward(
+        self,
+        x: torch.Tensor,
+        draws: Draws,
+        labels: torch.Tensor,
+        features: Sequence[torch.Tensor] | None,
+        share: float,
+        synchronise: bool,
+        route: Route | None = None,
+        factor: float = 1.0,
+        class_token: torch.Tensor | None = None,
+    ) -> Metrics:
+        args, count = self.args, len(x)
+        is_dropped = draws.dropout < args.cfg_prob
+        labels = torch.where(is_dropped, self.denoiser.null_class, labels)
+        state = self.denoiser.pack(x, class_token)
+        flow, jumps = self.still(state, draws), self.jumps(state, draws.generator)
+        both, labels = flow.joined(jumps), labels.repeat(2)
+        with self.reducing(self.networks, synchronise):
+            v = self.guided(both, labels, is_dropped.repeat(2))
+            target = torch.cat([v[:count], self.jump_target(jumps, labels[count:], v[count:])])
+            prediction = self.networks(both.x, both.t, labels, both.arrival)
+            errors = {
+                "denoise": self.errors(prediction[:count], target[:count]),
+                "jump": self.errors(prediction[count:], target[count:]),
+            }
+            terms = {name: log_error(each) for name, each in errors.items()}
+            loss = total(terms, dict.fromkeys(terms, 0.5))
+            self.accelerator.backward(loss * share)
+        return {"loss": loss.detach()} | {name: each.detach().mean() for name, each in errors.items()}
+
+    def still(self, state: torch.Tensor, draws: Draws) -> Jumps:
+        """States of the usual training, between equal times."""
+        args = self.args
+        t = training_times(draws.times, args.weighting, args.path_type, args.time_shift)
+        return self.on_path(state, draws.noise, t, t)
+
+    def jumps(self, state: torch.Tensor, generator: torch.Generator) -> Jumps:
+        """Of other noise, between two times; drawn after all that :meth:`draws` draws."""
+        options = {"generator": generator, "device": generator.device}
+        noise = torch.randn(state.shape, **options)
+        numbers = torch.randn(2, len(state), **options)
+        numbers = torch.stack([each + mean for each, mean in zip(numbers, self.args.flow_map_times, strict=True)])
+        times = training_times(numbers, "lognormal", self.args.path_type, self.args.time_shift)
+        return self.on_path(state, noise, times.amax(0), times.amin(0))
+
+    def on_path(self, state: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, arrival: torch.Tensor) -> Jumps:
+        path_type = self.args.path_type
+        return Jumps(add_noise(state, t, noise, path_type), t, velocity(state, t, noise, path_type), arrival)
+
+    @torch.no_grad()
+    def guided(self, at: Jumps, labels: torch.Tensor, is_dropped: torch.Tensor) -> torch.Tensor:
+        """The path's velocity ``v``, or with guidance ``v + ω·(v_c − v_u)`` in its interval, where there is a class."""
+        args = self.args
+        strength = guidance_strength(args.flow_map_cfg_scale)
+        if not strength:
+            return at.velocity
+        is_inside = (at.t >= args.flow_map_guidance_low) & (at.t <= args.flow_map_guidance_high) & ~is_dropped
+        both = torch.cat([labels, torch.full_like(labels, self.denoiser.null_class)])
+        with self.accelerator.autocast():
+            answer, _ = self.denoiser(at.x.repeat(2, *[1] * (at.x.ndim - 1)), at.t.repeat(2), both)
+        with_class, without = answer.to(at.velocity.dtype).chunk(2)
+        weight = (strength * is_inside).reshape(-1, *[1] * (at.x.ndim - 1))
+        return at.velocity + weight * (with_class - without)
+
+    def jump_target(self, jumps: Jumps, labels: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The mean velocities that the network's own derivative asks for; ``v`` is the velocity at the beginning."""
+
+        def mean_velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.derived(x, t, labels, arrival=jumps.arrival)[0]
+
+        with self.accelerator.autocast():
+            return mean_velocity_target(mean_velocity, jumps.x, jumps.t, jumps.arrival, v)
+
+    def errors(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Squared error of each sample ``[B]``; a class token's is added with its weight."""
+        (latent, token), (true_latent, true_token) = map(self.denoiser.unpack, (prediction, target))
+        errors = denoising_error(latent, true_latent)
+        return errors if token is None else errors + self.args.reg_coeff * denoising_error(token, true_token)
+
+    def grid_samplers(self, network: Denoiser) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """Samples of one jump, and of four."""
+        jump, args = model_velocity(network, self.accelerator.autocast), self.args
+
+        def sampler(steps: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+            return lambda noise, labels: sample_map(jump, noise, labels, steps, args.time_shift, args.path_type)
+
+        return [sampler(steps) for steps in GRID_STEPS]

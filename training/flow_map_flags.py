@@ -1,0 +1,110 @@
+"""Flags of a training that turns a denoiser into a flow map (``training.flow_map``); needs no torch."""
+
+import argparse
+from typing import Any
+
+from errors import UserError
+from runtime.cli import flag_of, fraction, non_negative_int
+
+DEFAULTS = {  # the method's, ImageNet 256
+    "flow_map_times": [0.4, -1.2],
+    "flow_map_cfg_scale": 1.0,
+    "flow_map_guidance_low": 0.0,
+    "flow_map_guidance_high": 0.7,
+}
+
+
+def add_flow_map_arguments(group: Any) -> None:
+    group.add_argument(
+        "--flow-map-blocks",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="Decoupled MeanFlow (arXiv 2510.24474): learn to jump, for images in 1 to 4 steps of generate.py --mode "
+        "map; the last N blocks are told where a jump ends (the method: 8 of a SiT-XL's 28). Continue a trained run, "
+        "with --continue-train-exp-dir and --align none; a step takes about four times as long; 0: do not",
+    )
+    group.add_argument(
+        "--flow-map-times",
+        type=two_means,
+        metavar="T,R",
+        help="means of two normal numbers, whose logistic functions are the times of a jump: the later one is where it "
+        f"begins (default: {','.join(map(str, DEFAULTS['flow_map_times']))})",
+    )
+    group.add_argument(
+        "--flow-map-cfg-scale",
+        type=at_least_one,
+        metavar="X",
+        help="guidance that is learned: what generate.py --cfg-scale X would do, in one pass; in the paper 2.5 "
+        "(default: 1, none)",
+    )
+    for end, name in ((DEFAULTS["flow_map_guidance_low"], "low"), (DEFAULTS["flow_map_guidance_high"], "high")):
+        group.add_argument(
+            f"--flow-map-guidance-{name}",
+            type=fraction,
+            metavar="T",
+            help=f"it acts {'from' if name == 'low' else 'to'} this time (default: {end})",
+        )
+
+
+def settle_flow_map(args: argparse.Namespace) -> None:
+    """Defaults of these flags; without ``--flow-map-blocks`` they say nothing, are refused, and stay None."""
+    for name in DEFAULTS:
+        if getattr(args, name) is not None and not args.flow_map_blocks:
+            raise UserError(f"{flag_of(name)} is for --flow-map-blocks: add that, or leave it out")
+    if not args.flow_map_blocks:
+        return
+    for name, default in DEFAULTS.items():
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+    if args.flow_map_guidance_low > args.flow_map_guidance_high:
+        raise UserError(
+            f"--flow-map-guidance-low {args.flow_map_guidance_low} lies above --flow-map-guidance-high "
+            f"{args.flow_map_guidance_high}"
+        )
+    if args.flow_map_cfg_scale != 1 and not args.cfg_prob:
+        raise UserError("--flow-map-cfg-scale with --cfg-prob 0: guidance needs the null class; leave one of them out")
+    if args.token_drop or args.path_drop:
+        raise UserError("--flow-map-blocks with --sprint: it sees all tokens; add --token-drop 0 --path-drop 0")
+    if args.velocity_cosine_coeff:
+        raise UserError("--flow-map-blocks with --velocity-cosine-coeff: its loss is of squared errors; leave one out")
+
+
+def check_not_aligned(args: argparse.Namespace) -> None:
+    """A flow map is learned by a network that is aligned already."""
+    if args.flow_map_blocks and args.align != "none":
+        raise UserError(
+            f"--flow-map-blocks with --align {args.align}: give --align none; the run that is continued was aligned"
+        )
+
+
+def describe_flow_map(args: argparse.Namespace, depth: int) -> list[str]:
+    """Of a denoiser of ``depth`` blocks, for the log."""
+    if not args.flow_map_blocks:
+        return []
+    scale, (begin, end) = args.flow_map_cfg_scale, args.flow_map_times
+    interval = f"from {args.flow_map_guidance_low:g} to {args.flow_map_guidance_high:g}"
+    guidance = "no guidance" if scale == 1 else f"guidance of {scale:g} {interval}"
+    return [
+        f"flow map: blocks {depth - args.flow_map_blocks + 1} to {depth} see where a jump ends; times from means "
+        f"{begin:g} and {end:g}; {guidance} is learned"
+    ]
+
+
+def two_means(text: str) -> list[float]:
+    """An argparse type: two numbers, separated by a comma."""
+    try:
+        first, second = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give two numbers T,R") from error
+    return [first, second]
+
+
+def at_least_one(text: str) -> float:
+    """An argparse type: a number from 1 on."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of at least 1")
+    return value
