@@ -59,6 +59,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--resolution", type=positive_int, metavar="PX", help="side of the images, pixels; only checked against the VAE"
     )
+    group.add_argument(
+        "--flow-map-blocks",
+        type=positive_int,
+        metavar="N",
+        help="of a checkpoint of Decoupled MeanFlow: last blocks that are told where a jump ends (public ones: 8)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is an earlier export")
     parser.add_argument(
         "--dry-run", action="store_true", help="read everything, print what would be written, write nothing"

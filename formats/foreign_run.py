@@ -24,7 +24,8 @@ from models.tokenizers.kl import KLTokenizer
 from runtime.cli import flag_of
 from schema import MalformedError, read_json
 
-FLAGS = ("vae", "vae_ckpt", "vae_latents_stats", "path_type", "resolution")  # of what a checkpoint may not say
+# of what a checkpoint may not say
+FLAGS = ("vae", "vae_ckpt", "vae_latents_stats", "path_type", "resolution", "flow_map_blocks")
 DEFAULT_PATH_TYPE = "linear"  # of every public checkpoint
 TOLERANCE = 0.01  # of two latent statistics that count as the same, in standard deviations
 
@@ -118,7 +119,7 @@ def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) 
     """
     path, facts = checkpoint_file(args.source, args.train_steps)
     given = f"SOURCE {args.source}" + (f" ({path.name})" if path != args.source else "")
-    checkpoint = read_sit(path, given, facts)
+    checkpoint = read_sit(path, given, facts, args.flow_map_blocks)
     if facts is None and path != args.source and not checkpoint.says_all:
         raise UserError(
             f"SOURCE {args.source} has checkpoints/{path.name} but no args.json, which says how it was trained; copy "

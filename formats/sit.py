@@ -24,6 +24,7 @@ import torch
 from diffusion import PATH_TYPES
 from errors import UserError
 from formats import ddt
+from formats.flow_map import LOG_VARIANCE, THEIR_DEPTH, flow_map_config, own_model
 from formats.lightningdit import ROTARY, check_rotary, facts_of, is_lightningdit, step_of
 from formats.statistics import batch_norm_statistics
 from loss.alignment import DenoiserAlignments, TokenGrid
@@ -36,15 +37,16 @@ from models.weight_files import NotWeightsError, check_plain, check_values, read
 State = dict[str, torch.Tensor]
 
 PROJECTORS, BATCH_NORM = "projectors.", "bn."  # what of their networks is none of ours
+BESIDE = (BATCH_NORM, ROTARY, LOG_VARIANCE)
 REPA_PREFIX = "repa."  # of REPA's projectors among ``loss.alignment.DenoiserAlignments``
 SOURCES = "REPA, REPA-E, LightningDiT, RAE or diffusion-bench"
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 # What REPA's and REPA-E's flags say of a network or of how it is sampled; the rest of args is nobody's concern here.
 FACTS = (
     *("model", "num_classes", "encoder_depth", "qk_norm", "resolution", "path_type", "prediction", "cfg_prob"),
-    *("enc_type", "vae", "vae_ckpt"),
+    *("enc_type", "vae", "vae_ckpt", THEIR_DEPTH),
 )
-NUMBERS = ("num_classes", "encoder_depth", "resolution")  # of these; whole ones
+NUMBERS = ("num_classes", "encoder_depth", "resolution", THEIR_DEPTH)  # of these; whole ones
 _COMPARED = tuple(name for name in FACTS if name != "vae_ckpt")  # a path may be written in several ways
 AVERAGES = ("exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 READ_SHAPES = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # dimensions
@@ -165,13 +167,16 @@ class SiTCheckpoint:
         return UserError(f"{self.path}: {fault}; it is damaged or of another code")
 
 
-def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) -> SiTCheckpoint:
+def read_sit(
+    path: str | Path, given: str, json_facts: Mapping | None = None, flow_map_blocks: int | None = None
+) -> SiTCheckpoint:
     """Read a checkpoint of SiT weights in the public layout.
 
     Args:
         path: a .pt or .safetensors file.
         given: what the user gave it with, for messages, e.g. ``SOURCE last.pt``.
         json_facts: content of the ``args.json`` next to it.
+        flow_map_blocks: as the user says, where neither says it.
 
     Raises:
         UserError: not readable, no SiT, none that this project builds, or flags that contradict its tensors.
@@ -194,6 +199,7 @@ def read_sit(path: str | Path, given: str, json_facts: Mapping | None = None) ->
         else:
             networks = _without_empty_projectors(plain)
             config, projectors = infer_sizes(networks, given, legacy_depth or facts.get("encoder_depth"))
+        config = flow_map_config(config, plain, facts, flow_map_blocks, given)
         sizes[name] = config, projectors
         if isinstance(config, LightningDiTConfig):
             check_rotary(plain, config, given)
@@ -339,6 +345,8 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
                 "copy its own args.json next to it"
             )
         facts[name] = value
+    if "model" in facts:
+        facts["model"] = own_model(facts["model"])
     for name, value in facts.items():
         if name in NUMBERS and not isinstance(value, int):
             raise UserError(f"{given}: its args say {name} {value!r}, which is not a whole number")
@@ -398,7 +406,7 @@ def _parameter_names(state: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
 def _without_empty_projectors(state: State) -> State:
     """The networks' tensors. Trained without an encoder, REPA-E builds a projector to width 0; it is of no use."""
     empty = [key.removesuffix("4.bias") for key, tensor in state.items() if key.endswith(".4.bias") and not len(tensor)]
-    return {key: tensor for key, tensor in state.items() if not key.startswith((BATCH_NORM, ROTARY, *empty))}
+    return {key: tensor for key, tensor in state.items() if not key.startswith((*BESIDE, *empty))}
 
 
 def _batch_norm(state: Mapping[str, torch.Tensor], channels: int, given: str) -> LatentStatistics | None:

@@ -96,11 +96,35 @@ class PublicSiT(nn.Module):
             h = block(h, c)
             if number == self.encoder_depth:
                 projected = [project(h) for project in self.projectors]
+        return self.velocity(h, c, x), projected
+
+    def velocity(self, h: torch.Tensor, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Of tokens after the blocks, in the shape of ``x``."""
         shift, scale = self.final_layer.adaLN_modulation(c).unsqueeze(1).split(WIDTH, dim=-1)
         h = self.final_layer.linear(self.final_layer.norm_final(h) * (1 + scale) + shift)
         grid = self.side // PATCH
         h = h.reshape(len(x), grid, grid, PATCH, PATCH, self.channels)
-        return torch.einsum("nhwpqc->nchpwq", h).reshape(x.shape), projected
+        return torch.einsum("nhwpqc->nchpwq", h).reshape(x.shape)
+
+
+class PublicFlowMap(PublicSiT):
+    """Decoupled MeanFlow's: the blocks after ``before`` are told another time; with the weights of its loss."""
+
+    def __init__(self, before: int = 4, seed: int = 0):
+        super().__init__(dims=(), seed=seed)
+        self.before = before
+        self.logvar_linear = nn.Linear(256, 1)
+
+    def jump(self, x: torch.Tensor, t: torch.Tensor, r: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The mean velocity from ``t`` to ``r``, ``[B, C, h, w]``."""
+        label, conditions = self.y_embedder.embedding_table(y), []
+        for time in (t, r):
+            angles = time[:, None] * 10000 ** (-torch.arange(128) / 128)
+            conditions.append(label + self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=1)))
+        h = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+        for number, block in enumerate(self.blocks):
+            h = block(h, conditions[number >= self.before])
+        return self.velocity(h, conditions[1], x)
 
 
 def public_args(**changes: object) -> dict:

@@ -14,6 +14,7 @@ from diffusion.counted_noise import counted_normal
 from diffusion.flow import add_noise, interpolant, training_times, velocity
 from diffusion.samplers import sample_map
 from export_ldm import main as export
+from formats.vae import load_tokenizer
 from inference.trained_ldm import open_trained_ldm
 from loss.flow_map import guidance_strength, log_error, mean_velocity_target
 from models.denoisers import DenoiserConfig, denoiser_config
@@ -21,10 +22,12 @@ from models.denoisers.config import LightningDiTConfig, SiTConfig
 from models.denoisers.transformer import Transformer
 from runtime.cli import run
 from tests.gaussian_flow import GaussianFlow, gaussian_flow
+from tests.latent_caches import save_vae
 from tests.ldm_runs import CLASS_NAMES, random_weights, write_ldm_run
 from tests.ldm_runs import flags as sampling_flags
 from tests.ldm_steps import networks, random_batch, tiny_trainer
 from tests.ldm_trainings import flags, write_data
+from tests.public_sit import PublicFlowMap, write_experiment
 from tests.sendvae_runs import gradients
 from tests.test_generate import images_in, largest_difference
 from tests.test_train_ldm import metrics, train, weights
@@ -429,6 +432,52 @@ def test_random_networks_say_what_jumps_take(capsys):
     argv[2] = "DDT-Ti/2"
     assert run(generate.main, argv) == 2
     assert "cannot learn to jump" in capsys.readouterr().err
+
+
+# --- their checkpoints --------------------------------------------------------------------------------------------
+
+
+def their_args(**changes: object) -> dict:
+    """What Decoupled MeanFlow's train_dmf.py keeps, as far as it matters here."""
+    values = {"model": "DMFT-Ti/2", "dmf_depth": 4, "num_classes": 6, "qk_norm": False, "resolution": 64}
+    return values | {"path_type": "linear", "cfg_prob": 0.1, "omega": 0.6} | changes
+
+
+def test_an_experiment_of_theirs_jumps_as_it_did(tmp_path, capsys):
+    """By its args, and a bare file by the flag; images of one jump against theirs, within one level."""
+    theirs, vae = PublicFlowMap(seed=2).eval(), save_vae(tmp_path)
+    source = write_experiment(tmp_path / "dmf", PublicFlowMap(seed=1), theirs, their_args(resolution=32))
+    torch.save(theirs.state_dict(), tmp_path / "bare.pt")
+    told = ["--format", "run", "--vae-ckpt", str(vae)]
+    assert run(export, [str(source), str(tmp_path / "exps" / "whole"), *told]) == 0
+    assert run(export, [str(tmp_path / "bare.pt"), str(tmp_path / "exps" / "bare"), *told]) == 2
+    assert "add --flow-map-blocks" in capsys.readouterr().err
+    assert run(export, [str(tmp_path / "bare.pt"), str(tmp_path / "exps/bare"), *told, "--flow-map-blocks", "2"]) == 0
+    items, labels = torch.arange(4), torch.arange(4)
+    noise, ones = counted_normal(0, items, 0, (4, 8, 8)), torch.ones(4)
+    tokenizer, _ = load_tokenizer(str(vae))
+    with torch.no_grad():
+        x = noise - theirs.jump(noise, ones, 0 * ones, labels)
+        images = tokenizer.decode(x / 0.18215)
+    expected = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for name in ("whole", "bare"):
+        options = {"mode": "map", "num_steps": 1, "num_fid_samples": 4, "label_sampling": "equal"}
+        argv = sampling_flags(tmp_path / "exps" / name, sample_dir=tmp_path / name, **options)
+        assert run(generate.main, argv) == 0
+        assert largest_difference(images_in(tmp_path / name), expected) <= 1
+
+
+@pytest.mark.parametrize(("args", "flag", "said"), [
+    ({}, 3, "--flow-map-blocks 3: "), ({"dmf_depth": 6}, None, "dmf_depth 6, of 6 blocks"),
+    ({"dmf_depth": "most"}, None, "dmf_depth 'most'"), ({"model": "DMFT-B/2"}, None, "model SiT-B/2"),
+    ({"dmf_depth": 0}, None, "at least one must see where a jump begins"),
+])  # fmt: skip
+def test_what_their_args_and_the_user_may_not_say(tmp_path, capsys, args, flag, said):
+    source = write_experiment(tmp_path / "dmf", PublicFlowMap(seed=1), PublicFlowMap(seed=2), their_args(**args))
+    argv = [str(source), str(tmp_path / "out"), "--format", "run", "--vae-ckpt", str(save_vae(tmp_path))]
+    assert run(export, [*argv, *([] if flag is None else ["--flow-map-blocks", str(flag)])]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_is_not_exported_as_what_it_is_not(jumping_run, tmp_path, capsys):
