@@ -11,9 +11,9 @@ Formats:
               with latent statistics), model_index.json, and a README.md that samples an image from a clone
   repa        args.json and checkpoints/0400000.pt in the layout of REPA-E (model, ema, vae, args, steps), which
               REPA-E's generate.py reads: --exp-path FOLDER --train-steps 400000
-  run         a checkpoint of REPA, REPA-E, LightningDiT, RAE or diffusion-bench as a run: generate.py --exp-path OUT
-              samples it, and train_ldm.py --exp-name NEW --continue-train-exp-dir OUT continues from it, with AdamW's
-              moments (not those of the last two) and its step
+  run         a checkpoint of REPA, REPA-E, LightningDiT, RAE, diffusion-bench or Decoupled MeanFlow as a run:
+              generate.py --exp-path OUT samples it, and train_ldm.py --exp-name NEW --continue-train-exp-dir OUT
+              continues from it, with AdamW's moments (not those of RAE and diffusion-bench) and its step
 
 SOURCE is a run of train_ldm.py or train_repae.py; for --format run an experiment of REPA or REPA-E with its args.json,
 one of LightningDiT, or a single file (.pt, .safetensors) of any of them, with --vae-ckpt where its VAE is neither in

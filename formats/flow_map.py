@@ -39,7 +39,8 @@ def flow_map_config(
         raise UserError(f"--flow-map-blocks {told}: {given} has {said}, as its args say; leave the flag out")
     if said is not None and said < 1:
         raise UserError(
-            f"{given}: its args say {THEIR_DEPTH} {before}, of {config.size.depth} blocks: none is left that is told where a jump ends"
+            f"{given}: its args say {THEIR_DEPTH} {before}, of {config.size.depth} blocks: none is left that is told "
+            "where a jump ends"
         )
     blocks = told if said is None else said
     if blocks is None and any(name.startswith(LOG_VARIANCE) for name in names):

@@ -108,7 +108,7 @@ class ForeignRun:
 
 
 def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) -> ForeignRun:
-    """Read a checkpoint of REPA, REPA-E, LightningDiT, RAE or diffusion-bench with its VAE.
+    """Read a checkpoint of one of ``formats.sit.SOURCES`` with its VAE.
 
     Args:
         args: ``source``, ``train_steps`` and ``FLAGS``, None where they are not given.
@@ -162,7 +162,7 @@ def checkpoint_file(source: Path, train_steps: int | None) -> tuple[Path, dict |
     if not is_foreign_experiment(source):
         raise UserError(
             f"SOURCE {source} has no checkpoints/*.pt: give an experiment of REPA, REPA-E or LightningDiT, or a file "
-            "of these, RAE or diffusion-bench"
+            "of these, RAE, diffusion-bench or Decoupled MeanFlow"
         )
     found = {int(path.stem): path for path in (source / "checkpoints").glob("*.pt") if path.stem.isdigit()}
     others = sorted(path for path in (source / "checkpoints").glob("*.pt") if path not in found.values())

@@ -9,8 +9,8 @@
 Their networks hold REPA's projectors, ``projectors.N.…``, here kept apart from the denoiser (``loss.alignment``).
 REPA-E's hold the latent statistics too, as ``bn.running_mean`` and ``bn.running_var``. REPA's first checkpoints call
 the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0. What is LightningDiT's alone is in
-``formats.lightningdit``, what is RAE's and diffusion-bench's in ``formats.ddt``; wherever SiT is said below, theirs are
-meant too.
+``formats.lightningdit``, what is RAE's and diffusion-bench's in ``formats.ddt``, Decoupled MeanFlow's in
+``formats.flow_map``; wherever SiT is said below, theirs are meant too.
 """
 
 import re
@@ -39,7 +39,7 @@ State = dict[str, torch.Tensor]
 PROJECTORS, BATCH_NORM = "projectors.", "bn."  # what of their networks is none of ours
 BESIDE = (BATCH_NORM, ROTARY, LOG_VARIANCE)
 REPA_PREFIX = "repa."  # of REPA's projectors among ``loss.alignment.DenoiserAlignments``
-SOURCES = "REPA, REPA-E, LightningDiT, RAE or diffusion-bench"
+SOURCES = "REPA, REPA-E, LightningDiT, RAE, diffusion-bench or Decoupled MeanFlow"
 WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 # What REPA's and REPA-E's flags say of a network or of how it is sampled; the rest of args is nobody's concern here.
 FACTS = (
@@ -84,7 +84,7 @@ class SiTWeights:
 
 @dataclass(frozen=True)
 class SiTCheckpoint:
-    """What a checkpoint of REPA, REPA-E, LightningDiT, RAE or diffusion-bench holds.
+    """What a checkpoint of one of :data:`SOURCES` holds.
 
     Attributes:
         path: of the file.

@@ -29,6 +29,7 @@ from tests.ldm_steps import networks, random_batch, tiny_trainer
 from tests.ldm_trainings import flags, write_data
 from tests.public_sit import PublicFlowMap, write_experiment
 from tests.sendvae_runs import gradients
+from tests.test_experiment import commands, value
 from tests.test_generate import images_in, largest_difference
 from tests.test_train_ldm import metrics, train, weights
 from training.flow_map import FlowMap, Jumps
@@ -432,6 +433,19 @@ def test_random_networks_say_what_jumps_take(capsys):
     argv[2] = "DDT-Ti/2"
     assert run(generate.main, argv) == 2
     assert "cannot learn to jump" in capsys.readouterr().err
+
+
+def test_its_preset_continues_the_paper_s_run():
+    found, source = commands("flow_map_imagenet256"), commands("sendvae_imagenet256")
+    assert list(found) == list(commands("flow_map_imagenet256", "--unguided", "yes"))
+    for stage, flag in (("cache", "vae-latents-name"), ("ldm", "model"), ("ldm", "batch-size")):
+        assert value(found[stage], flag) == value(source[stage], flag)
+    assert value(found["ldm"], "continue-train-exp-dir") == "exps/" + value(source["ldm"], "exp-name")
+    ldm = train_ldm.parse_arguments(found["ldm"][found["ldm"].index("train_ldm.py") + 1 :])
+    assert (ldm.epochs, ldm.flow_map_blocks, ldm.flow_map_times) == (160, 8, [0.4, -1.2])
+    assert guidance_strength(ldm.flow_map_cfg_scale) == pytest.approx(0.6)  # the method's
+    samples = generate.parse_arguments(found["samples"][found["samples"].index("generate.py") + 1 :])
+    assert (samples.mode, samples.num_steps, samples.cfg_scale) == ("map", 4, 1.0)
 
 
 # --- their checkpoints --------------------------------------------------------------------------------------------

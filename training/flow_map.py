@@ -76,7 +76,8 @@ class FlowMap(LDM):
         feature_norm: None = None,
     ):
         super().__init__(args, accelerator, denoiser, alignment, tokenizer, encoders, feature_norm)
-        self.derived = twin(denoiser)  # forward derivatives do not go through compiled blocks
+        # Forward derivatives do not go through compiled blocks, nor in torch 2.6 through what training recomputes.
+        self.derived = twin(denoiser).eval()
 
     def wrapped(self) -> nn.Module:
         return JumpingDenoiser(self.denoiser)
