@@ -64,7 +64,7 @@ class Sizes:
     Attributes:
         matrix: side of the matrix product.
         copy: bytes of the copy.
-        ldm, sendvae, cache, sample: flags.
+        ldm, sendvae, cache, sample: flags; ``repa`` those of the alignment that trainings with one have besides.
         ldm_lightning: ``--model`` of the LightningDiT beside it.
         ldm_batches: images at once, of each timing.
         ldm_small_batches: the same, of what is meant for few images: the share of a GPU where there are many.
@@ -75,6 +75,7 @@ class Sizes:
     matrix: int = 8192
     copy: int = 4 << 30
     ldm: tuple[str, ...] = ("--vae", "f16d32", "--model", "SiT-XL/1", "--enc-type", "dinov2-vit-b")
+    repa: tuple[str, ...] = ()
     ldm_lightning: str = "LightningDiT-XL/1"
     ldm_batches: tuple[int, ...] = (64, 128)
     ldm_small_batches: tuple[int, ...] = (4, 32)
@@ -91,7 +92,8 @@ TINY_NETWORKS = ("--vae", "f4d4-tiny", "--resolution", "32")
 TINY = Sizes(
     matrix=256,
     copy=1 << 20,
-    ldm=(*TINY_NETWORKS, "--model", "SiT-Ti/2", "--enc-type", "efficientnet-lite0", "--encoder-depth", "4"),
+    ldm=(*TINY_NETWORKS, "--model", "SiT-Ti/2", "--enc-type", "efficientnet-lite0"),
+    repa=("--encoder-depth", "4"),
     ldm_lightning="LightningDiT-Ti/2",
     ldm_batches=(2, 4),
     ldm_small_batches=(1, 2),
@@ -223,12 +225,14 @@ LDM_VARIANTS = {
     "compiled, Muon": ("--compile", "--optimizer", "muon"),
     "compiled, LightningDiT": ("--compile",),
     "compiled, SPRINT": ("--compile",),
+    "compiled, flow map": ("--compile",),
     "compiled, combo kernels": ("--compile",),
     "compiled, CUDA graphs": ("--compile",),
 }
 INDUCTOR = {"compiled, combo kernels": {"combo_kernels": True}, "compiled, CUDA graphs": {"triton.cudagraphs": True}}
 FEW_IMAGES = ("compiled, few images", *INDUCTOR)
-ONE_BATCH = ("plain", "compiled, Muon", "compiled, LightningDiT", "compiled, SPRINT")
+ONE_BATCH = ("plain", "compiled, Muon", "compiled, LightningDiT", "compiled, SPRINT", "compiled, flow map")
+FLOW_MAP = ("--align", "none", "--flow-map-blocks", "2", "--flow-map-cfg-scale", "2.5")  # as many blocks cost the same
 SENDVAE_VARIANTS = {
     "plain, VAE in float32": ("--no-compile", "--mixed-precision", "no"),
     "eager": ("--no-compile",),
@@ -246,7 +250,8 @@ def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
         batches = sizes.ldm_small_batches if what in FEW_IMAGES else sizes.ldm_batches
         for images in batches[:1] if what in ONE_BATCH else batches:
             own = {"compiled, LightningDiT": ("--model", sizes.ldm_lightning), "compiled, SPRINT": ("--sprint",)}
-            network = (*sizes.ldm, *own.get(what, ()))
+            of_repa = FLOW_MAP if what == "compiled, flow map" else sizes.repa
+            network = (*sizes.ldm, *of_repa, *own.get(what, ()))
             if network not in flops:
                 args, method = build_ldm([*network, *LDM_VARIANTS["eager"]])
                 flops[network] = flops_of_step(method, train_ldm.random_batch(args, method, 2))

@@ -42,7 +42,7 @@ SNIPPET = """import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
-{imports}from diffusion.samplers import model_velocity, sample_ode
+{imports}from diffusion.samplers import model_velocity, {sampler}
 from {module} import {name}
 
 folder, label = {folder!r}, 0
@@ -50,7 +50,7 @@ sit, vae = {name}.from_pretrained(f"{{folder}}/{transformer}"), AutoencoderKL.fr
 mean, std = (load_file(f"{{folder}}/{vae}/{statistics}")[name][:, None, None] for name in ("mean", "std"))
 noise = torch.randn(1, *sit.state_shape, generator=torch.Generator().manual_seed(0))
 velocity = {velocity}
-z = sample_ode(velocity, noise, torch.tensor([label]), num_steps=50{times})
+z = {sampler}(velocity, noise, torch.tensor([label]), num_steps={num_steps}{times})
 image = vae.decode(sit.unpack(z)[0] * std + mean).sample[0].detach().clamp(-1, 1)
 Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save("sample.png")"""
 
@@ -72,8 +72,10 @@ def write_exported(folder: Path, name: str, model: Denoiser, tokenizer: Tokenize
     module, cls = type(model).__module__, type(model).__name__
     index = {"_class_name": "LatentDiffusion", TRANSFORMER: [module, cls], VAE: ["diffusers", "AutoencoderKL"]}
     (folder / INDEX_FILE).write_text(json.dumps(index | facts, indent=2) + "\n")
-    how = {"imports": "", "velocity": "model_velocity(sit)", "times": ""}
-    if facts["cfg_prob"] != 0:
+    how = {"imports": "", "velocity": "model_velocity(sit)", "times": "", "sampler": "sample_ode", "num_steps": 50}
+    if model.config.flow_map_blocks:  # what it has learned of guidance is in its jumps
+        how |= {"sampler": "sample_map", "num_steps": 4}
+    elif facts["cfg_prob"] != 0:
         how["imports"] = "from diffusion.guidance import guided\n"
         how["velocity"] = "guided(model_velocity(sit), 2.5, sit.null_class, high=0.75)"
     if facts["time_shift"] != 1:

@@ -4,15 +4,17 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.utils import counters
 
 import generate
 import train_ldm
 from diffusion.counted_noise import counted_normal
 from diffusion.flow import add_noise, interpolant, training_times, velocity
-from diffusion.samplers import sample_map
+from diffusion.samplers import model_velocity, sample_map
 from export_ldm import main as export
 from formats.vae import load_tokenizer
 from inference.trained_ldm import open_trained_ldm
@@ -20,6 +22,7 @@ from loss.flow_map import guidance_strength, log_error, mean_velocity_target
 from models.denoisers import DenoiserConfig, denoiser_config
 from models.denoisers.config import LightningDiTConfig, SiTConfig
 from models.denoisers.transformer import Transformer
+from models.pixels import to_uint8
 from runtime.cli import run
 from tests.gaussian_flow import GaussianFlow, gaussian_flow
 from tests.latent_caches import save_vae
@@ -31,6 +34,7 @@ from tests.public_sit import PublicFlowMap, write_experiment
 from tests.sendvae_runs import gradients
 from tests.test_experiment import commands, value
 from tests.test_generate import images_in, largest_difference
+from tests.test_sit_formats import snippet_of
 from tests.test_train_ldm import metrics, train, weights
 from training.flow_map import FlowMap, Jumps
 from training.method import train_step
@@ -312,8 +316,6 @@ def test_the_logarithm_weighs_errors_as_meanflow_does():
 
 def test_jumps_are_drawn_as_the_method_draws_them():
     """Of 40,000: means and deviations of the logits' larger and smaller, against 400,000 of NumPy's, to 0.02."""
-    import numpy as np
-
     trainer = flow_map_trainer()
     jumps = trainer.jumps(torch.zeros(40_000, 4, 1, 1), torch.Generator().manual_seed(0))
     assert (jumps.t >= jumps.arrival).all()
@@ -492,6 +494,22 @@ def test_what_their_args_and_the_user_may_not_say(tmp_path, capsys, args, flag, 
     assert run(export, [*argv, *([] if flag is None else ["--flow-map-blocks", str(flag)])]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_exported_folder_jumps(jumping_run, tmp_path, monkeypatch):
+    """The lines of its README, as they stand, make the image of four jumps."""
+    assert run(export, [str(jumping_run), str(tmp_path / "out")]) == 0
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet_of(tmp_path / "out"), "README.md", "exec"), {})  # noqa: S102  it is what is tested
+    trained = open_trained_ldm(jumping_run, None, "ema")
+    tokenizer = trained.load_autoencoder()
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    z = sample_map(model_velocity(trained.load_model()), noise, torch.tensor([0]), 4)
+    with torch.no_grad():
+        image = to_uint8(tokenizer.decode(tokenizer.statistics.denormalize(z)))[0].permute(1, 2, 0).numpy()
+    found = np.asarray(Image.open(tmp_path / "sample.png"))
+    assert found.std() > 10
+    assert largest_difference(found, image) <= 1
 
 
 def test_it_is_not_exported_as_what_it_is_not(jumping_run, tmp_path, capsys):
