@@ -5,12 +5,22 @@ The weights of its loss, ``logvar_linear``, are left out here, as projectors are
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from errors import UserError
 from models.denoisers.config import TransformerConfig
 
 LOG_VARIANCE = "logvar_linear."
 THEIR_MODEL, THEIR_DEPTH = "DMFT-", "dmf_depth"
+
+
+def learned_guidance(arguments: Mapping[str, Any]) -> str | None:
+    """By the flags of a training, ``2.5 on [0, 0.7]``: what its jumps have learned; None: none."""
+    scale = arguments.get("flow_map_cfg_scale")
+    if scale in (None, 1):
+        return None
+    low, high = (arguments[f"flow_map_guidance_{end}"] for end in ("low", "high"))
+    return f"{scale:g}" + ("" if (low, high) == (0, 1) else f" on [{low:g}, {high:g}]")
 
 
 def own_model(name: object) -> object:

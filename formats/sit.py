@@ -48,6 +48,7 @@ FACTS = (
 )
 NUMBERS = ("num_classes", "encoder_depth", "resolution", THEIR_DEPTH)  # of these; whole ones
 _COMPARED = tuple(name for name in FACTS if name != "vae_ckpt")  # a path may be written in several ways
+FROZEN = "pos_embed"  # of their parameters
 AVERAGES = ("exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 READ_SHAPES = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # dimensions
 
@@ -126,11 +127,14 @@ class SiTCheckpoint:
             state = {number: self.optimizer["state"].get(number) for number in numbers}
         except (KeyError, TypeError, AttributeError) as error:
             raise self._damaged(f"its optimizer is not a state dict of AdamW ({error!r})") from error
-        if len(numbers) != len(self.optimizer_names):
-            raise self._damaged(f"its optimizer has {len(numbers)} parameters, its model {len(self.optimizer_names)}")
+        names = self.optimizer_names
+        if len(numbers) == len(names) - 1:  # Decoupled MeanFlow's has none of what is frozen
+            names = [name for name in names if name != FROZEN]
+        if len(numbers) != len(names):
+            raise self._damaged(f"its optimizer has {len(numbers)} parameters, its model {len(names)}")
         weights = self.weights["model"].denoiser | self.weights["model"].alignment
-        found = {name: state[number] for name, number in zip(self.optimizer_names, numbers, strict=True)
-                 if state[number] is not None and name in weights and name != "pos_embed"}  # fmt: skip
+        found = {name: state[number] for name, number in zip(names, numbers, strict=True)
+                 if state[number] is not None and name in weights and name != FROZEN}  # fmt: skip
         for name, moments in found.items():
             self._check_moments(name, moments, weights[name])
         return found

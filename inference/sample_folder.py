@@ -30,8 +30,8 @@ from runtime.processes import Process
 
 # Which flag a setting comes from; of the model those of MODEL_SETTINGS.
 FLAGS = {"precision": "--mixed-precision", "guide_sha256": "--guide"}
-UNSAID = {"time_shift": 1.0}  # of settings that older samples were made without
-MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type")
+UNSAID = {"time_shift": 1.0, "learned_guidance": None}  # of settings that older samples were made without
+MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type", "learned_guidance")
 
 
 class Networks(NamedTuple):
@@ -137,6 +137,7 @@ def describe(args: argparse.Namespace, job: Job) -> dict:
         "vae": trained.vae_checksum,
         "latent_statistics": job.tokenizer.statistics.checksum(),
         **vars(sampler_settings(args, trained)),
+        "learned_guidance": trained.learned_guidance,
         "guide": None if guide is None else guide.as_guide,
         "guide_sha256": None if guide is None else guide.checksum,
         "num_fid_samples": args.num_fid_samples,

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from errors import UserError, one_line
 from formats.averages import FURTHER, MAIN, MODEL, POSTHOC, posthoc_length, statistics_of
+from formats.flow_map import learned_guidance
 from formats.run_folders import OWN_VAE, arguments_of, status_of
 from formats.vae import load_tokenizer
 from inference import PATH_DROP
@@ -34,6 +35,9 @@ class _Arguments(TypedDict):
     cfg_prob: float | None
     time_shift: float | None
     path_drop: float | None
+    flow_map_cfg_scale: float | None
+    flow_map_guidance_low: float | None
+    flow_map_guidance_high: float | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class TrainedLDM:
         cfg_prob: share of labels that were dropped; with 0 the null class was never trained, and nothing can guide.
         time_shift: of its training times.
         path_drop: with which probability images went without SPRINT's middle blocks; 0: never.
+        learned_guidance: what a flow map's jumps have of it (``formats.flow_map.learned_guidance``), or None.
         guide: what guides it in the place of the null class (:func:`open_guide`), or None.
     """
 
@@ -72,6 +77,7 @@ class TrainedLDM:
     cfg_prob: float = 0.1
     time_shift: float = 1.0
     path_drop: float = 0.0
+    learned_guidance: str | None = None
     guide: "TrainedLDM | PathDrop | None" = None
 
     @property
@@ -351,6 +357,7 @@ def _describe(folder: Path, checkpoint: Checkpoint, weights: str) -> TrainedLDM:
             cfg_prob=arguments.get("cfg_prob", 0.1),
             time_shift=arguments.get("time_shift", 1.0),
             path_drop=arguments.get("path_drop") or 0.0,
+            learned_guidance=learned_guidance(arguments),
         )
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(

@@ -61,6 +61,7 @@ class MadeBy(TypedDict):
     guidance_high: float | None
     guidance_channels: int | None
     guide: str | None
+    learned_guidance: str | None
 
 
 class _Place(TypedDict):

@@ -115,5 +115,9 @@ def _how(made: Mapping[str, object], count: int | None) -> str:
     scale = made.get("cfg_scale")
     if scale is not None:
         by = "" if made.get("guide") is None else f" by {made['guide']}"
-        words.append("no guidance" if scale == 1 else f"guidance {scale:g}{by}")
+        learned = made.get("learned_guidance")
+        given = None if scale == 1 else f"guidance {scale:g}{by}"
+        words += filter(None, [given, learned and f"guidance {learned} learned"])
+        if given is learned is None:
+            words.append("no guidance")
     return ", ".join(words) or "generated images"

@@ -55,7 +55,7 @@ class Row:
     section: str  # the table it belongs to, see ``SECTIONS``; generated images have one table per extractor
     run: str  # name of the run, or ``PRESET, mean of N``
     detail: str  # what of the run was measured and on what: the samples' folder, the data
-    guidance: str  # ``none``, ``2.5 on [0, 0.75]`` or ``unknown``; empty if it does not apply
+    guidance: str  # ``none``, ``2.5 on [0, 0.75]``, also with ``, learned``, or ``unknown``; empty if it does not apply
     reference: str  # what generated images were compared with; empty if unknown
     images: int  # how many were measured
     cells: Mapping[str, Cell]  # by the metric's name
@@ -248,13 +248,13 @@ def _row(
 ) -> Row:
     section, guidance, detail, reference = RECONSTRUCTION, "", dataset_of(measurement), ""
     if measurement.kind == "generation":
-        section, guidance = _generation_section(measurement), _guidance(measurement, samples)
+        section, guidance = _generation_section(measurement), guidance_of(measurement, samples)
         detail, reference = samples.path.name if samples else "", detail
     elif measurement.kind == "reading":
-        section, guidance = READING, _guidance(measurement, samples)
+        section, guidance = READING, guidance_of(measurement, samples)
         detail, reference = samples.path.name if samples else "", detail
     elif measurement.kind == "fdr":
-        section, guidance = FDR, _guidance(measurement, samples)
+        section, guidance = FDR, guidance_of(measurement, samples)
         denominators = label_of(Path(str(measurement.settings.get("denominators"))))
         detail, reference = samples.path.name if samples else "", f"{detail}, denominators {denominators}"
     elif measurement.kind == "probe":
@@ -318,19 +318,22 @@ def sampler_of(made_by: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _guidance(measurement: Measurement, samples: Samples | None) -> str:
+def guidance_of(measurement: Measurement, samples: Samples | None) -> str:
+    """Of images, in words: what sampling gave, and what a flow map had learned."""
     settings = _made_by(measurement, samples)
     scale = settings.get("cfg_scale")
     if scale is None:
         return "unknown"
     low, high = settings.get("guidance_low") or 0.0, settings.get("guidance_high")
     high = 1.0 if high is None else high
+    learned = settings.get("learned_guidance")
     if scale == 1:
-        return "none"
+        return "none" if learned is None else f"{learned}, learned"
     channels = settings.get("guidance_channels")
     of_channels = "" if channels is None else f" of {channels} channels"
     by = "" if settings.get("guide") is None else f" by {settings['guide']}"
-    return f"{scale:g}{by}{of_channels}" + ("" if (low, high) == (0, 1) else f" on [{low:g}, {high:g}]")
+    given = f"{scale:g}{by}{of_channels}" + ("" if (low, high) == (0, 1) else f" on [{low:g}, {high:g}]")
+    return given if learned is None else f"{given}, and {learned}, learned"
 
 
 def _generation_section(measurement: Measurement) -> str:

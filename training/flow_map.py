@@ -5,6 +5,7 @@ Every image of a batch is seen twice: as ever, between equal times, and at the b
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -104,14 +105,15 @@ class FlowMap(LDM):
             v = self.guided(both, labels, is_dropped.repeat(2))
             target = torch.cat([v[:count], self.jump_target(jumps, labels[count:], v[count:])])
             prediction = self.networks(both.x, both.t, labels, both.arrival)
-            errors = {
-                "denoise": self.errors(prediction[:count], target[:count]),
-                "jump": self.errors(prediction[count:], target[count:]),
-            }
-            terms = {name: log_error(each) for name, each in errors.items()}
+            latent, token = self.errors(prediction, target)
+            errors = latent if token is None else latent + args.reg_coeff * token
+            terms = {"denoise": log_error(errors[:count]), "jump": log_error(errors[count:])}
             loss = total(terms, dict.fromkeys(terms, 0.5))
             self.accelerator.backward(loss * share)
-        return {"loss": loss.detach()} | {name: each.detach().mean() for name, each in errors.items()}
+        metrics = {"loss": loss, "denoise": latent[:count].mean(), "jump": latent[count:].mean()}
+        if token is not None:
+            metrics |= {"class_token": token[:count].mean(), "class_token_jump": token[count:].mean()}
+        return {name: value.detach() for name, value in metrics.items()}
 
     def still(self, state: torch.Tensor, draws: Draws) -> Jumps:
         """States of the usual training, between equal times."""
@@ -140,10 +142,9 @@ class FlowMap(LDM):
         if not strength:
             return at.velocity
         is_inside = (at.t >= args.flow_map_guidance_low) & (at.t <= args.flow_map_guidance_high) & ~is_dropped
-        both = torch.cat([labels, torch.full_like(labels, self.denoiser.null_class)])
-        with self.accelerator.autocast():
-            answer, _ = self.denoiser(at.x.repeat(2, *[1] * (at.x.ndim - 1)), at.t.repeat(2), both)
-        with_class, without = answer.to(at.velocity.dtype).chunk(2)
+        null = torch.full_like(labels, self.denoiser.null_class)
+        with self.accelerator.autocast():  # as many at once as train: of two numbers, graphs would be made for any
+            with_class, without = (self.denoiser(at.x, at.t, y)[0].to(at.velocity.dtype) for y in (labels, null))
         weight = (strength * is_inside).reshape(-1, *[1] * (at.x.ndim - 1))
         return at.velocity + weight * (with_class - without)
 
@@ -153,14 +154,16 @@ class FlowMap(LDM):
         def mean_velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.derived(x, t, labels, arrival=jumps.arrival)[0]
 
-        with self.accelerator.autocast():
+        # fp16 ends at 65,504, and no scaler keeps derivatives below it
+        autocast = nullcontext() if self.accelerator.mixed_precision == "fp16" else self.accelerator.autocast()
+        with autocast:
             return mean_velocity_target(mean_velocity, jumps.x, jumps.t, jumps.arrival, v)
 
-    def errors(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Squared error of each sample ``[B]``; a class token's is added with its weight."""
+    def errors(self, prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Squared errors of each sample ``[B]``: of the latent, and of the class token where there is one."""
         (latent, token), (true_latent, true_token) = map(self.denoiser.unpack, (prediction, target))
-        errors = denoising_error(latent, true_latent)
-        return errors if token is None else errors + self.args.reg_coeff * denoising_error(token, true_token)
+        error = denoising_error(latent, true_latent)
+        return error, None if token is None else denoising_error(token, true_token)
 
     def grid_samplers(self, network: Denoiser) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
         """Samples of one jump, and of four."""

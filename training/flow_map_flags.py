@@ -4,7 +4,8 @@ import argparse
 from typing import Any
 
 from errors import UserError
-from runtime.cli import flag_of, fraction, non_negative_int
+from formats.flow_map import learned_guidance
+from runtime.cli import at_least_one, finite_float, flag_of, fraction, non_negative_int
 
 DEFAULTS = {  # the method's, ImageNet 256
     "flow_map_times": [0.4, -1.2],
@@ -26,10 +27,11 @@ def add_flow_map_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--flow-map-times",
-        type=two_means,
-        metavar="T,R",
+        type=finite_float,
+        nargs=2,
+        metavar=("T", "R"),
         help="means of two normal numbers, whose logistic functions are the times of a jump: the later one is where it "
-        f"begins (default: {','.join(map(str, DEFAULTS['flow_map_times']))})",
+        f"begins (default: {' '.join(map(str, DEFAULTS['flow_map_times']))})",
     )
     group.add_argument(
         "--flow-map-cfg-scale",
@@ -54,6 +56,10 @@ def settle_flow_map(args: argparse.Namespace) -> None:
             raise UserError(f"{flag_of(name)} is for --flow-map-blocks: add that, or leave it out")
     if not args.flow_map_blocks:
         return
+    if args.flow_map_cfg_scale in (None, 1):
+        for name in ("flow_map_guidance_low", "flow_map_guidance_high"):
+            if getattr(args, name) is not None:
+                raise UserError(f"{flag_of(name)}: no guidance is learned; add --flow-map-cfg-scale, or leave it out")
     for name, default in DEFAULTS.items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     if args.flow_map_guidance_low > args.flow_map_guidance_high:
@@ -81,30 +87,8 @@ def describe_flow_map(args: argparse.Namespace, depth: int) -> list[str]:
     """Of a denoiser of ``depth`` blocks, for the log."""
     if not args.flow_map_blocks:
         return []
-    scale, (begin, end) = args.flow_map_cfg_scale, args.flow_map_times
-    interval = f"from {args.flow_map_guidance_low:g} to {args.flow_map_guidance_high:g}"
-    guidance = "no guidance" if scale == 1 else f"guidance of {scale:g} {interval}"
+    (begin, end), guidance = args.flow_map_times, learned_guidance(vars(args))
     return [
         f"flow map: blocks {depth - args.flow_map_blocks + 1} to {depth} see where a jump ends; times from means "
-        f"{begin:g} and {end:g}; {guidance} is learned"
+        f"{begin:g} and {end:g}; " + ("no guidance is learned" if guidance is None else f"guidance learned: {guidance}")
     ]
-
-
-def two_means(text: str) -> list[float]:
-    """An argparse type: two numbers, separated by a comma."""
-    try:
-        first, second = map(float, text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give two numbers T,R") from error
-    return [first, second]
-
-
-def at_least_one(text: str) -> float:
-    """An argparse type: a number from 1 on."""
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
-    if not 1 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number of at least 1")
-    return value

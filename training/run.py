@@ -47,7 +47,7 @@ DERIVED = {
     "statistics_checksum": "a latent cache with other --statistics",
     "class_names": "data of other classes",
     "vae_config": "a VAE of another architecture",
-    "denoiser": "a denoiser of another shape (--model, or latents of another size)",
+    "denoiser": "a denoiser of another shape (--model, --flow-map-blocks, or latents of another size)",
     "feature_widths": "VFMs of other widths (--enc-type)",
 }
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "diffusers", "lpips", "numpy", "pillow", "safetensors")

@@ -195,7 +195,7 @@ class TransformerConfig(DenoiserConfig):
                 f"--model {self.model}: patch {self.patch_size} does not divide the "
                 f"{self.latent_size}×{self.latent_size} latent"
             )
-        if not 0 <= self.flow_map_blocks < self.size.depth:
+        if type(self.flow_map_blocks) is not int or not 0 <= self.flow_map_blocks < self.size.depth:
             raise UserError(
                 f"--flow-map-blocks {self.flow_map_blocks}: of the {self.size.depth} blocks of {self.model} at least "
                 f"one must see where a jump begins; give 1 to {self.size.depth - 1}"
@@ -287,6 +287,8 @@ class DiTDHConfig(TransformerConfig):
 
     def check(self) -> None:
         super().check()
+        if self.flow_map_blocks:
+            self.with_flow_map(self.flow_map_blocks)
         if self.head_depth < 1:
             raise UserError(f"--head-depth {self.head_depth}: give 1 or more")
         if self.head_width < 1 or self.head_width % HEAD_CHANNELS:

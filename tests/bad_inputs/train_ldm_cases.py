@@ -327,10 +327,16 @@ CASES = [
     Case("guidance without the null class", jumping(flow_map_cfg_scale=2, cfg_prob=0), ("needs the null class",)),
     Case(
         "its interval upside down",
-        jumping(flow_map_guidance_low=0.8),
+        jumping(flow_map_guidance_low=0.8, flow_map_cfg_scale=2),
         ("--flow-map-guidance-low 0.8 lies above --flow-map-guidance-high 0.7",),
     ),
-    Case("one mean for two times", jumping(flow_map_times=0.4), ("--flow-map-times", "two numbers T,R")),
+    Case("one mean for two times", jumping(flow_map_times=0.4), ("--flow-map-times", "expected 2 arguments")),
+    Case("times that are no numbers", jumping(flow_map_times=("nan", "1")), ("--flow-map-times", "must be a finite")),
+    Case(
+        "an interval of no guidance",
+        jumping(flow_map_guidance_high=0.5),
+        ("--flow-map-guidance-high: no guidance is learned",),
+    ),
     Case("jumps of some tokens", jumping(sprint=True), ("--token-drop 0 --path-drop 0",)),
     Case("jumps and directions", jumping(velocity_cosine_coeff=1), ("--velocity-cosine-coeff", "leave one out")),
     Case("going on to where it is", continuing(max_train_steps=7, proj_coeff=0), ("7 steps already", "raise")),

@@ -30,6 +30,9 @@ RECIPES = {
     "ldm, iREPA": ("ldm", "--align", "irepa", "--align-until", "50"),
     "ldm, SRA": ("ldm", "--align", "repa+sra"),
     "ldm, flow map": ("ldm", "--align", "none", "--flow-map-blocks", "2", "--flow-map-cfg-scale", "2.5"),
+    "ldm, LightningDiT as a flow map": (
+        *("ldm", "--model", "LightningDiT-Ti/2", "--qk-norm", "--align", "none", "--flow-map-blocks", "2"),
+    ),
     "ldm, SPRINT": ("ldm", "--sprint", "--token-drop-until", "50"),
 }
 UNCOMPILED = {"sendvae, equivariance": ("sendvae", "--align-loss", "equivariance", "--eq-scale", "0.5")}
