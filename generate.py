@@ -222,6 +222,8 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
         )
     check_channels(args, trained)
     check_flow_map(args, trained)
+    if trained.learned_guidance and any(point.is_guided for point in args.points):
+        report(f"{args.exp_path} has learned guidance ({trained.learned_guidance}); this is added to it")
     if args.guide == PATH_DROP:
         return replace(trained, guide=open_path_drop(trained))
     if args.guide is not None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 4: 50,000 images with the published settings (SDE, 250 steps, guidance 2.5 on [0, 0.75]), one .npz at the end.
 # Without guidance: ./sample.sh --cfg-scale 1. Balanced labels: ./sample.sh --label-sampling equal. As REPA-E rounds:
-# --rounding truncate. Edit the flags here, set the variables, or append flags.
+# --rounding truncate. A flow map: --mode map --num-steps 4 --cfg-scale 1. Edit the flags here, set the variables, or append flags.
 # Processes and nodes: see launch.sh. The same command continues at the missing shards.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -2,7 +2,7 @@
 
 --align vae aligns them with the VAE's latents instead (VAE-REPA), sra with later states of the averaged network (SRA),
 both without any VFM; repa+vae with two of them, none with nothing. --reg-coeff also generates the VFM's class token
-beside the latent (REG).
+beside the latent (REG). --flow-map-blocks teaches a trained denoiser to make images in a few jumps.
 
   python train_ldm.py --exp-name ldm --data-dir data/imagenet256 --vae-latents-name sendvae --model SiT-XL/1
 

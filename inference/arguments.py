@@ -65,7 +65,7 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         "--mode",
         choices=MODES,
         default="sde",
-        help="sde: Euler–Maruyama; ode: Euler or Heun; map: jumps of a run with --flow-map-blocks",
+        help="sde: Euler–Maruyama; ode: Euler or Heun; map: 1 to 4 jumps, of a run with --flow-map-blocks",
     )
     group.add_argument(
         "--num-steps",
@@ -79,7 +79,8 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         type=non_negative_float,
         default=1.0,
         metavar="X",
-        help="guidance: how many times as far from the null class's velocity (classifier-free), or --guide's; 1: none",
+        help="guidance: how many times as far from the null class's velocity (classifier-free), or --guide's; 1: none, "
+        "or what a flow map has learned",
     )
     group.add_argument(
         "--guide",

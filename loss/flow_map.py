@@ -8,12 +8,14 @@ equal times it is the velocity. Differentiated along the path, its definition sa
 and the right side, without gradient, is what the left side is trained towards.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MeanVelocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)  # of torch.func.jvp's own
 FLOOR = 0.01  # of errors, below which they count alike
 
 

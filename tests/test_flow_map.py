@@ -402,9 +402,18 @@ def test_a_run_is_continued_as_a_flow_map_and_resumed_exactly(data, source, tmp_
     {"flow_map_times": (-0.4, -2), "optimizer": "muon"}, {"mixed_precision": "bf16"},
     {"gradient_accumulation_steps": 2},
 ])  # fmt: skip
-def test_it_trains(data, tmp_path, changes):
+def test_it_trains(data, tmp_path, changes, capsys):
     assert train(*flags(data, tmp_path, align="none", flow_map_blocks=1, **changes)) == 0
     assert all(line["jump"] > 0 for line in metrics(tmp_path / "run") if "jump" in line)
+    assert "a flow map from random weights" in capsys.readouterr().err
+
+
+def test_what_forgets_to_jump_is_told(data, tmp_path, capsys):
+    assert train(*flags(data, tmp_path, "map", align="none", flow_map_blocks=1)) == 0
+    capsys.readouterr()
+    options = {"continue_train_exp_dir": tmp_path / "map", "align": "none", "max_train_steps": 3}
+    assert train(*flags(data, tmp_path, "plain", **options)) == 0
+    assert "without --flow-map-blocks this run forgets them" in capsys.readouterr().err
 
 
 def test_it_is_written_out_as_a_dry_run(source, data, tmp_path, capsys):
@@ -452,7 +461,7 @@ def test_four_jumps_are_the_default_and_named_in_the_folder(jumping_run):
     assert json.loads((folder / "index.json").read_text())["source"]["num_steps"] == 4
 
 
-def test_guidance_that_was_learned_is_said_of_images(tmp_path):
+def test_guidance_that_was_learned_is_said_of_images(tmp_path, capsys):
     """In their folder, and where figures are compared: they are not unguided."""
     learned = {"flow_map_cfg_scale": 2.5, "flow_map_guidance_low": 0.0, "flow_map_guidance_high": 0.7}
     config = denoiser_config({"model": "SiT-Ti/2", "latent_channels": 4, "latent_size": 8, "num_classes": 3})
@@ -465,6 +474,9 @@ def test_guidance_that_was_learned_is_said_of_images(tmp_path):
         assert made_by["learned_guidance"] == expected
         shown = guidance_of(Measurement("name", "generation", {}, 10, {"made_by": made_by}), None)
         assert shown == ("none" if expected is None else "2.5 on [0, 0.7], learned")
+        assert run(generate.main, [*argv, "--cfg-scale", "1.5", "--sample-dir", str(tmp_path / "twice" / name)]) == 0
+        warned = f"has learned guidance ({expected}); this is added to it" in capsys.readouterr().err
+        assert warned == (expected is not None)
         made_by |= {"cfg_scale": 1.5}
         shown = guidance_of(Measurement("name", "generation", {}, 10, {"made_by": made_by}), None)
         assert shown == ("1.5" if expected is None else "1.5, and 2.5 on [0, 0.7], learned")

@@ -58,7 +58,7 @@ class DenoiserConfig:
     def with_flow_map(self, blocks: int) -> "DenoiserConfig":
         """The same, its last ``blocks`` told where a jump ends."""
         raise UserError(
-            f"--model {self.model} cannot learn to jump: leave --flow-map-blocks out, or give a SiT or a LightningDiT"
+            f"--model {self.model} cannot learn to jump (--flow-map-blocks, --mode map): give a SiT or a LightningDiT"
         )
 
     def to_dict(self) -> dict:
