@@ -90,7 +90,10 @@ def describe_flow_map(args: argparse.Namespace, depth: int) -> list[str]:
     if not args.flow_map_blocks:
         return []
     (begin, end), guidance = args.flow_map_times, learned_guidance(vars(args))
-    return [
+    lines = [
         f"flow map: blocks {depth - args.flow_map_blocks + 1} to {depth} see where a jump ends; times from means "
-        f"{begin:g} and {end:g}; " + ("no guidance is learned" if guidance is None else f"guidance learned: {guidance}")
+        f"{begin:g} and {end:g}; guidance learned: {guidance or 'none'}"
     ]
+    if "continued_from" not in args:
+        lines.append("it begins from random weights, where the method continues a trained run")
+    return lines

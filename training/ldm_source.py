@@ -93,6 +93,8 @@ class StartingRun:
             self.checkpoint.load_module("feature_norm", method.feature_norm)
         self._take_over_moments(method)
         logger.info("continuing from %s, step %d", self.checkpoint.folder, self.step)
+        if self.config.flow_map_blocks and not method.denoiser.config.flow_map_blocks:
+            logger.warning("it makes jumps, and without --flow-map-blocks this run forgets them")
         if self.statistics is not None:
             differs = difference(method.tokenizer.statistics, self.statistics)
             if differs > MENTIONED_DIFFERENCE:
@@ -226,13 +228,9 @@ def open_source(
             args.continued_from = before["continued_from"]
         return None
     if origin is None:
-        if config.flow_map_blocks:
-            logger.warning("a flow map from random weights: the method continues a trained run (%s)", FLAG)
         return None
     source = _read(Path(origin), args.resume_step)
     source.check(config, args, tokenizer)
-    if source.config.flow_map_blocks and not config.flow_map_blocks:
-        logger.warning("%s makes jumps; without --flow-map-blocks this run forgets them", source.given)
     args.continued_from = {"checkpoint": str(source.checkpoint.folder), "step": source.step}
     return source
 
