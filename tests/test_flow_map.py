@@ -503,6 +503,17 @@ def test_its_preset_continues_the_paper_s_run():
     assert (samples.mode, samples.num_steps, samples.cfg_scale) == ("map", 4, 1.0)
 
 
+def test_the_quickstart_s_transformer_is_continued():
+    found, source = commands("quickstart_map"), commands("quickstart")
+    for flag in ("model", "data-dir", "vae-latents-name", "batch-size", "optimizer", "learning-rate", "ema-decay"):
+        assert value(found["ldm"], flag) == value(source["ldm"], flag)
+    assert value(found["ldm"], "continue-train-exp-dir") == "exps/" + value(source["ldm"], "exp-name")
+    assert int(value(found["ldm"], "max-train-steps")) == int(value(source["ldm"], "max-train-steps")) + 250
+    ldm = train_ldm.parse_arguments(found["ldm"][found["ldm"].index("train_ldm.py") + 1 :])
+    assert (ldm.align, ldm.flow_map_cfg_scale) == ("none", float(value(source["samples"], "cfg-scale")))
+    assert not {"sendvae", "cache", "reconstruction"} & found.keys()
+
+
 # --- their checkpoints --------------------------------------------------------------------------------------------
 
 
