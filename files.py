@@ -240,7 +240,7 @@ def as_os_error(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # what safetensors says
+        number = re.search(r"(?:\(os error |Os \{ code: )(\d+)", str(error))  # safetensors, now and to 0.5
         cause = error.__context__ if isinstance(error, RuntimeError) else None  # what torch hides
         code = int(number[1]) if number else cause.errno if isinstance(cause, OSError) else None
         if code is None:

@@ -128,7 +128,7 @@ class SiTCheckpoint:
         except (KeyError, TypeError, AttributeError) as error:
             raise self._damaged(f"its optimizer is not a state dict of AdamW ({error!r})") from error
         names = self.optimizer_names
-        if len(numbers) == len(names) - 1:  # Decoupled MeanFlow's has none of what is frozen
+        if self.config.flow_map_blocks and len(numbers) < len(names):  # theirs has none of what is frozen
             names = [name for name in names if name != FROZEN]
         if len(numbers) != len(names):
             raise self._damaged(f"its optimizer has {len(numbers)} parameters, its model {len(names)}")
