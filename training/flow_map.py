@@ -43,7 +43,7 @@ class Jumps(NamedTuple):
 
 
 class JumpingDenoiser(nn.Module):
-    """The denoiser behind a forward of four arguments, for DDP; with what no alignment has in it.
+    """The denoiser behind a forward of four arguments, for DDP; no alignment is beside it.
 
     Args:
         denoiser: with ``config.flow_map_blocks``.
