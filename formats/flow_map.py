@@ -12,6 +12,7 @@ from models.denoisers.config import TransformerConfig
 
 LOG_VARIANCE = "logvar_linear."
 THEIR_MODEL, THEIR_DEPTH = "DMFT-", "dmf_depth"
+THEIR_GUIDANCE = ("g_type", "omega", "g_min", "g_max")
 
 
 def learned_guidance(arguments: Mapping[str, Any]) -> str | None:
@@ -21,6 +22,18 @@ def learned_guidance(arguments: Mapping[str, Any]) -> str | None:
         return None
     low, high = (arguments[f"flow_map_guidance_{end}"] for end in ("low", "high"))
     return f"{scale:g}" + ("" if (low, high) == (0, 1) else f" on [{low:g}, {high:g}]")
+
+
+def learned_by_theirs(facts: Mapping[str, object]) -> dict[str, float]:
+    """What their flags say of learned guidance, in this project's flags; empty: of none."""
+    kind, strength, low, high = (facts.get(name) for name in THEIR_GUIDANCE)
+    if kind != "mg" or not isinstance(strength, int | float) or not 0 < strength < 1:
+        return {}
+    ends = {
+        "flow_map_guidance_low": 0.0 if low is None else low,
+        "flow_map_guidance_high": 1.0 if high is None else high,
+    }
+    return {"flow_map_cfg_scale": round(1 / (1 - strength), 6)} | ends
 
 
 def own_model(name: object) -> object:

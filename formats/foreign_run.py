@@ -12,6 +12,7 @@ from torch import nn
 
 from errors import UserError
 from formats.ddt import statistics_of as diffusion_bench_statistics
+from formats.flow_map import learned_by_theirs
 from formats.run_folders import OWN_STATISTICS, OWN_VAE, is_foreign_experiment
 from formats.sit import SOURCES, SiTCheckpoint, SiTWeights, State, build_networks, read_sit
 from formats.statistics import CONFIG_STATISTICS, REPA_CHANNELS, REPA_SCALE, repa_statistics
@@ -91,6 +92,7 @@ class ForeignRun:
             "adam_epsilon": self.checkpoint.adamw["eps"],
             "adam_weight_decay": self.checkpoint.adamw["weight_decay"],
             "vae_config": self.tokenizer.architecture if self._has_own_statistics else None,
+            **learned_by_theirs(facts),
         }
         return {name: value for name, value in arguments.items() if value is not None}
 

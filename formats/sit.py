@@ -24,7 +24,7 @@ import torch
 from diffusion import PATH_TYPES
 from errors import UserError
 from formats import ddt
-from formats.flow_map import LOG_VARIANCE, THEIR_DEPTH, flow_map_config, own_model
+from formats.flow_map import LOG_VARIANCE, THEIR_DEPTH, THEIR_GUIDANCE, flow_map_config, own_model
 from formats.lightningdit import ROTARY, check_rotary, facts_of, is_lightningdit, step_of
 from formats.statistics import batch_norm_statistics
 from loss.alignment import DenoiserAlignments, TokenGrid
@@ -44,7 +44,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 # What REPA's and REPA-E's flags say of a network or of how it is sampled; the rest of args is nobody's concern here.
 FACTS = (
     *("model", "num_classes", "encoder_depth", "qk_norm", "resolution", "path_type", "prediction", "cfg_prob"),
-    *("enc_type", "vae", "vae_ckpt", THEIR_DEPTH),
+    *("enc_type", "vae", "vae_ckpt", THEIR_DEPTH, *THEIR_GUIDANCE),
 )
 NUMBERS = ("num_classes", "encoder_depth", "resolution", THEIR_DEPTH)  # of these; whole ones
 _COMPARED = tuple(name for name in FACTS if name != "vae_ckpt")  # a path may be written in several ways

@@ -520,7 +520,8 @@ def test_the_quickstart_s_transformer_is_continued():
 def their_args(**changes: object) -> dict:
     """What Decoupled MeanFlow's train_dmf.py keeps, as far as it matters here."""
     values = {"model": "DMFT-Ti/2", "dmf_depth": 4, "num_classes": 6, "qk_norm": False, "resolution": 64}
-    return values | {"path_type": "linear", "cfg_prob": 0.1, "omega": 0.6} | changes
+    values |= {"path_type": "linear", "cfg_prob": 0.1, "g_type": "mg", "omega": 0.6, "g_min": 0.0, "g_max": 0.7}
+    return values | changes
 
 
 def their_optimizer(model: PublicFlowMap) -> torch.optim.AdamW:
@@ -562,6 +563,8 @@ def test_an_experiment_of_theirs_jumps_as_it_did(tmp_path, capsys):
         argv = sampling_flags(tmp_path / "exps" / name, sample_dir=tmp_path / name, **options)
         assert run(generate.main, argv) == 0
         assert largest_difference(images_in(tmp_path / name), expected) <= 1
+        learned = json.loads((tmp_path / name / "index.json").read_text())["source"]["learned_guidance"]
+        assert learned == ("2.5 on [0, 0.7]" if name == "whole" else None)  # a bare file does not say
 
 
 @pytest.mark.parametrize(("args", "flag", "said"), [
