@@ -24,7 +24,7 @@ from loss.alignment import DENOISER_ALIGNMENTS, NONE, parse_sum, settle_argument
 from models.tokenizers import architecture_names
 from runtime.cli import ArgumentParser, answer_early, non_negative_float, run
 from training import arguments
-from training.flow_map_flags import add_flow_map_arguments, check_not_aligned, describe_flow_map, settle_flow_map
+from training.flow_map_flags import add_flow_map_arguments, describe_flow_map, settle_flow_map
 
 CONTINUE_HELP = (
     "with --exp-name: begin that run with weights, average, optimizer state and step of another run (--resume-step "
@@ -54,7 +54,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.check_denoiser_arguments(parser, args)
     settle_alignment(args)
     settle_flow_map(args)
-    check_not_aligned(args)
     if "/" not in (args.vae_latents_name or "/"):  # a folder in --data-dir
         args.data_dir = args.data_dir or arguments.default_data_dir()
     if not args.dry_run and not args.vae_latents_name:

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,11 @@ class SamplerSettings:
     seed: int
     guidance_channels: int | None = None
 
+    @property
+    def times(self) -> dict[str, Any]:
+        """What samplers are told of their times."""
+        return {"path_type": self.path_type, "shift": self.time_shift}
+
     def forwards(self) -> tuple[int, int]:
         """For one image: evaluations of the velocity, and how many of them are guided, which takes a second pass."""
         times = evaluation_times(self.mode, self.num_steps, self.heun, self.time_shift, self.path_type)
@@ -72,22 +78,19 @@ class SamplerSettings:
 def solve_ode(
     velocity: Velocity, noise: torch.Tensor, labels: torch.Tensor, settings: SamplerSettings, step_noise: StepNoise
 ) -> torch.Tensor:
-    times = {"path_type": settings.path_type, "shift": settings.time_shift}
-    return sample_ode(velocity, noise, labels, settings.num_steps, settings.heun, **times)
+    return sample_ode(velocity, noise, labels, settings.num_steps, settings.heun, **settings.times)
 
 
 def solve_sde(
     velocity: Velocity, noise: torch.Tensor, labels: torch.Tensor, settings: SamplerSettings, step_noise: StepNoise
 ) -> torch.Tensor:
-    times = {"path_type": settings.path_type, "shift": settings.time_shift}
-    return sample_sde(velocity, noise, labels, settings.num_steps, step_noise, **times)
+    return sample_sde(velocity, noise, labels, settings.num_steps, step_noise, **settings.times)
 
 
 def solve_map(
     velocity: Velocity, noise: torch.Tensor, labels: torch.Tensor, settings: SamplerSettings, step_noise: StepNoise
 ) -> torch.Tensor:
-    times = {"path_type": settings.path_type, "shift": settings.time_shift}
-    return sample_map(velocity, noise, labels, settings.num_steps, **times)
+    return sample_map(velocity, noise, labels, settings.num_steps, **settings.times)
 
 
 # By ``--mode``: (velocity, noise at t = 1, labels, settings, noise of a step) → the state at t = 0.

@@ -3,25 +3,21 @@
 Every image of a batch is seen twice: as ever, between equal times, and at the beginning of a jump.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from diffusion.draws import Draws
 from diffusion.flow import add_noise, training_times, velocity
 from diffusion.samplers import model_velocity, sample_map
-from loss.alignment import DenoiserAlignments
 from loss.denoising import denoising_error
 from loss.flow_map import guidance_strength, log_error, mean_velocity_target
 from loss.total import total
 from models.denoisers import Denoiser
 from models.denoisers.sprint import Route
-from models.tokenizers import Tokenizer
 from training.ema import twin
 from training.ldm import LDM
 from training.method import Metrics
@@ -59,26 +55,12 @@ class JumpingDenoiser(nn.Module):
 
 
 class FlowMap(LDM):
-    """Trains a flow map; arguments as :class:`LDM`, the alignment a sum of none.
+    """Trains a flow map; arguments as :class:`LDM`, the flags with ``flow_map_blocks``, the alignment a sum of none."""
 
-    Args:
-        args: the flags of train_ldm.py, with ``flow_map_blocks``.
-        accelerator, denoiser, alignment, tokenizer, encoders: as :class:`LDM`'s.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        accelerator: Accelerator,
-        denoiser: Denoiser,
-        alignment: DenoiserAlignments,
-        tokenizer: Tokenizer,
-        encoders: Sequence[nn.Module] | None,
-        feature_norm: None = None,
-    ):
-        super().__init__(args, accelerator, denoiser, alignment, tokenizer, encoders, feature_norm)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
         # Forward derivatives do not go through compiled blocks, nor in torch 2.6 through what training recomputes.
-        self.derived = twin(denoiser).eval()
+        self.derived = twin(self.denoiser).eval()
 
     def wrapped(self) -> nn.Module:
         return JumpingDenoiser(self.denoiser)

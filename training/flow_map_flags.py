@@ -57,6 +57,11 @@ def settle_flow_map(args: argparse.Namespace) -> None:
             raise UserError(f"{flag_of(name)} is for --flow-map-blocks: add that, or leave it out")
     if not args.flow_map_blocks:
         return
+    if args.align != "none":  # settled before
+        raise UserError(
+            f"--flow-map-blocks with --align {args.align}: give --align none; alignment belongs to the run that is "
+            "continued"
+        )
     if args.flow_map_cfg_scale in (None, 1):
         for name in ("flow_map_guidance_low", "flow_map_guidance_high"):
             if getattr(args, name) is not None:
@@ -74,15 +79,6 @@ def settle_flow_map(args: argparse.Namespace) -> None:
         raise UserError("--flow-map-blocks with --sprint: it sees all tokens; add --token-drop 0 --path-drop 0")
     if args.velocity_cosine_coeff:
         raise UserError("--flow-map-blocks with --velocity-cosine-coeff: its loss is of squared errors; leave one out")
-
-
-def check_not_aligned(args: argparse.Namespace) -> None:
-    """A flow map is learned by a network that is aligned already."""
-    if args.flow_map_blocks and args.align != "none":
-        raise UserError(
-            f"--flow-map-blocks with --align {args.align}: give --align none; alignment belongs to the run that is "
-            "continued"
-        )
 
 
 def describe_flow_map(args: argparse.Namespace, depth: int) -> list[str]:
