@@ -295,7 +295,8 @@ def build_targets(
         "dtype": args.dtype,
         "precision": precision + (", compiled" if args.compile else ""),  # which moves last bits
     }
-    dtype, vae, shards = getattr(torch, args.dtype), networks.tokenizer, len(images.shard_counts)
+    vae, shards = networks.tokenizer, len(images.shard_counts)
+    dtype = getattr(torch, latents_dtype(args, vae))
     specs, checksum = build_specs(args, networks), vae.checksum()
     statistics = args.statistics
     if networks.keeps_statistics:
@@ -363,9 +364,15 @@ def vfm_parts(args: argparse.Namespace, networks: Networks) -> list[VFMPart]:
     return parts
 
 
+def latents_dtype(args: argparse.Namespace, tokenizer: Tokenizer) -> str:
+    """Type of the latents' shards: pixels are stored as they are."""
+    return tokenizer.stored_type or args.dtype
+
+
 def build_specs(args: argparse.Namespace, networks: Networks) -> dict[str, ShardSpec]:
     """What an item is, of the latents and of what is stored of each VFM."""
-    latents = ShardSpec("latents", networks.tokenizer.stored_shape(args.resolution), args.dtype)
+    vae = networks.tokenizer
+    latents = ShardSpec("latents", vae.stored_shape(args.resolution), latents_dtype(args, vae))
     return {"latents": latents} | {seen.name: seen.spec for seen in vfm_parts(args, networks)}
 
 
@@ -468,7 +475,8 @@ def dry_run(
 ) -> None:
     """Encode two batches and say what the whole would take."""
     count = IMAGENET_IMAGES if images is None else len(images)
-    dtype, vae = getattr(torch, args.dtype), networks.tokenizer
+    vae = networks.tokenizer
+    dtype = getattr(torch, latents_dtype(args, vae))
     specs, encoders = build_specs(args, networks), {"latents": (latents_encoder(vae, dtype), None)}
     encoders |= {seen.name: (seen.encode, seen.part) for seen in vfm_parts(args, networks)}
     chunk = chunk_size(args.resolution, process.device)

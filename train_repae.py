@@ -17,6 +17,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 from errors import UserError
 from formats.arguments import add_encoder_arguments, add_vae_source_arguments
@@ -93,7 +94,7 @@ from models.tokenizers import Tokenizer
 from runtime import NUM_CLASSES
 from training import dry_run
 from training.data import measure_features, measure_statistics, open_features, open_image_data
-from training.ldm import LDM
+from training.ldm import LDM, drawn_times
 from training.loop import Loop
 from training.micro_batch import Trial
 from training.networks import (
@@ -195,7 +196,7 @@ def build(
     through = None
     if args.vae_align_proj_coeff:
         weight = args.vae_align_proj_coeff
-        through = ThroughDenoiser(denoiser, alignment["repa"], weight, args.weighting, args.path_type, args.time_shift)
+        through = ThroughDenoiser(denoiser, alignment["repa"], weight, partial(drawn_times, args), args.path_type)
     vae = build_sendvae(args, accelerator, tokenizer, through, encoders, objective, discriminator)
     method = Repae(vae, LDM(args, accelerator, denoiser, alignment, tokenizer, None))
     if args.compile:

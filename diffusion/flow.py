@@ -95,23 +95,32 @@ def settled_shift(shift: float | str, latent_shape: Sequence[int]) -> float:
     return math.sqrt(math.prod(latent_shape) / 4096) if shift == "auto" else shift
 
 
-def training_times(draws: torch.Tensor, weighting: str, path_type: str = "linear", shift: float = 1.0) -> torch.Tensor:
+def training_times(
+    draws: torch.Tensor,
+    weighting: str,
+    path_type: str = "linear",
+    shift: float = 1.0,
+    mean: float = 0.0,
+    std: float = 1.0,
+) -> torch.Tensor:
     """Times to train at, in [0, 1].
 
-    ``uniform``: the draws themselves. ``lognormal``: σ = exp n for standard normal n, then the time whose noise-to-data
-    ratio σ_t/α_t is σ: t = σ/(1 + σ) (linear) or 2/π·atan σ (cosine).
+    ``uniform``: the draws themselves. ``lognormal``: σ = exp(mean + std·n) for standard normal n, then the time whose
+    noise-to-data ratio σ_t/α_t is σ: t = σ/(1 + σ) (linear) or 2/π·atan σ (cosine).
 
     Args:
         draws: uniform in [0, 1) for ``uniform``, standard normal for ``lognormal``, any shape.
         weighting: one of ``WEIGHTINGS``.
         path_type: of the interpolant.
         shift: see :func:`shift_times`.
+        mean, std: of log σ.
     """
     if weighting == "uniform":
         times = draws
     elif weighting != "lognormal":
         raise ValueError(f"weighting {weighting!r} is none of {WEIGHTINGS}")
     else:
+        draws = draws if (mean, std) == (0, 1) else mean + std * draws
         times = torch.sigmoid(draws) if path_type == "linear" else torch.atan(draws.exp()) * (2 / math.pi)
     return shift_times(times, shift, path_type)
 

@@ -44,6 +44,9 @@ class OwnKind:
 
     def load(self) -> tuple[Tokenizer, str | None]:
         """The one in the folder, and where its latent statistics come from: None where it has none."""
+        if self.folder is None and not tokenizer_kind(self.name).needs_weights:
+            tokenizer = self.build()
+            return tokenizer, tokenizer.take_statistics()
         if self.folder is None:
             raise UserError(f"--vae {self.name} names a kind of tokenizer: give a folder of one, or --vae-ckpt none")
         try:
@@ -65,7 +68,7 @@ def find_own_kind(name: str | None) -> OwnKind | None:
             path = hub_folder(name)
         except NotWeightsError:
             return None  # who reads it says why
-    if path.is_dir():
+    if path.is_dir() and name not in TOKENIZERS:
         refuse_unfinished(str(path / "vae"))  # a training that began anew leaves the old one there
         folder = next((place for place in (path, path / "vae") if (place / CONFIG_FILE).is_file()), None)
         try:

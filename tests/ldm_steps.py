@@ -24,6 +24,8 @@ FLAGS = {
     "path_type": "linear",
     "weighting": "uniform",
     "time_shift": 1.0,
+    "time_mean": 0.0,
+    "time_std": 1.0,
     "learning_rate": 1e-3,
     "lr_schedule": "constant",
     "lr_hold_steps": 0,

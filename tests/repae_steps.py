@@ -3,6 +3,7 @@
 import argparse
 import copy
 from collections.abc import Sequence
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -20,7 +21,7 @@ from models.denoisers.sit import SiT
 from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from tests.sendvae_runs import random_images
-from training.ldm import LDM
+from training.ldm import LDM, drawn_times
 from training.method import Metrics
 from training.repae import Encoded, Repae
 from training.sendvae import SendVAE
@@ -101,7 +102,8 @@ def tiny_trainer(
             torch.nn.init.normal_(parameter, std=0.05)
     through = None
     if align and vae_align_coeff:
-        through = ThroughDenoiser(denoiser, alignment["repa"], vae_align_coeff, weighting, path_type)
+        times = partial(drawn_times, args)
+        through = ThroughDenoiser(denoiser, alignment["repa"], vae_align_coeff, times, path_type)
     vae = SendVAE(args, accelerator, tokenizer, through, encoders, objective, discriminator)
     return Repae(vae, LDM(args, accelerator, denoiser, alignment, tokenizer, encoders=None))
 

@@ -45,14 +45,14 @@ def randomised(config: DiTDHConfig) -> Denoiser:
 def test_every_size_and_patch_builds_and_answers(kind):
     """On the meta device: shapes without memory; REPA taps the blocks before the head."""
     for name in KINDS[kind].model_names():
-        config = KINDS[kind](name, 768, 16, num_classes=1000)
+        config = KINDS[kind](name, 768, 32, num_classes=1000)
         with torch.device("meta"):
             model = config.build()
             aligned = REPA(model, [TokenGrid("vfm", model.grid, 768)], depth=4, width=2048, weight=0.5)
-            x, t, y = torch.empty(2, 768, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.int64)
+            x, t, y = torch.empty(2, 768, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.int64)
             velocity, states = model(x, t, y, (4,))
             (tokens,) = aligned.predict(states)
-        assert velocity.shape == (2, 768, 16, 16)
+        assert velocity.shape == (2, 768, 32, 32)
         assert states[0].shape == (2, model.grid**2, model.width)
         assert tokens.shape == (2, model.grid**2, 768)
         assert model.head.blocks[0].mlp.w3.weight.shape == (2048, 5461)

@@ -37,13 +37,13 @@ def randomised(config: LightningDiTConfig = TINY) -> LightningDiT:
 @pytest.mark.parametrize("name", LightningDiTConfig.model_names())
 def test_every_size_and_patch_builds_and_answers(name):
     """On the meta device: shapes without memory; REPA taps it."""
-    config = LightningDiTConfig(name, 32, 16, num_classes=1000)
+    config = LightningDiTConfig(name, 32, 32, num_classes=1000)
     with torch.device("meta"):
         model = config.build()
         aligned = REPA(model, [TokenGrid("vfm", model.grid, 768)], depth=4, width=2048, weight=0.5)
-        velocity, states = model(torch.empty(2, 32, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.int64), (4,))
+        velocity, states = model(torch.empty(2, 32, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.int64), (4,))
         (tokens,) = aligned.predict(states)
-    assert velocity.shape == (2, 32, 16, 16)
+    assert velocity.shape == (2, 32, 32, 32)
     assert states[0].shape == (2, model.grid**2, model.width)
     assert tokens.shape == (2, model.grid**2, 768)
 
@@ -171,7 +171,7 @@ def test_config_and_weights_survive_a_folder(tmp_path):
             {"model": "LightningDiT-XXL/1"},
             "--model LightningDiT-XXL/1 is not known; give LightningDiT-SIZE/PATCH with Ti",
         ),
-        ({"model": "LightningDiT-XL/4"}, "and 1, 2"),
+        ({"model": "LightningDiT-XL/3"}, "and 1, 2, 4, 8, 16, 32"),
         ({"model": "LightningDiT-Ti/2", "latent_size": 7}, "patch 2 does not divide the 7×7 latent"),
     ],
 )

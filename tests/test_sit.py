@@ -42,17 +42,17 @@ def inputs(count: int = 3, config: SiTConfig = TINY, dtype: torch.dtype = torch.
 def test_every_size_and_patch_builds_and_answers(name):
     """Large ones on the meta device: shapes without memory."""
     patch = int(name.rsplit("/", 1)[1])
-    config = SiTConfig(name, 32, 16, num_classes=1000)
+    config = SiTConfig(name, 32, 32, num_classes=1000)
     with torch.device("meta"):
         model = SiT(config)
         features = [TokenGrid("vfm", model.grid, width) for width in (768, 1024)]
         aligned = REPA(model, features, depth=4, width=2048, weight=0.5)
-        x, t, y = torch.empty(2, 32, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.int64)
+        x, t, y = torch.empty(2, 32, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.int64)
         velocity, states = model(x, t, y, taps=(4,))
         tokens = aligned.predict(states)
     assert velocity.shape == x.shape
     assert [state.shape for state in states] == [(2, model.grid**2, model.width)]
-    assert [token.shape for token in tokens] == [(2, (16 // patch) ** 2, dim) for dim in (768, 1024)]
+    assert [token.shape for token in tokens] == [(2, (32 // patch) ** 2, dim) for dim in (768, 1024)]
 
 
 # DiT's published sizes are 33, 130, 458 and 675 million with 1000 classes and 4 channels (8 output channels there, 4
@@ -220,7 +220,7 @@ def test_config_survives_json():
     assert SiTConfig.from_dict(TINY.to_dict()) == TINY
     assert denoiser_config(json.loads(json.dumps(TINY.to_dict()))) == TINY
     assert (TINY.patch_size, TINY.grid, TINY.size) == (2, 4, SIT_SIZES["Ti"])
-    assert set(SiTConfig.patches) == {1, 2, 4, 8}
+    assert set(SiTConfig.patches) == {1, 2, 4, 8, 16, 32}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from errors import UserError
 from formats import averages
 from formats.arguments import add_verify_argument
 from models.denoisers import DENOISERS, denoiser_kind
+from models.denoisers.config import PREDICTIONS
 from runtime.cli import (
     add_debug_argument,
     flag_of,
@@ -48,7 +49,7 @@ UNSAID = {
     **{"align_schedule": "constant", "align_until": None, "mapper_head": "mlp", "reg_coeff": 0.0},
     **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
     **{"posthoc_ema": averages.NO_LENGTHS, "eq_image_probability": 0.0},
-    **{"lr_hold_steps": 0, "lr_decay_until": None, "lr_floor": 0.0},
+    **{"lr_hold_steps": 0, "lr_decay_until": None, "lr_floor": 0.0, "time_mean": 0.0, "time_std": 1.0},
 }
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
@@ -171,13 +172,24 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
         add_arguments(group)
     add_token_drop_arguments(group)
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
-    group.add_argument("--prediction", choices=("v",), default="v", help="what the network predicts: the velocity")
+    group.add_argument(
+        "--prediction",
+        choices=tuple(PREDICTIONS),
+        help="what the network makes: v, the velocity, or x, the data, from which the velocity follows, for tokens of "
+        "more numbers than the network is wide (default: v; JiT: x)",
+    )
     group.add_argument(
         "--weighting",
         choices=WEIGHTINGS,
         default="uniform",
         help="how training times are drawn; lognormal: log of the noise-to-data ratio from N(0, 1), which is the logit "
         "of the time on the linear path",
+    )
+    group.add_argument(
+        "--time-mean", type=float, default=0.0, metavar="X", help="with --weighting lognormal: mean of that log"
+    )
+    group.add_argument(
+        "--time-std", type=positive_float, default=1.0, metavar="X", help="and its standard deviation; JiT: both 0.8"
     )
     group.add_argument(
         "--time-shift",
@@ -469,14 +481,24 @@ def check_rate_schedule(args: argparse.Namespace, max_steps: int | None = None) 
 
 
 def check_denoiser_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse flags of another kind of denoiser than ``--model``'s, and of SPRINT without it; settle the latter."""
-    own = denoiser_kind(args.model).own_flags()
+    """Refuse flags of another kind of denoiser than ``--model``'s, and of SPRINT without it; settle SPRINT's and
+    what is predicted."""
+    kind = denoiser_kind(args.model)
+    own = kind.own_flags()
     for name in sorted({name for kind in DENOISERS.values() for name in kind.own_flags()} - own):
         if getattr(args, name) != parser.get_default(name):
             names = "; ".join(kind.names for kind in DENOISERS.values() if name in kind.own_flags())
             raise UserError(
                 f"{flag_of(name)} belongs to --model {names}, not to {args.model}: leave it out, or choose such a model"
             )
+    args.prediction = args.prediction or kind.prediction
+    if args.prediction == "x" and args.path_type != "linear":
+        raise UserError(
+            f"--path-type {args.path_type}: with predicted data (--prediction x) the velocity is that of the linear "
+            "path: leave it out, or give --prediction v"
+        )
+    if args.weighting != "lognormal" and (args.time_mean, args.time_std) != (0, 1):
+        raise UserError(f"--time-mean and --time-std are of --weighting lognormal, not of {args.weighting}: give that")
     settle_token_drop(args)
 
 

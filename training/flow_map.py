@@ -19,7 +19,7 @@ from loss.total import total
 from models.denoisers import Denoiser
 from models.denoisers.sprint import Route
 from training.ema import twin
-from training.ldm import LDM
+from training.ldm import LDM, drawn_times
 from training.method import Metrics
 
 GRID_STEPS = (1, 4)  # of the samples that a training shows
@@ -99,8 +99,7 @@ class FlowMap(LDM):
 
     def still(self, state: torch.Tensor, draws: Draws) -> Jumps:
         """States of the usual training, between equal times."""
-        args = self.args
-        t = training_times(draws.times, args.weighting, args.path_type, args.time_shift)
+        t = drawn_times(self.args, draws.times)
         return self.on_path(state, draws.noise, t, t)
 
     def jumps(self, state: torch.Tensor, generator: torch.Generator) -> Jumps:

@@ -95,6 +95,11 @@ def checked(
     return output
 
 
+def drawn_times(args: argparse.Namespace, draws: torch.Tensor) -> torch.Tensor:
+    """Times to train at from what ``Draws.times`` holds, ``[B]``."""
+    return training_times(draws, args.weighting, args.path_type, args.time_shift, args.time_mean, args.time_std)
+
+
 class LDM(Method):
     """Trains a denoiser; implements ``training.method.Method``.
 
@@ -219,12 +224,13 @@ class LDM(Method):
         is of the same images.
         """
         args = self.args
-        t = training_times(draws.times, args.weighting, args.path_type, args.time_shift)
+        t = drawn_times(args, draws.times)
         labels = torch.where(draws.dropout < args.cfg_prob, self.denoiser.null_class, labels)
         with self.reducing(self.networks, synchronise):
             state = self.denoiser.pack(x, class_token)
             noisy = add_noise(state, t, draws.noise, args.path_type)
-            target, token_target = self.denoiser.unpack(velocity(state, t, draws.noise, args.path_type))
+            target = self.denoiser.target(velocity(state, t, draws.noise, args.path_type), t)
+            target, token_target = self.denoiser.unpack(target)
             step = DenoisingStep(x, t, labels, draws, target, features, route=route)
             taught = {} if features is None else self.taught(state, step)
             prediction, aligned = self.networks(noisy, step, taught)

@@ -146,7 +146,8 @@ def mean_denoising_errors(
         t = torch.from_numpy((items + 0.5) * GOLDEN_RATIO % 1).to(x.device, torch.float32)
         with method.accelerator.autocast():
             prediction, _ = denoiser(add_noise(x, t, noise, path_type), t, labels)
-        parts = zip(*map(denoiser.unpack, (prediction, velocity(x, t, noise, path_type))), strict=True)
+        target = denoiser.target(velocity(x, t, noise, path_type), t)
+        parts = zip(*map(denoiser.unpack, (prediction, target)), strict=True)
         errors = [denoising_error(*pair).double().sum() for pair in list(parts)[: len(names)]]
         sums += torch.stack([*errors, sums.new_tensor(float(len(items)))])
     denoiser.train(was_training)

@@ -1,11 +1,11 @@
 """REPA-E's alignment of a VAE (arXiv 2504.10483): its latents predict VFM features through a frozen denoiser."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from diffusion.draws import Draws
-from diffusion.flow import add_noise, training_times
+from diffusion.flow import add_noise
 from loss.alignment.base import Terms, TokenizerAlignment, Weights
 from loss.alignment.cosine import averaged, patch_cosine_loss
 from loss.alignment.repa import REPA
@@ -23,16 +23,21 @@ class ThroughDenoiser(TokenizerAlignment):
         denoiser: the network.
         repa: its projectors.
         weight: of the average over the VFMs.
-        weighting, path_type, time_shift: how its times are drawn, and the interpolant.
+        times: what ``Draws.times`` holds → times.
+        path_type: the interpolant.
     """
 
     def __init__(
-        self, denoiser: Denoiser, repa: REPA, weight: float, weighting: str, path_type: str, time_shift: float = 1.0
+        self,
+        denoiser: Denoiser,
+        repa: REPA,
+        weight: float,
+        times: Callable[[torch.Tensor], torch.Tensor],
+        path_type: str,
     ):
         super().__init__()
         self._networks = (denoiser, repa)  # a tuple is not registered
-        self.weight, self._times = weight, (weighting, path_type, time_shift)
-        self.path_type = path_type
+        self.weight, self._times, self._path_type = weight, times, path_type
 
     def forward(
         self,
@@ -44,8 +49,8 @@ class ThroughDenoiser(TokenizerAlignment):
     ) -> Terms:
         """``alignment``: mean over batch and patches of 1 − cos."""
         denoiser, repa = self._networks
-        t = training_times(draws.times, *self._times)
-        noisy = add_noise(statistics.normalize(latent), t, draws.noise, self.path_type)
+        t = self._times(draws.times)
+        noisy = add_noise(statistics.normalize(latent), t, draws.noise, self._path_type)
         tokens = repa.predict(denoiser.hidden_states(noisy, t, labels, repa.taps))
         losses = [patch_cosine_loss(*pair) for pair in zip(tokens, features, strict=True)]
         return averaged("alignment", [vfm.name for vfm in repa.features], losses)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from errors import UserError
-from models.denoisers.config import DDTConfig, DenoiserConfig, DiTDHConfig, LightningDiTConfig, SiTConfig
+from models.denoisers.config import DDTConfig, DenoiserConfig, DiTDHConfig, JiTConfig, LightningDiTConfig, SiTConfig
 
 __all__ = ["DENOISERS", "Denoiser", "DenoiserConfig"]
 
@@ -14,6 +14,7 @@ DENOISERS: dict[str, type[DenoiserConfig]] = {
     "LightningDiT": LightningDiTConfig,
     "DiTDH": DiTDHConfig,
     "DDT": DDTConfig,
+    "JiT": JiTConfig,
 }
 
 

@@ -20,6 +20,9 @@ from schema import read_json
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers calls them
 
 
+LEAST_TIME = 0.05  # by which a predicted image's distance is divided at least (JiT, arXiv 2511.13720, appendix A)
+
+
 class Denoiser(nn.Module, ABC):
     """A network on latents. Nothing of an alignment is part of it: projectors are kept apart (``loss.alignment``).
 
@@ -61,6 +64,17 @@ class Denoiser(nn.Module, ABC):
     def class_token_width(self) -> int:
         """Channels D of the class token beside the latent; 0: none."""
         return self.config.class_token_width
+
+    @property
+    def damps(self) -> bool:
+        """Whether its velocity is made of predicted data, and shrinks below ``LEAST_TIME``."""
+        return self.config.prediction == "x"
+
+    def target(self, velocity: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What its velocity is compared with in training: a true one ``[B, ...]``, at ``[B]``, damped likewise."""
+        if not self.damps:
+            return velocity
+        return velocity * (t / LEAST_TIME).clamp_max(1).reshape(-1, *[1] * (velocity.ndim - 1))
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -164,3 +178,12 @@ class Denoiser(nn.Module, ABC):
                 raise
             raise UserError(f"{folder} is not a complete folder of a {cls.__name__} ({one_line(error)})") from error
         return model.eval()
+
+
+def velocity_to(data: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The velocity on the linear path of states ``x`` ``[B, ...]`` at times ``[B]`` whose data were ``data``.
+
+    ``(x − data)/t``: ``ε − data`` where ``x`` is ``(1 − t)·data + t·ε``. Below ``LEAST_TIME`` it is divided by that, in
+    training and in sampling.
+    """
+    return (x - data) / t.clamp_min(LEAST_TIME).reshape(-1, *[1] * (x.ndim - 1))

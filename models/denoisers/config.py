@@ -23,12 +23,14 @@ class DenoiserConfig:
         sparse_blocks: numbers, from 1, of the blocks that may see a part of the tokens in training (SPRINT).
         flow_map_blocks: last blocks that are told where a jump ends (Decoupled MeanFlow); 0: the network makes none. A
             kind that can makes it a field.
+        prediction: what the network makes, a name of ``PREDICTIONS``. A kind that can makes it a field.
     """
 
     names: ClassVar[str] = ""
     class_token_width = 0  # without a type, so that it is no field here
     sparse_blocks = range(0)
     flow_map_blocks = 0
+    prediction = "v"
 
     model: str
     latent_channels: int
@@ -58,7 +60,8 @@ class DenoiserConfig:
     def with_flow_map(self, blocks: int) -> "DenoiserConfig":
         """The same, its last ``blocks`` told where a jump ends."""
         raise UserError(
-            f"--model {self.model} cannot learn to jump (--flow-map-blocks, --mode map): give a SiT or a LightningDiT"
+            f"--model {self.model} cannot learn to jump (--flow-map-blocks, --mode map): give a SiT or a LightningDiT "
+            "that predicts the velocity"
         )
 
     def to_dict(self) -> dict:
@@ -77,11 +80,15 @@ class DenoiserConfig:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **values: Any) -> "DenoiserConfig":
-        """The fields given, and those of the kind's own flags."""
-        config = cls(**values | {name: getattr(args, name) for name in cls.own_flags() - values.keys()})
+        """The fields given, and those of the kind's own flags; one that is None is as the kind has it."""
+        flags = {name: getattr(args, name) for name in cls.own_flags() - values.keys()}
+        config = cls(**values | {name: value for name, value in flags.items() if value is not None})
         config.check()
         return config
 
+
+PATCHES = (1, 2, 4, 8, 16, 32)  # sides, in latent positions; the large ones are for pixels
+PREDICTIONS = {"v": "the velocity", "x": "the data"}
 
 # SPRINT: share of the tokens that is dropped → side of the squares in which it is, and how many of each are kept.
 TOKEN_GROUPS = {0.5: (2, 2), 0.625: (4, 6), 0.75: (2, 1), 0.875: (4, 2)}
@@ -108,16 +115,18 @@ class TransformerConfig(DenoiserConfig):
         qk_norm: a norm on the queries and keys of each head.
         sprint: the middle blocks see a part of the tokens in training (``models.denoisers.sprint``).
         flow_map_blocks: as in :class:`DenoiserConfig`.
+        prediction: what the network makes, a name of ``PREDICTIONS``; the denoiser answers the velocity that follows.
     """
 
     kind: ClassVar[str] = ""
     sizes: ClassVar[Mapping[str, TransformerSize]] = {}
-    patches: ClassVar[tuple[int, ...]] = ()
+    patches: ClassVar[tuple[int, ...]] = PATCHES
 
     qk_norm: bool = False
     class_token_width: int = field(default=0, metadata={"has_flag": False})
     sprint: bool = False
     flow_map_blocks: int = field(default=0, metadata={"has_flag": False})
+    prediction: str = "v"
 
     def with_class_token(self, width: int) -> "TransformerConfig":
         return replace(self, class_token_width=width)
@@ -132,6 +141,8 @@ class TransformerConfig(DenoiserConfig):
         for name in ("class_token_width", "sprint", "flow_map_blocks"):
             if not values[name]:  # as before there was such a thing
                 del values[name]
+        if self.prediction == type(self).prediction:
+            del values["prediction"]
         return values
 
     @staticmethod
@@ -195,6 +206,10 @@ class TransformerConfig(DenoiserConfig):
                 f"--model {self.model}: patch {self.patch_size} does not divide the "
                 f"{self.latent_size}×{self.latent_size} latent"
             )
+        if self.prediction not in PREDICTIONS:
+            raise UserError(f"--prediction {self.prediction} is not known; give {' or '.join(PREDICTIONS)}")
+        if self.flow_map_blocks and self.prediction != "v":
+            DenoiserConfig.with_flow_map(self, self.flow_map_blocks)
         if type(self.flow_map_blocks) is not int or not 0 <= self.flow_map_blocks < self.size.depth:
             raise UserError(
                 f"--flow-map-blocks {self.flow_map_blocks}: of the {self.size.depth} blocks of {self.model} at least "
@@ -215,10 +230,12 @@ SIT_SIZES = {
 class SiTConfig(TransformerConfig):
     """``qk_norm`` is a LayerNorm."""
 
-    names: ClassVar[str] = f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1, 2, 4 or 8 latent positions"
+    names: ClassVar[str] = (
+        f"SiT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch {', '.join(map(str, PATCHES))} latent positions (pixels: "
+        "the large ones)"
+    )
     kind: ClassVar[str] = "SiT"
     sizes: ClassVar[Mapping[str, TransformerSize]] = SIT_SIZES
-    patches: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
 
     def build(self) -> "SiT":  # noqa: F821
         from models.denoisers.sit import SiT
@@ -234,15 +251,59 @@ LIGHTNINGDIT_SIZES = SIT_SIZES | {"1p0B": TransformerSize(24, 1536, 24), "1p6B":
 class LightningDiTConfig(TransformerConfig):
     """``qk_norm`` is an RMSNorm; the public recipe is without, and turns it on where a training diverges."""
 
-    names: ClassVar[str] = f"LightningDiT-SIZE/PATCH, sizes {', '.join(LIGHTNINGDIT_SIZES)}, patch 1 or 2"
+    names: ClassVar[str] = f"LightningDiT-SIZE/PATCH, sizes {', '.join(LIGHTNINGDIT_SIZES)}, the same patches"
     kind: ClassVar[str] = "LightningDiT"
     sizes: ClassVar[Mapping[str, TransformerSize]] = LIGHTNINGDIT_SIZES
-    patches: ClassVar[tuple[int, ...]] = (1, 2)
 
     def build(self) -> "LightningDiT":  # noqa: F821
         from models.denoisers.lightningdit import LightningDiT
 
         return LightningDiT(self)
+
+
+# The public code's, and the two small ones of SiT.
+JIT_SIZES = {name: SIT_SIZES[name] for name in ("Ti", "S", "B", "L")} | {"H": TransformerSize(32, 1280, 16)}
+
+
+@dataclass(frozen=True)
+class JiTConfig(TransformerConfig):
+    """A LightningDiT for large patches of pixels (``models.denoisers.jit``); queries and keys always have a norm."""
+
+    names: ClassVar[str] = f"JiT-SIZE/PATCH, sizes {', '.join(JIT_SIZES)}, the same patches"
+    kind: ClassVar[str] = "JiT"
+    sizes: ClassVar[Mapping[str, TransformerSize]] = JIT_SIZES
+
+    qk_norm: bool = True
+    prediction: str = "x"
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, **values: Any) -> "JiTConfig":
+        return super().from_arguments(args, qk_norm=True, **values)
+
+    @property
+    def bottleneck(self) -> int:
+        """Channels between a patch and its token."""
+        return 128 if self.size.width <= 1024 else 256
+
+    @property
+    def blocks_before_class(self) -> int:
+        """Blocks before tokens of the class join those of the image."""
+        return min(10, self.size.depth // 3)
+
+    def with_flow_map(self, blocks: int) -> "JiTConfig":
+        return DenoiserConfig.with_flow_map(self, blocks)
+
+    def check(self) -> None:
+        super().check()
+        if self.flow_map_blocks:
+            self.with_flow_map(self.flow_map_blocks)
+        if self.sprint:
+            raise UserError(f"--sprint: {self.model} takes tokens of the class on the way; give another --model")
+
+    def build(self) -> "JiT":  # noqa: F821
+        from models.denoisers.jit import JiT
+
+        return JiT(self)
 
 
 HEAD_CHANNELS = 128  # of an attention head in the wide head
@@ -256,10 +317,9 @@ class DiTDHConfig(TransformerConfig):
         head_depth, head_width: blocks and channels of the head.
     """
 
-    names: ClassVar[str] = f"DiTDH-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1 or 2"
+    names: ClassVar[str] = f"DiTDH-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, the same patches"
     kind: ClassVar[str] = "DiTDH"
     sizes: ClassVar[Mapping[str, TransformerSize]] = SIT_SIZES
-    patches: ClassVar[tuple[int, ...]] = (1, 2)
 
     head_depth: int = 2
     head_width: int = 2048
@@ -304,7 +364,7 @@ class DiTDHConfig(TransformerConfig):
 class DDTConfig(DiTDHConfig):
     """Time and class are tokens; diffusion-bench's has a norm on queries and keys (``qk_norm``)."""
 
-    names: ClassVar[str] = f"DDT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, patch 1 or 2"
+    names: ClassVar[str] = f"DDT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, the same patches"
     kind: ClassVar[str] = "DDT"
 
     def build(self) -> "DDT":  # noqa: F821

@@ -6,14 +6,13 @@ asked at 1 − t and its velocity points from noise to data. The network below k
 optimizer moments of theirs mean the same here, to the bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.denoisers.config import TransformerSize
-from models.denoisers.sprint import DENSE, Route
 from models.denoisers.transformer import Attention, Block, Norm, PlainBlock, Transformer
 
 
@@ -27,6 +26,8 @@ class RMSNorm(nn.RMSNorm):
 class LightningDiT(Transformer):
     """The transformer; time is 0 at the data, as for every denoiser here."""
 
+    counts_to_data = True
+
     def norm(self, width: int) -> nn.Module:
         return RMSNorm(width, eps=1e-6)
 
@@ -34,26 +35,15 @@ class LightningDiT(Transformer):
         size, qk_norm = self.config.size, self.norm if self.config.qk_norm else nn.Identity
         return lightning_blocks(Block, size, self.norm, qk_norm, self.grid, self.prefix)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
-        taps: Sequence[int] = (),
-        route: Route = DENSE,
-        arrival: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        to_data, states = super().forward(x, 1 - t, y, taps, route, None if arrival is None else 1 - arrival)
-        return -to_data, states
-
-    def hidden_states(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
-    ) -> tuple[torch.Tensor, ...]:
-        return super().hidden_states(x, 1 - t, y, taps)
-
 
 def lightning_blocks(
-    kind: type[PlainBlock], size: TransformerSize, norm: Norm, qk_norm: Norm, grid: int, unplaced: int
+    kind: type[PlainBlock],
+    size: TransformerSize,
+    norm: Norm,
+    qk_norm: Norm,
+    grid: int,
+    unplaced: int,
+    depth: int | None = None,
 ) -> Iterator[PlainBlock]:
     """Blocks with rotary positions and SwiGLU, of as many numbers as with a GELU MLP of four times the width.
 
@@ -62,9 +52,10 @@ def lightning_blocks(
         size: how many, of which width, with how many heads.
         norm, qk_norm: as in :class:`Block` and :class:`Attention`.
         grid, unplaced: as in :class:`RotaryPositions`.
+        depth: how many, where they are not all.
     """
     rotary = RotaryPositions(size.width // size.heads, grid, unplaced=unplaced)  # one for all
-    for _ in range(size.depth):
+    for _ in range(size.depth if depth is None else depth):
         attention = Attention(size.width, size.heads, qk_norm, rotary)
         yield kind(size.width, norm, attention, SwiGLU(size.width, 8 * size.width // 3))
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.compilation import allow_graphs, hold_length, with_fusing
-from models.denoisers.base import Denoiser
+from models.denoisers.base import Denoiser, velocity_to
 from models.denoisers.config import TransformerConfig
 from models.denoisers.sprint import DENSE, Fusion, Route, select
 from models.layers import sincos_positions, unpatchify, xavier_linears
@@ -34,12 +34,13 @@ class Transformer(Denoiser):
     """
 
     config: TransformerConfig
+    counts_to_data = False  # inside, in checkpoints: time runs from noise at 0, and a velocity points to the data
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
         self.gradient_checkpointing = self.is_compiled = False
         size, patch = config.size, config.patch_size
-        self.x_embedder = PatchEmbedding(config.latent_channels, size.width, patch)
+        self.x_embedder = self.make_patch_embedding(config.latent_channels, size.width, patch)
         self.register_buffer("pos_embed", sincos_positions(size.width, config.grid)[None])
         token_width = config.class_token_width
         self.class_token_embedder = self.make_class_token_embedder(size.width) if token_width else None
@@ -57,6 +58,10 @@ class Transformer(Denoiser):
     @abstractmethod
     def make_blocks(self) -> Iterator["Block"]:
         """The blocks, in their order."""
+
+    def make_patch_embedding(self, channels: int, width: int, patch_size: int) -> nn.Module:
+        """What makes tokens of patches."""
+        return PatchEmbedding(channels, width, patch_size)
 
     def make_time_embedder(self) -> nn.Module:
         """Time ``[B]`` → ``[B, width]``."""
@@ -97,19 +102,26 @@ class Transformer(Denoiser):
         route: Route = DENSE,
         arrival: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        time = self.t_embedder(t)
+        time = self.embed_time(t)
         condition = last = self.condition(time, y)
         if arrival is not None:  # Decoupled MeanFlow (arXiv 2510.24474): the last blocks decode for another time
-            last = self.condition(self.t_embedder(arrival), y)
+            last = self.condition(self.embed_time(arrival), y)
         tokens, states = self._through_blocks(x, condition, taps, self.depth, route, last)
         patches, class_token = self.final_layer(*self.last_tokens(x, time, last, tokens))
-        return self.pack(unpatchify(patches, self.config.latent_shape), class_token), states
+        output = self.pack(unpatchify(patches, self.config.latent_shape), class_token)
+        if self.config.prediction == "x":
+            return velocity_to(output, x, t), states
+        return -output if self.counts_to_data else output, states
 
     def hidden_states(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
     ) -> tuple[torch.Tensor, ...]:
-        condition = self.condition(self.t_embedder(t), y)
+        condition = self.condition(self.embed_time(t), y)
         return self._through_blocks(x, condition, taps, max(taps), DENSE, condition)[1]
+
+    def embed_time(self, t: torch.Tensor) -> torch.Tensor:
+        """Time ``[B]`` → ``[B, width]``."""
+        return self.t_embedder(1 - t if self.counts_to_data else t)
 
     def condition(self, time: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The embedding of the time ``[B, width]`` and the class ``[B]`` → what the blocks are given."""

@@ -18,6 +18,7 @@ TOKENIZERS: dict[str, Any] = {
     "AutoencoderKLFlux2": "models.tokenizers.flux2:Flux2Tokenizer",
     "AutoencoderKLQwenImage": "models.tokenizers.qwenimage:QwenImageTokenizer",
     "AutoencoderRAE": "models.tokenizers.rae:RAETokenizer",
+    "pixels": "models.tokenizers.pixels:PixelTokenizer",
 }
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "vae"
 CONFIG_FILE, STATISTICS_FILE = "config.json", "latents_stats.safetensors"

@@ -65,9 +65,13 @@ class Tokenizer(nn.Module, ABC):
     Attributes:
         packing: positions of its network's latent along a side that make one position here, its channels holding them
             in the order of ``torch.pixel_unshuffle``.
+        needs_weights: whether a name alone, without a file, is not enough.
+        stored_type: of what a cache keeps, whatever the user asks for; None: as asked for.
     """
 
     packing = 1
+    needs_weights = True
+    stored_type: str | None = None
 
     def __init__(self, latent_channels: int):
         super().__init__()
@@ -181,8 +185,12 @@ class Tokenizer(nn.Module, ABC):
 
     def write_network(self, folder: Path) -> None:
         """Architecture and weights into an empty folder."""
-        (folder / CONFIG_FILE).write_text(json.dumps(self.architecture, indent=2) + "\n")
+        self.write_architecture(folder)
         write_safetensors(self.network_state(), folder / WEIGHTS_FILE)
+
+    def write_architecture(self, folder: Path) -> None:
+        """``config.json`` alone."""
+        (folder / CONFIG_FILE).write_text(json.dumps(self.architecture, indent=2) + "\n")
 
     def read_network(self, folder: Path) -> None:
         """What :meth:`write_network` wrote."""

@@ -1,0 +1,98 @@
+"""No tokenizer: pixels in the place of latents, for what a transformer makes without a VAE."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from errors import UserError
+from models.latent_statistics import EPSILON
+from models.pixels import to_signed
+from models.tokenizers.base import Code, Tokenizer
+
+NAME = "pixels"
+_LEVELS = np.arange(256) / 127.5 - 1
+_COUNTED_AT_ONCE = 64  # images
+
+
+@dataclass(frozen=True)
+class Pixels(Code):
+    """uint8 images ``[B, 3, H, W]``; the latent is the same in [-1, 1]."""
+
+    images: torch.Tensor
+
+    @property
+    def mode(self) -> torch.Tensor:
+        return to_signed(self.images)
+
+    def stored(self) -> torch.Tensor:
+        """The images themselves, uint8."""
+        return self.images
+
+
+class PixelTokenizer(Tokenizer):
+    """Images as they are: the latent is ``[B, 3, H, W]`` in [-1, 1], and is not normalised further (mean 0, std 1)."""
+
+    needs_weights = False
+    stored_type = "uint8"
+
+    def __init__(self):
+        super().__init__(latent_channels=3)
+        self.take_statistics()
+
+    @property
+    def downsampling(self) -> int:
+        return 1
+
+    @property
+    def architecture(self) -> dict:
+        return {"_class_name": NAME}
+
+    @classmethod
+    def from_architecture(cls, config: Mapping) -> "PixelTokenizer":
+        return cls().eval()
+
+    def encode(self, images: torch.Tensor) -> Pixels:
+        """uint8 images ``[B, 3, H, W]`` → the same."""
+        return Pixels(images)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return z.float()
+
+    def sample(self, stored: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """uint8 images ``[B, 3, H, W]`` → float32 in [-1, 1]."""
+        return to_signed(stored)
+
+    @staticmethod
+    def stored_moments(stored: np.ndarray) -> np.ndarray:
+        """As of every tokenizer, from how often each of the 256 values is there."""
+        counts = np.zeros((3, 256), np.int64)
+        for first in range(0, len(stored), _COUNTED_AT_ONCE):
+            part = stored[first : first + _COUNTED_AT_ONCE]
+            counts += np.stack([np.bincount(part[:, channel].ravel(), minlength=256) for channel in range(3)])
+        return np.concatenate([counts @ _LEVELS, counts @ _LEVELS**2, counts[:1].sum(1)])
+
+    def take_statistics(self) -> str:
+        self.statistics.mean.zero_()
+        self.statistics.var.fill_(1 - EPSILON)  # whose std is 1, to the bit
+        return "the range of pixels, [-1, 1]"
+
+    def write_network(self, folder: Path) -> None:
+        self.write_architecture(folder)
+
+    def read_network(self, folder: Path) -> None:
+        """There is nothing to read."""
+
+    def check_trainable(self) -> None:
+        raise UserError(f"--vae {NAME} is no VAE and has nothing to train: cache it as it is, and train a denoiser")
+
+    @property
+    def encoder_last_layer(self) -> nn.Parameter:
+        raise UserError(f"{NAME} have no encoder")
+
+    @property
+    def decoder_last_layer(self) -> nn.Parameter:
+        raise UserError(f"{NAME} have no decoder")
