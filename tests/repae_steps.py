@@ -84,7 +84,8 @@ def tiny_trainer(
         loss: fields of ``VAELossConfig``.
     """
     accelerator = accelerator or Accelerator(cpu=True)
-    choices = {"proj_coeff": proj_coeff, "weighting": weighting, "path_type": path_type, "time_shift": 1.0}
+    choices = {"proj_coeff": proj_coeff, "weighting": weighting, "path_type": path_type}
+    choices |= {"time_shift": 1.0, "time_mean": 0.0, "time_std": 1.0}
     args = argparse.Namespace(**FLAGS | choices)
     torch.manual_seed(0)
     tokenizer, _ = load_tokenizer("f4d4-tiny", "none")
