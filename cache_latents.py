@@ -80,7 +80,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="what training normalises with: the VAE's latent statistics (where it has none, and always with measured, "
         "those over this dataset)",
     )
-    add("--hflip", action="store_true", help="also encode the mirrored images (twice the size and time)")
+    add(
+        "--hflip",
+        action="store_true",
+        help="also encode the mirrored images (twice the size and time; pixels are mirrored when read)",
+    )
     add("--cache-features", action="store_true", help="also store VFM features, for small sets (--dry-run: how many)")
     add(
         "--cache-class-tokens",
@@ -310,7 +314,7 @@ def build_targets(
         return PackingJob(part, specs[what], common | settings, OUTPUT_FLAG, FLAGS)
 
     targets = []
-    for flipped in (False, True) if args.hflip else (False,):
+    for flipped in (False, True) if args.hflip and not vae.is_mirrored_as_stored else (False,):
         settings = {"vae": checksum, "flipped": flipped} | ({} if flipped else {"statistics": statistics})
         job = packing(folder / FLIPPED_NAME if flipped else folder, "latents", settings)
         encode, name = latents_encoder(vae, dtype), "mirrored latents" if flipped else "latents"

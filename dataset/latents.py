@@ -6,7 +6,7 @@
     latents-00000.npy …
     latents_stats.safetensors mean, std, var of samples over the whole set
     vae/                      the VAE that made it, a diffusers folder
-    flipped/                  a packed dataset: latents of the mirrored images
+    flipped/                  a packed dataset: latents of the mirrored images; none of pixels
     features/ENC/             a packed dataset of kind "features": [N, D], what the VFM ENC sees
     features-flipped/ENC/     the same of the mirrored images
     class-tokens/ENC/         a packed dataset of kind "class-tokens": [D], the class token of the VFM ENC
@@ -32,7 +32,7 @@ from dataset.verification import SHOWN_BYTES
 from errors import UserError
 from files import is_out_of_reach, read_safetensors
 from models.latent_statistics import LatentStatistics
-from models.tokenizers import stored_latent_shape
+from models.tokenizers import is_mirrored_as_stored, stored_latent_shape
 from schema import MalformedError
 
 STATISTICS_NAME = "latents_stats.safetensors"
@@ -157,8 +157,9 @@ class LatentDataset:
         limit = available_memory() // (4 * local_processes) if memory_limit is None else memory_limit
         self._arrays: dict[str, _Array] = {}
         if latents:
-            readers = [reader, self._open(FLIPPED_NAME, "latents")] if hflip else [reader]
-            self._arrays["stored"] = _Array(readers, limit, show_progress)
+            mirrors = is_mirrored_as_stored(self.vae_folder)
+            readers = [reader, self._open(FLIPPED_NAME, "latents")] if hflip and not mirrors else [reader]
+            self._arrays["stored"] = _Array(readers, limit, show_progress, mirrors)
         flips = (False, True) if hflip else (False,)
         for enc_type in features:
             names = [features_name(enc_type, flipped) for flipped in flips]
@@ -268,9 +269,13 @@ class LatentDataset:
 
 
 class _Array:
-    """The items of a packed dataset and, as numbers N and up, those of its mirrored copy."""
+    """The items of a packed dataset and, as numbers N and up, those of its mirrored copy.
 
-    def __init__(self, readers: Sequence[PackedReader], limit: int, show_progress: bool) -> None:
+    With ``mirrors`` there is no copy: items are mirrored as they are read, along their last axis.
+    """
+
+    def __init__(self, readers: Sequence[PackedReader], limit: int, show_progress: bool, mirrors: bool = False) -> None:
+        self._mirrors = mirrors
         self.spec = readers[0].spec
         self.readers = readers
         self._length = len(readers[0])
@@ -293,6 +298,10 @@ class _Array:
         return 0 if self._held is None else self._held.nbytes
 
     def read(self, items: np.ndarray, flips: np.ndarray | None, out: np.ndarray) -> None:
+        if self._mirrors and flips is not None:
+            self.read(items, None, out)
+            out[flips] = out[flips, ..., ::-1]
+            return
         if self._held is not None:
             rows = items if flips is None else items + self._length * flips
             # "clip" writes straight into out, where "raise" goes through a copy; the numbers are within bounds

@@ -143,8 +143,14 @@ def sample_sde(
     return x.to(noise.dtype)
 
 
-def model_velocity(model: nn.Module, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Velocity:
-    """The velocity of a network ``model(x, t, y) → (velocity, …)`` with one time a sample, under ``autocast()``."""
+def model_velocity(
+    model: nn.Module, autocast: Callable[[], AbstractContextManager] = nullcontext, damped: bool = False
+) -> Velocity:
+    """The velocity of a network ``model(x, t, y) → (velocity, …)`` with one time a sample, under ``autocast()``.
+
+    Of a denoiser that predicts data, without what its training damps (``Denoiser.undamped``), unless ``damped``.
+    """
+    undamped = None if damped else getattr(model, "undamped", None)
 
     def velocity(x: torch.Tensor, t: float, y: torch.Tensor, arrival: float | None = None) -> torch.Tensor:
         def times(t: float) -> torch.Tensor:
@@ -152,7 +158,7 @@ def model_velocity(model: nn.Module, autocast: Callable[[], AbstractContextManag
 
         of_map = {} if arrival is None else {"arrival": times(arrival)}
         with autocast():
-            prediction, _ = model(x, times(t), y, **of_map)
-            return prediction.to(x.dtype)
+            prediction = model(x, times(t), y, **of_map)[0].to(x.dtype)
+        return prediction if undamped is None else undamped(prediction, t)
 
     return velocity

@@ -47,6 +47,7 @@ NAMES = {
 }
 MERGED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}  # ours, and theirs in its order
 OTHERS = {"ctx_embedder.proj.": "of text", "t_abs_embedder.": "of MeanFlow", "base_final_layer.": "that guides itself"}
+IMAGE_CHANNELS = 3  # on pixels, diffusion-bench's predict the image; on latents the velocity
 LEFT_OUT = "repa_projector."  # of a training with REPA: one layer, where this project's has three
 
 
@@ -103,6 +104,7 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConf
         class_token_width=0 if class_token is None else class_token.shape[1],
         head_depth=len(numbers) - depth,
         head_width=head_width,
+        prediction="x" if kind is DDTConfig and channels == IMAGE_CHANNELS else "v",
     )
 
 
@@ -134,7 +136,9 @@ def own_names(state: Mapping[str, torch.Tensor], config: DiTDHConfig, given: str
 
 def facts_of(config: DiTDHConfig) -> dict[str, object]:
     """How all networks of both projects were trained, in the words of our flags."""
-    facts = {"path_type": "linear", "prediction": "v", "weighting": "lognormal", "adam_beta2": 0.95}
+    facts = {"path_type": "linear", "prediction": config.prediction, "weighting": "lognormal", "adam_beta2": 0.95}
+    if config.prediction == "x":  # on pixels
+        facts |= {"time_mean": -1.1, "time_std": 0.8}
     return facts | {"time_shift": settled_shift("auto", config.latent_shape)}
 
 

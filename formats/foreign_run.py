@@ -16,12 +16,13 @@ from formats.flow_map import learned_by_theirs
 from formats.run_folders import OWN_STATISTICS, OWN_VAE, is_foreign_experiment
 from formats.sit import SOURCES, SiTCheckpoint, SiTWeights, State, build_networks, read_sit
 from formats.statistics import CONFIG_STATISTICS, REPA_CHANNELS, REPA_SCALE, repa_statistics
-from formats.vae import LoadedVAE, load_vae
+from formats.vae import LoadedVAE, load_tokenizer, load_vae
 from models.denoisers.config import DDTConfig, SiTConfig
 from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import Tokenizer, architecture_names
 from models.tokenizers.base import CONFIG_FILE
 from models.tokenizers.kl import KLTokenizer
+from models.tokenizers.pixels import NAME as PIXELS
 from runtime.cli import flag_of
 from schema import MalformedError, read_json
 
@@ -87,6 +88,9 @@ class ForeignRun:
             "weighting": facts.get("weighting"),
             "velocity_cosine_coeff": facts.get("velocity_cosine_coeff"),
             "time_shift": facts.get("time_shift"),
+            "time_mean": facts.get("time_mean"),
+            "time_std": facts.get("time_std"),
+            "prediction": config.prediction,
             "adam_beta1": beta1,
             "adam_beta2": facts.get("adam_beta2", beta2),
             "adam_epsilon": self.checkpoint.adamw["eps"],
@@ -200,6 +204,8 @@ def _load_vae(
     checkpoint: SiTCheckpoint, args: argparse.Namespace, given: str, report: Callable[[str], object]
 ) -> Tokenizer:
     """The VAE in the checkpoint or of the flags, with the statistics that its SiT was trained with."""
+    if checkpoint.is_of_pixels:
+        return _pixels(checkpoint, args, given)
     named = checkpoint.facts.get("vae")
     if named is not None and args.vae not in (None, named):
         raise UserError(f"--vae {args.vae}: {given} was trained on the latents of {named}; leave the flag out")
@@ -238,6 +244,18 @@ def _load_vae(
         repa_statistics().load_into(tokenizer.statistics)
     elif known is None:
         raise UserError(f"--vae-latents-stats is needed: neither {given} nor its VAE says how latents were normalised")
+    return tokenizer
+
+
+def _pixels(checkpoint: SiTCheckpoint, args: argparse.Namespace, given: str) -> Tokenizer:
+    """What stands for the VAE of a network that was trained without one."""
+    for name in ("vae", "vae_ckpt", "vae_latents_stats"):
+        if getattr(args, name) not in (None, PIXELS):
+            raise UserError(f"{flag_of(name)}: {given} was trained on pixels, without a VAE; leave the flag out")
+    tokenizer, _ = load_tokenizer(PIXELS)
+    own = next(iter(checkpoint.weights.values())).statistics
+    if own is not None:
+        tokenizer.statistics.load_state_dict(own.state_dict())
     return tokenizer
 
 

@@ -9,8 +9,8 @@
 Their networks hold REPA's projectors, ``projectors.N.…``, here kept apart from the denoiser (``loss.alignment``).
 REPA-E's hold the latent statistics too, as ``bn.running_mean`` and ``bn.running_var``. REPA's first checkpoints call
 the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0. What is LightningDiT's alone is in
-``formats.lightningdit``, what is RAE's and diffusion-bench's in ``formats.ddt``, Decoupled MeanFlow's in
-``formats.flow_map``; wherever SiT is said below, theirs are meant too.
+``formats.lightningdit``, what is RAE's and diffusion-bench's in ``formats.ddt``, JiT's in ``formats.jit``, Decoupled
+MeanFlow's in ``formats.flow_map``; wherever SiT is said below, theirs are meant too.
 """
 
 import re
@@ -23,14 +23,14 @@ import torch
 
 from diffusion import PATH_TYPES
 from errors import UserError
-from formats import ddt
+from formats import ddt, jit
 from formats.flow_map import LOG_VARIANCE, THEIR_DEPTH, THEIR_GUIDANCE, flow_map_config, own_model
 from formats.lightningdit import ROTARY, check_rotary, facts_of, is_lightningdit, step_of
 from formats.statistics import batch_norm_statistics
 from loss.alignment import DenoiserAlignments, TokenGrid
 from loss.alignment.repa import REPA
 from models.denoisers import Denoiser
-from models.denoisers.config import LightningDiTConfig, SiTConfig, TransformerConfig
+from models.denoisers.config import PREDICTIONS, JiTConfig, LightningDiTConfig, SiTConfig, TransformerConfig
 from models.latent_statistics import LatentStatistics
 from models.weight_files import NotWeightsError, check_plain, check_values, read_contents, tensors_by_name
 
@@ -39,8 +39,8 @@ State = dict[str, torch.Tensor]
 PROJECTORS, BATCH_NORM = "projectors.", "bn."  # what of their networks is none of ours
 BESIDE = (BATCH_NORM, ROTARY, LOG_VARIANCE)
 REPA_PREFIX = "repa."  # of REPA's projectors among ``loss.alignment.DenoiserAlignments``
-SOURCES = "REPA, REPA-E, LightningDiT, RAE, diffusion-bench or Decoupled MeanFlow"
-WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
+SOURCES = "REPA, REPA-E, LightningDiT, RAE, diffusion-bench, JiT or Decoupled MeanFlow"
+WRAPPERS = ("module.", "_orig_mod.", jit.PREFIX)  # of DDP, torch.compile and JiT
 # What REPA's and REPA-E's flags say of a network or of how it is sampled; the rest of args is nobody's concern here.
 FACTS = (
     *("model", "num_classes", "encoder_depth", "qk_norm", "resolution", "path_type", "prediction", "cfg_prob"),
@@ -110,6 +110,11 @@ class SiTCheckpoint:
     holds_vae: bool
     optimizer: dict | None
     optimizer_names: tuple[str, ...]
+
+    @property
+    def is_of_pixels(self) -> bool:
+        """Whether it was trained without a VAE."""
+        return self.config.prediction == "x" and self.config.latent_channels == jit.IMAGE_CHANNELS
 
     @cached_property
     def moments(self) -> dict[str, dict[str, torch.Tensor]] | None:
@@ -200,6 +205,10 @@ def read_sit(
             ddt.check_tables(plain, config, given)
             networks = ddt.own_names(plain, config, given)
             facts |= ddt.facts_of(config)
+        elif jit.is_jit(plain):
+            config, projectors = jit.jit_config(plain, given), Projectors()
+            scale = jit.noise_scale(facts, config, given)
+            networks, statistics = jit.own_tensors(plain, scale), jit.statistics_of(config.latent_channels, scale)
         else:
             networks = _without_empty_projectors(plain)
             config, projectors = infer_sizes(networks, given, legacy_depth or facts.get("encoder_depth"))
@@ -210,7 +219,9 @@ def read_sit(
         _check_fits(networks, config, projectors, given)
         denoiser = {key: tensor for key, tensor in networks.items() if not key.startswith(PROJECTORS)}
         alignment = {f"{REPA_PREFIX}{key}": tensor for key, tensor in networks.items() if key.startswith(PROJECTORS)}
-        found[name] = SiTWeights(denoiser, alignment, _batch_norm(plain, config.latent_channels, given))
+        if not isinstance(config, JiTConfig):
+            statistics = _batch_norm(plain, config.latent_channels, given)
+        found[name] = SiTWeights(denoiser, alignment, statistics)
     if len(set(sizes.values())) > 1:
         raise UserError(f"{given}: ema and model are networks of different shapes; the file is damaged")
     config, projectors = next(iter(sizes.values()))
@@ -307,10 +318,12 @@ def _weight_sets(contents: object, given: str) -> dict[str, State]:
     """The state dicts in a file, under ``ema`` and ``model``; a bare one counts as ``ema``."""
     if not isinstance(contents, dict):
         raise UserError(f"{given} holds a {type(contents).__name__}, not SiT weights")
-    nested = {name: contents[name] for name in ("ema", "model") if isinstance(contents.get(name), dict)}
+    nested = jit.weight_sets(contents)
+    if nested is None:
+        nested = {name: contents[name] for name in ("ema", "model") if isinstance(contents.get(name), dict)}
     sets = nested or {"ema": {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}}
     for state in sets.values():
-        if not any(str(key).endswith("x_embedder.proj.weight") for key in state):
+        if not any(str(key).endswith(("x_embedder.proj.weight", jit.PATCHES)) for key in state):
             raise UserError(f"{given} {_what_instead(contents, state)}; give a checkpoint of {SOURCES}")
         try:
             tensors_by_name(state)
@@ -336,7 +349,7 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
     """The flags of the training, of the file and of ``args.json``, which must agree."""
     kept = contents.get("args")
     kept = kept if isinstance(kept, dict) else vars(kept) if hasattr(kept, "__dict__") else {}
-    facts = {name: kept[name] for name in FACTS if kept.get(name) is not None}
+    facts = {name: kept[name] for name in FACTS if kept.get(name) is not None} | jit.facts_of(kept)
     if isinstance(contents.get("config"), dict):
         facts |= facts_of(contents["config"], given)
     for name in FACTS:
@@ -385,8 +398,11 @@ def _check_facts(facts: Mapping, config: TransformerConfig, projectors: Projecto
             )
     if facts.get("path_type", PATH_TYPES[0]) not in PATH_TYPES:
         raise UserError(f"{given}: path_type {facts['path_type']} is none of {', '.join(PATH_TYPES)}")
-    if facts.get("prediction", "v") != "v":
-        raise UserError(f"{given}: it predicts {facts['prediction']}; only velocities (v) are known here")
+    if (said := facts.get("prediction", config.prediction)) != config.prediction:
+        raise UserError(
+            f"{given}: it predicts {said}; of {config.model} on {config.latent_channels} channels only "
+            f"{PREDICTIONS[config.prediction]} ({config.prediction}) is known here"
+        )
 
 
 def _unwrapped(state: Mapping[str, torch.Tensor]) -> State:

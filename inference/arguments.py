@@ -75,6 +75,12 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--heun", action="store_true", help="for the ODE: second order, almost twice the evaluations")
     group.add_argument(
+        "--damped",
+        action="store_true",
+        help="for the ODE, of a run with --prediction x: divide by times of at least 0.05, as in training and in JiT's "
+        "own sampler, which leaves some noise in the images",
+    )
+    group.add_argument(
         "--cfg-scale",
         type=non_negative_float,
         default=1.0,

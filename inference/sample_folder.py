@@ -30,7 +30,11 @@ from runtime.processes import Process
 
 # Which flag a setting comes from; of the model those of MODEL_SETTINGS.
 FLAGS = {"precision": "--mixed-precision", "guide_sha256": "--guide"}
-UNSAID = {"time_shift": 1.0, "learned_guidance": None}  # of settings that older samples were made without
+UNSAID = {
+    "time_shift": 1.0,
+    "learned_guidance": None,
+    "damped": False,
+}  # of settings that older samples were made without
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type", "learned_guidance")
 
 
@@ -71,6 +75,8 @@ def default_folder(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM)
     ]
     if args.time_shift is not None:
         parts.append(f"shift{args.time_shift if args.time_shift == 'auto' else format(args.time_shift, 'g')}")
+    if args.damped:
+        parts.append("damped")
     if args.sweep is None and args.cfg_scale != 1:
         parts.append(guidance_name(args, trained))
     if args.weights != MAIN:
@@ -116,6 +122,7 @@ def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | UntrainedLD
         time_shift=time_shift(args, trained),
         seed=args.seed,
         guidance_channels=args.guidance_channels,
+        damped=args.damped,
     )
 
 

@@ -49,6 +49,7 @@ class SamplerSettings:
         path_type: of the interpolant that the model was trained on.
         time_shift: of the sampler's times (``diffusion.flow.shift_times``).
         seed: of all noise.
+        damped: whether predicted data are divided as in training (``Denoiser.damps``).
     """
 
     mode: str
@@ -61,6 +62,7 @@ class SamplerSettings:
     time_shift: float
     seed: int
     guidance_channels: int | None = None
+    damped: bool = False
 
     @property
     def times(self) -> dict[str, Any]:
@@ -124,12 +126,13 @@ class ImageSampler:
         self.tokenizer, self.settings, self.truncate = tokenizer, settings, truncate
         self.decode_batch, self.autocast = decode_batch, autocast
         self.model = model
-        velocity = model_velocity(model, autocast)
+        velocity = model_velocity(model, autocast, settings.damped)
         interval = settings.guidance_low, settings.guidance_high, settings.guidance_channels
         if guide is None:
             self.velocity = guided(velocity, settings.cfg_scale, model.null_class, *interval)
         else:
-            self.velocity = autoguided(velocity, model_velocity(guide, autocast), settings.cfg_scale, *interval)
+            of_guide = model_velocity(guide, autocast, settings.damped)
+            self.velocity = autoguided(velocity, of_guide, settings.cfg_scale, *interval)
 
     @torch.inference_mode()
     def __call__(self, items: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,6 +56,7 @@ class MadeBy(TypedDict):
     num_steps: int | None
     heun: bool | None
     time_shift: float | None
+    damped: bool | None
     cfg_scale: float | None
     guidance_low: float | None
     guidance_high: float | None

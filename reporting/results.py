@@ -315,6 +315,8 @@ def sampler_of(made_by: Mapping[str, Any]) -> str:
     words = [f"{made_by['mode'].upper()}{' Heun' if made_by.get('heun') else ''}", f"{made_by.get('num_steps')} steps"]
     if made_by.get("time_shift") not in (None, 1):
         words.append(f"times shifted by {made_by['time_shift']:g}")
+    if made_by.get("damped"):
+        words.append("damped")
     return ", ".join(words)
 
 

@@ -35,7 +35,7 @@ def open_latents(
     args.repa_source = choose_repa_source(args, features_folder)
     images = None
     if args.stage_dir and not args.dry_run:
-        folder = stage_once(folder, "latents", used_parts(args), args, accelerator)
+        folder = stage_once(folder, "latents", used_parts(args, folder), args, accelerator)
     if args.repa_source == "images":
         images = open_repa_images(args, accelerator, cached_resolution(folder))
     share = {"local_processes": this_process().local_size}
@@ -55,10 +55,10 @@ def open_latents(
     return latents, held_out
 
 
-def used_parts(args: argparse.Namespace) -> list[str]:
+def used_parts(args: argparse.Namespace, folder: Path) -> list[str]:
     """The sub-folders of the cache that this training reads."""
     flips = (False, True) if args.hflip else (False,)
-    parts = [FLIPPED_NAME] if args.hflip else []
+    parts = [FLIPPED_NAME] if args.hflip and (folder / FLIPPED_NAME).exists() else []  # pixels need none
     if args.repa_source == "features" and args.cached_features is None:  # another cache's are read where they are
         parts += [name for flipped in flips for name in vfm_parts(args, flipped)]
     return parts

@@ -76,6 +76,10 @@ class Denoiser(nn.Module, ABC):
             return velocity
         return velocity * (t / LEAST_TIME).clamp_max(1).reshape(-1, *[1] * (velocity.ndim - 1))
 
+    def undamped(self, velocity: torch.Tensor, t: float) -> torch.Tensor:
+        """Its velocity at time ``t`` > 0 as it would be without damping: one step from there to 0 ends at its data."""
+        return velocity * (LEAST_TIME / t) if self.damps and t < LEAST_TIME else velocity
+
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Of what is noised and sampled: the latent's, or (C·h·w + D,) where a class token goes with it."""

@@ -38,6 +38,7 @@ class PixelTokenizer(Tokenizer):
 
     needs_weights = False
     stored_type = "uint8"
+    is_mirrored_as_stored = True
 
     def __init__(self):
         super().__init__(latent_channels=3)
