@@ -92,6 +92,8 @@ def add_sweep_arguments(group: argparse._ArgumentGroup) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is read."""
     arguments.check_source(args)
+    if args.damped and args.mode != "ode":
+        raise UserError(f"--damped is for --mode ode, not for --mode {args.mode}: leave it out, or give --mode ode")
     if args.heun and args.mode != "ode":
         raise UserError(f"--heun is for --mode ode, not for --mode {args.mode}: leave it out, or give --mode ode")
     args.num_steps = args.num_steps or (JUMPS if args.mode == "map" else STEPS)

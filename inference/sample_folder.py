@@ -30,11 +30,8 @@ from runtime.processes import Process
 
 # Which flag a setting comes from; of the model those of MODEL_SETTINGS.
 FLAGS = {"precision": "--mixed-precision", "guide_sha256": "--guide"}
-UNSAID = {
-    "time_shift": 1.0,
-    "learned_guidance": None,
-    "damped": False,
-}  # of settings that older samples were made without
+# Of settings that older samples were made without.
+UNSAID = {"time_shift": 1.0, "learned_guidance": None, "damped": False}
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type", "learned_guidance")
 
 

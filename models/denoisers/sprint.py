@@ -77,6 +77,10 @@ class Shortcut(nn.Module):
         """As :meth:`Denoiser.forward`; the class is not used."""
         return self.denoiser(x, t, torch.full_like(y, self.denoiser.null_class), (), SHORTCUT)
 
+    def undamped(self, velocity: torch.Tensor, t: float) -> torch.Tensor:
+        """As :meth:`Denoiser.undamped`."""
+        return self.denoiser.undamped(velocity, t)
+
     def compile(self, *args, **options) -> None:
         """Its blocks are the denoiser's, which compiles them."""
 
