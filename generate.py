@@ -223,7 +223,7 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
             f"--path-type {args.path_type}: {args.exp_path} was trained on {trained.path_type}; leave it out"
         )
     check_channels(args, trained)
-    check_flow_map(args, trained)
+    check_network(args, trained)
     if trained.learned_guidance and any(point.is_guided for point in args.points):
         report(f"{args.exp_path} has learned guidance ({trained.learned_guidance}); this is added to it")
     if args.guide == PATH_DROP:
@@ -256,8 +256,13 @@ def check_channels(args: argparse.Namespace, trained: TrainedLDM) -> None:
         )
 
 
-def check_flow_map(args: argparse.Namespace, trained: TrainedLDM) -> None:
-    """Refuse ``--mode map`` of networks that cannot jump."""
+def check_network(args: argparse.Namespace, trained: TrainedLDM) -> None:
+    """Refuse ``--damped`` of networks that are not, and ``--mode map`` of those that cannot jump."""
+    if args.damped and trained.config.prediction != "x":
+        raise UserError(
+            f"--damped is for networks that predict the data (--prediction x), and {args.exp_path} predicts the "
+            "velocity: leave it out"
+        )
     if args.mode != "map":
         return
     if not trained.config.flow_map_blocks:

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from formats.vae import load_tokenizer
 from loss.perceptual import build_lpips
-from models.denoisers.config import DDTConfig, DiTDHConfig, LightningDiTConfig, SiTConfig
+from models.denoisers.config import DDTConfig, DiTDHConfig, JiTConfig, LightningDiTConfig, SiTConfig
 from models.denoisers.sit import SiT
 from models.denoisers.sprint import SHORTCUT, draw_route
 from models.discriminator import PatchDiscriminator
@@ -77,10 +77,12 @@ def test_checkpointed_blocks_under_ddp(tmp_path, monkeypatch):
         (LightningDiTConfig("LightningDiT-Ti/2", 4, 8, 6, qk_norm=True), 2),
         (DiTDHConfig("DiTDH-Ti/2", 4, 8, 6, head_width=256), 3),
         (DDTConfig("DDT-Ti/2", 4, 8, 6, qk_norm=True, head_width=256), 3),
+        (JiTConfig("JiT-Ti/2", 4, 8, 6), 3),
     ],
 )
 def test_the_blocks_of_a_denoiser_share_a_graph(config, count, checkpointing):
-    """One of the block, one of a wide head's and one of the final layer, however deep; gradients as without."""
+    """One of the block, one of a wide head's or with tokens of the class, and one of the final layer, however deep;
+    gradients as without."""
     torch.manual_seed(0)
     network = config.build().train()
     random_weights(network, 0)

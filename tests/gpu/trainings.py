@@ -33,6 +33,8 @@ RECIPES = {
     "ldm, LightningDiT as a flow map": (
         *("ldm", "--model", "LightningDiT-Ti/2", "--qk-norm", "--align", "none", "--flow-map-blocks", "2"),
     ),
+    "ldm, JiT": ("ldm", "--model", "JiT-Ti/2", "--weighting", "lognormal", "--time-mean", "0.8", "--time-std", "0.8"),
+    "ldm, predicted data": ("ldm", "--model", "DDT-Ti/2", "--head-width", "256", "--prediction", "x"),
     "ldm, SPRINT": ("ldm", "--sprint", "--token-drop-until", "50"),
 }
 UNCOMPILED = {"sendvae, equivariance": ("sendvae", "--align-loss", "equivariance", "--eq-scale", "0.5")}
