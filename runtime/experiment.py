@@ -4,8 +4,9 @@
 
 Finished stages are skipped, the first failure stops the experiment with the stage's exit code, and the same command
 continues from there: every stage resumes by itself. --dry-run prints every command and builds every stage at its real
-sizes (two steps each) without training anything. --STAGE.FLAG null leaves out a flag that the preset sets. A study is a
-preset that runs other presets, several times each with other variables (seeds), one after the other.
+sizes (two steps each) without training anything. --STAGE.FLAG null leaves out a flag that the preset sets, and true
+gives one without a value. A study is a preset that runs other presets, several times each with other variables (seeds),
+one after the other.
 """
 
 import argparse
@@ -36,7 +37,7 @@ PRESET_NAME = "preset.json"  # which runs it made and what they reproduce
 # Variables that say where things lie and which of several equal runs it is, not what is done.
 PLACES = {"name", "exps", "seed", "images", "val_images", "data", "reference", "celeba", "deepfashion", "awa"}
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a stage that somebody stopped
-LEFT_OUT = "null"  # in the place of a flag's value, on the command line as in a preset
+WORDS = {"null": None, "true": True, "false": False}  # of a flag, on the command line as in a preset
 REQUIRED = "?"  # a variable that the command line must give
 
 Scalar = str | float | bool | None
@@ -254,7 +255,7 @@ def resolve(name: str, preset: Mapping[str, Any], output_dir: str, overrides: Se
         name: of the preset.
         preset: of :func:`load_preset`.
         output_dir: folder of all runs.
-        overrides: ``--STAGE.FLAG [VALUE]`` and ``--VARIABLE VALUE``; a stage's flag of value null is left out.
+        overrides: ``--STAGE.FLAG [VALUE]`` and ``--VARIABLE VALUE``; of a stage's flag true is a bare one, null none.
     """
     return _resolve(name, preset, output_dir, _parse_overrides(overrides))
 
@@ -270,7 +271,7 @@ def _resolve(
         if flag:
             if stage not in flags:
                 raise UserError(f"--{key}: {name} has no stage {stage}; it has {', '.join(flags)}")
-            flags[stage][flag] = None if value == LEFT_OUT else value
+            flags[stage][flag] = WORDS.get(value, value) if isinstance(value, str) else value
         else:
             _set_variable(variables, key, value, name)
     given = {key for key, _ in overrides}

@@ -192,6 +192,10 @@ def test_overrides_reach_flags_and_variables():
     assert value(commands("quickstart", "--data", "a{b")["toy"], "output") == "a{b/toy"
     assert value(found["preprocess"], "output-path") == "elsewhere"
     assert "--enc-type" not in commands("quickstart", "--sendvae.enc-type", "null")["sendvae"]
+    assert "--no-noise-injection" not in commands("quickstart", "--sendvae.no-noise-injection", "false")["sendvae"]
+    for given in (["true"], []):  # as in a preset, or as a script takes it
+        command = commands("quickstart", "--samples.heun", *given, "--samples.mode", "ode")["samples"]
+        assert command[command.index("--heun") :] == ["--heun", "--mode", "ode"]
     start = found["sendvae"].index("--loss-override")
     assert found["sendvae"][start + 1 : start + 3] == ["a=1", "b=2"]
 
