@@ -148,7 +148,7 @@ def what_repae_lacks(facts: Mapping, projector_width: int | None) -> list[str]:
         projector_width: of the projectors, None where there are none.
     """
     reasons, resolution, classes = [], facts["resolution"], facts["num_classes"]
-    if facts["model"].startswith(("SiT-Ti", "SiT-S")):
+    if facts["model"].startswith(("SiT-Ti", "SiT-S")) or facts["model"].endswith(("/16", "/32")):
         reasons.append(f"it builds no {facts['model']}")
     if facts["vae"] not in REPAE_VAES:
         reasons.append(f"it knows the VAEs {' and '.join(REPAE_VAES)}, not {facts['vae']}")

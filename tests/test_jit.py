@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import export_ldm
 import generate
 import train_ldm
 from diffusion.counted_noise import counted_normal
@@ -20,9 +21,11 @@ from loss.alignment.repa import REPA
 from models.denoisers import denoiser_config
 from models.denoisers.base import LEAST_TIME
 from models.denoisers.config import DDTConfig, DiTDHConfig, JiTConfig, LightningDiTConfig, SiTConfig
+from models.denoisers.sit import SiT
+from runtime.cli import run
 from tests.command_line import argv_of
 from tests.foreign_runs import assert_refused, export
-from tests.ldm_runs import random_weights
+from tests.ldm_runs import random_weights, write_ldm_run
 from tests.ldm_steps import accumulate, networks, random_batch, tiny_trainer
 from tests.public_ddt import bench_state
 from tests.public_jit import jit_image, jit_state, to_the_image
@@ -85,7 +88,7 @@ def test_every_size_and_patch_builds_and_answers(name):
 
 @pytest.mark.parametrize(("name", "millions", "before"), [("B/16", 131, 4), ("L/16", 459, 8), ("H/16", 953, 10)])
 def test_sizes_are_the_published_ones(name, millions, before):
-    """JiT, tables 5 and 9: parameters in millions, and the block before which tokens of the class come."""
+    """Parameters in millions, and the block before which tokens of the class come, as its paper and its code say."""
     config = JiTConfig(f"JiT-{name}", 3, 256, num_classes=1000)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in config.build().parameters())
@@ -367,3 +370,13 @@ def test_wrong_command_lines(capsys):
     ):
         with pytest.raises(UserError, match=said):
             train_ldm.parse_arguments([*base, *wrong])
+
+
+def test_exports_say_what_is_predicted(tmp_path, capsys):
+    """The folder builds the same network, and REPA-E's layout cannot say it."""
+    run_folder = write_ldm_run(tmp_path / "run", denoiser=replace(OF_DATA[0], num_classes=3).to_dict())
+    assert run(export_ldm.main, [str(run_folder), str(tmp_path / "out")]) == 0
+    assert SiT.from_pretrained(tmp_path / "out" / "transformer").config.prediction == "x"
+    capsys.readouterr()
+    assert run(export_ldm.main, [str(run_folder), str(tmp_path / "repa"), "--format", "repa"]) == 2
+    assert "REPA-E knows no predicted data (--prediction x)" in capsys.readouterr().err

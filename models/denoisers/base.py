@@ -20,7 +20,7 @@ from schema import read_json
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers calls them
 
 
-LEAST_TIME = 0.05  # by which a predicted image's distance is divided at least (JiT, arXiv 2511.13720, appendix A)
+LEAST_TIME = 0.05  # by which the distance to predicted data is divided at least (t_eps of JiT, arXiv 2511.13720)
 
 
 class Denoiser(nn.Module, ABC):
@@ -100,7 +100,8 @@ class Denoiser(nn.Module, ABC):
     def describe(self) -> str:
         """Its sizes, for the log."""
         token = f" and a class token of {self.class_token_width}" if self.class_token_width else ""
-        return f"{self.config.model}: {self.depth} blocks of {self.width}, {self.grid}×{self.grid} tokens{token}"
+        made = ", predicts the data" if self.damps else ""
+        return f"{self.config.model}: {self.depth} blocks of {self.width}, {self.grid}×{self.grid} tokens{token}{made}"
 
     @abstractmethod
     def forward(
