@@ -316,6 +316,8 @@ def build_targets(
     targets = []
     for flipped in (False, True) if args.hflip and not vae.is_mirrored_as_stored else (False,):
         settings = {"vae": checksum, "flipped": flipped} | ({} if flipped else {"statistics": statistics})
+        if vae.stored_type is not None:  # no number is made
+            settings |= {"dtype": vae.stored_type, "precision": vae.stored_type}
         job = packing(folder / FLIPPED_NAME if flipped else folder, "latents", settings)
         encode, name = latents_encoder(vae, dtype), "mirrored latents" if flipped else "latents"
         if flipped:
@@ -443,7 +445,7 @@ def show_plan(folder: Path, targets: Sequence[Target], images: ImageDataset) -> 
         if count:
             print(describe_bytes(target.name, target.packing.spec, count))
     if needed:
-        check_space(folder, needed, "take --dtype float16, or leave out --hflip or --cache-features")
+        check_space(folder, needed, "take --dtype float16 (not of pixels), or leave out --hflip or --cache-features")
 
 
 def describe_bytes(name: str, spec: ShardSpec, count: int) -> str:
@@ -456,6 +458,8 @@ def report(folder: Path, targets: Sequence[Target], count: int, networks: Networ
     """What the complete cache is, and how its statistics compare with those the VAE came with."""
     size = sum(target.packing.spec.item_bytes for target in targets) * count
     print(f"{folder} is complete: {count} images, {', '.join(target.name for target in targets)}, {size} bytes")
+    if not networks.tokenizer.is_measured:
+        return
     if networks.statistics is None:
         print("the VAE came without latent statistics; the measured ones are stored with the cache's copy of it")
         return
@@ -489,10 +493,11 @@ def dry_run(
     if images is not None:
         images.read_into(np.arange(size) % len(images), batch.numpy())
     flips = (False, True) if args.hflip else (False,)
+    flips_of = {name: flips if name != "latents" or not vae.is_mirrored_as_stored else (False,) for name in encoders}
     targets = [
         Target(name, None, encode, flipped, (), part=part)
         for name, (encode, part) in encoders.items()
-        for flipped in flips
+        for flipped in flips_of[name]
     ]
     worker = ChunkEncoder(process.device, chunk, threads, autocast_for(process.device, args.mixed_precision))
     seconds = []
@@ -506,7 +511,7 @@ def dry_run(
     for name, network in (("VAE", vae), *((f"VFM {encoder.name}", encoder) for encoder in networks.encoders)):
         print(f"{name}: {count_parameters(network)[0]:,} parameters")
     for name, spec in specs.items():
-        for flipped in flips:
+        for flipped in flips_of[name]:
             print(describe_bytes(f"mirrored {name}" if flipped else name, spec, count))
     rate = size / seconds[-1] * process.world_size
     print(

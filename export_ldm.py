@@ -30,6 +30,7 @@ from diffusion import PATH_TYPES
 from errors import UserError
 from formats.arguments import add_foreign_vae_arguments
 from formats.averages import MAIN, MODEL, weights_name
+from models.denoisers.config import PREDICTIONS
 from runtime.cli import ArgumentParser, add_debug_argument, answer_early, flag_of, positive_int, run
 
 FORMATS = ("diffusers", "repa", "run")
@@ -64,6 +65,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         type=positive_int,
         metavar="N",
         help="of a checkpoint of Decoupled MeanFlow: last blocks that are told where a jump ends (public ones: 8)",
+    )
+    group.add_argument(
+        "--prediction",
+        choices=tuple(PREDICTIONS),
+        help="of diffusion-bench's DDT on pixels: x, the data (jit-, pixelgen-ddt), or v, the velocity (pixnerd-ddt)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is an earlier export")
     parser.add_argument(

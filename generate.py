@@ -223,13 +223,16 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
             f"--path-type {args.path_type}: {args.exp_path} was trained on {trained.path_type}; leave it out"
         )
     check_channels(args, trained)
-    check_network(args, trained)
+    check_flow_map(args, trained)
+    check_damped(args, trained)
     if trained.learned_guidance and any(point.is_guided for point in args.points):
         report(f"{args.exp_path} has learned guidance ({trained.learned_guidance}); this is added to it")
     if args.guide == PATH_DROP:
         return replace(trained, guide=open_path_drop(trained))
     if args.guide is not None:
-        return replace(trained, guide=open_guide(trained, *args.guide, report))
+        guide = open_guide(trained, *args.guide, report)
+        check_damped(args, guide)
+        return replace(trained, guide=guide)
     scale = next((point.scale for point in args.points if point.is_guided), None)
     if trained.cfg_prob == 0 and scale is not None:
         flag = f"--cfg-scale {scale:g}" if args.sweep is None else f"--sweep scale={scale:g}"
@@ -256,13 +259,8 @@ def check_channels(args: argparse.Namespace, trained: TrainedLDM) -> None:
         )
 
 
-def check_network(args: argparse.Namespace, trained: TrainedLDM) -> None:
-    """Refuse ``--damped`` of networks that are not, and ``--mode map`` of those that cannot jump."""
-    if args.damped and trained.config.prediction != "x":
-        raise UserError(
-            f"--damped is for networks that predict the data (--prediction x), and {args.exp_path} predicts the "
-            "velocity: leave it out"
-        )
+def check_flow_map(args: argparse.Namespace, trained: TrainedLDM) -> None:
+    """Refuse ``--mode map`` of networks that cannot jump."""
     if args.mode != "map":
         return
     if not trained.config.flow_map_blocks:
@@ -272,6 +270,15 @@ def check_network(args: argparse.Namespace, trained: TrainedLDM) -> None:
         )
     if args.guide is not None:
         raise UserError("--guide with --mode map: a guide makes no jumps; leave it out")
+
+
+def check_damped(args: argparse.Namespace, trained: TrainedLDM) -> None:
+    """Refuse ``--damped`` of networks whose velocity is not; a guide's is compared with the other's."""
+    if args.damped and trained.config.prediction != "x":
+        raise UserError(
+            f"--damped is for networks that predict the data (--prediction x), and {trained.folder} predicts the "
+            "velocity: leave it out"
+        )
 
 
 def warn(message: str) -> None:

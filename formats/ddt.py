@@ -21,9 +21,10 @@ from diffusion.flow import settled_shift
 from errors import UserError
 from formats.lightningdit import is_table
 from formats.statistics import FoundStatistics
-from models.denoisers.config import HEAD_CHANNELS, DDTConfig, DiTDHConfig
+from models.denoisers.config import HEAD_CHANNELS, DDTConfig, DiTDHConfig, TransformerConfig
 from models.denoisers.ddt import LABEL_TOKENS, TIME_TOKENS
 from models.denoisers.lightningdit import RotaryPositions
+from models.tokenizers.pixels import IMAGE_CHANNELS
 
 State = dict[str, torch.Tensor]
 
@@ -47,7 +48,8 @@ NAMES = {
 }
 MERGED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}  # ours, and theirs in its order
 OTHERS = {"ctx_embedder.proj.": "of text", "t_abs_embedder.": "of MeanFlow", "base_final_layer.": "that guides itself"}
-IMAGE_CHANNELS = 3  # on pixels, diffusion-bench's predict the image; on latents the velocity
+# How diffusion-bench's DDTs on pixels were trained, by what they predict: on latents all predict the velocity.
+ON_PIXELS = {"x": {"time_mean": -1.1, "time_std": 0.8}, "v": {"time_mean": -1.94, "time_std": 1.0}}
 LEFT_OUT = "repa_projector."  # of a training with REPA: one layer, where this project's has three
 
 
@@ -56,11 +58,16 @@ def has_wide_head(state: Mapping[str, torch.Tensor]) -> bool:
     return "s_embedder.proj.weight" in state
 
 
-def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConfig:
+def wide_head_config(state: Mapping[str, torch.Tensor], given: str, prediction: str | None = None) -> DiTDHConfig:
     """Which network a state dict in their names belongs to, by names and shapes.
 
+    Args:
+        state: tensors by name.
+        given: for messages.
+        prediction: as the user says; no tensor tells it.
+
     Raises:
-        UserError: none that is known here.
+        UserError: none that is known here, or it is not said what it predicts.
     """
     kind = DDTConfig if any(key.startswith("ctx_embedder.") for key in state) else DiTDHConfig
     for name, what in OTHERS.items():
@@ -104,8 +111,19 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str) -> DiTDHConf
         class_token_width=0 if class_token is None else class_token.shape[1],
         head_depth=len(numbers) - depth,
         head_width=head_width,
-        prediction="x" if kind is DDTConfig and channels == IMAGE_CHANNELS else "v",
+        prediction=_prediction(kind, channels, prediction, given),
     )
+
+
+def _prediction(kind: type[DiTDHConfig], channels: int, said: str | None, given: str) -> str:
+    if kind is DDTConfig and channels == IMAGE_CHANNELS:
+        if said is None:
+            raise UserError(
+                f"{given} is a DDT on pixels and does not say what it predicts: add --prediction x (jit-ddt-… and "
+                "pixelgen-ddt-…) or --prediction v (pixnerd-ddt-…)"
+            )
+        return said
+    return "v"
 
 
 def own_names(state: Mapping[str, torch.Tensor], config: DiTDHConfig, given: str) -> State:
@@ -134,11 +152,16 @@ def own_names(state: Mapping[str, torch.Tensor], config: DiTDHConfig, given: str
     return renamed
 
 
+def is_of_pixels(config: TransformerConfig) -> bool:
+    """Whether it was trained without a VAE."""
+    return isinstance(config, DDTConfig) and config.latent_channels == IMAGE_CHANNELS
+
+
 def facts_of(config: DiTDHConfig) -> dict[str, object]:
     """How all networks of both projects were trained, in the words of our flags."""
     facts = {"path_type": "linear", "prediction": config.prediction, "weighting": "lognormal", "adam_beta2": 0.95}
-    if config.prediction == "x":  # on pixels
-        facts |= {"time_mean": -1.1, "time_std": 0.8}
+    if is_of_pixels(config):
+        facts |= ON_PIXELS[config.prediction]
     return facts | {"time_shift": settled_shift("auto", config.latent_shape)}
 
 

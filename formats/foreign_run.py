@@ -17,7 +17,7 @@ from formats.run_folders import OWN_STATISTICS, OWN_VAE, is_foreign_experiment
 from formats.sit import SOURCES, SiTCheckpoint, SiTWeights, State, build_networks, read_sit
 from formats.statistics import CONFIG_STATISTICS, REPA_CHANNELS, REPA_SCALE, repa_statistics
 from formats.vae import LoadedVAE, load_tokenizer, load_vae
-from models.denoisers.config import DDTConfig, SiTConfig
+from models.denoisers.config import PREDICTIONS, DDTConfig, SiTConfig
 from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import Tokenizer, architecture_names
 from models.tokenizers.base import CONFIG_FILE
@@ -27,7 +27,7 @@ from runtime.cli import flag_of
 from schema import MalformedError, read_json
 
 # of what a checkpoint may not say
-FLAGS = ("vae", "vae_ckpt", "vae_latents_stats", "path_type", "resolution", "flow_map_blocks")
+FLAGS = ("vae", "vae_ckpt", "vae_latents_stats", "path_type", "resolution", "flow_map_blocks", "prediction")
 DEFAULT_PATH_TYPE = "linear"  # of every public checkpoint
 TOLERANCE = 0.01  # of two latent statistics that count as the same, in standard deviations
 
@@ -125,7 +125,9 @@ def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) 
     """
     path, facts = checkpoint_file(args.source, args.train_steps)
     given = f"SOURCE {args.source}" + (f" ({path.name})" if path != args.source else "")
-    checkpoint = read_sit(path, given, facts, args.flow_map_blocks)
+    checkpoint = read_sit(path, given, facts, args.flow_map_blocks, args.prediction)
+    if args.prediction not in (None, predicts := checkpoint.config.prediction):
+        raise UserError(f"--prediction {args.prediction}: {given} predicts {PREDICTIONS[predicts]}; leave the flag out")
     if facts is None and path != args.source and not checkpoint.says_all:
         raise UserError(
             f"SOURCE {args.source} has checkpoints/{path.name} but no args.json, which says how it was trained; copy "
@@ -168,7 +170,7 @@ def checkpoint_file(source: Path, train_steps: int | None) -> tuple[Path, dict |
     if not is_foreign_experiment(source):
         raise UserError(
             f"SOURCE {source} has no checkpoints/*.pt: give an experiment of REPA, REPA-E or LightningDiT, or a file "
-            "of these, RAE, diffusion-bench or Decoupled MeanFlow"
+            "of these, RAE, diffusion-bench, JiT or Decoupled MeanFlow"
         )
     found = {int(path.stem): path for path in (source / "checkpoints").glob("*.pt") if path.stem.isdigit()}
     others = sorted(path for path in (source / "checkpoints").glob("*.pt") if path not in found.values())

@@ -10,6 +10,7 @@ images are divided instead: the first layer takes the factor, and the last gives
 """
 
 import math
+import re
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,7 @@ from errors import UserError
 from models.denoisers.config import JiTConfig
 from models.denoisers.jit import CLASS_TOKENS
 from models.latent_statistics import LatentStatistics
+from models.tokenizers.pixels import IMAGE_CHANNELS
 
 State = dict[str, torch.Tensor]
 
@@ -25,12 +27,12 @@ PREFIX = "net."
 PATCHES, BOTTLENECK = "x_embedder.proj1.weight", "x_embedder.proj2.weight"
 AVERAGE, TRAINED = "model_ema1", "model"
 READ = {PATCHES: 4, BOTTLENECK: 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # dimensions
-IMAGE_CHANNELS = 3
 # theirs → ours; of P_mean the time runs the other way
 FLAGS = {
     **{"model": "model", "class_num": "num_classes", "img_size": "resolution", "label_drop_prob": "cfg_prob"},
     **{"P_std": "time_std", "noise_scale": "noise_scale"},
 }
+OF_ALL = {"path_type": "linear", "prediction": "x", "weighting": "lognormal", "adam_beta2": 0.95}  # bare weights too
 
 
 def is_jit(state: Mapping[str, torch.Tensor]) -> bool:
@@ -40,10 +42,10 @@ def is_jit(state: Mapping[str, torch.Tensor]) -> bool:
 
 def weight_sets(contents: Mapping) -> dict[str, Mapping] | None:
     """The averaged weights and those as trained, where a file has them under their names."""
-    if not isinstance(contents.get(AVERAGE), dict):
+    if AVERAGE not in contents:
         return None
     names = {"ema": AVERAGE, "model": TRAINED}
-    return {ours: contents[theirs] for ours, theirs in names.items() if isinstance(contents.get(theirs), dict)}
+    return {ours: contents.get(theirs) for ours, theirs in names.items()}
 
 
 def facts_of(args: Mapping) -> dict[str, object]:
@@ -53,7 +55,7 @@ def facts_of(args: Mapping) -> dict[str, object]:
     facts = {ours: args[theirs] for theirs, ours in FLAGS.items() if args.get(theirs) is not None}
     mean = args["P_mean"]
     facts["time_mean"] = -mean if isinstance(mean, int | float) else mean
-    return facts | {"path_type": "linear", "prediction": "x", "weighting": "lognormal", "adam_beta2": 0.95}
+    return facts | OF_ALL
 
 
 def jit_config(state: Mapping[str, torch.Tensor], given: str) -> JiTConfig:
@@ -69,7 +71,7 @@ def jit_config(state: Mapping[str, torch.Tensor], given: str) -> JiTConfig:
             raise UserError(f"{given}: {name} has {state[name].ndim} dimensions instead of {dimensions}; it is damaged")
     bottleneck, channels, patch, _ = state[PATCHES].shape
     width, tokens = len(state[BOTTLENECK]), state["pos_embed"].shape[1]
-    numbers = [int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdigit()]
+    numbers = [int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", key) for key in state) if match]
     depth, grid = 1 + max(numbers, default=-1), math.isqrt(tokens)
     model = JiTConfig.name_of(depth, width, patch)
     if model is None:
@@ -85,6 +87,8 @@ def jit_config(state: Mapping[str, torch.Tensor], given: str) -> JiTConfig:
         latent_size=grid * patch,
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
     )
+    if channels != IMAGE_CHANNELS:
+        raise UserError(f"{given}: a {model} on {channels} channels is not known here; give one on the 3 of images")
     if bottleneck != config.bottleneck or "in_context_posemb" not in state:
         raise UserError(
             f"{given}: a {model} with a bottleneck of {bottleneck} channels"

@@ -68,7 +68,7 @@ def find_own_kind(name: str | None) -> OwnKind | None:
             path = hub_folder(name)
         except NotWeightsError:
             return None  # who reads it says why
-    if path.is_dir() and name not in TOKENIZERS:
+    if path.is_dir() and (name not in TOKENIZERS or tokenizer_kind(name).needs_weights):
         refuse_unfinished(str(path / "vae"))  # a training that began anew leaves the old one there
         folder = next((place for place in (path, path / "vae") if (place / CONFIG_FILE).is_file()), None)
         try:

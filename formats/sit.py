@@ -13,6 +13,7 @@ the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0. What is L
 MeanFlow's in ``formats.flow_map``; wherever SiT is said below, theirs are meant too.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ FACTS = (
     *("model", "num_classes", "encoder_depth", "qk_norm", "resolution", "path_type", "prediction", "cfg_prob"),
     *("enc_type", "vae", "vae_ckpt", THEIR_DEPTH, *THEIR_GUIDANCE),
 )
+FINITE = ("cfg_prob", "time_mean", "time_std")
 NUMBERS = ("num_classes", "encoder_depth", "resolution", THEIR_DEPTH)  # of these; whole ones
 _COMPARED = tuple(name for name in FACTS if name != "vae_ckpt")  # a path may be written in several ways
 FROZEN = "pos_embed"  # of their parameters
@@ -114,7 +116,7 @@ class SiTCheckpoint:
     @property
     def is_of_pixels(self) -> bool:
         """Whether it was trained without a VAE."""
-        return self.config.prediction == "x" and self.config.latent_channels == jit.IMAGE_CHANNELS
+        return isinstance(self.config, JiTConfig) or ddt.is_of_pixels(self.config)
 
     @cached_property
     def moments(self) -> dict[str, dict[str, torch.Tensor]] | None:
@@ -177,7 +179,11 @@ class SiTCheckpoint:
 
 
 def read_sit(
-    path: str | Path, given: str, json_facts: Mapping | None = None, flow_map_blocks: int | None = None
+    path: str | Path,
+    given: str,
+    json_facts: Mapping | None = None,
+    flow_map_blocks: int | None = None,
+    prediction: str | None = None,
 ) -> SiTCheckpoint:
     """Read a checkpoint of SiT weights in the public layout.
 
@@ -185,7 +191,7 @@ def read_sit(
         path: a .pt or .safetensors file.
         given: what the user gave it with, for messages, e.g. ``SOURCE last.pt``.
         json_facts: content of the ``args.json`` next to it.
-        flow_map_blocks: as the user says, where neither says it.
+        flow_map_blocks, prediction: as the user says, where neither says it.
 
     Raises:
         UserError: not readable, no SiT, none that this project builds, or flags that contradict its tensors.
@@ -199,14 +205,15 @@ def read_sit(
     facts = _facts(contents, json_facts, given)
     found, sizes = {}, {}
     for name, state in sets.items():
-        plain, legacy_depth = rename_legacy_blocks(_unwrapped(state))
+        plain, legacy_depth = rename_legacy_blocks(_unwrapped(state, given))
         if ddt.has_wide_head(plain):
-            config, projectors = ddt.wide_head_config(plain, given), Projectors()
+            config, projectors = ddt.wide_head_config(plain, given, prediction), Projectors()
             ddt.check_tables(plain, config, given)
             networks = ddt.own_names(plain, config, given)
             facts |= ddt.facts_of(config)
         elif jit.is_jit(plain):
             config, projectors = jit.jit_config(plain, given), Projectors()
+            facts = jit.OF_ALL | facts
             scale = jit.noise_scale(facts, config, given)
             networks, statistics = jit.own_tensors(plain, scale), jit.statistics_of(config.latent_channels, scale)
         else:
@@ -238,7 +245,7 @@ def read_sit(
         says_all="config" in contents,
         holds_vae=isinstance(contents.get("vae"), dict),
         optimizer=contents["opt"] if is_whole else None,
-        optimizer_names=_parameter_names(sets["model"]) if is_whole else (),
+        optimizer_names=_parameter_names(sets["model"], given) if is_whole else (),
     )
 
 
@@ -322,7 +329,9 @@ def _weight_sets(contents: object, given: str) -> dict[str, State]:
     if nested is None:
         nested = {name: contents[name] for name in ("ema", "model") if isinstance(contents.get(name), dict)}
     sets = nested or {"ema": {key: value for key, value in contents.items() if isinstance(value, torch.Tensor)}}
-    for state in sets.values():
+    for name, state in sets.items():
+        if not isinstance(state, dict):
+            raise UserError(f"{given} holds no weights ({name}), but a {type(state).__name__}; the file is damaged")
         if not any(str(key).endswith(("x_embedder.proj.weight", jit.PATCHES)) for key in state):
             raise UserError(f"{given} {_what_instead(contents, state)}; give a checkpoint of {SOURCES}")
         try:
@@ -367,6 +376,10 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
     for name, value in facts.items():
         if name in NUMBERS and not isinstance(value, int):
             raise UserError(f"{given}: its args say {name} {value!r}, which is not a whole number")
+        if name in FINITE and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise UserError(f"{given}: its args say {name} {value!r}, which is not a number")
+        if name == "time_std" and value <= 0:
+            raise UserError(f"{given}: its args say {name} {value!r}, which is not above 0")
         if not isinstance(value, str | int | float):
             raise UserError(f"{given}: its args say {name} {type(value).__name__}, which is neither number nor text")
     return facts
@@ -405,9 +418,13 @@ def _check_facts(facts: Mapping, config: TransformerConfig, projectors: Projecto
         )
 
 
-def _unwrapped(state: Mapping[str, torch.Tensor]) -> State:
+def _unwrapped(state: Mapping[str, torch.Tensor], given: str) -> State:
     """Names without what DDP and torch.compile put before them."""
-    return {_unwrap(key): tensor for key, tensor in state.items()}
+    plain = {_unwrap(key): tensor for key, tensor in state.items()}
+    if len(plain) < len(state):
+        twice = next(key for key in plain if sum(_unwrap(name) == key for name in state) > 1)
+        raise UserError(f"{given}: {twice} is there under two names; the file is of another code")
+    return plain
 
 
 def _unwrap(key: str) -> str:
@@ -416,9 +433,9 @@ def _unwrap(key: str) -> str:
     return key
 
 
-def _parameter_names(state: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+def _parameter_names(state: Mapping[str, torch.Tensor], given: str) -> tuple[str, ...]:
     """Present names of the parameters, in the order of the state dict."""
-    renamed, _ = rename_legacy_blocks(_unwrapped(state))
+    renamed, _ = rename_legacy_blocks(_unwrapped(state, given))
     renamed = {key: tensor for key, tensor in renamed.items() if not key.startswith((BATCH_NORM, ROTARY))}
     return tuple(f"{REPA_PREFIX}{key}" if key.startswith(PROJECTORS) else key for key in renamed)
 

@@ -38,7 +38,7 @@ from formats.statistics import (
     read_statistics,
     repa_statistics,
 )
-from models.tokenizers import STATISTICS_FILE, Tokenizer, architecture_names
+from models.tokenizers import STATISTICS_FILE, Tokenizer, architecture_names, tokenizer_kind
 from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError, check_values, read_contents
 from schema import MalformedError, read_json
@@ -121,6 +121,8 @@ def load_vae(
     named, given = find_own_kind(vae), None if checkpoint == RANDOM else find_own_kind(checkpoint)
     if given is not None and vae is not None and (named is None or named.name != given.name):
         raise UserError(f"{flag} {checkpoint} is of the kind {given.name}, not --vae {vae}: give --vae {checkpoint}")
+    if named is not None and checkpoint not in (None, RANDOM) and not tokenizer_kind(named.name).needs_weights:
+        raise UserError(f"{flag} {checkpoint}: --vae {vae} has no weights; leave {flag} out")
     if named is not None and given is None and checkpoint not in (None, RANDOM):
         raise UserError(
             f"{flag} {checkpoint} is not a folder of the kind {named.name}, which --vae {vae} means: give one"

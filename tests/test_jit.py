@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -313,21 +314,26 @@ def test_without_damping_the_last_step_ends_at_the_image():
         assert left.item() == pytest.approx(0.6 if damped else 0.0, abs=1e-3)
 
 
-def test_diffusion_bench_s_on_pixels_predict_the_image(tmp_path):
-    """Their DDT of three channels; the file does not say it."""
+@pytest.mark.parametrize(("prediction", "mean", "std"), [("x", -1.1, 0.8), ("v", -1.94, 1.0)])
+def test_diffusion_bench_s_on_pixels_do_not_say_what_they_predict(tmp_path, prediction, mean, std, capsys):
+    """Their DDT of three channels: jit-ddt predicts the image, pixnerd-ddt the velocity, with the same tensors."""
     state = bench_state(patch=2, side=8)
     for name in ("s_embedder", "x_embedder"):
         state[f"{name}.proj.weight"] = state[f"{name}.proj.weight"][:, :3]
     for name in ("weight", "bias"):
         state[f"final_layer.linear.{name}"] = state[f"final_layer.linear.{name}"][: 3 * 4]
     torch.save(state, tmp_path / "jit-ddt.pt")
-    checkpoint = read_sit(tmp_path / "jit-ddt.pt", "SOURCE")
-    assert checkpoint.config == DDTConfig("DDT-Ti/2", 3, 8, 6, qk_norm=True, head_width=256, prediction="x")
+    assert export(tmp_path / "jit-ddt.pt", tmp_path / "run") == 2
+    assert (
+        "add --prediction x (jit-ddt-… and pixelgen-ddt-…) or --prediction v (pixnerd-ddt-…)" in capsys.readouterr().err
+    )
+    checkpoint = read_sit(tmp_path / "jit-ddt.pt", "SOURCE", prediction=prediction)
+    assert checkpoint.config == DDTConfig("DDT-Ti/2", 3, 8, 6, qk_norm=True, head_width=256, prediction=prediction)
     assert checkpoint.is_of_pixels
     assert {name: checkpoint.facts[name] for name in ("prediction", "time_mean", "time_std", "time_shift")} == {
-        "prediction": "x", "time_mean": -1.1, "time_std": 0.8, "time_shift": (3 * 64 / 4096) ** 0.5,
+        "prediction": prediction, "time_mean": mean, "time_std": std, "time_shift": (3 * 64 / 4096) ** 0.5,
     }  # fmt: skip
-    assert export(tmp_path / "jit-ddt.pt", tmp_path / "run") == 0
+    assert export(tmp_path / "jit-ddt.pt", tmp_path / "run", prediction=prediction) == 0
 
 
 @pytest.mark.parametrize(
@@ -354,6 +360,67 @@ def test_other_networks_are_refused(tmp_path, capsys, spoil, said):
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), "two"])
 def test_noise_of_no_size_is_refused(tmp_path, capsys, scale):
     assert_refused(public_checkpoint(scale), "which is no number above 0", tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("P_mean", "x", "time_mean 'x', which is not a number"),
+        ("P_mean", float("nan"), "time_mean nan, which is not a number"),
+        ("P_std", "y", "time_std 'y', which is not a number"),
+        ("P_std", -1.0, "time_std -1.0, which is not above 0"),
+        ("label_drop_prob", "a", "cfg_prob 'a', which is not a number"),
+        ("label_drop_prob", 0, "without dropping labels"),
+        ("img_size", 64, "its args say 64 px"),
+        ("class_num", 7, "its args say num_classes 7, its weights 6"),
+    ],
+)
+def test_flags_of_another_training_are_refused(tmp_path, capsys, name, value, said):
+    contents = public_checkpoint()
+    setattr(contents["args"], name, value)
+    assert_refused_without_vae(contents, said, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_ema1": [1]}, "holds no weights (ema), but a list; the file is damaged"),
+        ({"model": None}, "holds no weights (model), but a NoneType; the file is damaged"),
+    ],
+)
+def test_what_are_no_weights_is_said(tmp_path, capsys, changes, said):
+    assert_refused_without_vae(public_checkpoint() | changes, said, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("net.blocks.².x", "it has in addition blocks.²"),
+        ("final_layer.linear.bias", "final_layer.linear.bias is there under two names"),
+    ],
+)
+def test_names_that_are_none(tmp_path, capsys, key, said):
+    contents = public_checkpoint()
+    contents["model_ema1"][key] = torch.zeros(192)
+    assert_refused_without_vae(contents, said, tmp_path, capsys)
+
+
+def test_a_bare_one_is_of_the_linear_path_too(tmp_path, capsys):
+    torch.save(jit_state(), tmp_path / "bare.pth")
+    assert export(tmp_path / "bare.pth", tmp_path / "run", path_type="cosine") == 2
+    assert "--path-type cosine" in capsys.readouterr().err
+    assert export(tmp_path / "bare.pth", tmp_path / "run", prediction="v") == 2
+    assert "--prediction v: SOURCE" in capsys.readouterr().err
+    assert export(tmp_path / "bare.pth", tmp_path / "run") == 0
+    assert "does not say its path" not in capsys.readouterr().err
+
+
+def assert_refused_without_vae(contents: object, said: str, tmp_path: Path, capsys) -> None:
+    torch.save(contents, tmp_path / "file.pth")
+    assert export(tmp_path / "file.pth", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_vae_is_refused(tmp_path, capsys):

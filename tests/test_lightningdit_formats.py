@@ -91,7 +91,7 @@ def test_released_weights(tmp_path, kind):
 @pytest.mark.parametrize("size", LightningDiTConfig.sizes)
 def test_every_size_is_told_by_its_tensors(size):
     for patch in LightningDiTConfig.patches:
-        config = LightningDiTConfig(f"LightningDiT-{size}/{patch}", 32, 16, 1000, size == "B")
+        config = LightningDiTConfig(f"LightningDiT-{size}/{patch}", 32, 32, 1000, size == "B")
         denoiser, _ = build_networks(config, Projectors())
         assert infer_sizes(denoiser.state_dict(), "x") == (config, Projectors())
 
@@ -239,7 +239,10 @@ def configured(**changes: object) -> dict:
         (configured(transport_path_type=["Linear"]), "path_type list, which is neither number nor text"),
         (configured(model_wo_shift=True), "its config says model.wo_shift True; only False is known here"),
         (configured(data_latent_multiplier=0.18215), "data.latent_multiplier 0.18215; only 1.0"),
-        (configured(transport_prediction="noise"), "it predicts noise; only velocities"),
+        (
+            configured(transport_prediction="noise"),
+            "it predicts noise; of LightningDiT-Ti/2 on 4 channels only the velocity (v) is known here",
+        ),
         (configured(transport_path_type="VP"), "path_type VP is none of linear, cosine"),
         (configured(model_model_type="LightningDiT-Ti/1"), "its args say model LightningDiT-Ti/1, its weights"),
         (configured(vae_downsample_ratio=8), "its args say resolution 32, its weights 64"),

@@ -113,6 +113,35 @@ def test_a_cache_holds_the_images_once(data, limit):
     torch.testing.assert_close(latents.statistics.mean.double(), statistics.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_said_of_a_cache(data, tmp_path, capsys):
+    """Statistics of data are not expected to be 0 and 1; a dry run counts no mirrored copy; --dtype changes nothing."""
+    options = {"hflip": True, "resolution": 32}
+    assert cache_latents.main(cache_flags(data, NAME, tmp_path / "cache", **options)) == 0
+    captured = capsys.readouterr()
+    assert "WARNING" not in captured.err
+    assert "differ" not in captured.out
+    features = {"cache_features": True, "enc_type": "efficientnet-lite0", "features_grid": 4}
+    assert cache_latents.main(cache_flags(data, NAME, tmp_path / "cache", dtype="float32", **options, **features)) == 0
+    capsys.readouterr()
+    assert cache_latents.main(cache_flags(data, NAME, None, dry_run=True, **options, **features)) == 0
+    said = capsys.readouterr().out
+    assert "latents: 24 items of 3 × 32 × 32 uint8" in said
+    assert "mirrored latents" not in said
+    assert "mirrored features" in said
+
+
+def test_a_staged_cache_is_mirrored_too(data, tmp_path):
+    options = PLAIN | {"hflip": True, "stage_dir": tmp_path / "stage"}
+    assert train(*flags(data, tmp_path, **options)) == 0
+
+
+def test_a_vae_s_cache_without_its_mirror_images_is_not_staged(data, tmp_path, capsys):
+    options = {"align": "none", "enc_type": None, "hflip": True, "stage_dir": tmp_path / "stage"}
+    assert train(*flags(data, tmp_path, **options)) == 2
+    assert f"{data / 'latents'} has no complete flipped/" in capsys.readouterr().err
+    assert not list((tmp_path / "stage").rglob("*.npy"))
+
+
 def test_the_cache_s_vae_normalises_by_nothing(data):
     """Not by the measured statistics, which stand beside it."""
     tokenizer, _ = load_tokenizer(str(data / NAME / "vae"))
@@ -189,7 +218,7 @@ def test_there_is_nothing_to_train(data, capsys):
 
 def test_weights_are_none(capsys):
     assert run(cache_latents.main, ["--dry-run", "--vae", NAME, "--vae-ckpt", "f8d4"]) == 2
-    assert f"is not a folder of the kind {NAME}" in capsys.readouterr().err
+    assert f"--vae-ckpt f8d4: --vae {NAME} has no weights; leave --vae-ckpt out" in capsys.readouterr().err
 
 
 def test_damping_is_of_predicted_data_and_of_the_ode(data, tmp_path, capsys):
@@ -199,6 +228,20 @@ def test_damping_is_of_predicted_data_and_of_the_ode(data, tmp_path, capsys):
     assert "--damped is for --mode ode" in capsys.readouterr().err
     assert run(generate.main, argv_of(base | {"mode": "ode"})) == 2
     assert "--damped is for networks that predict the data (--prediction x)" in capsys.readouterr().err
+    for name, prediction in (("image", "x"), ("velocity", "v")):
+        assert train(*flags(data, tmp_path, name, **PLAIN | {"prediction": prediction})) == 0
+    capsys.readouterr()
+    guided = {"exp_path": tmp_path / "image", "guide": tmp_path / "velocity", "cfg_scale": 2.0, "mode": "ode"}
+    assert run(generate.main, argv_of(base | guided)) == 2
+    assert f"{tmp_path / 'velocity'} predicts the velocity: leave it out" in capsys.readouterr().err
+    assert run(generate.main, argv_of(base | guided | {"damped": None})) == 0
+
+
+def test_norms_are_always_there(data, tmp_path):
+    """Whatever the flag says, which is noted as it is and does not stop a resumed run."""
+    for steps, flag in ((1, "--no-qk-norm"), (2, "--qk-norm")):
+        assert train(*flags(data, tmp_path, **PLAIN | {"max_train_steps": steps}), flag) == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["args"]["qk_norm"] is True
 
 
 @pytest.mark.parametrize("changes", [{"prediction": "v"}, {"time_std": 0.5}])

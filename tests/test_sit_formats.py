@@ -135,7 +135,7 @@ def test_bare_weights_wrapped_and_legacy_names(tmp_path):
 @pytest.mark.parametrize("size", SIT_SIZES)
 def test_every_size_and_patch_is_told_by_its_tensors(size):
     for patch in SiTConfig.patches:
-        config, projectors = SiTConfig(f"SiT-{size}/{patch}", 32, 16, 1000, size == "B"), Projectors((768, 1024), 64, 6)
+        config, projectors = SiTConfig(f"SiT-{size}/{patch}", 32, 32, 1000, size == "B"), Projectors((768, 1024), 64, 6)
         denoiser, alignment = build_networks(config, projectors)
         state = {key.removeprefix("repa."): tensor for key, tensor in alignment.state_dict().items()}
         assert infer_sizes(denoiser.state_dict() | state, "x", 6) == (config, projectors)

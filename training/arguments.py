@@ -491,6 +491,7 @@ def check_denoiser_arguments(parser: argparse.ArgumentParser, args: argparse.Nam
             raise UserError(
                 f"{flag_of(name)} belongs to --model {names}, not to {args.model}: leave it out, or choose such a model"
             )
+    vars(args).update(kind.always)
     args.prediction = args.prediction or kind.prediction
     if args.prediction == "x" and args.path_type != "linear":
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
-from dataset.latents import FLIPPED_NAME, LatentDataset, class_tokens_name, features_name, latents_folder
+from dataset.latents import FLIPPED_NAME, VAE_NAME, LatentDataset, class_tokens_name, features_name, latents_folder
 from dataset.loader import stage_dataset
 from dataset.shards import read_index
 from dataset.verification import verify_on_all
@@ -16,9 +16,10 @@ from formats.vae import load_tokenizer
 from loss.alignment import DENOISER_ALIGNMENTS, TokenGrid, parse_sum
 from models.denoisers import Denoiser, DenoiserConfig
 from models.encoders import encoder_names, encoder_spec
-from models.tokenizers import STATISTICS_FILE, Tokenizer
+from models.tokenizers import STATISTICS_FILE, Tokenizer, is_mirrored_as_stored
 from runtime import DEFAULT_VAE
 from runtime.processes import goes_first, this_process
+from schema import MalformedError
 from training.networks import vfm_features
 
 
@@ -58,10 +59,18 @@ def open_latents(
 def used_parts(args: argparse.Namespace, folder: Path) -> list[str]:
     """The sub-folders of the cache that this training reads."""
     flips = (False, True) if args.hflip else (False,)
-    parts = [FLIPPED_NAME] if args.hflip and (folder / FLIPPED_NAME).exists() else []  # pixels need none
+    parts = [FLIPPED_NAME] if args.hflip and not mirrors_as_it_reads(folder) else []
     if args.repa_source == "features" and args.cached_features is None:  # another cache's are read where they are
         parts += [name for flipped in flips for name in vfm_parts(args, flipped)]
     return parts
+
+
+def mirrors_as_it_reads(folder: Path) -> bool:
+    """Whether a cache needs no copy of its mirrored latents; where it does not say so, it does."""
+    try:
+        return is_mirrored_as_stored(folder / VAE_NAME)
+    except (OSError, MalformedError, KeyError, TypeError):
+        return False
 
 
 def vfm_parts(args: argparse.Namespace, flipped: bool = False) -> list[str]:

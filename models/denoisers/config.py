@@ -24,6 +24,7 @@ class DenoiserConfig:
         flow_map_blocks: last blocks that are told where a jump ends (Decoupled MeanFlow); 0: the network makes none. A
             kind that can makes it a field.
         prediction: what the network makes, a name of ``PREDICTIONS``. A kind that can makes it a field.
+        always: flags that have one value in all networks of the kind.
     """
 
     names: ClassVar[str] = ""
@@ -31,6 +32,7 @@ class DenoiserConfig:
     sparse_blocks = range(0)
     flow_map_blocks = 0
     prediction = "v"
+    always: ClassVar[Mapping[str, Any]] = {}
 
     model: str
     latent_channels: int
@@ -273,12 +275,10 @@ class JiTConfig(TransformerConfig):
     kind: ClassVar[str] = "JiT"
     sizes: ClassVar[Mapping[str, TransformerSize]] = JIT_SIZES
 
+    always: ClassVar[Mapping[str, Any]] = {"qk_norm": True}
+
     qk_norm: bool = True
     prediction: str = "x"
-
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, **values: Any) -> "JiTConfig":
-        return super().from_arguments(args, qk_norm=True, **values)
 
     @property
     def bottleneck(self) -> int:

@@ -67,6 +67,7 @@ class Tokenizer(nn.Module, ABC):
             in the order of ``torch.pixel_unshuffle``.
         needs_weights: whether a name alone, without a file, is not enough.
         stored_type: of what a cache keeps, whatever the user asks for; None: as asked for.
+        is_measured: whether its statistics are those of latents, which data may differ from.
         is_mirrored_as_stored: whether what a cache keeps of a mirrored image is what it keeps of the image, mirrored.
     """
 
@@ -74,6 +75,7 @@ class Tokenizer(nn.Module, ABC):
     needs_weights = True
     stored_type: str | None = None
     is_mirrored_as_stored = False
+    is_measured = True
 
     def __init__(self, latent_channels: int):
         super().__init__()

@@ -13,7 +13,7 @@ from models.latent_statistics import EPSILON
 from models.pixels import to_signed
 from models.tokenizers.base import Code, Tokenizer
 
-NAME = "pixels"
+NAME, IMAGE_CHANNELS = "pixels", 3
 _LEVELS = np.arange(256) / 127.5 - 1
 _COUNTED_AT_ONCE = 64  # images
 
@@ -39,9 +39,10 @@ class PixelTokenizer(Tokenizer):
     needs_weights = False
     stored_type = "uint8"
     is_mirrored_as_stored = True
+    is_measured = False
 
     def __init__(self):
-        super().__init__(latent_channels=3)
+        super().__init__(IMAGE_CHANNELS)
         self.take_statistics()
 
     @property
@@ -70,10 +71,11 @@ class PixelTokenizer(Tokenizer):
     @staticmethod
     def stored_moments(stored: np.ndarray) -> np.ndarray:
         """As of every tokenizer, from how often each of the 256 values is there."""
-        counts = np.zeros((3, 256), np.int64)
+        counts = np.zeros((IMAGE_CHANNELS, 256), np.int64)
         for first in range(0, len(stored), _COUNTED_AT_ONCE):
             part = stored[first : first + _COUNTED_AT_ONCE]
-            counts += np.stack([np.bincount(part[:, channel].ravel(), minlength=256) for channel in range(3)])
+            channels = (part[:, channel].ravel() for channel in range(IMAGE_CHANNELS))
+            counts += np.stack([np.bincount(values, minlength=256) for values in channels])
         return np.concatenate([counts @ _LEVELS, counts @ _LEVELS**2, counts[:1].sum(1)])
 
     def take_statistics(self) -> str:
