@@ -376,12 +376,12 @@ def _facts(contents: dict, json_facts: Mapping | None, given: str) -> dict[str, 
     for name, value in facts.items():
         if name in NUMBERS and not isinstance(value, int):
             raise UserError(f"{given}: its args say {name} {value!r}, which is not a whole number")
+        if not isinstance(value, str | int | float):
+            raise UserError(f"{given}: its args say {name} {type(value).__name__}, which is neither number nor text")
         if name in FINITE and not (isinstance(value, int | float) and math.isfinite(value)):
             raise UserError(f"{given}: its args say {name} {value!r}, which is not a number")
         if name == "time_std" and value <= 0:
             raise UserError(f"{given}: its args say {name} {value!r}, which is not above 0")
-        if not isinstance(value, str | int | float):
-            raise UserError(f"{given}: its args say {name} {type(value).__name__}, which is neither number nor text")
     return facts
 
 
