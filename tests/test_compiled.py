@@ -239,11 +239,17 @@ def test_inductor_knows_the_limits_it_is_given():
         found = torch.autograd.grad(call().square().mean(), parameters, allow_unused=True)
         for one, other in zip(plain, found, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        images = tokenizer.decode(x)
-        torch.compiler.set_stance("force_eager")
-        torch.testing.assert_close(images, tokenizer.decode(x), rtol=0, atol=0.05)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            images = tokenizer.decode(x)
+            torch.compiler.set_stance("force_eager")
+            plain = tokenizer.decode(x)
+        exact = tokenizer.decode(x)
         torch.compiler.set_stance("default")
+    # How far a single pixel is off depends on the processor; on average, compiled is no further off than eager.
+    error, expected = ((each - exact).square().mean().sqrt().item() for each in (images, plain))
+    print(f"bfloat16: {error:.5f} from float32, eager {expected:.5f}")
+    assert 0 < error < 1.1 * expected < 0.02
     with pytest.raises(RuntimeError, match="realize_something"):
         torch.compile(denoiser, options={"realize_something": 1})
 
