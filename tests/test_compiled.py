@@ -246,10 +246,14 @@ def test_inductor_knows_the_limits_it_is_given():
             plain = tokenizer.decode(x)
         exact = tokenizer.decode(x)
         torch.compiler.set_stance("default")
-    # How far a single pixel is off depends on the processor; on average, compiled is no further off than eager.
-    error, expected = ((each - exact).square().mean().sqrt().item() for each in (images, plain))
-    print(f"bfloat16: {error:.5f} from float32, eager {expected:.5f}")
+    # How far a pixel is off depends on the processor: compiled ones are no further off than eager ones, on average and
+    # at the most, and so differ from each other by no more than both are off.
+    (error, most), (expected, most_expected) = (
+        ((each - exact).square().mean().sqrt().item(), (each - exact).abs().max().item()) for each in (images, plain)
+    )
+    print(f"bfloat16: {error:.5f} from float32, at most {most:.5f}; eager {expected:.5f}, {most_expected:.5f}")
     assert 0 < error < 1.1 * expected < 0.02
+    assert most < 1.5 * most_expected < 0.1
     with pytest.raises(RuntimeError, match="realize_something"):
         torch.compile(denoiser, options={"realize_something": 1})
 

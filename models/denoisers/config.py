@@ -82,9 +82,8 @@ class DenoiserConfig:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, **values: Any) -> "DenoiserConfig":
-        """The fields given, and those of the kind's own flags; one that is None is as the kind has it."""
-        flags = {name: getattr(args, name) for name in cls.own_flags() - values.keys()}
-        config = cls(**values | {name: value for name, value in flags.items() if value is not None})
+        """The fields given, and those of the kind's own flags."""
+        config = cls(**values | {name: getattr(args, name) for name in cls.own_flags() - values.keys()})
         config.check()
         return config
 
@@ -113,6 +112,7 @@ class TransformerConfig(DenoiserConfig):
         kind: what its names begin with.
         sizes: by name.
         patches: sides that there are, in latent positions.
+        can_jump: whether it can be told where a jump ends.
         model: ``KIND-SIZE/PATCH``, e.g. ``SiT-XL/1``.
         qk_norm: a norm on the queries and keys of each head.
         sprint: the middle blocks see a part of the tokens in training (``models.denoisers.sprint``).
@@ -123,6 +123,7 @@ class TransformerConfig(DenoiserConfig):
     kind: ClassVar[str] = ""
     sizes: ClassVar[Mapping[str, TransformerSize]] = {}
     patches: ClassVar[tuple[int, ...]] = PATCHES
+    can_jump: ClassVar[bool] = True
 
     qk_norm: bool = False
     class_token_width: int = field(default=0, metadata={"has_flag": False})
@@ -210,8 +211,8 @@ class TransformerConfig(DenoiserConfig):
             )
         if self.prediction not in PREDICTIONS:
             raise UserError(f"--prediction {self.prediction} is not known; give {' or '.join(PREDICTIONS)}")
-        if self.flow_map_blocks and self.prediction != "v":
-            DenoiserConfig.with_flow_map(self, self.flow_map_blocks)
+        if self.flow_map_blocks and not (self.can_jump and self.prediction == "v"):
+            super().with_flow_map(self.flow_map_blocks)
         if type(self.flow_map_blocks) is not int or not 0 <= self.flow_map_blocks < self.size.depth:
             raise UserError(
                 f"--flow-map-blocks {self.flow_map_blocks}: of the {self.size.depth} blocks of {self.model} at least "
@@ -274,7 +275,7 @@ class JiTConfig(TransformerConfig):
     names: ClassVar[str] = f"JiT-SIZE/PATCH, sizes {', '.join(JIT_SIZES)}, the same patches"
     kind: ClassVar[str] = "JiT"
     sizes: ClassVar[Mapping[str, TransformerSize]] = JIT_SIZES
-
+    can_jump: ClassVar[bool] = False
     always: ClassVar[Mapping[str, Any]] = {"qk_norm": True}
 
     qk_norm: bool = True
@@ -290,13 +291,8 @@ class JiTConfig(TransformerConfig):
         """Blocks before tokens of the class join those of the image."""
         return min(10, self.size.depth // 3)
 
-    def with_flow_map(self, blocks: int) -> "JiTConfig":
-        return DenoiserConfig.with_flow_map(self, blocks)
-
     def check(self) -> None:
         super().check()
-        if self.flow_map_blocks:
-            self.with_flow_map(self.flow_map_blocks)
         if self.sprint:
             raise UserError(f"--sprint: {self.model} takes tokens of the class on the way; give another --model")
 
@@ -320,6 +316,7 @@ class DiTDHConfig(TransformerConfig):
     names: ClassVar[str] = f"DiTDH-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, the same patches"
     kind: ClassVar[str] = "DiTDH"
     sizes: ClassVar[Mapping[str, TransformerSize]] = SIT_SIZES
+    can_jump: ClassVar[bool] = False
 
     head_depth: int = 2
     head_width: int = 2048
@@ -342,13 +339,8 @@ class DiTDHConfig(TransformerConfig):
     def head(self) -> TransformerSize:
         return TransformerSize(self.head_depth, self.head_width, self.head_width // HEAD_CHANNELS)
 
-    def with_flow_map(self, blocks: int) -> "DiTDHConfig":
-        return DenoiserConfig.with_flow_map(self, blocks)
-
     def check(self) -> None:
         super().check()
-        if self.flow_map_blocks:
-            self.with_flow_map(self.flow_map_blocks)
         if self.head_depth < 1:
             raise UserError(f"--head-depth {self.head_depth}: give 1 or more")
         if self.head_width < 1 or self.head_width % HEAD_CHANNELS:

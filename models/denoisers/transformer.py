@@ -109,7 +109,7 @@ class Transformer(Denoiser):
         tokens, states = self._through_blocks(x, condition, taps, self.depth, route, last)
         patches, class_token = self.final_layer(*self.last_tokens(x, time, last, tokens))
         output = self.pack(unpatchify(patches, self.config.latent_shape), class_token)
-        if self.config.prediction == "x":
+        if self.damps:
             return velocity_to(output, x, t), states
         return -output if self.counts_to_data else output, states
 
