@@ -181,7 +181,10 @@ from inference.latent_cache import (
     chunk_size,
     features_encoder,
     latents_encoder,
+    link_shards,
+    linkable_files,
     one_thread_each,
+    same_files,
     save_beside,
 )
 from models.encoders import Encoder, build_encoders, encoder_names
@@ -314,10 +317,10 @@ def build_targets(
         return PackingJob(part, specs[what], common | settings, OUTPUT_FLAG, FLAGS)
 
     targets = []
-    for flipped in (False, True) if args.hflip and not vae.is_mirrored_as_stored else (False,):
+    for flipped in (False, True) if args.hflip and not vae.stores_images else (False,):
         settings = {"vae": checksum, "flipped": flipped} | ({} if flipped else {"statistics": statistics})
-        if vae.stored_type is not None:  # no number is made
-            settings |= {"dtype": vae.stored_type, "precision": vae.stored_type}
+        if vae.stores_images:  # no number is made
+            settings |= dict.fromkeys(("dtype", "precision"), latents_dtype(args, vae))
         job = packing(folder / FLIPPED_NAME if flipped else folder, "latents", settings)
         encode, name = latents_encoder(vae, dtype), "mirrored latents" if flipped else "latents"
         if flipped:
@@ -372,7 +375,7 @@ def vfm_parts(args: argparse.Namespace, networks: Networks) -> list[VFMPart]:
 
 def latents_dtype(args: argparse.Namespace, tokenizer: Tokenizer) -> str:
     """Type of the latents' shards: pixels are stored as they are."""
-    return tokenizer.stored_type or args.dtype
+    return "uint8" if tokenizer.stores_images else args.dtype
 
 
 def build_specs(args: argparse.Namespace, networks: Networks) -> dict[str, ShardSpec]:
@@ -394,14 +397,18 @@ def make_cache(
     """Make what is missing of this process's shards, complete what is complete, say what came out."""
     complete = [target.packing.begin() for target in targets]
     shards = len(images.shard_counts)
+    files = linkable_files(targets[0], images) if networks.tokenizer.stores_images else None
+    linked = link_shards(targets[0], files, targets[0].packing.missing(process.share(shards))) if files else []
     todo = sorted({number for target in targets for number in target.packing.missing(process.share(shards))})
     if process.is_main:
-        show_plan(folder, targets, images)
+        if files is not None:
+            print(f"latents: links to the files of {args.data_dir}, which take no space")
+        show_plan(folder, targets if files is None else targets[1:], images)
         if todo and networks.statistics is None:
             print("the VAE has no latent statistics: they are computed over this dataset, by all processes")
         elif todo:
             print(f"the VAE's latent statistics are those of {networks.statistics}")
-    count = sum(images.shard_counts[number] for number in todo)
+    count, links = (sum(images.shard_counts[number] for number in numbers) for numbers in (todo, linked))
     cacher = Cacher(
         images,
         targets,
@@ -420,6 +427,10 @@ def make_cache(
         with progress_bar(count, 0, "caching", "img", process.is_main) as progress:
             cacher.run(todo, progress)
     seconds = time.perf_counter() - begin
+    with progress_bar(links, 0, "measuring", "img", process.is_main and links) as progress:
+        for number in linked:  # as they have been made
+            targets[0].after_shard(number)
+            progress.update(images.shard_counts[number])
     completed = [target.finish(shards) for target in targets]
     if completed[0]:
         MeasuredStatistics(targets[0].packing, networks.tokenizer).tidy_up()
@@ -458,7 +469,7 @@ def report(folder: Path, targets: Sequence[Target], count: int, networks: Networ
     """What the complete cache is, and how its statistics compare with those the VAE came with."""
     size = sum(target.packing.spec.item_bytes for target in targets) * count
     print(f"{folder} is complete: {count} images, {', '.join(target.name for target in targets)}, {size} bytes")
-    if not networks.tokenizer.is_measured:
+    if networks.tokenizer.stores_images:
         return
     if networks.statistics is None:
         print("the VAE came without latent statistics; the measured ones are stored with the cache's copy of it")
@@ -493,7 +504,7 @@ def dry_run(
     if images is not None:
         images.read_into(np.arange(size) % len(images), batch.numpy())
     flips = (False, True) if args.hflip else (False,)
-    flips_of = {name: flips if name != "latents" or not vae.is_mirrored_as_stored else (False,) for name in encoders}
+    flips_of = {name: flips if name != "latents" or not vae.stores_images else (False,) for name in encoders}
     targets = [
         Target(name, None, encode, flipped, (), part=part)
         for name, (encode, part) in encoders.items()
@@ -513,6 +524,8 @@ def dry_run(
     for name, spec in specs.items():
         for flipped in flips_of[name]:
             print(describe_bytes(f"mirrored {name}" if flipped else name, spec, count))
+    if images is not None and vae.stores_images and same_files(specs["latents"], images):
+        print(f"latents take no space beside {args.data_dir} on its file system: they are links to its files")
     rate = size / seconds[-1] * process.world_size
     print(
         f"batches of {size} in chunks of {chunk}: {seconds[0]:.2f} and {seconds[1]:.2f} s; {rate:.2f} images/s with "

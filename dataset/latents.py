@@ -32,7 +32,7 @@ from dataset.verification import SHOWN_BYTES
 from errors import UserError
 from files import is_out_of_reach, read_safetensors
 from models.latent_statistics import LatentStatistics
-from models.tokenizers import is_mirrored_as_stored, stored_latent_shape
+from models.tokenizers import stored_latent_shape, stores_images
 from schema import MalformedError
 
 STATISTICS_NAME = "latents_stats.safetensors"
@@ -157,7 +157,7 @@ class LatentDataset:
         limit = available_memory() // (4 * local_processes) if memory_limit is None else memory_limit
         self._arrays: dict[str, _Array] = {}
         if latents:
-            mirrors = is_mirrored_as_stored(self.vae_folder)
+            mirrors = stores_images(self.vae_folder)
             readers = [reader, self._open(FLIPPED_NAME, "latents")] if hflip and not mirrors else [reader]
             self._arrays["stored"] = _Array(readers, limit, show_progress, mirrors)
         flips = (False, True) if hflip else (False,)

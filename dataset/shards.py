@@ -155,6 +155,23 @@ class ShardWriter:
         with open(self._path, "xb") as file:
             file.truncate(self._start + slots * self.spec.slot_bytes)
 
+    def link(self, source: Path, entry: FileEntry, labels: Sequence[int]) -> None:
+        """Make the shard another name (a hard link) of a file that holds the same, in the place of the other methods.
+
+        Args:
+            source: the file.
+            entry: of the file, from the index that it belongs to.
+            labels: of its items.
+
+        Raises:
+            OSError: the file system, or who owns the file, does not allow it.
+        """
+        self._path.unlink(missing_ok=True)
+        os.link(source.resolve(), self._path)
+        path = self.folder / self.spec.file_name(self.number)
+        os.replace(self._path, path)
+        self._record(ShardRecord(len(labels), {path.name: entry}, [int(label) for label in labels]))
+
     def discard(self) -> None:
         """Remove what was written; whoever makes the shard next begins anew anyway."""
         self._path.unlink(missing_ok=True)
@@ -202,8 +219,11 @@ class ShardWriter:
             write_atomically(offsets_path, _npy_bytes(np.array(offsets, np.int64)))
             files[offsets_path.name] = checksum(offsets_path)
         record = ShardRecord(len(labels), files, [int(label) for label in labels], [list(pair) for pair in rejected])
-        write_atomically(self.folder / self.spec.record_name(self.number), _json_bytes(asdict(record)))
+        self._record(record)
         return record
+
+    def _record(self, record: ShardRecord) -> None:
+        write_atomically(self.folder / self.spec.record_name(self.number), _json_bytes(asdict(record)))
 
     def _header(self, length: int) -> bytes:
         if self.spec.codec == "raw":
@@ -371,6 +391,7 @@ class PackedReader:
         index: the whole index.json.
         labels: int64 ``[N]``.
         class_names: label ``c`` means ``class_names[c]``.
+        shard_starts: the first item of each shard, and behind the last the number of items.
 
     Raises:
         UserError: no such dataset, another kind, or shards missing or cut short (of more than
@@ -387,7 +408,7 @@ class PackedReader:
         self.index = index
         self.spec = ShardSpec(index["kind"], tuple(index["shape"]), index["dtype"], index["codec"])
         self.class_names: list[str] = index["class_names"]
-        self._starts = np.cumsum([0] + [shard["count"] for shard in index["shards"]]).tolist()
+        self.shard_starts: list[int] = np.cumsum([0] + [shard["count"] for shard in index["shards"]]).tolist()
         self._check_files()
         self.labels = self._load_verified(LABELS_NAME, index["labels"][LABELS_NAME])
         if self.labels.shape != (len(self),) or self.labels.dtype != np.int64:
@@ -403,14 +424,14 @@ class PackedReader:
         self._shards = OpenShards(len(index["shards"]))
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self.shard_starts[-1]
 
     def locate(self, item: int) -> tuple[int, int]:
         """Shard number and place in that shard."""
         if not 0 <= item < len(self):
             raise IndexError(f"item {item} of {len(self)}")
-        shard = bisect.bisect_right(self._starts, item) - 1
-        return shard, item - self._starts[shard]
+        shard = bisect.bisect_right(self.shard_starts, item) - 1
+        return shard, item - self.shard_starts[shard]
 
     def read_into(self, item: int, out: np.ndarray) -> None:
         """Read an item of a raw dataset into a contiguous array of its shape and type."""
@@ -437,7 +458,7 @@ class PackedReader:
 
         ``progress`` is told the bytes read.
         """
-        for shard, (first, last) in enumerate(itertools.pairwise(self._starts)):
+        for shard, (first, last) in enumerate(itertools.pairwise(self.shard_starts)):
             if last > first:
                 data = memoryview(out[first:last].reshape(-1).view(np.uint8))
                 file = self._open_shard(shard)  # once, so it need not stay open
@@ -447,6 +468,13 @@ class PackedReader:
                 self._check_digest(self._shard_path(shard).name, digest.hexdigest())
                 if progress is not None:
                     progress((last - first) * self.spec.item_bytes)
+
+    def shard_file(self, shard: int) -> tuple[Path, FileEntry]:
+        """The file of a raw shard, of the size that the index says, and what the index says of it."""
+        path = self._shard_path(shard)
+        entry = self.index["shards"][shard]["files"][path.name]
+        with self._open_file(shard, path.name):
+            return path, entry
 
     def fingerprint(self) -> str:
         """SHA-256 of all checksums: the same for the same bytes; cheap."""

@@ -6,12 +6,15 @@ composition follows from the place in the shard alone (the last is padded), and 
 several chunks at a time. What remains is the hardware: a CPU of another kind, or another GPU, may differ in last bits.
 """
 
+import errno
 import hashlib
+import os
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from dataset.images import ImageDataset
 from dataset.latents import STATISTICS_NAME, VAE_NAME
 from dataset.loader import read_batches
 from dataset.packing import PackingJob
-from dataset.shards import ShardWriter
+from dataset.shards import PackedReader, ShardSpec, ShardWriter
 from errors import UserError
 from files import whole_file, write_atomically, write_safetensors_file
 from models.encoders import Encoder
@@ -34,6 +37,8 @@ WRITES_BEHIND = 3  # batches that are encoded or encoding, but not yet written
 FINISHES_BEHIND = 2  # shards whose checksum is being made
 FLOAT16_MAX = 65504.0
 _DIGEST_BYTES = 32
+# A file system without hard links, another one, or somebody else's files.
+_NO_LINKS = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 def chunk_size(resolution: int, device: torch.device) -> int:
@@ -80,6 +85,39 @@ def latents_encoder(tokenizer: Tokenizer, dtype: torch.dtype) -> Callable[[Tenso
 def features_encoder(encoder: Encoder, dtype: torch.dtype, class_token: bool = False) -> Callable[[Tensor], Tensor]:
     """uint8 images → VFM features ``[n, N, D]``; with the class token in front ``[n, 1 + N, D]``."""
     return lambda images: encoder(images, class_token).to(dtype)
+
+
+def same_files(spec: ShardSpec, images: ImageDataset) -> PackedReader | None:
+    """The dataset's files, if those of a cache of images, of ``spec``, would be the same byte for byte."""
+    return next((reader for reader in images.readers if replace(reader.spec, kind=spec.kind) == spec), None)
+
+
+def linkable_files(target: Target, images: ImageDataset) -> PackedReader | None:
+    """:func:`same_files`, if the folder of the cache, which is there, may have other names (hard links) of them."""
+    reader, folder = same_files(target.packing.spec, images), target.packing.folder
+    if reader is not None:
+        path, trial = reader.shard_file(0)[0], folder / f".{uuid.uuid4().hex}.tmp"
+        try:
+            os.link(path.resolve(), trial)
+            trial.unlink()
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            print(f"{folder} holds copies of the images: {path} cannot be linked into it ({error.strerror})")
+            return None
+    return reader
+
+
+def link_shards(target: Target, reader: PackedReader, shards: Sequence[int]) -> list[int]:
+    """Make shards of :func:`linkable_files`; returns those that no other process had made."""
+    labels = np.split(reader.labels, reader.shard_starts[1:-1])
+    linked = []
+    for number in shards:
+        with target.packing.shard(number) as writer:
+            if writer is not None:
+                writer.link(*reader.shard_file(number), labels[number])
+                linked.append(number)
+    return linked
 
 
 class ChunkEncoder:

@@ -1,6 +1,8 @@
 """No tokenizer: pixels are cached, mirrored, trained on and sampled as they are; what needs a VAE is refused."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,15 +16,19 @@ import generate
 import train_ldm
 import train_repae
 import train_sendvae
+from dataset import packing
 from dataset.images import open_images
 from dataset.latents import LatentDataset
+from errors import UserError
 from formats.vae import load_tokenizer
 from models.latent_statistics import latent_moments
 from models.tokenizers.pixels import NAME, PixelTokenizer
+from preprocessing import main as preprocess
 from runtime.cli import run
 from tests.command_line import argv_of
 from tests.foreign_runs import export
 from tests.latent_caches import flags as cache_flags
+from tests.latent_caches import pack
 from tests.ldm_trainings import flags, write_data
 from tests.test_jit import public_checkpoint
 from tests.test_train_ldm import metrics, train, train_halted_and_straight
@@ -128,6 +134,98 @@ def test_what_is_said_of_a_cache(data, tmp_path, capsys):
     assert "latents: 24 items of 3 × 32 × 32 uint8" in said
     assert "mirrored latents" not in said
     assert "mirrored features" in said
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Packed images in four shards, one of them of a single image."""
+    images = np.random.default_rng(0).integers(0, 256, (22, 3, 32, 32), np.uint8)
+    pack(tmp_path / "packed", "images", images, [number % 3 for number in range(22)], {"resolution": 32})
+    return tmp_path / "packed"
+
+
+def cached(data: Path, folder: Path, **changes) -> Path:
+    assert cache_latents.main(cache_flags(data, NAME, folder, **changes)) == 0
+    return folder
+
+
+def refuse_links(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def link(source, target):
+        raise OSError(number, os.strerror(number), str(source))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def are_links(folder: Path, data: Path) -> list[bool]:
+    names = sorted(path.name for path in data.glob("images-*.npy"))
+    return [os.path.samefile(data / name, folder / name.replace("images", "latents")) for name in names]
+
+
+def test_a_cache_is_the_data_set_s_files_under_other_names(shards, tmp_path, monkeypatch, capsys):
+    """And equals byte for byte a cache of copies, which it is where no links can be made."""
+    linked = cached(shards, tmp_path / "linked")
+    assert "links to the files of" in capsys.readouterr().out
+    assert are_links(linked, shards) == [True] * 4
+    refuse_links(monkeypatch, errno.EXDEV)
+    copied = cached(shards, tmp_path / "copied")
+    assert f"holds copies of the images: {shards / 'images-00000.npy'} cannot be linked" in capsys.readouterr().out
+    assert are_links(copied, shards) == [False] * 4
+    assert contents(linked) == contents(copied)
+
+
+def test_a_disk_that_fails_is_not_taken_for_one_without_links(shards, tmp_path, monkeypatch, capsys):
+    refuse_links(monkeypatch, errno.EIO)
+    assert run(cache_latents.main, cache_flags(shards, NAME, tmp_path / "cache")) == 2
+    assert os.strerror(errno.EIO) in capsys.readouterr().err
+
+
+def test_links_outlive_the_data_set_and_need_no_room(shards, tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    folder = cached(shards, tmp_path / "cache")
+    expected = contents(shards)
+    shutil.rmtree(shards)
+    assert all((folder / f"latents-{n:05d}.npy").read_bytes() == expected[f"images-{n:05d}.npy"] for n in range(4))
+    assert len(LatentDataset(folder)) == 22
+
+
+def test_an_interrupted_cache_is_completed_by_links(shards, tmp_path, monkeypatch):
+    """What another run copied, or lost the record of, is neither linked to nor written into."""
+    whole = contents(cached(shards, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.PackingJob, "finish", lambda *args: False)
+        folder = cached(shards, tmp_path / "cache")
+    assert are_links(folder, shards) == [True] * 4
+    copy = (folder / "latents-00001.npy").read_bytes()
+    (folder / "latents-00001.npy").unlink()
+    (folder / "latents-00001.npy").write_bytes(copy)
+    for number in (0, 3):
+        (folder / f"latents-0000{number}.json").unlink()
+    cached(shards, folder)
+    assert are_links(folder, shards) == [True, False, True, True]
+    assert contents(folder) == whole
+
+
+def test_packed_as_png_images_are_copied(shards, data, tmp_path):
+    photographs = data.parent / "images"
+    argv = {"imagenet_path": photographs, "output_path": tmp_path / "png", "resolution": 32, "codec": "png"}
+    assert preprocess(argv_of(argv)) == 0
+    assert np.array_equal(pixels(tmp_path / "png"), pixels(data))
+    folder = cached(tmp_path / "png", tmp_path / "cache")
+    assert np.array_equal(read(LatentDataset(folder), list(range(COUNT)))["stored"], pixels(data))
+
+
+def test_a_data_set_damaged_after_it_was_packed_is_found_by_the_cache(shards, tmp_path):
+    with open(shards / "images-00002.npy", "r+b") as file:
+        file.seek(1000)
+        file.write(b"\1\2\3\4")
+    folder = cached(shards, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"latents-00002\.npy is damaged"):
+        LatentDataset(folder)
 
 
 def test_a_staged_cache_is_mirrored_too(data, tmp_path):

@@ -16,7 +16,7 @@ from formats.vae import load_tokenizer
 from loss.alignment import DENOISER_ALIGNMENTS, TokenGrid, parse_sum
 from models.denoisers import Denoiser, DenoiserConfig
 from models.encoders import encoder_names, encoder_spec
-from models.tokenizers import STATISTICS_FILE, Tokenizer, is_mirrored_as_stored
+from models.tokenizers import STATISTICS_FILE, Tokenizer, stores_images
 from runtime import DEFAULT_VAE
 from runtime.processes import goes_first, this_process
 from schema import MalformedError
@@ -68,7 +68,7 @@ def used_parts(args: argparse.Namespace, folder: Path) -> list[str]:
 def mirrors_as_it_reads(folder: Path) -> bool:
     """Whether a cache needs no copy of its mirrored latents; where it does not say so, it does."""
     try:
-        return is_mirrored_as_stored(folder / VAE_NAME)
+        return stores_images(folder / VAE_NAME)
     except (OSError, MalformedError, KeyError, TypeError):
         return False
 

@@ -60,13 +60,13 @@ def stored_latent_shape(folder: Path, stored_shape: tuple[int, ...]) -> tuple[in
     return tokenizer_kind(config["_class_name"]).latent_shape_of(stored_shape, config)
 
 
-def is_mirrored_as_stored(folder: Path) -> bool:
-    """``Tokenizer.is_mirrored_as_stored`` of the one in a folder.
+def stores_images(folder: Path) -> bool:
+    """``Tokenizer.stores_images`` of the one in a folder.
 
     Raises:
         OSError, MalformedError, KeyError: the folder does not say which tokenizer it is.
     """
-    return tokenizer_kind(read_json(Path(folder) / CONFIG_FILE, Config)["_class_name"]).is_mirrored_as_stored
+    return tokenizer_kind(read_json(Path(folder) / CONFIG_FILE, Config)["_class_name"]).stores_images
 
 
 def __getattr__(name: str) -> Any:

@@ -66,16 +66,13 @@ class Tokenizer(nn.Module, ABC):
         packing: positions of its network's latent along a side that make one position here, its channels holding them
             in the order of ``torch.pixel_unshuffle``.
         needs_weights: whether a name alone, without a file, is not enough.
-        stored_type: of what a cache keeps, whatever the user asks for; None: as asked for.
-        is_measured: whether its statistics are those of latents, which data may differ from.
-        is_mirrored_as_stored: whether what a cache keeps of a mirrored image is what it keeps of the image, mirrored.
+        stores_images: whether a cache keeps the uint8 images themselves. Then those of mirrored images are mirrored as
+            they are read, and statistics are a range that no data differ from.
     """
 
     packing = 1
     needs_weights = True
-    stored_type: str | None = None
-    is_mirrored_as_stored = False
-    is_measured = True
+    stores_images = False
 
     def __init__(self, latent_channels: int):
         super().__init__()

@@ -14,8 +14,7 @@ from models.pixels import to_signed
 from models.tokenizers.base import Code, Tokenizer
 
 NAME, IMAGE_CHANNELS = "pixels", 3
-_LEVELS = np.arange(256) / 127.5 - 1
-_COUNTED_AT_ONCE = 64  # images
+_ADDED_AT_ONCE = 64  # images
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,7 @@ class PixelTokenizer(Tokenizer):
     """Images as they are: the latent is ``[B, 3, H, W]`` in [-1, 1], and is not normalised further (mean 0, std 1)."""
 
     needs_weights = False
-    stored_type = "uint8"
-    is_mirrored_as_stored = True
-    is_measured = False
+    stores_images = True
 
     def __init__(self):
         super().__init__(IMAGE_CHANNELS)
@@ -70,13 +67,15 @@ class PixelTokenizer(Tokenizer):
 
     @staticmethod
     def stored_moments(stored: np.ndarray) -> np.ndarray:
-        """As of every tokenizer, from how often each of the 256 values is there."""
-        counts = np.zeros((IMAGE_CHANNELS, 256), np.int64)
-        for first in range(0, len(stored), _COUNTED_AT_ONCE):
-            part = stored[first : first + _COUNTED_AT_ONCE]
-            channels = (part[:, channel].ravel() for channel in range(IMAGE_CHANNELS))
-            counts += np.stack([np.bincount(values, minlength=256) for values in channels])
-        return np.concatenate([counts @ _LEVELS, counts @ _LEVELS**2, counts[:1].sum(1)])
+        """As of every tokenizer, from sums of integers, which are exact."""
+        sums = np.zeros((2, IMAGE_CHANNELS), np.int64)
+        for first in range(0, len(stored), _ADDED_AT_ONCE):
+            part = stored[first : first + _ADDED_AT_ONCE]
+            for total, values in zip(sums, (part, np.square(part, dtype=np.uint16)), strict=True):
+                total += values.sum(3, dtype=np.uint32).sum((0, 2), dtype=np.int64)
+        count = np.float64(stored.size // IMAGE_CHANNELS)
+        values, squares = sums / [[127.5], [127.5**2]]
+        return np.concatenate([values - count, squares - 2 * values + count, [count]])
 
     def take_statistics(self) -> str:
         self.statistics.mean.zero_()
