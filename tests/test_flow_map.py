@@ -59,6 +59,7 @@ FLAGS = {
     "flow_map_cfg_scale": 1.0,
     "flow_map_guidance_low": 0.0,
     "flow_map_guidance_high": 0.7,
+    "flow_map_tangent": "path",
 }
 PATHS = pytest.mark.parametrize("path_type", ["linear", "cosine"])
 
@@ -223,6 +224,25 @@ def test_networks_with_a_head_do_not_jump(model, tmp_path, capsys):
     assert f"--model {model} cannot learn to jump" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_along_the_network_s_velocity_the_target_is_the_mean_of_those_along_the_paths(config):
+    """Of all images that may lie behind a state: differences from their mean cancel."""
+    network = built(config, torch.float64)
+    x, late, early, labels, _ = inputs(config, torch.float64)
+    with torch.no_grad():
+        mean = network(x, late, labels)[0]
+    differences = torch.randn(4, *x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    paths = mean + differences - differences.mean(0)
+
+    def target(v: torch.Tensor, tangent: torch.Tensor | None = None) -> torch.Tensor:
+        return mean_velocity_target(lambda x, t: network(x, t, labels, arrival=early)[0], x, late, early, v, tangent)
+
+    along_paths = torch.stack([target(v) for v in paths])
+    along_network = torch.stack([target(v, mean) for v in paths])
+    torch.testing.assert_close(along_paths.mean(0), along_network.mean(0), rtol=1e-10, atol=1e-10)
+    assert (along_paths - along_network).abs().max() > 1e-3
+
+
 # --- a step -------------------------------------------------------------------------------------------------------
 
 
@@ -231,9 +251,11 @@ def flow_map_trainer(config: DenoiserConfig = CONFIG, **changes: object) -> Flow
 
 
 @PATHS
+@pytest.mark.parametrize("tangent", ["path", "network"])
 @pytest.mark.parametrize("changes", [{}, {"flow_map_cfg_scale": 2.5, "cfg_prob": 0.6, "weighting": "lognormal"}])
-def test_a_step_equals_a_derivation(path_type, changes):
+def test_a_step_equals_a_derivation(path_type, changes, tangent):
     """Targets by finite differences in float64, labels dropped alike in both halves; losses and gradients."""
+    changes = changes | {"flow_map_tangent": tangent}
     trainer = flow_map_trainer(path_type=path_type, **changes)
     args, batch = trainer.args, random_batch(8, features=())
     draws = trainer.draws(0, 0, batch)
@@ -267,7 +289,8 @@ def test_a_step_equals_a_derivation(path_type, changes):
         jumping, v = (f(x, start, other_noise.double(), path_type) for f in (add_noise, velocity))
         v = guided(jumping, start, v)
         step = 1e-3
-        slope = (u(jumping + step * v, start + step) - u(jumping - step * v, start - step)) / (2 * step)
+        along = v if tangent == "path" else exact(jumping, start, labels)[0]
+        slope = (u(jumping + step * along, start + step) - u(jumping - step * along, start - step)) / (2 * step)
         jump_target = v - (start - early.double())[:, None, None, None] * slope
     errors = [
         (exact(still, t, labels)[0] - target).square().flatten(1).mean(1),
@@ -307,7 +330,8 @@ def test_guidance_acts_in_its_interval_and_where_there_is_a_class():
     t = torch.tensor([0.1, 0.2, 0.4, 0.4, 0.6, 0.7])
     x, v = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     labels, dropped = torch.tensor([0, 1, 2, 6, 3, 4]), torch.tensor([False, False, False, True, False, False])
-    moved = trainer.guided(Jumps(x, t, v, t), labels, dropped) - v
+    at = Jumps(x, t, v, t)
+    moved = trainer.guided(at, labels, dropped, trainer.own(at, labels)) - v
     is_moved = moved.flatten(1).abs().amax(1) > 0
     assert is_moved.tolist() == [False, True, True, False, True, False]
     of_class, of_none = (trainer.denoiser(x, t, y)[0].detach() for y in (labels, torch.full_like(labels, 6)))
@@ -341,12 +365,14 @@ def test_jumps_are_drawn_as_the_method_draws_them():
         assert logit.std().item() == pytest.approx(expected.std(), abs=0.02)
 
 
-def test_a_compiled_step_is_the_same(monkeypatch):
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("tangent", ["path", "network"])
+def test_a_compiled_step_is_the_same(monkeypatch, tangent, scale):
     """The derivative is taken of the same weights, uncompiled; no graph breaks or is made for any number of images."""
     torch.compiler.reset()
     counters.clear()
     made: list[bool] = []
-    changes = {"flow_map_cfg_scale": 2.0, "cfg_prob": 0.2, "max_grad_norm": 0.0}
+    changes = {"flow_map_tangent": tangent, "flow_map_cfg_scale": scale, "cfg_prob": 0.2, "max_grad_norm": 0.0}
     with torch._dynamo.config.patch(), torch._functorch.config.patch():
         plain, compiled = flow_map_trainer(**changes), flow_map_trainer(**changes)
         monkeypatch.setattr(compiled.denoiser, "compile", partial(compiled.denoiser.compile, backend=recording(made)))
@@ -358,7 +384,8 @@ def test_a_compiled_step_is_the_same(monkeypatch):
                 torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
         assert not counters["graph_break"]
     torch.compiler.reset()
-    assert len(made) == 4  # blocks and last layer, with gradients and without
+    runs_without = (tangent, scale) != ("path", 1.0)
+    assert len(made) == (4 if runs_without else 2)  # blocks and last layer, with gradients and without
     assert not any(made)
 
 
@@ -396,11 +423,25 @@ def test_a_run_is_continued_as_a_flow_map_and_resumed_exactly(data, source, tmp_
     assert (tmp_path / "straight" / "samples" / "0000006.png").is_file()
 
 
+def test_a_run_older_than_the_choice_of_a_tangent_goes_on_along_the_path(data, tmp_path, capsys):
+    options = {"align": "none", "flow_map_blocks": 1}
+    assert train(*flags(data, tmp_path, **options)) == 0
+    path = tmp_path / "run" / "args.json"
+    content = json.loads(path.read_text())
+    assert content["args"].pop("flow_map_tangent") == "path"
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    argv = flags(data, tmp_path, max_train_steps=3, **options)
+    assert train(*argv, "--flow-map-tangent", "network") == 2
+    assert "was started with --flow-map-tangent path, not network" in capsys.readouterr().err
+    assert train(*argv) == 0
+
+
 @pytest.mark.parametrize("changes", [
     {"time_shift": 2.0, "weighting": "lognormal"}, {"model": "LightningDiT-Ti/2", "qk_norm": True},
     {"path_type": "cosine", "gradient_checkpointing": True}, {"sprint": True, "token_drop": 0, "path_drop": 0},
     {"flow_map_times": (-0.4, -2), "optimizer": "muon"}, {"mixed_precision": "bf16"},
-    {"gradient_accumulation_steps": 2},
+    {"gradient_accumulation_steps": 2}, {"flow_map_tangent": "network", "time_shift": 2.0},
 ])  # fmt: skip
 def test_it_trains(data, tmp_path, changes, capsys):
     assert train(*flags(data, tmp_path, align="none", flow_map_blocks=1, **changes)) == 0

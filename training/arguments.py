@@ -50,6 +50,7 @@ UNSAID = {
     **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
     **{"posthoc_ema": averages.NO_LENGTHS, "eq_image_probability": 0.0},
     **{"lr_hold_steps": 0, "lr_decay_until": None, "lr_floor": 0.0, "time_mean": 0.0, "time_std": 1.0},
+    "flow_map_tangent": "path",
 }
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(

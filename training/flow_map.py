@@ -84,8 +84,10 @@ class FlowMap(LDM):
         flow, jumps = self.still(state, draws), self.jumps(state, draws.generator)
         both, labels = flow.joined(jumps), labels.repeat(2)
         with self.reducing(self.networks, synchronise):
-            v = self.guided(both, labels, is_dropped.repeat(2))
-            target = torch.cat([v[:count], self.jump_target(jumps, labels[count:], v[count:])])
+            own = self.own(both, labels) if self.needs_own else None
+            v = self.guided(both, labels, is_dropped.repeat(2), own)
+            tangent = own[count:] if args.flow_map_tangent == "network" else v[count:]
+            target = torch.cat([v[:count], self.jump_target(jumps, labels[count:], v[count:], tangent)])
             prediction = self.networks(both.x, both.t, labels, both.arrival)
             latent, token = self.errors(prediction, target)
             errors = latent if token is None else latent + args.reg_coeff * token
@@ -115,22 +117,33 @@ class FlowMap(LDM):
         path_type = self.args.path_type
         return Jumps(add_noise(state, t, noise, path_type), t, velocity(state, t, noise, path_type), arrival)
 
+    @property
+    def needs_own(self) -> bool:
+        """Whether the network's velocities are asked for, to guide or to differentiate along."""
+        return self.args.flow_map_tangent == "network" or bool(guidance_strength(self.args.flow_map_cfg_scale))
+
     @torch.no_grad()
-    def guided(self, at: Jumps, labels: torch.Tensor, is_dropped: torch.Tensor) -> torch.Tensor:
+    def own(self, at: Jumps, labels: torch.Tensor) -> torch.Tensor:
+        """The network's velocity, in the type of the path's."""
+        with self.accelerator.autocast():  # of as many as train: of two numbers, graphs would be made for any
+            return self.denoiser(at.x, at.t, labels)[0].to(at.velocity.dtype)
+
+    @torch.no_grad()
+    def guided(
+        self, at: Jumps, labels: torch.Tensor, is_dropped: torch.Tensor, own: torch.Tensor | None
+    ) -> torch.Tensor:
         """The path's velocity ``v``, or with guidance ``v + ω·(v_c − v_u)`` in its interval, where there is a class."""
         args = self.args
         strength = guidance_strength(args.flow_map_cfg_scale)
         if not strength:
             return at.velocity
         is_inside = (at.t >= args.flow_map_guidance_low) & (at.t <= args.flow_map_guidance_high) & ~is_dropped
-        null = torch.full_like(labels, self.denoiser.null_class)
-        with self.accelerator.autocast():  # as many at once as train: of two numbers, graphs would be made for any
-            with_class, without = (self.denoiser(at.x, at.t, y)[0].to(at.velocity.dtype) for y in (labels, null))
+        without = self.own(at, torch.full_like(labels, self.denoiser.null_class))
         weight = (strength * is_inside).reshape(-1, *[1] * (at.x.ndim - 1))
-        return at.velocity + weight * (with_class - without)
+        return at.velocity + weight * (own - without)
 
-    def jump_target(self, jumps: Jumps, labels: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The mean velocities that the network's own derivative asks for; ``v`` is the velocity at the beginning."""
+    def jump_target(self, jumps: Jumps, labels: torch.Tensor, v: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+        """The mean velocities that the network's own derivative asks for; arguments as :func:`mean_velocity_target`."""
 
         def mean_velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.derived(x, t, labels, arrival=jumps.arrival)[0]
@@ -138,7 +151,7 @@ class FlowMap(LDM):
         # fp16 ends at 65,504, and no scaler keeps derivatives below it
         autocast = nullcontext() if self.accelerator.mixed_precision == "fp16" else self.accelerator.autocast()
         with autocast:
-            return mean_velocity_target(mean_velocity, jumps.x, jumps.t, jumps.arrival, v)
+            return mean_velocity_target(mean_velocity, jumps.x, jumps.t, jumps.arrival, v, tangent)
 
     def errors(self, prediction: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Squared errors of each sample ``[B]``: of the latent, and of the class token where there is one."""

@@ -12,6 +12,7 @@ DEFAULTS = {  # the method's, ImageNet 256
     "flow_map_cfg_scale": 1.0,
     "flow_map_guidance_low": 0.0,
     "flow_map_guidance_high": 0.7,
+    "flow_map_tangent": "path",
 }
 
 
@@ -33,6 +34,13 @@ def add_flow_map_arguments(group: Any) -> None:
         metavar=("T", "R"),
         help="means of two normal numbers, whose logistic functions are the times of a jump: the later one is where it "
         f"begins (default: {' '.join(map(str, DEFAULTS['flow_map_times']))})",
+    )
+    group.add_argument(
+        "--flow-map-tangent",
+        choices=("path", "network"),
+        help="what a jump's target is differentiated along: the velocity of the image's own path, as the method does, "
+        "or the network's (improved MeanFlow, arXiv 2512.02012), which has less noise and takes one more pass unless "
+        f"guidance is learned (default: {DEFAULTS['flow_map_tangent']})",
     )
     group.add_argument(
         "--flow-map-cfg-scale",
@@ -88,7 +96,8 @@ def describe_flow_map(args: argparse.Namespace, depth: int) -> list[str]:
     (begin, end), guidance = args.flow_map_times, learned_guidance(vars(args))
     lines = [
         f"flow map: blocks {depth - args.flow_map_blocks + 1} to {depth} see where a jump ends; times from means "
-        f"{begin:g} and {end:g}; guidance learned: {guidance or 'none'}"
+        f"{begin:g} and {end:g}; guidance learned: {guidance or 'none'}; differentiated along the "
+        f"{args.flow_map_tangent}'s velocity"
     ]
     if "continued_from" not in args:
         lines.append("it begins from random weights, where the method continues a trained run")

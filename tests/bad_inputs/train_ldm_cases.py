@@ -320,6 +320,7 @@ CASES = [
         ("trained without VAE-REPA", "no projectors of it", "--align without vae"),
     ),
     Case("a flow map's guidance without one", with_flags(flow_map_cfg_scale=2), ("--flow-map-cfg-scale is for",)),
+    Case("a jump's tangent without jumps", with_flags(flow_map_tangent="network"), ("--flow-map-tangent is for",)),
     Case("a flow map that is aligned", with_flags(flow_map_blocks=2), ("with --align repa: give --align none",)),
     Case("every block at the end of a jump", jumping(flow_map_blocks=6), ("--flow-map-blocks 6", "6 blocks", "1 to 5")),
     Case("guidance below 1", jumping(flow_map_cfg_scale=0.5), ("--flow-map-cfg-scale", "at least 1")),

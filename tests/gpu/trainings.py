@@ -31,7 +31,8 @@ RECIPES = {
     "ldm, SRA": ("ldm", "--align", "repa+sra"),
     "ldm, flow map": ("ldm", "--align", "none", "--flow-map-blocks", "2", "--flow-map-cfg-scale", "2.5"),
     "ldm, LightningDiT as a flow map": (
-        *("ldm", "--model", "LightningDiT-Ti/2", "--qk-norm", "--align", "none", "--flow-map-blocks", "2"),
+        *("ldm", "--model", "LightningDiT-Ti/2", "--qk-norm", "--align", "none"),
+        *("--flow-map-blocks", "2", "--flow-map-tangent", "network"),
     ),
     "ldm, JiT": ("ldm", "--model", "JiT-Ti/2", "--weighting", "lognormal", "--time-mean", "0.8", "--time-std", "0.8"),
     "ldm, predicted data": ("ldm", "--model", "DDT-Ti/2", "--head-width", "256", "--prediction", "x"),
