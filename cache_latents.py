@@ -26,7 +26,7 @@ from formats.arguments import (
     add_vae_source_arguments,
     add_verify_argument,
 )
-from formats.run_folders import refuse_unfinished
+from formats.run_folders import refuse_unfinished, vae_label
 from models.encoders import ENCODERS
 from models.tokenizers import architecture_names
 from runtime.cli import (
@@ -166,11 +166,10 @@ import numpy as np
 import torch
 
 from dataset.images import DEFAULT_RESOLUTION, ImageDataset, open_images
-from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, VAE_NAME, class_tokens_name, features_name, latents_folder
+from dataset.latents import FLIPPED_NAME, STATISTICS_NAME, class_tokens_name, features_name, latents_folder
 from dataset.packing import PackingJob, check_space, given_back_if_refused, sigterm_as_interrupt
 from dataset.shards import ShardSpec
 from dataset.verification import verify
-from formats.run_folders import PLACES as CHECKPOINT_FOLDERS
 from formats.vae import load_tokenizer
 from inference.latent_cache import (
     Cacher,
@@ -253,17 +252,6 @@ def cache_folder(args: argparse.Namespace) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{OUTPUT_FLAG} {folder} is a file; give a folder")
     return folder
-
-
-def vae_label(source: str) -> str:
-    """A name for what a VAE makes: that of its run, with the step of a checkpoint; of its file, folder or hub name."""
-    path = Path(source)
-    if not path.exists():  # a hub's name; slashes and colons are no part of a folder's name
-        return path.name.replace(":", "-")
-    path = path.resolve()
-    if path.parent.name in CHECKPOINT_FOLDERS:
-        return f"{path.parent.parent.name}-{path.name}"
-    return path.parent.name if path.name == VAE_NAME else path.stem if path.is_file() else path.name
 
 
 def build_networks(args: argparse.Namespace, process: Process) -> Networks:

@@ -47,7 +47,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         usage="%(prog)s (--exp-path DIR | --model NAME --dry-run) [flags]",
         description=__doc__,
     )
-    arguments.add_run_arguments(parser.add_argument_group("what is sampled"))
+    sampled = parser.add_argument_group("what is sampled")
+    arguments.add_run_arguments(sampled)
+    arguments.add_decoder_argument(sampled)
     arguments.add_untrained_arguments(parser.add_argument_group("networks of random weights, for --dry-run"))
     arguments.add_sampler_arguments(parser.add_argument_group("sampler"))
     arguments.add_label_arguments(parser.add_argument_group("labels and noise"))
@@ -147,6 +149,7 @@ if __name__ == "__main__":
 
 from dataset.images import ImageDataset, open_images
 from dataset.packing import lock_if_free, sigterm_as_interrupt
+from inference.decoder import with_decoder
 from inference.sample_folder import Job, default_folder, load_networks, make_samples
 from inference.sampling import default_shard_size
 from inference.sampling_dry_run import dry_run
@@ -174,6 +177,8 @@ def main(argv: Sequence[str]) -> int:
     evaluation = plan_evaluation(args, trained.resolution, process)
     beside = None if args.preview_beside is None else open_beside(args.preview_beside, trained.resolution)
     tokenizer = trained.load_autoencoder()
+    if args.decoder is not None:
+        tokenizer = with_decoder(tokenizer, args.decoder, trained.folder)
     networks = functools.cache(functools.partial(load_networks, args, trained, tokenizer, process))
     job = Job(trained, tokenizer, classes, process, networks, beside)
     with out_of_memory_means("lower --pproc-batch-size, or add --mixed-precision bf16; what is complete is kept"):

@@ -41,7 +41,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_interval_arguments(parser)
     arguments.add_grid_arguments(parser)
     args = parser.parse_args(argv)
-    args.freeze_vae, args.align_schedule, args.align_until = False, "constant", None
+    args.freeze_vae = args.freeze_encoder = False
+    args.latent_noise, args.align_schedule, args.align_until = 0.0, "constant", None
     arguments.check_arguments(args)
     arguments.check_denoiser_arguments(parser, args)
     arguments.check_image_arguments(args)

@@ -42,6 +42,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     without = f"--align-loss {args.align_loss}" if args.align_coeff else "--align-coeff 0"
     arguments.check_feature_arguments(args, bool(sees_features), without)
     arguments.check_alignment_schedule(args, bool(args.align_coeff), "--align-coeff 0")
+    check_decoder_arguments(args)
     if args.freeze_vae and not args.align_coeff:
         raise UserError("--freeze-vae with --align-coeff 0 leaves nothing to train")
     if args.freeze_vae and args.align_until is not None:
@@ -52,6 +53,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             "--align-loss cosine"
         )
     return args
+
+
+def check_decoder_arguments(args: argparse.Namespace) -> None:
+    """Refuse what a decoder cannot be trained with."""
+    for flag, is_given in (("--freeze-encoder", args.freeze_encoder), ("--latent-noise", args.latent_noise)):
+        if is_given and args.freeze_vae:
+            raise UserError(f"{flag} with --freeze-vae: nothing is decoded; leave one of them out")
+    if args.freeze_encoder and args.align_coeff:
+        raise UserError("--freeze-encoder keeps the latents, which an alignment would change: add --align-coeff 0")
 
 
 def settle_compilation(args: argparse.Namespace) -> None:
@@ -73,6 +83,20 @@ def add_vae_arguments(parser: argparse.ArgumentParser) -> None:
         "--freeze-vae",
         action="store_true",
         help="train the mapper alone, to see how well the features can be read from a VAE as it is",
+    )
+    group.add_argument(
+        "--freeze-encoder",
+        action="store_true",
+        help="train the decoder alone: latents stay what they are, so that caches and diffusion transformers of this "
+        "VAE stay valid (generate.py --decoder); with --align-coeff 0",
+    )
+    group.add_argument(
+        "--latent-noise",
+        type=non_negative_float,
+        default=0.0,
+        metavar="X",
+        help="the decoder sees latents with noise, of a standard deviation drawn for each image as |N(0, X²)| in units "
+        "of the normalised latent, as generated ones have faults (RAE: 0.8); 0: none",
     )
     group.add_argument(
         "--vae-learning-rate",
@@ -211,7 +235,7 @@ def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Acc
         loss_config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.0)
     tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
     if not args.freeze_vae:
-        tokenizer.check_trainable()
+        tokenizer.check_trainable(encoder=not args.freeze_encoder)
     alignment, encoders = build_alignment(args, tokenizer.latent_shape(args.resolution), accelerator)
     objective, discriminator = build_objective(args, loss_config, accelerator, smallest_images(args, tokenizer))
     networks = tokenizer, alignment, encoders, objective, discriminator

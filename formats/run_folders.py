@@ -14,6 +14,7 @@ ARGUMENTS = "args.json"
 PLACES = ("checkpoints", "milestones")
 # A run that trains its VAE along keeps it in every checkpoint, with the statistics that belong to the averaged SiT.
 OWN_VAE, OWN_STATISTICS = "vae", averages.statistics_of(averages.MAIN)
+VAE_NAME = "vae"  # the folder with a run's VAE
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
@@ -127,3 +128,14 @@ def steps(run: Path) -> dict[int, Path]:
             if folder.name.isdigit() and (folder / MANIFEST).is_file():
                 found.setdefault(int(folder.name), folder)
     return found
+
+
+def vae_label(source: str) -> str:
+    """A name for what a VAE makes: that of its run, with the step of a checkpoint; of its file, folder or hub name."""
+    path = Path(source)
+    if not path.exists():  # a hub's name; slashes and colons are no part of a folder's name
+        return path.name.replace(":", "-")
+    path = path.resolve()
+    if path.parent.name in PLACES:
+        return f"{path.parent.parent.name}-{path.name}"
+    return path.parent.name if path.name == VAE_NAME else path.stem if path.is_file() else path.name

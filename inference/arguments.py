@@ -51,6 +51,15 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_decoder_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--decoder",
+        metavar="VAE",
+        help="decode by this VAE, which has the encoder of the run's and another decoder, such as "
+        "train_sendvae.py --freeze-encoder makes; the run's latents, and their statistics, stay",
+    )
+
+
 def add_untrained_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", metavar="NAME", help="instead of --exp-path: the denoiser, e.g. SiT-XL/1")
     group.add_argument("--vae", metavar="NAME", help=f"architecture, or a VAE (default: {DEFAULT_VAE})")
@@ -237,7 +246,7 @@ def check_untrained(args: argparse.Namespace) -> None:
     """Random networks have no checkpoint, and their images are worth nothing."""
     if not args.dry_run:
         raise UserError("--model builds networks of random weights, for --dry-run only; give --exp-path")
-    for flag, _ in given_flags(args, ("exp_path", "ckpt", "train_steps", "guide", *FOREIGN_FLAGS)):
+    for flag, _ in given_flags(args, ("exp_path", "ckpt", "train_steps", "guide", "decoder", *FOREIGN_FLAGS)):
         raise UserError(f"{flag} and --model exclude each other: --model has random weights")
 
 

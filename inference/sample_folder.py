@@ -15,6 +15,7 @@ from dataset.packing import PackingJob, check_space, given_back_if_refused
 from dataset.shards import ShardSpec
 from diffusion.flow import settled_shift
 from formats.averages import MAIN
+from formats.run_folders import vae_label
 from inference.arguments import OUTPUT_FLAG
 from inference.latent_cache import autocast_for, chunk_size
 from inference.sampling import NPZ_NAME, ImageSampler, SamplerSettings, ShardMaker, choose_labels, complete
@@ -29,9 +30,9 @@ from runtime.log import progress_bar
 from runtime.processes import Process
 
 # Which flag a setting comes from; of the model those of MODEL_SETTINGS.
-FLAGS = {"precision": "--mixed-precision", "guide_sha256": "--guide"}
+FLAGS = {"precision": "--mixed-precision", "guide_sha256": "--guide", "decoder_sha256": "--decoder"}
 # Of settings that older samples were made without.
-UNSAID = {"time_shift": 1.0, "learned_guidance": None, "damped": False}
+UNSAID = {"time_shift": 1.0, "learned_guidance": None, "damped": False, "decoder": None, "decoder_sha256": None}
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type", "learned_guidance")
 
 
@@ -48,7 +49,7 @@ class Job(NamedTuple):
 
     Attributes:
         trained: the checkpoint, its guide with it.
-        tokenizer: the VAE.
+        tokenizer: the VAE, with the decoder of ``--decoder``.
         classes: that are sampled.
         process: who this is.
         networks: loads them, once.
@@ -74,6 +75,8 @@ def default_folder(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM)
         parts.append(f"shift{args.time_shift if args.time_shift == 'auto' else format(args.time_shift, 'g')}")
     if args.damped:
         parts.append("damped")
+    if args.decoder is not None:
+        parts.append(f"decoder-{vae_label(args.decoder)}")
     if args.sweep is None and args.cfg_scale != 1:
         parts.append(guidance_name(args, trained))
     if args.weights != MAIN:
@@ -139,6 +142,8 @@ def describe(args: argparse.Namespace, job: Job) -> dict:
         "weights": trained.weights,
         "weights_sha256": trained.checksum,
         "vae": trained.vae_checksum,
+        "decoder": None if args.decoder is None else vae_label(args.decoder),
+        "decoder_sha256": None if args.decoder is None else job.tokenizer.checksum(),
         "latent_statistics": job.tokenizer.statistics.checksum(),
         **vars(sampler_settings(args, trained)),
         "learned_guidance": trained.learned_guidance,

@@ -317,6 +317,8 @@ def sampler_of(made_by: Mapping[str, Any]) -> str:
         words.append(f"times shifted by {made_by['time_shift']:g}")
     if made_by.get("damped"):
         words.append("damped")
+    if made_by.get("decoder"):
+        words.append(f"decoded by {made_by['decoder']}")
     return ", ".join(words)
 
 

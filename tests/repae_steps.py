@@ -37,6 +37,8 @@ FLAGS = {
     "align_until": None,
     "seed": 0,
     "freeze_vae": False,
+    "freeze_encoder": False,
+    "latent_noise": 0.0,
     "bn_momentum": MOMENTUM,
     "cfg_prob": CFG_PROB,
     "velocity_cosine_coeff": 0.0,

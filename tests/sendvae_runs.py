@@ -26,6 +26,8 @@ GRID = 2
 FLAGS = {
     "resolution": RESOLUTION,
     "freeze_vae": False,
+    "freeze_encoder": False,
+    "latent_noise": 0.0,
     "weighting": "uniform",
     "path_type": "linear",
     "align_loss": "cosine",

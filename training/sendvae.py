@@ -61,13 +61,36 @@ class AlignedTokenizer(nn.Module):
         tokenizer: with its statistics.
         alignment: or None.
         is_frozen: the tokenizer stays as it is, and reconstructs nothing.
+        keeps_latents: its encoder stays as it is, and the decoder trains alone.
+        latent_noise: τ: the decoder is given normalised latents with Gaussian noise, whose standard deviation is drawn
+            for each image, as |N(0, τ²)| (RAE, arXiv 2510.11690).
     """
 
-    def __init__(self, tokenizer: Tokenizer, alignment: TokenizerAlignment | None, is_frozen: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        alignment: TokenizerAlignment | None,
+        is_frozen: bool = False,
+        keeps_latents: bool = False,
+        latent_noise: float = 0.0,
+    ):
         super().__init__()
         self.tokenizer, self.alignment, self.is_frozen = tokenizer, alignment, is_frozen
+        self.keeps_latents, self.latent_noise = is_frozen or keeps_latents, latent_noise
         if is_frozen:
             tokenizer.requires_grad_(False)
+        elif keeps_latents:
+            for part in tokenizer.encoder_parts():
+                part.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "AlignedTokenizer":
+        """An encoder that stays as it is also answers as it does in use."""
+        super().train(mode)
+        if self.keeps_latents and not self.is_frozen:
+            for part in self.tokenizer.encoder_parts():
+                part.eval()
+        return self
 
     def forward(self, batch: ImageBatch, features: Sequence[torch.Tensor], draws: Draws) -> AlignedOutput:
         """uint8 images ``[B, 3, H, W]`` with labels, their VFM features ``[B, N, D]``, and the draws for them."""
@@ -75,17 +98,27 @@ class AlignedTokenizer(nn.Module):
         _, height, width = self.tokenizer.latent_shape(images.shape[-1])
         posterior, noise = (numbers[..., :height, :width] for numbers in (draws.posterior, draws.noise))
         draws = draws._replace(posterior=posterior, noise=noise)
-        with torch.no_grad() if self.is_frozen else nullcontext():
+        with torch.no_grad() if self.keeps_latents else nullcontext():
             code = self.tokenizer.encode(images)
             latent = code.sample(draws.posterior)
         reconstruction, regulariser, aligned, seen, target = None, {}, {}, latent, images
         if self.alignment is not None:
             seen, target = self.alignment.view(latent, images, draws)
         if not self.is_frozen:
-            reconstruction, regulariser = self.tokenizer.decode(seen), code.regulariser()
+            reconstruction = self.tokenizer.decode(self.with_noise(seen, draws.generator))
+            regulariser = {} if self.keeps_latents else code.regulariser()
         if self.alignment is not None:
             aligned = self.alignment(latent, self.tokenizer.statistics, features, batch.labels, draws)
         return AlignedOutput(latent, reconstruction, target, regulariser, aligned)
+
+    def with_noise(self, latent: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """What the decoder is given, un-normalised ``[B, C, h, w]``; drawn after all that is drawn otherwise."""
+        if not self.latent_noise:
+            return latent
+        options = {"generator": generator, "device": generator.device}
+        deviations = self.latent_noise * torch.randn(len(latent), 1, 1, 1, **options).abs()
+        std = self.tokenizer.statistics.std.reshape(-1, 1, 1)
+        return latent + std * deviations * torch.randn(latent.shape, **options)
 
 
 class SendVAE(Method):
@@ -119,13 +152,19 @@ class SendVAE(Method):
         self.tokenizer, self.alignment, self.encoders = tokenizer, alignment, encoders
         self.objective, self.discriminator, self.ema = objective, discriminator, ema
         self.feature_norm = feature_norm
-        networks = AlignedTokenizer(tokenizer, alignment, is_frozen=args.freeze_vae)
+        networks = AlignedTokenizer(
+            tokenizer,
+            alignment,
+            is_frozen=args.freeze_vae,
+            keeps_latents=args.freeze_encoder,
+            latent_noise=args.latent_noise,
+        )
         self.optimizer = build_optimizer(args, networks, args.optimizer)
         self.disc_optimizer = None if discriminator is None else build_optimizer(args, discriminator)
         # The wrapped modules are for the forwards that gradients are synchronised through, the plain ones for the rest.
         self.networks = accelerator.prepare_model(networks)
         self.pair = None if discriminator is None else accelerator.prepare_model(DiscriminatorPair(discriminator))
-        self.bn_momentum = 0.0 if networks.is_frozen else args.bn_momentum
+        self.bn_momentum = 0.0 if networks.keeps_latents else args.bn_momentum
         self.milestone = ("model",) if ema is None else ("ema",)
         self.batch_moments: torch.Tensor | None = None  # of the latents of the last global batch
         self.held_out = self.pictured = None

@@ -135,8 +135,15 @@ class Tokenizer(nn.Module, ABC):
 
     # what training asks of it
 
-    def check_trainable(self) -> None:
-        """Raise a :class:`UserError` where it can only be used as it is."""
+    def check_trainable(self, encoder: bool = True) -> None:
+        """Raise a :class:`UserError` where it can only be used as it is; ``encoder``: whether that is trained too."""
+
+    def encoder_parts(self) -> list[nn.Module]:
+        """What only :meth:`encode` uses: the rest can be trained while latents stay what they are."""
+        encoder = getattr(self, "encoder", None)
+        if not isinstance(encoder, nn.Module):
+            raise UserError(f"{type(self).__name__} does not say what of it is the encoder (encoder_parts)")
+        return [encoder]
 
     @property
     @abstractmethod
@@ -174,6 +181,11 @@ class Tokenizer(nn.Module, ABC):
         digest = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode())
         digest.update(weights_checksum(self.network_state()).encode())
         return digest.hexdigest()
+
+    def encoder_checksum(self) -> str:
+        """SHA-256 of the encoder's weights: the same of tokenizers that differ in their decoders alone."""
+        parts = enumerate(part.state_dict() for part in self.encoder_parts())
+        return weights_checksum({f"{number}.{name}": part[name] for number, part in parts for name in part})
 
     def save(self, folder: Path, with_statistics: bool = True) -> None:
         """Write a folder with the latent statistics next to the weights, complete or not at all."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
 from errors import UserError, one_line
 from files import as_os_error, read_safetensors, weights_checksum
@@ -55,6 +56,10 @@ class DiffusersTokenizer(Tokenizer):
             self.network.enable_gradient_checkpointing()
         except ValueError:  # diffusers' word for a class that cannot
             super().enable_gradient_checkpointing()
+
+    def encoder_parts(self) -> list[nn.Module]:
+        parts = (getattr(self.network, name, None) for name in ("encoder", "quant_conv"))
+        return [part for part in parts if part is not None]
 
     def network_state(self) -> dict[str, torch.Tensor]:
         return {k: v for k, v in self.network.state_dict().items() if k not in self.statistics_tensors}

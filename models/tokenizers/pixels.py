@@ -88,7 +88,7 @@ class PixelTokenizer(Tokenizer):
     def read_network(self, folder: Path) -> None:
         """There is nothing to read."""
 
-    def check_trainable(self) -> None:
+    def check_trainable(self, encoder: bool = True) -> None:
         raise UserError(f"--vae {NAME} is no VAE and has nothing to train: cache it as it is, and train a denoiser")
 
     @property

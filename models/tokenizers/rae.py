@@ -92,10 +92,12 @@ class RAETokenizer(DiffusersTokenizer):
     def put_statistics(self, network: ModelMixin) -> None:
         """Nothing: the network's own stay as they are."""
 
-    def check_trainable(self) -> None:
-        raise UserError(
-            f"an {self.network_name} is not trained, because its encoder is a frozen VFM: cache its latents as they are"
-        )
+    def check_trainable(self, encoder: bool = True) -> None:
+        if encoder:
+            raise UserError(
+                f"an {self.network_name} is not trained whole, because its encoder is a frozen VFM: cache its latents "
+                "as they are, or train its decoder, with --freeze-encoder --align-coeff 0 of train_sendvae.py"
+            )
 
     @property
     def encoder_last_layer(self) -> nn.Parameter:

@@ -200,6 +200,16 @@ CASES = [
     Case("another such moment", with_flags(adam_beta2=1), ("--adam-beta2", "must be less than 1")),
     Case("a batch that no machine holds", with_flags(batch_size=10**9), ("--batch-size", "GB are available")),
     Case("batches ahead that no machine holds", with_flags(prefetch=10**12), ("--prefetch", "GB are available")),
+    Case(
+        "a decoder alone that is aligned", with_flags(freeze_encoder=True), ("--freeze-encoder", "add --align-coeff 0")
+    ),
+    Case(
+        "a decoder alone of a frozen VAE",
+        with_flags(freeze_encoder=True, freeze_vae=True),
+        ("--freeze-encoder with --freeze-vae",),
+    ),
+    Case("noise for no decoder", with_flags(latent_noise=0.5, freeze_vae=True), ("--latent-noise with --freeze-vae",)),
+    Case("noise below none", with_flags(latent_noise=-1), ("--latent-noise", "-1")),
     Case("nothing to train", with_flags(freeze_vae=True, align_coeff=0), ("--freeze-vae", "--align-coeff")),
     Case("vf on another grid", with_flags(align_loss="vf", mapper_grid=4), ("--mapper-grid 4", "8×8 tokens", "vf")),
     Case("vf with a frozen VAE", with_flags(align_loss="vf", freeze_vae=True), ("--freeze-vae", "--align-loss vf")),
