@@ -220,12 +220,12 @@ LDM_VARIANTS = {
     "eager": ("--no-compile",),
     "eager, checkpointing": ("--no-compile", "--gradient-checkpointing"),
     "compiled": ("--compile",),
-    "compiled, few images": ("--compile",),
     "compiled, deterministic": ("--compile", "--deterministic"),
     "compiled, Muon": ("--compile", "--optimizer", "muon"),
     "compiled, LightningDiT": ("--compile",),
     "compiled, SPRINT": ("--compile",),
     "compiled, flow map": ("--compile",),
+    "compiled, few images": ("--compile",),
     "compiled, combo kernels": ("--compile",),
     "compiled, CUDA graphs": ("--compile",),
 }
@@ -245,21 +245,18 @@ SENDVAE_VARIANTS = {
 
 def measure_ldm(report: Report, sizes: Sizes, variants: Sequence[str]) -> None:
     """SiT with REPA from images: whole steps, and their parts; each number of images compiled on its own."""
-    flops: dict[tuple[str, ...], float] = {}  # of an image, by the network's flags
     for what in variants:
         batches = sizes.ldm_small_batches if what in FEW_IMAGES else sizes.ldm_batches
         for images in batches[:1] if what in ONE_BATCH else batches:
             own = {"compiled, LightningDiT": ("--model", sizes.ldm_lightning), "compiled, SPRINT": ("--sprint",)}
             of_repa = FLOW_MAP if what == "compiled, flow map" else sizes.repa
             network = (*sizes.ldm, *of_repa, *own.get(what, ()))
-            if network not in flops:
-                args, method = build_ldm([*network, *LDM_VARIANTS["eager"]])
-                flops[network] = flops_of_step(method, train_ldm.random_batch(args, method, 2))
+            flops = flops_of_ldm(network)
             with compiled_with(INDUCTOR.get(what, {})):
                 args, method = build_ldm([*network, *LDM_VARIANTS[what]])
             batch = to_device(train_ldm.random_batch(args, method, images), report.device)
             step = plain_ldm_step(method, batch) if what == "plain" else ldm_step(method, batch, what)
-            fits = time_training(report, "ldm", what, step, images, flops[network])
+            fits = time_training(report, "ldm", what, step, images, flops)
             if fits and what not in ("plain", *FEW_IMAGES) and images == batches[0]:
                 show_parts(report, what, method, batch, images)
             del method, step, batch
@@ -286,6 +283,13 @@ def compiled_with(settings: dict[str, bool]):
 
 
 DRY = ("--dry-run", "--random-weights", "--max-train-steps", "1000")
+
+
+@functools.cache  # two parts count the same, and a network of this size is drawn for 15 s
+def flops_of_ldm(network: tuple[str, ...]) -> float:
+    """Of an image in a step, by the flags of the network."""
+    args, method = build_ldm([*network, *LDM_VARIANTS["eager"]])
+    return flops_of_step(method, train_ldm.random_batch(args, method, 2))
 
 
 def build_ldm(flags: Sequence[str]) -> tuple[argparse.Namespace, Method]:
@@ -331,7 +335,7 @@ def plain_ldm_step(method: Method, batch) -> Callable[[], dict[str, torch.Tensor
 def show_parts(report: Report, what: str, method: Method, batch, images: int) -> None:
     """The share of VFM, denoiser and optimizer in a step."""
     draws = method.draws(0, 0, batch)
-    x, features = method.normalised(batch, draws), method.features(batch)
+    x, features, route = method.normalised(batch, draws), method.features(batch), method.route(0, draws)
 
     parameters = list(method.networks.parameters())
     gradients = [torch.randn_like(parameter) for parameter in parameters]
@@ -342,7 +346,7 @@ def show_parts(report: Report, what: str, method: Method, batch, images: int) ->
         method.update(0, {}, [])
 
     def backward() -> None:
-        method.backward(x, draws, batch.labels, features, 1.0, True)
+        method.backward(x, draws, batch.labels, features, 1.0, True, route)
 
     report.add("ldm", f"{what}: VFM", report.seconds(lambda: method.features(batch)), images)
     report.add("ldm", f"{what}: forward and backward", report.seconds(backward), images)

@@ -18,6 +18,7 @@ from models.discriminator import PatchDiscriminator
 from models.encoders import build_encoder
 from models.tokenizers.posterior import ActivatedGroupNorm, activate_in_norm
 from tests.ldm_runs import random_weights
+from tests.test_flow_map import recording
 from training.method import frozen
 from training.networks import compile_networks
 
@@ -149,6 +150,21 @@ def test_a_vfm_is_one_graph(name, grid, side):
     plain = encoder(images)
     torch.testing.assert_close(compiled(encoder)(images), plain)
     assert graphs() == 1
+
+
+@pytest.mark.parametrize(("name", "grid", "side"), [("dinov2-vit-s", 4, 56), ("efficientnet-lite0", 2, 32)])
+def test_a_rest_of_another_size_leaves_a_vfm_its_graph(name, grid, side, monkeypatch):
+    """One made for batches of any size would serve the training, too, from the first validation on."""
+    torch.compiler.reset()
+    made: list[bool] = []
+    encoder = build_encoder(name, grid, random_weights=True)
+    monkeypatch.setattr(encoder, "compile", partial(encoder.compile, backend=recording(made)))
+    with torch._dynamo.config.patch(), torch._functorch.config.patch():
+        compile_networks(encoder)
+        for count in (4, 4, 3, 4, 2, 3, 4):
+            encoder(torch.zeros(count, 3, side, side, dtype=torch.uint8))
+    torch.compiler.reset()
+    assert made == [False] * 3
 
 
 def test_the_judges_of_a_reconstruction_are_one_graph_each():

@@ -377,15 +377,21 @@ def test_a_compiled_step_is_the_same(monkeypatch, tangent, scale):
         plain, compiled = flow_map_trainer(**changes), flow_map_trainer(**changes)
         monkeypatch.setattr(compiled.denoiser, "compile", partial(compiled.denoiser.compile, backend=recording(made)))
         compile_networks(compiled.denoiser)
-        for step in range(2):
+        for step in range(3):
             batch = random_batch(4, seed=step, features=())
             first, second = (train_step(trainer, step, [batch]) for trainer in (plain, compiled))
+            if step == 1:  # validation: the rest of what is held out
+                rest, t, labels = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 1, 2])
+                with torch.no_grad():
+                    found, expected = (each.denoiser(rest, t, labels)[0] for each in (compiled, plain))
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             for name, value in first.items():
                 torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
         assert not counters["graph_break"]
     torch.compiler.reset()
     runs_without = (tangent, scale) != ("path", 1.0)
-    assert len(made) == (4 if runs_without else 2)  # blocks and last layer, with gradients and without
+    # blocks and last layer, with gradients, without, and for the rest
+    assert len(made) == (6 if runs_without else 4)
     assert not any(made)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import export_ldm
 import generate
@@ -21,7 +22,7 @@ from loss.alignment.base import DenoiserAlignment
 from models.denoisers import Denoiser, DenoiserConfig
 from models.denoisers.config import TOKEN_GROUPS, LightningDiTConfig, SiTConfig
 from models.denoisers.sit import SiT
-from models.denoisers.sprint import DENSE, SHORTCUT, Route, draw_route, select
+from models.denoisers.sprint import DENSE, SHORTCUT, Fusion, Route, draw_route, select
 from models.denoisers.transformer import Block, Transformer
 from tests.distributed_ldm_step import BATCH, batch_draws
 from tests.ldm_runs import CLASS_NAMES, STEP, random_weights, write_ldm_run
@@ -182,6 +183,40 @@ def test_a_network_equals_a_derivation(config):
         places = network.places(tap, route)
         assert (places is None) == (tap in (1, 6))
         torch.testing.assert_close(state, select(of_blocks[tap], places), rtol=0, atol=2e-6)
+
+
+def test_tokens_go_by_rows_there_and_back():
+    """As gather and scatter do it, bit for bit, whose deterministic kernels would sort a key for each number."""
+    g, used = generator(), []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            used.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    tokens, mask = torch.randn(3, 16, 8, generator=g), torch.randn(8, generator=g)
+    places = draw_route(3, 4, 0.75, 0.0, g).kept
+    wide = places[..., None].expand(-1, -1, 8)
+    weights = torch.randn(3, 16, 8, generator=g)
+    fusion = Fusion(8)
+    with torch.no_grad():
+        fusion.linear.weight.copy_(torch.cat([torch.eye(8), torch.zeros(8, 8)], 1))  # what is deep, as it is
+        fusion.linear.bias.zero_()
+        fusion.mask_token.copy_(mask)
+    results = []
+    for by_rows in (True, False):
+        x = tokens.clone().requires_grad_()
+        with Recorder():
+            if by_rows:
+                some = select(x, places)
+                all_again = fusion(torch.zeros(3, 16, 8), 2 * some, places, None)
+            else:
+                some = x.gather(1, wide)
+                all_again = mask.expand(3, 16, 8).scatter(1, wide, 2 * some)
+            (all_again * weights).sum().backward()
+        results.append((some.detach(), all_again.detach(), x.grad))
+        assert any("scatter" in name or "gather" in name for name in used) == (not by_rows)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

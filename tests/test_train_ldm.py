@@ -291,6 +291,16 @@ def test_dry_run_needs_no_data_and_leaves_nothing(vae, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_reads_no_cache_into_memory(data, tmp_path, monkeypatch):
+    """--micro-batch-size auto makes one in a process of its own, while the others wait."""
+    held = []
+    opened = train_ldm.open_latents
+    monkeypatch.setattr(train_ldm, "open_latents", lambda *args: held.append(opened(*args)) or held[-1])
+    for options in ({"dry_run": True, "val_data_dir": data}, {"max_train_steps": 1, "val_data_dir": data}):
+        assert train(*flags(data, tmp_path, **options)) == 0
+    assert [[latents.held_bytes > 0 for latents in both] for both in held] == [[False, False], [True, True]]
+
+
 def test_dry_run_on_a_cache_says_what_its_training_would_be(data, tmp_path, capsys):
     assert train(*flags(data, tmp_path, dry_run=True)) == 0
     assert "step 2:" in capsys.readouterr().out

@@ -40,6 +40,8 @@ def open_latents(
     if args.repa_source == "images":
         images = open_repa_images(args, accelerator, cached_resolution(folder))
     share = {"local_processes": this_process().local_size}
+    if args.dry_run:  # which reads little or nothing of it
+        share["memory_limit"] = 0
     is_cached = args.repa_source == "features"
     features = encoder_names(args.enc_type) if is_cached and needs_features(args) else ()
     class_token = class_token_vfm(args) if is_cached else None

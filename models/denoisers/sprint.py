@@ -59,7 +59,17 @@ def draw_route(count: int, grid: int, token_drop: float, path_drop: float, gener
 
 def select(tokens: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
     """Tokens ``[B, N, D]`` at ``places`` ``[B, n]`` → ``[B, n, D]``; all where there are none."""
-    return tokens if places is None else tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
+    if places is None:
+        return tokens
+    return tokens.flatten(0, 1).index_select(0, rows_of(places, tokens.shape[1])).unflatten(0, places.shape)
+
+
+def rows_of(places: torch.Tensor, count: int) -> torch.Tensor:
+    """Places ``[B, n]`` among ``count`` tokens an image → those among all of a batch, ``[B·n]``.
+
+    By rows, because deterministic kernels sort what they add: a key a token, where ``gather`` would have one a number.
+    """
+    return (places + count * torch.arange(len(places), device=places.device)[:, None]).flatten()
 
 
 class Shortcut(nn.Module):
@@ -117,8 +127,9 @@ class Fusion(nn.Module):
             return (fused + masked).to(dense.dtype)
         spread = F.linear(deep, of_deep)
         if places is not None:
-            empty = masked.to(spread.dtype).expand(*dense.shape[:2], -1)
-            spread = empty.scatter(1, places[..., None].expand_as(spread), spread)
+            empty = masked.to(spread.dtype).expand(dense.shape[0] * dense.shape[1], -1)
+            rows = rows_of(places, dense.shape[1])
+            spread = empty.index_copy(0, rows, spread.flatten(0, 1)).unflatten(0, dense.shape[:2])
         if skipped is not None:
             spread = torch.where(skipped[:, None, None], masked.to(spread.dtype), spread)
         return (fused + spread).to(dense.dtype)  # under autocast too, as a block's output

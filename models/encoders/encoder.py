@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import weights_checksum
-from models.compilation import with_fusing
+from models.compilation import allow_graphs, with_fusing
 from models.encoders.folding import fold_batch_norm
 from models.encoders.registry import EncoderSpec
 
@@ -60,6 +60,7 @@ class Encoder(nn.Module):
 
     def compile(self, *args, **options) -> None:
         """``torch.compile`` in place; of a vision transformer each block, as they share their code."""
+        allow_graphs()
         if self.spec.kind == "cnn":
             super().compile(*args, **with_fusing(options))
         else:

@@ -37,6 +37,9 @@ RECIPES = {
     "ldm, JiT": ("ldm", "--model", "JiT-Ti/2", "--weighting", "lognormal", "--time-mean", "0.8", "--time-std", "0.8"),
     "ldm, predicted data": ("ldm", "--model", "DDT-Ti/2", "--head-width", "256", "--prediction", "x"),
     "ldm, SPRINT": ("ldm", "--sprint", "--token-drop-until", "50"),
+    "ldm, class token": ("ldm", "--reg-coeff", "0.03"),
+    "ldm, class token, SPRINT, SRA": ("ldm", "--align", "repa+sra", "--reg-coeff", "0.03", "--sprint"),
+    "sendvae, decoder": ("sendvae", "--freeze-encoder", "--align-coeff", "0", "--latent-noise", "0.5"),
 }
 UNCOMPILED = {"sendvae, equivariance": ("sendvae", "--align-loss", "equivariance", "--eq-scale", "0.5")}
 
