@@ -429,6 +429,30 @@ def test_rae_has_one_resolution_and_is_not_trained(tmp_path, capsys):
         assert "its encoder is a frozen VFM" in error[-1] and sum("error:" in line for line in error) == 1
 
 
+@pytest.mark.parametrize("kind", [QWEN, FLUX2, RAE])
+def test_its_decoder_is_trained_alone(kind, tmp_path):
+    """With noise; its latents stay to the bit, through the training and through the folder that is left."""
+    needs_its_packages(kind)
+    folder = folder_of(tmp_path / "vae", kind)
+    make_toy(["--output", str(tmp_path / "images"), "--num-images", "8", "--resolution", "32"])
+    options = {
+        "data_dir": tmp_path / "images",
+        "resolution": 32,
+        "vae": folder,
+        "output_dir": tmp_path,
+        "exp_name": "x",
+    }
+    options |= {"freeze_encoder": True, "align_coeff": 0, "latent_noise": 0.8, "batch_size": 4, "num_workers": 1}
+    options |= {"max_train_steps": 2, "loss_cfg_path": "configs/l1_kl_gan.yaml"}
+    assert run(train_sendvae.main, argv_of(options)) == 0
+    before, after = (load_tokenizer(str(each))[0] for each in (folder, tmp_path / "x" / "vae"))
+    codes = [tokenizer.encode(IMAGES) for tokenizer in (before, after)]
+    assert torch.equal(codes[0].stored(), codes[1].stored())
+    assert before.encoder_checksum() == after.encoder_checksum()
+    z = codes[0].mode
+    assert not torch.equal(before.decode(z), after.decode(z))
+
+
 def test_export_says_what_to_do_instead(tmp_path, capsys):
     folder = folder_of(tmp_path / "vae", FLUX2)
     for layout in ("diffusers", "ldm", "repa-e"):
