@@ -29,6 +29,7 @@ from tests.latent_caches import save_vae
 from tests.ldm_runs import flags as sampling_flags
 from tests.ldm_runs import random_weights, write_ldm_run
 from tests.sendvae_runs import flags, image_batch, networks, random_images, tiny_trainer
+from tests.test_experiment import commands, value
 from training.loop import train_step
 from training.sendvae import AlignedTokenizer
 
@@ -307,3 +308,22 @@ def test_from_training_to_images(trained, vae, toy, tmp_path):
     other = with_decoder(own, str(trained / "vae"), tmp_path)
     assert other.statistics is own.statistics
     assert other.checksum() == load_tokenizer(str(trained / "vae"))[0].checksum()
+
+
+# --- presets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["sendvae_imagenet256", "quickstart"])
+def test_its_preset_decodes_the_images_of_another_run_again(source):
+    name = source.replace("sendvae", "decoder") if source.startswith("sendvae") else "quickstart_decoder"
+    found, theirs = commands(name), commands(source)
+    assert set(theirs) - set(found) == {"cache", "ldm"}
+    vae = train_sendvae.parse_arguments(found["sendvae"][found["sendvae"].index("train_sendvae.py") + 1 :])
+    assert (vae.freeze_encoder, vae.latent_noise, vae.align_coeff) == (True, 0.25, 0)
+    assert (vae.vae_ckpt or vae.vae) == f"exps/{source}-vae/vae"
+    for flag in ("loss-cfg-path", "batch-size", "data-dir"):
+        assert value(found["sendvae"], flag) == value(theirs["sendvae"], flag)
+    own = ["--decoder", f"exps/{name}-vae/vae"]
+    assert value(found["samples"], "sample-dir") == f"exps/{name}-ldm/generated"
+    there = [word.replace(f"exps/{name}-ldm/", f"exps/{source}-ldm/") for word in found["samples"]]
+    assert [word for word in there if word not in own] == theirs["samples"]
