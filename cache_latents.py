@@ -385,18 +385,20 @@ def make_cache(
     """Make what is missing of this process's shards, complete what is complete, say what came out."""
     complete = [target.packing.begin() for target in targets]
     shards = len(images.shard_counts)
-    files = linkable_files(targets[0], images) if networks.tokenizer.stores_images else None
-    linked = link_shards(targets[0], files, targets[0].packing.missing(process.share(shards))) if files else []
+    files, show = None, print if process.is_main else lambda text: None
+    if networks.tokenizer.stores_images and not complete[0]:
+        files = linkable_files(targets[0], images, show)
+    if process.is_main:
+        show_plan(folder, targets if files is None else targets[1:], images)
+    if files is not None and link_shards(targets[0], files, targets[0].packing.missing(process.share(shards)), show):
+        show(f"latents: links to the files of {args.data_dir}, which take no space")
     todo = sorted({number for target in targets for number in target.packing.missing(process.share(shards))})
     if process.is_main:
-        if files is not None:
-            print(f"latents: links to the files of {args.data_dir}, which take no space")
-        show_plan(folder, targets if files is None else targets[1:], images)
         if todo and networks.statistics is None:
             print("the VAE has no latent statistics: they are computed over this dataset, by all processes")
         elif todo:
             print(f"the VAE's latent statistics are those of {networks.statistics}")
-    count, links = (sum(images.shard_counts[number] for number in numbers) for numbers in (todo, linked))
+    count = sum(images.shard_counts[number] for number in todo)
     cacher = Cacher(
         images,
         targets,
@@ -415,10 +417,8 @@ def make_cache(
         with progress_bar(count, 0, "caching", "img", process.is_main) as progress:
             cacher.run(todo, progress)
     seconds = time.perf_counter() - begin
-    with progress_bar(links, 0, "measuring", "img", process.is_main and links) as progress:
-        for number in linked:  # as they have been made
-            targets[0].after_shard(number)
-            progress.update(images.shard_counts[number])
+    if files is not None:
+        measure_links(targets[0], images, process)
     completed = [target.finish(shards) for target in targets]
     if completed[0]:
         MeasuredStatistics(targets[0].packing, networks.tokenizer).tidy_up()
@@ -432,6 +432,16 @@ def make_cache(
             print(f"{folder}: this process's shards are complete; whoever comes last completes the cache")
     elif process.is_main or not all(complete):
         report(folder, targets, len(images), networks)
+
+
+def measure_links(target: Target, images: ImageDataset, process: Process) -> None:
+    """The statistics of this process's shards, which nobody has gone through, also of those of a call before."""
+    shards = process.share(len(images.shard_counts))
+    count = sum(images.shard_counts[number] for number in shards)
+    with progress_bar(count, 0, "measuring", "img", process.is_main) as progress:
+        for number in shards:
+            target.after_shard(number)
+            progress.update(images.shard_counts[number])
 
 
 def show_plan(folder: Path, targets: Sequence[Target], images: ImageDataset) -> None:

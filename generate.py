@@ -178,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
     beside = None if args.preview_beside is None else open_beside(args.preview_beside, trained.resolution)
     tokenizer = trained.load_autoencoder()
     if args.decoder is not None:
-        tokenizer = with_decoder(tokenizer, args.decoder, trained.folder)
+        tokenizer = with_decoder(tokenizer, args.decoder, trained)
     networks = functools.cache(functools.partial(load_networks, args, trained, tokenizer, process))
     job = Job(trained, tokenizer, classes, process, networks, beside)
     with out_of_memory_means("lower --pproc-batch-size, or add --mixed-precision bf16; what is complete is kept"):

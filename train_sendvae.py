@@ -62,6 +62,8 @@ def check_decoder_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} with --freeze-vae: nothing is decoded; leave one of them out")
     if args.freeze_encoder and args.align_coeff:
         raise UserError("--freeze-encoder keeps the latents, which an alignment would change: add --align-coeff 0")
+    if args.freeze_encoder and args.vae_ckpt == "none" and not args.dry_run:
+        raise UserError("--freeze-encoder with --vae-ckpt none: a random encoder would stay random; give a trained VAE")
 
 
 def settle_compilation(args: argparse.Namespace) -> None:
@@ -280,6 +282,8 @@ def describe(args: argparse.Namespace, method: SendVAE, images: ImageDataset) ->
     return [
         f"{len(images)} images at {args.resolution} px, {len(images.class_names)} classes",
         f"latents {method.tokenizer.latent_shape(args.resolution)}, loss {method.objective.config}",
+        *(["the decoder is trained alone: latents and their statistics stay"] if args.freeze_encoder else []),
+        *([f"noise on what is decoded: |N(0, {args.latent_noise:g}²)|"] if args.latent_noise else []),
         *([] if method.alignment is None else method.alignment.describe()),
     ]
 

@@ -92,32 +92,49 @@ def same_files(spec: ShardSpec, images: ImageDataset) -> PackedReader | None:
     return next((reader for reader in images.readers if replace(reader.spec, kind=spec.kind) == spec), None)
 
 
-def linkable_files(target: Target, images: ImageDataset) -> PackedReader | None:
+def linkable_files(target: Target, images: ImageDataset, report: Callable[[str], object]) -> PackedReader | None:
     """:func:`same_files`, if the folder of the cache, which is there, may have other names (hard links) of them."""
     reader, folder = same_files(target.packing.spec, images), target.packing.folder
-    if reader is not None:
-        path, trial = reader.shard_file(0)[0], folder / f".{uuid.uuid4().hex}.tmp"
-        try:
-            os.link(path.resolve(), trial)
-            trial.unlink()
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            print(f"{folder} holds copies of the images: {path} cannot be linked into it ({error.strerror})")
-            return None
-    return reader
+    if reader is None:
+        return None
+    path, trial = reader.shard_file(0)[0], folder / f".{uuid.uuid4().hex}.tmp"
+    with _links(path, folder, report) as allowed:
+        os.link(path.resolve(), trial)
+        allowed.append(path)
+    trial.unlink(missing_ok=True)  # another process may have tidied up
+    return reader if allowed else None
 
 
-def link_shards(target: Target, reader: PackedReader, shards: Sequence[int]) -> list[int]:
-    """Make shards of :func:`linkable_files`; returns those that no other process had made."""
+def link_shards(
+    target: Target, reader: PackedReader, shards: Sequence[int], report: Callable[[str], object]
+) -> list[int]:
+    """Make shards of :func:`linkable_files` until one cannot be; returns those that no other process had made."""
     labels = np.split(reader.labels, reader.shard_starts[1:-1])
-    linked = []
+    linked: list[int] = []
     for number in shards:
-        with target.packing.shard(number) as writer:
+        path, entry = reader.shard_file(number)
+        with (
+            target.packing.shard(number) as writer,
+            _links(path, target.packing.folder, report) as allowed,
+        ):
             if writer is not None:
-                writer.link(*reader.shard_file(number), labels[number])
+                writer.link(path, entry, labels[number])
                 linked.append(number)
+            allowed.append(path)
+        if not allowed:  # a file that lies elsewhere, behind a link of its own
+            break
     return linked
+
+
+@contextmanager
+def _links(path: Path, folder: Path, report: Callable[[str], object]) -> Iterator[list[Path]]:
+    """Says why a file cannot be linked into a folder, and goes on; gives a list to note in that it could."""
+    try:
+        yield []
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        report(f"{folder} holds copies of the images: {path} cannot be linked into it ({error.strerror})")
 
 
 class ChunkEncoder:

@@ -57,6 +57,7 @@ class MadeBy(TypedDict):
     heun: bool | None
     time_shift: float | None
     damped: bool | None
+    decoder: str | None
     cfg_scale: float | None
     guidance_low: float | None
     guidance_high: float | None

@@ -1,7 +1,5 @@
 """What Inductor, the compiler behind ``torch.compile``, is told about denoisers, VFMs and VAEs."""
 
-import torch
-
 # It writes an expression of many operations and reads to memory, in float32, and reads it again from there. Gradients
 # of norms with the activation or modulation that follows are longer than its limits, and read once. Left whole, the
 # backward pass of a residual block moves 5.9 in place of 10.2 GB (32 images, 128 channels at 256 px; counted in the
@@ -20,15 +18,6 @@ def allow_graphs() -> None:
 
     limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # torch 2.6
     setattr(limits, limit, max(getattr(limits, limit), MOST_GRAPHS))
-
-
-def hold_length(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens ``[B, N, ...]`` whose number is part of what a compiled function is compiled for.
-
-    Met with two numbers, a function would be compiled for any, in the batch's place too where they go together.
-    """
-    torch._dynamo.mark_static(tokens, 1)
-    return tokens
 
 
 def with_fusing(options: dict) -> dict:

@@ -44,7 +44,7 @@ def length_charts(run: Run, rows: Sequence[Row]) -> list[LengthChart]:
         metric = row.metric_of_images
         length = half_life_of(run, row) if metric else None
         if length is not None and math.isfinite(row.cells[metric].value):
-            alike = {key: repr(value) for key, value in row.samples.settings.items() if key not in OF_THE_AVERAGE}
+            alike = row.samples.said(but=OF_THE_AVERAGE)
             key = tuple(sorted((alike | {"reference": row.reference, "images": f"{row.images:,}"}).items()))
             found.setdefault(metric, {}).setdefault(key, {})[row.weights] = (length, row.cells[metric].value)
     charts = []

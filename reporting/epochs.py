@@ -30,9 +30,7 @@ def epochs_table(rows: Sequence[Row], thresholds: Sequence[float]) -> Table | No
         if row.guidance != "none" or row.metric_of_images is None or type(step) is not int:
             continue
         of_the_step = OF_THE_STEP_WITH_ITS_VAE if row.owner.sort == VAE_AND_SIT else OF_THE_STEP
-        alike = tuple(
-            sorted((key, repr(value)) for key, value in row.samples.settings.items() if key not in of_the_step)
-        )
+        alike = tuple(sorted(row.samples.said(but=of_the_step).items()))
         key = (row.owner.folder, row.metric_of_images, row.reference, row.images, alike)
         groups.setdefault(key, {})[step] = row
     found = [(group, _epochs_a_step(next(iter(group.values())).owner)) for group in groups.values()]

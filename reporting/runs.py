@@ -6,7 +6,7 @@ something else, such as raw pixels. The folder of an experiment (``preset.json``
 where it is one or the experiment measured into it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -53,6 +53,11 @@ class Samples:
     def preview(self) -> Path | None:
         path = self.path / PREVIEW_NAME
         return path if path.is_file() else None
+
+    def said(self, but: Collection[str] = ()) -> dict[str, str]:
+        """Settings to compare, in words; without those that are off, of which older samples say nothing."""
+        is_off = {key for key, value in self.settings.items() if value is None or value is False}
+        return {key: repr(value) for key, value in self.settings.items() if key not in but and key not in is_off}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ import train_sendvae
 from dataset.toy import main as make_toy
 from errors import UserError
 from formats.vae import load_tokenizer
-from inference.decoder import with_decoder
+from inference.decoder import has_same_latents, with_decoder
 from inference.sampling import ImageSampler
+from inference.trained_ldm import TrainedLDM
 from loss.total import total
 from models.pixels import to_signed
 from models.tokenizers import Tokenizer
@@ -75,7 +77,6 @@ def test_latents_and_their_statistics_stay_to_the_bit(vae, trained):
     codes = [tokenizer.encode(images) for tokenizer in (before, after)]
     assert torch.equal(codes[0].stored(), codes[1].stored())
     assert before.statistics.checksum() == after.statistics.checksum()
-    assert before.encoder_checksum() == after.encoder_checksum()
     assert before.checksum() != after.checksum()
     old, new = before.network_state(), after.network_state()
     changed = {name for name in new if not torch.equal(old[name], new[name])}
@@ -282,19 +283,63 @@ def test_its_name_is_in_that_of_the_folder(exp, decoder, capsys):
 
 
 def test_what_knows_other_latents_is_refused(exp, decoder, tmp_path, capsys):
+    """Whatever of it makes them others: weights, or what the layers do; and what has no weights at all."""
     tokenizer, _ = load_tokenizer(str(decoder))
     random_weights(tokenizer.network.quant_conv, 4)
-    tokenizer.save(tmp_path / "vae")
+    tokenizer.save(tmp_path / "weights")
+    shutil.copytree(decoder, tmp_path / "layers")
+    config = tmp_path / "layers" / "config.json"
+    config.write_text(config.read_text().replace('"silu"', '"relu"'))
+    assert '"relu"' in config.read_text()
+    others = f"makes other latents than the VAE of {exp}"
     for source, said in (
-        (tmp_path / "vae", f"has another encoder than the VAE of {exp}"),
-        ("pixels", "has another encoder than the VAE"),
-        (tmp_path / "nothing", "--decoder"),
+        (tmp_path / "weights", others),
+        (tmp_path / "layers", others),
+        ("pixels", "has no weights: give a VAE's folder"),
+        ("f16d32", "has no weights: give a VAE's folder"),
+        (tmp_path / "nothing", "neither a known architecture"),
     ):
         assert sampled(exp, tmp_path / "images", decoder=source) == 2
         line = capsys.readouterr().err
         assert said in line
         assert line.count("error:") == line.count("--decoder") == 1
+        assert "--vae-ckpt" not in line
     assert not (tmp_path / "images").exists()
+
+
+def test_what_of_an_rae_is_no_weight_of_its_encoder_counts_too():
+    """Statistics in its configuration, as encoders are shared; and the size that it decodes to."""
+
+    class Scaled(PixelTokenizer):
+        stores_images = False
+
+        def __init__(self, scale: float = 1.0, size: int = 32):
+            super().__init__()
+            self.scale, self.size = scale, size
+
+        def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+            if resolution != self.size:
+                raise UserError("decodes to another size")
+            return super().latent_shape(resolution)
+
+        def encode(self, images: torch.Tensor) -> PlainCode:
+            return PlainCode(self.scale * to_signed(images))
+
+    assert has_same_latents(Scaled(), Scaled(), 32)
+    assert not has_same_latents(Scaled(), Scaled(scale=2.0), 32)
+    assert not has_same_latents(Scaled(), Scaled(size=64), 32)
+    assert not has_same_latents(Scaled(), PixelTokenizer(), 32)
+
+
+def test_pixels_are_decoded_by_none():
+    with pytest.raises(UserError, match="was trained on pixels, which none decodes; leave it out"):
+        with_decoder(PixelTokenizer(), "anything", of_run(Path("run")))
+
+
+def of_run(folder: Path) -> TrainedLDM:
+    fields = {"folder": folder, "checkpoint": None, "weights": "ema", "config": None, "path_type": "linear"}
+    fields |= {"class_names": [], "resolution": 32, "vae_checksum": "", "statistics_checksum": None, "checksum": ""}
+    return TrainedLDM(**fields)
 
 
 def test_random_networks_have_none(decoder, capsys):
@@ -305,7 +350,7 @@ def test_random_networks_have_none(decoder, capsys):
 def test_from_training_to_images(trained, vae, toy, tmp_path):
     """A trained decoder is one that a run on the latents of its VAE is sampled by."""
     own, _ = load_tokenizer(str(vae))
-    other = with_decoder(own, str(trained / "vae"), tmp_path)
+    other = with_decoder(own, str(trained / "vae"), of_run(tmp_path))
     assert other.statistics is own.statistics
     assert other.checksum() == load_tokenizer(str(trained / "vae"))[0].checksum()
 

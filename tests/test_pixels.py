@@ -21,6 +21,7 @@ from dataset.images import open_images
 from dataset.latents import LatentDataset
 from errors import UserError
 from formats.vae import load_tokenizer
+from inference.latent_cache import MeasuredStatistics
 from models.latent_statistics import latent_moments
 from models.tokenizers.pixels import NAME, PixelTokenizer
 from preprocessing import main as preprocess
@@ -34,6 +35,7 @@ from tests.test_jit import public_checkpoint
 from tests.test_train_ldm import metrics, train, train_halted_and_straight
 
 COUNT = 24
+total = MeasuredStatistics.total
 PLAIN = {"model": "JiT-Ti/8", "align": "none", "enc_type": None, "vae_latents_name": NAME}
 
 
@@ -175,6 +177,53 @@ def test_a_cache_is_the_data_set_s_files_under_other_names(shards, tmp_path, mon
     assert f"holds copies of the images: {shards / 'images-00000.npy'} cannot be linked" in capsys.readouterr().out
     assert are_links(copied, shards) == [False] * 4
     assert contents(linked) == contents(copied)
+
+
+def test_what_cannot_be_linked_alone_is_copied(shards, tmp_path, monkeypatch, capsys):
+    """A file of the data set that lies on another file system, behind a link of its own."""
+    link = os.link
+
+    def refuse_one(source, target):
+        if "00002" in str(source):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        link(source, target)
+
+    whole = contents(cached(shards, tmp_path / "whole"))
+    monkeypatch.setattr(os, "link", refuse_one)
+    folder = cached(shards, tmp_path / "cache")
+    assert "images-00002.npy cannot be linked" in capsys.readouterr().out
+    assert are_links(folder, shards) == [True, True, False, False]
+    assert contents(folder) == whole
+    cached(shards, folder)
+    assert "links" not in capsys.readouterr().out  # nothing is made any more
+
+
+def test_a_refused_cache_leaves_no_links(shards, tmp_path, monkeypatch, capsys):
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    options = {"cache_features": True, "enc_type": "efficientnet-lite0", "features_grid": 4}
+    assert run(cache_latents.main, cache_flags(shards, NAME, tmp_path / "cache", **options)) == 2
+    assert "0.00 GB are free" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("latents-*"))
+    assert not (tmp_path / "cache" / "settings.json").exists()
+
+
+def test_links_of_a_killed_run_are_measured_by_the_next(shards, tmp_path, monkeypatch):
+    """By each process its own, and not all by the one that completes the cache."""
+    whole = contents(cached(shards, tmp_path / "whole"))
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache_latents, "measure_links", killed)
+        cached(shards, tmp_path / "cache")
+    measured = []
+    moments = PixelTokenizer.stored_moments
+    monkeypatch.setattr(PixelTokenizer, "stored_moments", lambda self, x: measured.append(len(x)) or moments(x))
+    monkeypatch.setattr(MeasuredStatistics, "total", lambda self, count: measured.append("total") or total(self, count))
+    assert contents(cached(shards, tmp_path / "cache")) == whole
+    assert measured == [7, 7, 7, 1, "total"]
 
 
 def test_a_disk_that_fails_is_not_taken_for_one_without_links(shards, tmp_path, monkeypatch, capsys):

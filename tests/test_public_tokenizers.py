@@ -448,7 +448,6 @@ def test_its_decoder_is_trained_alone(kind, tmp_path):
     before, after = (load_tokenizer(str(each))[0] for each in (folder, tmp_path / "x" / "vae"))
     codes = [tokenizer.encode(IMAGES) for tokenizer in (before, after)]
     assert torch.equal(codes[0].stored(), codes[1].stored())
-    assert before.encoder_checksum() == after.encoder_checksum()
     z = codes[0].mode
     assert not torch.equal(before.decode(z), after.decode(z))
 

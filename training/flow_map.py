@@ -84,9 +84,11 @@ class FlowMap(LDM):
         flow, jumps = self.still(state, draws), self.jumps(state, draws.generator)
         both, labels = flow.joined(jumps), labels.repeat(2)
         with self.reducing(self.networks, synchronise):
-            own = self.own(both, labels) if self.needs_own else None
+            own = self.own(both, labels) if guidance_strength(args.flow_map_cfg_scale) else None
             v = self.guided(both, labels, is_dropped.repeat(2), own)
-            tangent = own[count:] if args.flow_map_tangent == "network" else v[count:]
+            tangent = v[count:]
+            if args.flow_map_tangent == "network":
+                tangent = self.own(jumps, labels[count:]) if own is None else own[count:]
             target = torch.cat([v[:count], self.jump_target(jumps, labels[count:], v[count:], tangent)])
             prediction = self.networks(both.x, both.t, labels, both.arrival)
             latent, token = self.errors(prediction, target)
@@ -117,22 +119,20 @@ class FlowMap(LDM):
         path_type = self.args.path_type
         return Jumps(add_noise(state, t, noise, path_type), t, velocity(state, t, noise, path_type), arrival)
 
-    @property
-    def needs_own(self) -> bool:
-        """Whether the network's velocities are asked for, to guide or to differentiate along."""
-        return self.args.flow_map_tangent == "network" or bool(guidance_strength(self.args.flow_map_cfg_scale))
-
     @torch.no_grad()
     def own(self, at: Jumps, labels: torch.Tensor) -> torch.Tensor:
         """The network's velocity, in the type of the path's."""
-        with self.accelerator.autocast():  # of as many as train: of two numbers, graphs would be made for any
+        with self.accelerator.autocast():
             return self.denoiser(at.x, at.t, labels)[0].to(at.velocity.dtype)
 
     @torch.no_grad()
     def guided(
         self, at: Jumps, labels: torch.Tensor, is_dropped: torch.Tensor, own: torch.Tensor | None
     ) -> torch.Tensor:
-        """The path's velocity ``v``, or with guidance ``v + ω·(v_c − v_u)`` in its interval, where there is a class."""
+        """The path's velocity ``v``, or with guidance ``v + ω·(v_c − v_u)`` in its interval, where there is a class.
+
+        ``own`` is v_c, which is asked for with guidance alone.
+        """
         args = self.args
         strength = guidance_strength(args.flow_map_cfg_scale)
         if not strength:

@@ -168,9 +168,7 @@ def compile_networks(*networks: nn.Module | None) -> None:
     torch._dynamo.config.optimize_ddp = False
     for network in networks:
         if network is not None:
-            # A held-out batch, a grid or a rest has another size. Each gets a graph of its own: after one for any size
-            # was made, the training would go on with that.
-            network.compile(dynamic=False)
+            network.compile(dynamic=False)  # as denoisers and VFMs are by themselves
 
 
 def _set_in_all_threads(config: ModuleType, name: str, value: object) -> None:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.compilation import hold_length
 from models.denoisers.config import DiTDHConfig
 from models.denoisers.lightningdit import RMSNorm, lightning_blocks
 from models.denoisers.transformer import Block, ClassTokenEmbedder, Norm, PatchEmbedding, Transformer
@@ -60,8 +59,6 @@ class DiTDH(Transformer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         condition = self.head.condition(time, tokens)
         x = self.head.embed(*self.unpack(x))
-        if self.is_compiled:  # its blocks have other sizes than those before, and a graph of their own
-            x, condition = hold_length(x), hold_length(condition)
         for block in self.head.blocks:
             x = self.run_block(block, x, condition)
         return x, condition

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from models.compilation import hold_length
 from models.denoisers.config import JiTConfig
 from models.denoisers.lightningdit import LightningDiT, lightning_blocks
 from models.denoisers.sprint import Route
@@ -63,8 +62,6 @@ class JiT(LightningDiT):
         for number, block in enumerate(self.blocks[:last], start=1):
             if number == self.config.blocks_before_class + 1:
                 x = torch.cat([of_class.to(x.dtype), x], dim=1)
-            if self.is_compiled:  # without and with tokens of the class: a graph each
-                x = hold_length(x)
             x = self.run_block(block, x, condition)
             if number in taps:
                 states[number] = x[:, -(self.grid**2) :]

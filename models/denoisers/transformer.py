@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.compilation import allow_graphs, hold_length, with_fusing
+from models.compilation import allow_graphs, with_fusing
 from models.denoisers.base import Denoiser, velocity_to
 from models.denoisers.config import TransformerConfig
 from models.denoisers.sprint import DENSE, Fusion, Route, select
@@ -38,7 +38,7 @@ class Transformer(Denoiser):
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
-        self.gradient_checkpointing = self.is_compiled = False
+        self.gradient_checkpointing = False
         size, patch = config.size, config.patch_size
         self.x_embedder = self.make_patch_embedding(config.latent_channels, size.width, patch)
         self.register_buffer("pos_embed", sincos_positions(size.width, config.grid)[None])
@@ -147,11 +147,14 @@ class Transformer(Denoiser):
         self.gradient_checkpointing = True
 
     def compile(self, *args, **options) -> None:
-        """Each block on its own: they share their code, and checkpointing and DDP stay outside of it."""
-        self.is_compiled = True
+        """Each block on its own: they share their code, and checkpointing and DDP stay outside of it.
+
+        A number of images or tokens has a graph of its own: after one for any number was made, as for what is left of
+        a held-out set, all would go on with that.
+        """
         allow_graphs()
         for part in self.compiled_parts():
-            part.compile(*args, **with_fusing(options))
+            part.compile(*args, **with_fusing(options | {"dynamic": False}))
 
     def compiled_parts(self) -> Iterator[nn.Module]:
         """What is compiled, each on its own."""
@@ -184,8 +187,6 @@ class Transformer(Denoiser):
                 x, places = self.fusion(dense, x, places, route.skipped), None
             if number in sparse and route.skipped is True:
                 continue
-            if sparse and self.is_compiled:  # blocks of all tokens and of some have a graph each
-                x, places = hold_length(x), None if places is None else hold_length(places)
             of_block = condition if number < first_of_map else last_condition
             given = (x, of_block) if places is None else (x, of_block, places)
             x = self.run_block(block, *given)

@@ -61,11 +61,12 @@ class Encoder(nn.Module):
     def compile(self, *args, **options) -> None:
         """``torch.compile`` in place; of a vision transformer each block, as they share their code."""
         allow_graphs()
+        options = with_fusing(options | {"dynamic": False})  # as of a denoiser's blocks
         if self.spec.kind == "cnn":
-            super().compile(*args, **with_fusing(options))
+            super().compile(*args, **options)
         else:
             for block in self.network.blocks:
-                block.compile(*args, **with_fusing(options))
+                block.compile(*args, **options)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, class_token: bool = False) -> torch.Tensor:

@@ -182,11 +182,6 @@ class Tokenizer(nn.Module, ABC):
         digest.update(weights_checksum(self.network_state()).encode())
         return digest.hexdigest()
 
-    def encoder_checksum(self) -> str:
-        """SHA-256 of the encoder's weights: the same of tokenizers that differ in their decoders alone."""
-        parts = enumerate(part.state_dict() for part in self.encoder_parts())
-        return weights_checksum({f"{number}.{name}": part[name] for number, part in parts for name in part})
-
     def save(self, folder: Path, with_statistics: bool = True) -> None:
         """Write a folder with the latent statistics next to the weights, complete or not at all."""
         with whole_folder(folder) as temporary:

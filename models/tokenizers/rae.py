@@ -28,7 +28,7 @@ _NOT_LOADED = "decoder.decoder_pos_embed"  # computed; older files have it
 
 
 class RAETokenizer(DiffusersTokenizer):
-    """Patch features of a VFM as the latent, without randomness, ``[B, C, h, w]``; read only.
+    """Patch features of a VFM as the latent, without randomness, ``[B, C, h, w]``; its decoder alone trains.
 
     The latent is what diffusers' ``encode`` gives, already normalised by the checkpoint's own statistics: these are of
     each position (``[C, h, w]``), which statistics a channel could not say. Those of this tokenizer are then 0 and 1.

@@ -201,6 +201,11 @@ CASES = [
     Case("a batch that no machine holds", with_flags(batch_size=10**9), ("--batch-size", "GB are available")),
     Case("batches ahead that no machine holds", with_flags(prefetch=10**12), ("--prefetch", "GB are available")),
     Case(
+        "a random encoder that stays so",
+        with_flags(freeze_encoder=True, align_coeff=0),
+        ("--freeze-encoder with --vae-ckpt none", "give a trained VAE"),
+    ),
+    Case(
         "a decoder alone that is aligned", with_flags(freeze_encoder=True), ("--freeze-encoder", "add --align-coeff 0")
     ),
     Case(
