@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,43 +99,38 @@ def linkable_files(target: Target, images: ImageDataset, report: Callable[[str],
     if reader is None:
         return None
     path, trial = reader.shard_file(0)[0], folder / f".{uuid.uuid4().hex}.tmp"
-    with _links(path, folder, report) as allowed:
-        os.link(path.resolve(), trial)
-        allowed.append(path)
+    is_allowed = _link(lambda: os.link(path.resolve(), trial), path, folder, report)
     trial.unlink(missing_ok=True)  # another process may have tidied up
-    return reader if allowed else None
+    return reader if is_allowed else None
 
 
 def link_shards(
     target: Target, reader: PackedReader, shards: Sequence[int], report: Callable[[str], object]
 ) -> list[int]:
     """Make shards of :func:`linkable_files` until one cannot be; returns those that no other process had made."""
-    labels = np.split(reader.labels, reader.shard_starts[1:-1])
+    labels, folder = np.split(reader.labels, reader.shard_starts[1:-1]), target.packing.folder
     linked: list[int] = []
     for number in shards:
         path, entry = reader.shard_file(number)
-        with (
-            target.packing.shard(number) as writer,
-            _links(path, target.packing.folder, report) as allowed,
-        ):
-            if writer is not None:
-                writer.link(path, entry, labels[number])
-                linked.append(number)
-            allowed.append(path)
-        if not allowed:  # a file that lies elsewhere, behind a link of its own
-            break
+        with target.packing.shard(number) as writer:
+            if writer is None:
+                continue
+            if not _link(partial(writer.link, path, entry, labels[number]), path, folder, report):
+                break  # a file that lies elsewhere, behind a link of its own
+            linked.append(number)
     return linked
 
 
-@contextmanager
-def _links(path: Path, folder: Path, report: Callable[[str], object]) -> Iterator[list[Path]]:
-    """Says why a file cannot be linked into a folder, and goes on; gives a list to note in that it could."""
+def _link(link: Callable[[], object], path: Path, folder: Path, report: Callable[[str], object]) -> bool:
+    """Whether a link could be made; why not is reported, unless the disk has failed."""
     try:
-        yield []
+        link()
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         report(f"{folder} holds copies of the images: {path} cannot be linked into it ({error.strerror})")
+        return False
+    return True
 
 
 class ChunkEncoder:

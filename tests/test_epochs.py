@@ -48,6 +48,17 @@ def test_epochs_of_unguided_images_alone(run, capsys):
     assert "Epochs of training until" not in capsys.readouterr().out
 
 
+def test_samples_older_than_a_setting_stand_beside_newer_ones(run):
+    """Which say that it is off; where it is on, it is another row."""
+    new = {"decoder": None, "decoder_sha256": None, "damped": False, "label_sampling": "random"}
+    write_samples(run, UNGUIDED | {"FID": 3.0}, name="newer", train_steps=800, **new)
+    (line,) = epochs_table(gather([str(run)]).rows, (3.5,)).rows
+    assert line[-2:] == ["1, 2, 4, 8", "4 to 8"]
+    other = new | {"decoder": "better", "decoder_sha256": "1"}
+    write_samples(run, UNGUIDED | {"FID": 2.0}, name="decoded", train_steps=800, **other)
+    assert len(epochs_table(gather([str(run)]).rows, (3.5,)).rows) == 2
+
+
 def test_other_labels_and_other_sampling_are_rows_of_their_own(run, capsys):
     write_samples(run, UNGUIDED, name="equal", train_steps=400, label_sampling="equal", classes=[3, 4])
     write_samples(run, UNGUIDED, name="ode", train_steps=400, label_sampling="random", mode="ode")

@@ -81,8 +81,7 @@ class AlignedTokenizer(nn.Module):
             tokenizer.requires_grad_(False)
         elif keeps_latents:
             for part in tokenizer.encoder_parts():
-                part.requires_grad_(False)
-        self.train(self.training)
+                part.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "AlignedTokenizer":
         """An encoder that stays as it is also answers as it does in use."""
