@@ -369,6 +369,11 @@ def test_its_preset_decodes_the_images_of_another_run_again(source):
     for flag in ("loss-cfg-path", "batch-size", "data-dir"):
         assert value(found["sendvae"], flag) == value(theirs["sendvae"], flag)
     own = ["--decoder", f"exps/{name}-vae/vae"]
-    assert value(found["samples"], "sample-dir") == f"exps/{name}-ldm/generated"
-    there = [word.replace(f"exps/{name}-ldm/", f"exps/{source}-ldm/") for word in found["samples"]]
+    assert value(found["samples"], "sample-dir") == f"exps/{source}-ldm/{name}"  # where a report finds them
+    there = [word.replace(f"{source}-ldm/{name}", f"{source}-ldm/generated") for word in found["samples"]]
     assert [word for word in there if word not in own] == theirs["samples"]
+    measured = ("--reference", "ref.npz", "--unguided", "yes") if source.startswith("sendvae") else ()
+    for stage, command in commands(name, *measured).items():
+        if "evaluate" in stage or stage == "reading":
+            made = commands(name, *measured)[stage.replace("evaluate", "samples") if stage != "reading" else "samples"]
+            assert value(command, "samples") == value(made, "sample-dir")
