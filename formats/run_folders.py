@@ -14,7 +14,6 @@ ARGUMENTS = "args.json"
 PLACES = ("checkpoints", "milestones")
 # A run that trains its VAE along keeps it in every checkpoint, with the statistics that belong to the averaged SiT.
 OWN_VAE, OWN_STATISTICS = "vae", averages.statistics_of(averages.MAIN)
-VAE_NAME = "vae"  # the folder with a run's VAE
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
@@ -138,4 +137,4 @@ def vae_label(source: str) -> str:
     path = path.resolve()
     if path.parent.name in PLACES:
         return f"{path.parent.parent.name}-{path.name}"
-    return path.parent.name if path.name == VAE_NAME else path.stem if path.is_file() else path.name
+    return path.parent.name if path.name == "vae" else path.stem if path.is_file() else path.name

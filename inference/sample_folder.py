@@ -173,7 +173,7 @@ def load_networks(
     networks = Networks(model, guide, tokenizer)
     for network in networks if args.compile else ():
         if network is not None:
-            network.compile(dynamic=False)  # the denoiser for two sizes: with and without the null class
+            network.compile()  # the denoiser for two sizes: with and without the null class
     return networks
 
 

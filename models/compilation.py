@@ -20,6 +20,11 @@ def allow_graphs() -> None:
     setattr(limits, limit, max(getattr(limits, limit), MOST_GRAPHS))
 
 
-def with_fusing(options: dict) -> dict:
-    """Arguments of ``torch.compile``, with these limits; another backend has none."""
+def compile_options(options: dict) -> dict:
+    """Arguments of ``torch.compile``, with these limits; another backend has none.
+
+    Each number of images or tokens has a graph of its own: after one for any number was made, as for what is left of a
+    held-out set, the training would go on with that.
+    """
+    options = {"dynamic": False} | options
     return options if "backend" in options else options | {"options": FUSING | options.get("options", {})}

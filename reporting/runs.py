@@ -56,8 +56,8 @@ class Samples:
 
     def said(self, but: Collection[str] = ()) -> dict[str, str]:
         """Settings to compare, in words; without those that are off, of which older samples say nothing."""
-        is_off = {key for key, value in self.settings.items() if value is None or value is False}
-        return {key: repr(value) for key, value in self.settings.items() if key not in but and key not in is_off}
+        is_on = {key: value for key, value in self.settings.items() if value is not None and value is not False}
+        return {key: repr(value) for key, value in is_on.items() if key not in but}
 
 
 @dataclass(frozen=True)

@@ -373,7 +373,8 @@ def test_its_preset_decodes_the_images_of_another_run_again(source):
     there = [word.replace(f"{source}-ldm/{name}", f"{source}-ldm/generated") for word in found["samples"]]
     assert [word for word in there if word not in own] == theirs["samples"]
     measured = ("--reference", "ref.npz", "--unguided", "yes") if source.startswith("sendvae") else ()
-    for stage, command in commands(name, *measured).items():
-        if "evaluate" in stage or stage == "reading":
-            made = commands(name, *measured)[stage.replace("evaluate", "samples") if stage != "reading" else "samples"]
-            assert value(command, "samples") == value(made, "sample-dir")
+    found, of_samples = commands(name, *measured), {"reading": "samples"}
+    for stage in found:
+        if "evaluate" in stage or stage in of_samples:
+            made = found[of_samples.get(stage, stage.replace("evaluate", "samples"))]
+            assert value(found[stage], "samples") == value(made, "sample-dir")

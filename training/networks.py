@@ -168,7 +168,7 @@ def compile_networks(*networks: nn.Module | None) -> None:
     torch._dynamo.config.optimize_ddp = False
     for network in networks:
         if network is not None:
-            network.compile(dynamic=False)  # as denoisers and VFMs are by themselves
+            network.compile(dynamic=False)  # as models.compilation says; LPIPS and discriminator are torch's to compile
 
 
 def _set_in_all_threads(config: ModuleType, name: str, value: object) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from errors import UserError, one_line
 from files import is_out_of_reach, whole_folder, write_safetensors
-from models.compilation import with_fusing
+from models.compilation import compile_options
 from models.denoisers.config import DenoiserConfig
 from models.denoisers.sprint import Route
 from models.weight_files import NotWeightsError, read_state_dict
@@ -152,7 +152,7 @@ class Denoiser(nn.Module, ABC):
 
     def compile(self, *args, **options) -> None:
         """``torch.compile`` in place. A network of equal blocks compiles them one by one: they share a graph."""
-        super().compile(*args, **with_fusing(options))
+        super().compile(*args, **compile_options(options))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and the weights as safetensors, complete or not at all; replaces the folder."""

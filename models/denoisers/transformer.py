@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.compilation import allow_graphs, with_fusing
+from models.compilation import allow_graphs, compile_options
 from models.denoisers.base import Denoiser, velocity_to
 from models.denoisers.config import TransformerConfig
 from models.denoisers.sprint import DENSE, Fusion, Route, select
@@ -147,14 +147,10 @@ class Transformer(Denoiser):
         self.gradient_checkpointing = True
 
     def compile(self, *args, **options) -> None:
-        """Each block on its own: they share their code, and checkpointing and DDP stay outside of it.
-
-        A number of images or tokens has a graph of its own: after one for any number was made, as for what is left of
-        a held-out set, all would go on with that.
-        """
+        """Each block on its own: they share their code, and checkpointing and DDP stay outside of it."""
         allow_graphs()
         for part in self.compiled_parts():
-            part.compile(*args, **with_fusing(options | {"dynamic": False}))
+            part.compile(*args, **compile_options(options))
 
     def compiled_parts(self) -> Iterator[nn.Module]:
         """What is compiled, each on its own."""

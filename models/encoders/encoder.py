@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import weights_checksum
-from models.compilation import allow_graphs, with_fusing
+from models.compilation import allow_graphs, compile_options
 from models.encoders.folding import fold_batch_norm
 from models.encoders.registry import EncoderSpec
 
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
     def compile(self, *args, **options) -> None:
         """``torch.compile`` in place; of a vision transformer each block, as they share their code."""
         allow_graphs()
-        options = with_fusing(options | {"dynamic": False})  # as of a denoiser's blocks
+        options = compile_options(options)
         if self.spec.kind == "cnn":
             super().compile(*args, **options)
         else:

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from models.compilation import allow_graphs, with_fusing
+from models.compilation import allow_graphs, compile_options
 from models.tokenizers.base import Code
 from models.tokenizers.diffusers_network import DiffusersTokenizer
 
@@ -106,7 +106,7 @@ class PosteriorTokenizer(DiffusersTokenizer):
     def compile(self, *args, **options) -> None:
         """Residual blocks, which share a graph where width and resolution are the same, and the norms before images."""
         allow_graphs()
-        options = with_fusing(options | {"dynamic": False})
+        options = compile_options(options)
         for module in list(self.network.modules()):
             if isinstance(module, ResnetBlock2D):
                 module.compile(*args, **options)
