@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.weighting = args.noise_times or "uniform"  # what times are drawn of
     sees_features = args.align_coeff and TOKENIZER_ALIGNMENTS[args.align_loss].needs_features
     without = f"--align-loss {args.align_loss}" if args.align_coeff else "--align-coeff 0"
-    arguments.check_feature_arguments(args, bool(sees_features), without)
+    arguments.check_feature_arguments(args, bool(sees_features), without, needs_vfm=starts_from_vfm(args))
     arguments.check_alignment_schedule(args, bool(args.align_coeff), "--align-coeff 0")
     check_decoder_arguments(args)
     if args.freeze_vae and not args.align_coeff:
@@ -62,8 +62,11 @@ def check_decoder_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} with --freeze-vae: nothing is decoded; leave one of them out")
     if args.freeze_encoder and args.align_coeff:
         raise UserError("--freeze-encoder keeps the latents, which an alignment would change: add --align-coeff 0")
-    if args.freeze_encoder and args.vae_ckpt == "none" and not args.dry_run:
-        raise UserError("--freeze-encoder with --vae-ckpt none: a random encoder would stay random; give a trained VAE")
+
+
+def starts_from_vfm(args: argparse.Namespace) -> bool:
+    """Whether a decoder is trained from scratch: for an encoder that comes with weights of its own."""
+    return args.freeze_encoder and args.vae_ckpt == "none"
 
 
 def settle_compilation(args: argparse.Namespace) -> None:
@@ -165,6 +168,7 @@ from loss.vae_objective import VAELossConfig, load_loss_config
 from models.encoders import Encoder
 from models.tokenizers import Tokenizer
 from runtime import NUM_CLASSES
+from runtime.processes import goes_first
 from training import dry_run
 from training.alignment_schedule import settle_alignment_schedule
 from training.data import measure_features, measure_statistics, open_features, open_image_data
@@ -238,6 +242,9 @@ def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Acc
     tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
     if not args.freeze_vae:
         tokenizer.check_trainable(encoder=not args.freeze_encoder)
+    if starts_from_vfm(args) and not args.dry_run:
+        with goes_first(accelerator.is_local_main_process):  # who downloads; the others find the file in the cache
+            tokenizer.load_pretrained_encoder(args.enc_ckpt)
     alignment, encoders = build_alignment(args, tokenizer.latent_shape(args.resolution), accelerator)
     objective, discriminator = build_objective(args, loss_config, accelerator, smallest_images(args, tokenizer))
     networks = tokenizer, alignment, encoders, objective, discriminator

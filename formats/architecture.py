@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from formats.layers import to_ldm
-from models.tokenizers import CONFIG_DIR, architecture_names
+from models.tokenizers import architecture_names, named_config
 from models.tokenizers.diffusers_network import list_or_value
 from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError
@@ -22,11 +22,6 @@ INFERRED = (
 DEFAULTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
 USUAL_GROUPS = 32
 LISTED = 3  # names that a message mentions
-
-
-def named_config(name: str) -> dict:
-    """The configuration of ``configs/vae/NAME.json``."""
-    return json.loads((CONFIG_DIR / f"{name}.json").read_text())
 
 
 def infer_config(state: Mapping[str, torch.Tensor]) -> dict:

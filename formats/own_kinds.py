@@ -1,6 +1,7 @@
 """Tokenizers that are no ``AutoencoderKL``: named by their kind, or folders of them, on the hub too."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,7 +10,15 @@ from errors import UserError, one_line
 from files import is_out_of_reach
 from formats.hub import hub_folder, is_hub_name
 from formats.run_folders import refuse_unfinished
-from models.tokenizers import CONFIG_FILE, TOKENIZERS, Config, Tokenizer, tokenizer_kind
+from models.tokenizers import (
+    CONFIG_FILE,
+    TOKENIZERS,
+    Config,
+    Tokenizer,
+    architecture_names,
+    named_config,
+    tokenizer_kind,
+)
 from models.weight_files import NotWeightsError
 from schema import MalformedError, read_json
 
@@ -22,24 +31,30 @@ class OwnKind:
 
     Attributes:
         name: its kind, as the registry calls it.
-        folder: that it was saved in; None where the kind was named.
+        folder: that it was saved in; None where it was named.
+        given: what names it.
+        named: the configuration that a name means, where that is one of configs/vae.
     """
 
     name: str
     folder: Path | None
+    given: str
+    named: Mapping = field(default_factory=dict)
+
+    def config(self) -> Mapping:
+        """What it is built from."""
+        return self.named if self.folder is None else read_json(self.folder / CONFIG_FILE)
 
     def build(self) -> Tokenizer:
         """One with random weights."""
         try:
-            config = {} if self.folder is None else read_json(self.folder / CONFIG_FILE)
-            tokenizer = tokenizer_kind(self.name).from_architecture(config)
+            tokenizer = tokenizer_kind(self.name).from_architecture(self.config())
             if (said := tokenizer.architecture.get("_class_name")) != self.name:
                 raise ValueError(f"its architecture has the _class_name {said}, by which nothing would find it again")
             return tokenizer
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"--vae {self.folder or self.name}: no {self.name} is built ({one_line(error)}); give a folder with "
-                "its config.json"
+                f"--vae {self.given}: no {self.name} is built ({one_line(error)}); give a folder with its config.json"
             ) from error
 
     def load(self) -> tuple[Tokenizer, str | None]:
@@ -48,7 +63,7 @@ class OwnKind:
             tokenizer = self.build()
             return tokenizer, tokenizer.take_statistics()
         if self.folder is None:
-            raise UserError(f"--vae {self.name} names a kind of tokenizer: give a folder of one, or --vae-ckpt none")
+            raise UserError(f"--vae {self.given} names a kind of tokenizer: give a folder of one, or --vae-ckpt none")
         try:
             return tokenizer_kind(self.name).load(self.folder)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -61,6 +76,10 @@ def find_own_kind(name: str | None) -> OwnKind | None:
     """None for what is an ``AutoencoderKL``, a file, or nothing at all."""
     if name is None:
         return None
+    if name in architecture_names():
+        config = named_config(name)
+        kind = config.get("_class_name", KL)
+        return None if kind == KL or kind not in TOKENIZERS else OwnKind(kind, None, name, config)
     folder, kind = None, name
     path = Path(name)
     if name not in TOKENIZERS and is_hub_name(name):
@@ -75,4 +94,4 @@ def find_own_kind(name: str | None) -> OwnKind | None:
             kind = read_json(folder / CONFIG_FILE, Config)["_class_name"] if folder else KL
         except (OSError, MalformedError):
             return None  # who reads it says what is wrong
-    return None if kind == KL or kind not in TOKENIZERS else OwnKind(kind, folder)
+    return None if kind == KL or kind not in TOKENIZERS else OwnKind(kind, folder, name)

@@ -121,6 +121,8 @@ def load_vae(
     named, given = find_own_kind(vae), None if checkpoint == RANDOM else find_own_kind(checkpoint)
     if given is not None and vae is not None and (named is None or named.name != given.name):
         raise UserError(f"{flag} {checkpoint} is of the kind {given.name}, not --vae {vae}: give --vae {checkpoint}")
+    if named is not None and named.named and given is not None and given.config() != named.named:
+        raise UserError(f"{flag} {checkpoint} is of another architecture than --vae {vae}: give --vae {checkpoint}")
     if named is not None and checkpoint not in (None, RANDOM) and not tokenizer_kind(named.name).needs_weights:
         raise UserError(f"{flag} {checkpoint}: --vae {vae} has no weights; leave {flag} out")
     if named is not None and given is None and checkpoint not in (None, RANDOM):

@@ -505,13 +505,13 @@ def check_denoiser_arguments(parser: argparse.ArgumentParser, args: argparse.Nam
 
 
 def check_feature_arguments(
-    args: argparse.Namespace, is_aligned: bool, without: str, needs_class_token: bool = False
+    args: argparse.Namespace, is_aligned: bool, without: str, needs_class_token: bool = False, needs_vfm: bool = False
 ) -> None:
     """Refuse the flags of features that nothing asks for; ``without`` is the flag that switched them off."""
     unused = {
         "--cached-features": args.cached_features is not None and not (is_aligned or needs_class_token),
         "--feature-norm": args.feature_norm != "none" and not is_aligned,
-        "--enc-ckpt": args.enc_ckpt and not (is_aligned or needs_class_token),
+        "--enc-ckpt": args.enc_ckpt and not (is_aligned or needs_class_token or needs_vfm),
     }
     for flag, is_unused in unused.items():
         if is_unused:

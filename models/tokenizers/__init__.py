@@ -18,6 +18,7 @@ TOKENIZERS: dict[str, Any] = {
     "AutoencoderKLFlux2": "models.tokenizers.flux2:Flux2Tokenizer",
     "AutoencoderKLQwenImage": "models.tokenizers.qwenimage:QwenImageTokenizer",
     "AutoencoderRAE": "models.tokenizers.rae:RAETokenizer",
+    "VFMAutoencoder": "models.tokenizers.vfm_autoencoder:VFMAutoencoder",
     "pixels": "models.tokenizers.pixels:PixelTokenizer",
 }
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "vae"
@@ -47,6 +48,11 @@ def build_tokenizer(config: Mapping) -> "Tokenizer":  # noqa: F821
 def architecture_names() -> list[str]:
     """The architectures of configs/vae that ``--vae`` knows."""
     return sorted(path.stem for path in CONFIG_DIR.glob("*.json"))
+
+
+def named_config(name: str) -> dict:
+    """The configuration of ``configs/vae/NAME.json``."""
+    return read_json(CONFIG_DIR / f"{name}.json")
 
 
 def stored_latent_shape(folder: Path, stored_shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -138,6 +138,14 @@ class Tokenizer(nn.Module, ABC):
     def check_trainable(self, encoder: bool = True) -> None:
         """Raise a :class:`UserError` where it can only be used as it is; ``encoder``: whether that is trained too."""
 
+    def load_pretrained_encoder(self, checkpoint: str | None) -> None:
+        """The encoder's weights for a decoder that is trained from scratch: from a file, or where they are found.
+
+        Raises:
+            UserError: it has none of its own.
+        """
+        raise UserError("--freeze-encoder with --vae-ckpt none: a random encoder would stay random; give a trained VAE")
+
     def encoder_parts(self) -> list[nn.Module]:
         """What only :meth:`encode` uses: the rest can be trained while latents stay what they are."""
         encoder = getattr(self, "encoder", None)

@@ -1,0 +1,144 @@
+"""Representation autoencoders of any VFM (RAE, arXiv 2510.11690, section 3): it encodes, frozen, and a ViT decodes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from errors import UserError
+from models.compilation import allow_graphs, compile_options
+from models.encoders import build_encoder, encoder_spec
+from models.tokenizers.base import PlainCode, Tokenizer
+
+NAME = "VFMAutoencoder"
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What config.json says; the decoder's names and defaults are those of RAE's ViT-XL.
+
+    Attributes:
+        encoder: the VFM, a name of ``--enc-type``.
+        image_size: side of the images, pixels: the only one.
+        patch_size: pixels that a latent position decodes to, along a side; the VFM's grid has image_size / patch_size.
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: of the
+            decoder's blocks.
+    """
+
+    encoder: str
+    image_size: int = 256
+    patch_size: int = 16
+    decoder_hidden_size: int = 1152
+    decoder_num_hidden_layers: int = 28
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 4096
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if name != "encoder" and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}, not a whole number of 1 or more")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.decoder_hidden_size % (4 * self.decoder_num_attention_heads):  # 4: sines and cosines of two coordinates
+            raise ValueError(
+                f"decoder_hidden_size {self.decoder_hidden_size} is not a multiple of 4 times "
+                f"decoder_num_attention_heads {self.decoder_num_attention_heads}"
+            )
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+class VFMAutoencoder(Tokenizer):
+    """Patch features of a frozen VFM as the latent, without randomness; its decoder alone trains.
+
+    The features of a position are normalised over its channels (layer norm without scale and shift), as RAE's are. The
+    decoder is RAE's, a class of diffusers, and gives images in the VFM's own normalisation.
+
+    Args:
+        architecture: of both.
+    """
+
+    def __init__(self, architecture: Architecture):
+        spec = encoder_spec(architecture.encoder)
+        super().__init__(spec.embed_dim)
+        self.built_from = architecture
+        self.encoder = build_encoder(architecture.encoder, architecture.grid, random_weights=True)
+        self.decoder = _decoder_class()(
+            hidden_size=spec.embed_dim,
+            num_patches=architecture.grid**2,
+            **{name: value for name, value in asdict(architecture).items() if name != "encoder"},
+        )
+
+    @property
+    def downsampling(self) -> int:
+        return self.built_from.patch_size
+
+    @property
+    def architecture(self) -> dict:
+        return {"_class_name": NAME} | asdict(self.built_from)
+
+    @classmethod
+    def from_architecture(cls, config: Mapping) -> "VFMAutoencoder":
+        return cls(Architecture(**{key: value for key, value in config.items() if not key.startswith("_")})).eval()
+
+    def load_pretrained_encoder(self, checkpoint: str | None) -> None:
+        """The VFM's weights; those of its last norm go, as RAE has it."""
+        self.encoder = build_encoder(self.built_from.encoder, self.built_from.grid, checkpoint)
+        norm = getattr(self.encoder.network, "norm", None)
+        if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
+            nn.init.ones_(norm.weight)
+            nn.init.zeros_(norm.bias)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        if resolution != self.built_from.image_size:
+            raise UserError(
+                f"this {NAME} is of {self.built_from.image_size} px images only, not of {resolution}: give such images"
+            )
+        return super().latent_shape(resolution)
+
+    def encode(self, images: torch.Tensor) -> PlainCode:
+        """uint8 images ``[B, 3, H, W]`` → features ``[B, D, h, w]``."""
+        features = F.layer_norm(self.encoder(images), (self.latent_channels,), eps=_NORM_EPS)
+        return PlainCode(features.float().mT.unflatten(2, (self.built_from.grid, self.built_from.grid)))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        patches = self.decoder(z.flatten(2).mT).logits
+        normalised = self.decoder.unpatchify(patches).float()
+        return (normalised * self.encoder.std + self.encoder.mean) / 127.5 - 1
+
+    def check_trainable(self, encoder: bool = True) -> None:
+        if encoder:
+            raise UserError(
+                f"a {NAME} is not trained whole, because its encoder is a frozen VFM: cache its latents as they are, "
+                "or train its decoder, with --freeze-encoder --align-coeff 0 of train_sendvae.py"
+            )
+
+    @property
+    def encoder_last_layer(self) -> nn.Parameter:
+        raise UserError(f"the encoder of a {NAME} is frozen")
+
+    @property
+    def decoder_last_layer(self) -> nn.Parameter:
+        return self.decoder.decoder_pred.weight
+
+    def compile(self, *args, **options) -> None:
+        """Block by block: those of a part share a graph."""
+        allow_graphs()
+        self.encoder.compile(*args, **options)
+        for block in self.decoder.decoder_layers:
+            block.compile(*args, **compile_options(options))
+
+
+def _decoder_class() -> type[nn.Module]:
+    try:
+        from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+    except ImportError as error:
+        raise UserError(
+            f"the installed diffusers has no decoder of RAE's ({error}): pip install --upgrade diffusers"
+        ) from error
+    return RAEDecoder
