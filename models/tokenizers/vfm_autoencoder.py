@@ -37,16 +37,16 @@ class Architecture:
     decoder_intermediate_size: int = 4096
 
     def __post_init__(self):
+        if not isinstance(self.encoder, str):
+            raise ValueError(f"encoder is {self.encoder!r}, not the name of a VFM")
         for name, value in asdict(self).items():
             if name != "encoder" and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}, not a whole number of 1 or more")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.decoder_hidden_size % (4 * self.decoder_num_attention_heads):  # 4: sines and cosines of two coordinates
-            raise ValueError(
-                f"decoder_hidden_size {self.decoder_hidden_size} is not a multiple of 4 times "
-                f"decoder_num_attention_heads {self.decoder_num_attention_heads}"
-            )
+        for divisor in (4, self.decoder_num_attention_heads):  # 4: sines and cosines of two coordinates
+            if self.decoder_hidden_size % divisor:
+                raise ValueError(f"decoder_hidden_size {self.decoder_hidden_size} is not a multiple of {divisor}")
 
     @property
     def grid(self) -> int:
