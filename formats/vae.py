@@ -38,7 +38,7 @@ from formats.statistics import (
     read_statistics,
     repa_statistics,
 )
-from models.tokenizers import STATISTICS_FILE, Tokenizer, architecture_names, tokenizer_kind
+from models.tokenizers import STATISTICS_FILE, TOKENIZERS, Tokenizer, architecture_names, tokenizer_kind
 from models.tokenizers.kl import KLTokenizer
 from models.weight_files import NotWeightsError, check_values, read_contents
 from schema import MalformedError, read_json
@@ -169,7 +169,7 @@ def architecture(vae: str) -> dict:
         config = named_config(vae)
         if (kind := config.get("_class_name", KL)) != KL:
             raise UserError(
-                f"--vae {vae}: configs/vae/{vae}.json is of a {kind}, not of an {KL}; give a folder with it"
+                f"--vae {vae}: configs/vae/{vae}.json says _class_name {kind}; there are {', '.join(TOKENIZERS)}"
             )
         return config
     path = Path(vae)

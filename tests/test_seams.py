@@ -391,15 +391,17 @@ def test_what_would_be_ignored_or_lost_is_refused(folder, tmp_path, capsys, monk
     conv = {"model": "Conv-2", "align": "none", "dry_run": True, "gradient_checkpointing": True}
     assert run(train_ldm.main, argv_of(conv)) == 2
     assert "Conv-2 cannot recompute its activations" in capsys.readouterr().err
+    (tmp_path / "mine.json").write_text(json.dumps({"_class_name": "PatchTokenizer"}))
+    (tmp_path / "other.json").write_text(json.dumps({"_class_name": "Other"}))
+    monkeypatch.setattr("models.tokenizers.CONFIG_DIR", tmp_path)
+    mine = {"vae": "mine", "vae_ckpt": "none", "dry_run": True}
+    assert run(train_sendvae.main, argv_of(vae_flags(folder, **mine, exp_name="x"))) == 0
+    assert run(train_sendvae.main, argv_of(vae_flags(folder, vae="other", exp_name="x"))) == 2
+    assert "configs/vae/other.json says _class_name Other; there are AutoencoderKL" in capsys.readouterr().err
     kind = tokenizer_kind("PatchTokenizer")
     monkeypatch.setattr(kind, "architecture", {"_class_name": "Patch"})
     assert run(train_sendvae.main, argv_of(vae_flags(folder, vae="PatchTokenizer", exp_name="x"))) == 2
     assert "_class_name Patch, by which nothing would find it" in capsys.readouterr().err
-    (tmp_path / "mine.json").write_text(json.dumps({"_class_name": "PatchTokenizer"}))
-    monkeypatch.setattr("formats.architecture.CONFIG_DIR", tmp_path)
-    monkeypatch.setattr("models.tokenizers.CONFIG_DIR", tmp_path)
-    assert run(train_sendvae.main, argv_of(vae_flags(folder, vae="mine", exp_name="x"))) == 2
-    assert "configs/vae/mine.json is of a PatchTokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from errors import UserError
 from formats.vae import load_tokenizer
 from models.encoders import build_encoder
 from models.tokenizers import build_tokenizer, named_config, tokenizer_kind
+from models.tokenizers.rae import RAETokenizer
 from models.tokenizers.vfm_autoencoder import NAME, Architecture, VFMAutoencoder
 from runtime.cli import run
 from tests.command_line import argv_of
@@ -110,6 +111,25 @@ def test_scale_and_shift_of_the_vfm_s_last_norm_go(tmp_path):
     assert not torch.allclose(latent.flatten(2).mT, features, atol=0.1)
 
 
+@torch.no_grad()
+def test_of_several_blocks_the_mean_of_normalised_features(tmp_path):
+    """RAEv2's: each through the last norm, without its scale and shift."""
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64).eval()
+    torch.nn.init.uniform_(network.norm.weight, 0.5, 3)
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    tokenizer = small_one(TINY_VIT, patch_size=8, encoder_blocks=(3, 7, 12))
+    tokenizer.load_pretrained_encoder(str(tmp_path / "vit.safetensors"))
+    images, seen = random_images(2), []
+    for i in (2, 6, 11):
+        network.blocks[i].register_forward_hook(lambda module, given, answer: seen.append(answer[:, 1:].double()))
+    network(tokenizer.encoder.preprocess(images))
+    normalised = [(x - x.mean(2, keepdim=True)) / (x.var(2, unbiased=False, keepdim=True) + 1e-6).sqrt() for x in seen]
+    latent = tokenizer.encode(images).mode
+    torch.testing.assert_close(latent.flatten(2).mT.double(), sum(normalised) / 3, rtol=1e-4, atol=1e-4)
+    assert tokenizer.architecture["encoder_blocks"] == [3, 7, 12]
+    assert tokenizer_kind(NAME).from_architecture(tokenizer.architecture).built_from.encoder_blocks == [3, 7, 12]
+
+
 def test_the_decoder_is_rae_s():
     """Masked autoencoders' blocks over the latents and a class token of its own, written out in float64."""
     tokenizer = small_one()
@@ -151,6 +171,31 @@ def test_the_decoder_is_rae_s():
     torch.testing.assert_close(found.double(), expected * 2 - 1, rtol=1e-4, atol=1e-4)
 
 
+def timm_dinov2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An AutoencoderRAE's VFM as timm has it, with a last norm whose scale and shift mean something."""
+    first = {
+        name: state[f"encoder.embeddings.{name}"] for name in ("cls_token", "register_tokens", "position_embeddings")
+    }
+    found = {
+        "cls_token": first["cls_token"] + first["position_embeddings"][:, :1],
+        "reg_token": first["register_tokens"],
+        "pos_embed": first["position_embeddings"][:, 1:],
+        "norm.weight": torch.full((384,), 2.0),
+        "norm.bias": torch.ones(384),
+    }
+    names = {"layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma"}
+    for kind in ("weight", "bias"):
+        found[f"patch_embed.proj.{kind}"] = state[f"encoder.embeddings.patch_embeddings.projection.{kind}"]
+    for i in range(12):
+        block = {n.split(f"layers.{i}.", 1)[1]: t for n, t in state.items() if n.startswith(f"encoder.layers.{i}.")}
+        for kind in ("weight", "bias"):
+            parts = [block.pop(f"attention.{part}_proj.{kind}") for part in "qkv"]
+            found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+            found[f"blocks.{i}.attn.proj.{kind}"] = block.pop(f"attention.o_proj.{kind}")
+        found |= {f"blocks.{i}.{names.get(name, name)}": tensor for name, tensor in block.items()}
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
 @torch.no_grad()
 def test_it_is_diffusers_autoencoder_with_the_same_weights(tmp_path):
     """With DINOv2 with registers: latents and images."""
@@ -160,11 +205,9 @@ def test_it_is_diffusers_autoencoder_with_the_same_weights(tmp_path):
     sizes = SMALL | {"patch_size": 8}
     theirs = AutoencoderRAE(encoder_hidden_size=384, encoder_input_size=56, **sizes).eval()
     random_weights(theirs, 3)
-    state = {name: tensor.clone() for name, tensor in theirs.encoder.state_dict().items()}
-    ones = {"layernorm.weight": torch.ones(384), "layernorm.bias": torch.zeros(384)}  # it has none
-    save_file(state | ones, tmp_path / "dinov2reg-vit-s.safetensors")
+    save_file(timm_dinov2(RAETokenizer(theirs).network_state()), tmp_path / "vit.safetensors")
     ours = small_one("dinov2reg-vit-s", patch_size=8)
-    ours.load_pretrained_encoder(str(tmp_path / "dinov2reg-vit-s.safetensors"))
+    ours.load_pretrained_encoder(str(tmp_path / "vit.safetensors"))
     ours.decoder.load_state_dict(theirs.decoder.state_dict())
     images = random_images(2)
     latent, expected = ours.encode(images).mode, theirs.encode(images.float() / 255).latent
@@ -174,24 +217,29 @@ def test_it_is_diffusers_autoencoder_with_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "encoder", "input_size"),
+    ("name", "encoder", "width", "input_size", "blocks"),
     [
-        ("rae-dinov2reg-b", "dinov2reg-vit-b", 224),
-        ("rae-dinov3-b", "dinov3-vit-b", 256),
-        ("rae-mae-b", "mae-vit-b", 256),
-        ("rae-siglip2-b", "siglip2-vit-b", 256),
+        ("rae-dinov2reg-b", "dinov2reg-vit-b", 768, 224, 0),
+        ("rae-dinov3-b", "dinov3-vit-b", 768, 256, 0),
+        ("rae-dinov3-l-k7", "dinov3-vit-l", 1024, 256, 7),
+        ("rae-dinov3-l-k23", "dinov3-vit-l", 1024, 256, 23),
+        ("rae-mae-b", "mae-vit-b", 768, 256, 0),
+        ("rae-siglip2-b", "siglip2-vit-b", 768, 256, 0),
     ],
 )
-def test_named_ones_are_rae_s(name, encoder, input_size):
+def test_named_ones_are_rae_s(name, encoder, width, input_size, blocks):
     """At 256 px, with the decoder of 415 million parameters, by the names of diffusers' class."""
     with torch.device("meta"):
         tokenizer = build_tokenizer(named_config(name))
         sizes = {"decoder_hidden_size": 1152, "decoder_num_hidden_layers": 28, "decoder_intermediate_size": 4096}
-        theirs = RAEDecoder(768, decoder_num_attention_heads=16, **sizes).state_dict()
+        theirs = RAEDecoder(width, decoder_num_attention_heads=16, **sizes).state_dict()
+        latent = tokenizer.encode(torch.empty(2, 3, 256, 256, dtype=torch.uint8)).mode
     assert tokenizer.encoder.name == encoder and tokenizer.encoder.input_size == input_size
-    assert tokenizer.latent_shape(256) == (768, 16, 16)
+    assert latent.shape[1:] == tokenizer.latent_shape(256) == (width, 16, 16)
+    assert len(tokenizer.built_from.encoder_blocks) == blocks
     assert {k: v.shape for k, v in tokenizer.decoder.state_dict().items()} == {k: v.shape for k, v in theirs.items()}
-    assert sum(parameter.numel() for parameter in tokenizer.decoder.parameters()) == 415_056_640
+    embedding = (width + 1) * 1152
+    assert sum(parameter.numel() for parameter in tokenizer.decoder.parameters()) == 414_170_752 + embedding
 
 
 def test_compiled_it_is_the_same():
@@ -306,6 +354,11 @@ def test_what_cannot_be_trained(toy, small, tmp_path, capsys, changes, message):
         ({"encoder": "efficientnet-lite9"}, "did you mean efficientnet-lite0"),
         ({"encoder": None}, "encoder is None, not the name of a VFM"),
         ({"depth": 2}, "depth"),
+        ({"encoder_blocks": [2, 3]}, "efficientnet-lite0 is a convolutional network"),
+        ({"encoder": TINY_VIT, "patch_size": 8, "encoder_blocks": [3, 2]}, "not a list of ascending block numbers"),
+        ({"encoder": TINY_VIT, "patch_size": 8, "encoder_blocks": [0, 2]}, "not a list of ascending block numbers"),
+        ({"encoder": TINY_VIT, "patch_size": 8, "encoder_blocks": 2}, "not a list of ascending block numbers"),
+        ({"encoder": TINY_VIT, "patch_size": 8, "encoder_blocks": [2, 13]}, f"{TINY_VIT} has 12"),
     ],
 )
 def test_configurations_that_mean_nothing(toy, tmp_path, capsys, changes, message):

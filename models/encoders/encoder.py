@@ -1,5 +1,7 @@
 """A frozen vision foundation model: uint8 images → patch features ``[B, N, D]``."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -86,6 +88,22 @@ class Encoder(nn.Module):
         has_class_token = getattr(self.network, "cls_token", None) is not None
         first = prefix[:, :1] if has_class_token else patches.mean(1, keepdim=True)
         return torch.cat([first, patches], dim=1)
+
+    @torch.no_grad()
+    def block_features(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """Patch tokens after some blocks of a ViT, each through the network's final norm.
+
+        Args:
+            images: uint8 ``[B, 3, H, W]``.
+            blocks: counted from 1, ascending.
+
+        Returns:
+            float32 ``[B, grid², D]`` for each.
+        """
+        options = {"norm": True, "output_fmt": "NLC", "intermediates_only": True}
+        indices = [block - 1 for block in blocks]
+        states = self.network.forward_intermediates(self.preprocess(images), indices=indices, **options)
+        return [state.float() for state in states]
 
     def _tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Patch tokens and, of a ViT, those before them: class token, registers."""

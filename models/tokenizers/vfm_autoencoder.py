@@ -1,6 +1,6 @@
 """Representation autoencoders of any VFM (RAE, arXiv 2510.11690, section 3): it encodes, frozen, and a ViT decodes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,6 +26,8 @@ class Architecture:
         patch_size: pixels that a latent position decodes to, along a side; the VFM's grid has image_size / patch_size.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: of the
             decoder's blocks.
+        encoder_blocks: the latent is the mean of the features after these blocks of a ViT, counted from 1 (RAEv2, arXiv
+            2605.18324): early ones know what an image looks like. Empty: the VFM's own features, of its last block.
     """
 
     encoder: str
@@ -35,18 +37,30 @@ class Architecture:
     decoder_num_hidden_layers: int = 28
     decoder_num_attention_heads: int = 16
     decoder_intermediate_size: int = 4096
+    encoder_blocks: Sequence[int] = ()
 
     def __post_init__(self):
         if not isinstance(self.encoder, str):
             raise ValueError(f"encoder is {self.encoder!r}, not the name of a VFM")
-        for name, value in asdict(self).items():
-            if name != "encoder" and (type(value) is not int or value < 1):
+        for name, value in self.decoder_sizes().items():
+            if not _is_count(value):
                 raise ValueError(f"{name} is {value!r}, not a whole number of 1 or more")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         for divisor in (4, self.decoder_num_attention_heads):  # 4: sines and cosines of two coordinates
             if self.decoder_hidden_size % divisor:
                 raise ValueError(f"decoder_hidden_size {self.decoder_hidden_size} is not a multiple of {divisor}")
+        blocks = self.encoder_blocks
+        if not isinstance(blocks, Sequence) or not all(map(_is_count, blocks)) or sorted(set(blocks)) != list(blocks):
+            raise ValueError(f"encoder_blocks is {blocks!r}, not a list of ascending block numbers from 1")
+        if blocks and encoder_spec(self.encoder).kind == "cnn":
+            raise ValueError(
+                f"encoder_blocks are of vision transformers, and {self.encoder} is a convolutional network"
+            )
+
+    def decoder_sizes(self) -> dict[str, int]:
+        """Everything but what is said of the encoder."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("encoder")}
 
     @property
     def grid(self) -> int:
@@ -56,8 +70,9 @@ class Architecture:
 class VFMAutoencoder(Tokenizer):
     """Patch features of a frozen VFM as the latent, without randomness; its decoder alone trains.
 
-    The features of a position are normalised over its channels (layer norm without scale and shift), as RAE's are. The
-    decoder is RAE's, a class of diffusers, and gives images in the VFM's own normalisation.
+    The features of a position are normalised over its channels (layer norm without scale and shift), as RAE's are; of
+    several blocks before their mean is taken. The decoder is RAE's, a class of diffusers, and gives images in the VFM's
+    own normalisation.
 
     Args:
         architecture: of both.
@@ -71,8 +86,11 @@ class VFMAutoencoder(Tokenizer):
         self.decoder = _decoder_class()(
             hidden_size=spec.embed_dim,
             num_patches=architecture.grid**2,
-            **{name: value for name, value in asdict(architecture).items() if name != "encoder"},
+            **architecture.decoder_sizes(),
         )
+        depth = len(getattr(self.encoder.network, "blocks", ()))
+        if max(architecture.encoder_blocks, default=0) > depth:
+            raise ValueError(f"encoder_blocks {list(architecture.encoder_blocks)}: {architecture.encoder} has {depth}")
 
     @property
     def downsampling(self) -> int:
@@ -80,7 +98,9 @@ class VFMAutoencoder(Tokenizer):
 
     @property
     def architecture(self) -> dict:
-        return {"_class_name": NAME} | asdict(self.built_from)
+        said = {"_class_name": NAME} | asdict(self.built_from)
+        blocks = said.pop("encoder_blocks")
+        return said | {"encoder_blocks": list(blocks)} if blocks else said
 
     @classmethod
     def from_architecture(cls, config: Mapping) -> "VFMAutoencoder":
@@ -103,8 +123,12 @@ class VFMAutoencoder(Tokenizer):
 
     def encode(self, images: torch.Tensor) -> PlainCode:
         """uint8 images ``[B, 3, H, W]`` → features ``[B, D, h, w]``."""
-        features = F.layer_norm(self.encoder(images), (self.latent_channels,), eps=_NORM_EPS)
-        return PlainCode(features.float().mT.unflatten(2, (self.built_from.grid, self.built_from.grid)))
+        blocks = self.built_from.encoder_blocks
+        features = self.encoder.block_features(images, blocks) if blocks else [self.encoder(images)]
+        normalised = [F.layer_norm(tokens, (self.latent_channels,), eps=_NORM_EPS).float() for tokens in features]
+        return PlainCode(
+            (sum(normalised) / len(normalised)).mT.unflatten(2, (self.built_from.grid, self.built_from.grid))
+        )
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         patches = self.decoder(z.flatten(2).mT).logits
@@ -132,6 +156,10 @@ class VFMAutoencoder(Tokenizer):
         self.encoder.compile(*args, **options)
         for block in self.decoder.decoder_layers:
             block.compile(*args, **compile_options(options))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _decoder_class() -> type[nn.Module]:
