@@ -198,6 +198,8 @@ def export_repae(args: argparse.Namespace, trained: TrainedLDM) -> Callable[[Pat
         raise UserError("--format repa: REPA-E knows no class token (--reg-coeff); take --format diffusers")
     if trained.config.sparse_blocks:
         raise UserError("--format repa: REPA-E knows no SPRINT (--sprint); take --format diffusers")
+    if trained.config.guide_depth:
+        raise UserError("--format repa: REPA-E knows no second output (--guide-depth); take --format diffusers")
     if trained.config.prediction != "v":
         raise UserError("--format repa: REPA-E knows no predicted data (--prediction x); take --format diffusers")
     if trained.config.flow_map_blocks:

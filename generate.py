@@ -3,6 +3,7 @@
   python generate.py --exp-path exps/ldm --cfg-scale 2.5 --guidance-high 0.75
   python generate.py --exp-path exps/ldm --cfg-scale 2 --guide exps/ldm-small@20000             # autoguidance
   python generate.py --exp-path exps/ldm-sprint --cfg-scale 2 --guide path-drop                 # SPRINT's
+  python generate.py --exp-path exps/ldm-guided --cfg-scale 1.8 --guide internal                # RAEv2's, in one pass
   python generate.py --exp-path exps/ldm-map --mode map --num-steps 2      # of a run with --flow-map-blocks
   python generate.py --exp-path exps/ldm --evaluate REF.npz --sweep scale=1,1.5,2,2.5 high=0.75,1
   python generate.py --dry-run --model SiT-XL/1 --vae f16d32    # what it would take, before anything is trained
@@ -32,7 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from errors import UserError
-from inference import PATH_DROP, arguments
+from inference import INTERNAL, PATH_DROP, arguments
 from inference.arguments import COMPILED_FROM, JUMPS, OUTPUT_FLAG, SAMPLES, STEPS
 from inference.sweep import DEFAULT_SAMPLES, Point, axis, points_of
 from metrics.arguments import INCEPTION, SWEEP_METRICS, add_metric_arguments
@@ -153,7 +154,7 @@ from inference.decoder import with_decoder
 from inference.sample_folder import Job, default_folder, load_networks, make_samples
 from inference.sampling import default_shard_size
 from inference.sampling_dry_run import dry_run
-from inference.trained_ldm import TrainedLDM, open_guide, open_path_drop, open_trained_ldm
+from inference.trained_ldm import TrainedLDM, open_guide, open_internal_guide, open_path_drop, open_trained_ldm
 from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
 from metrics.evaluate_generation import EVALUATION_LOCK_NAME, GenerationEvaluation, plan, settings_of
 from metrics.generation import check_count
@@ -234,6 +235,8 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
         report(f"{args.exp_path} has learned guidance ({trained.learned_guidance}); this is added to it")
     if args.guide == PATH_DROP:
         return replace(trained, guide=open_path_drop(trained))
+    if args.guide == INTERNAL:
+        return replace(trained, guide=open_internal_guide(trained))
     if args.guide is not None:
         guide = open_guide(trained, *args.guide, report)
         check_damped(args, guide)

@@ -52,6 +52,25 @@ def autoguided(
     return _extrapolated(velocity, with_guide, scale, low, high, channels)
 
 
+def internally_guided(
+    velocity: Velocity,
+    both: Callable[[torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    scale: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    channels: int | None = None,
+) -> Velocity:
+    """``v_g + scale·(v − v_g)``, v_g from an output of the same network on the way (internal guidance, RAEv2, arXiv
+    2605.18324): a guided time takes one pass.
+
+    Args:
+        velocity: of the network.
+        both: its velocity, and that of its output on the way.
+        scale, low, high, channels: as in :func:`guided`.
+    """
+    return _extrapolated(velocity, both, scale, low, high, channels)
+
+
 def _extrapolated(
     velocity: Velocity,
     pair: Callable[..., tuple[torch.Tensor, torch.Tensor]],

@@ -162,3 +162,17 @@ def model_velocity(
         return prediction if undamped is None else undamped(prediction, t)
 
     return velocity
+
+
+def velocities_with_guide(
+    model: nn.Module, autocast: Callable[[], AbstractContextManager] = nullcontext, damped: bool = False
+) -> Callable[[torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """(x, t, y) → the velocity of a network and that of its guide, of one pass; arguments as :func:`model_velocity`."""
+
+    def velocities(x: torch.Tensor, t: float, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast():
+            both = model.with_guide(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)
+        own, guide = (each.to(x.dtype) if damped else model.undamped(each.to(x.dtype), t) for each in both)
+        return own, guide
+
+    return velocities

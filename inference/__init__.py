@@ -4,3 +4,5 @@ MODES = ("sde", "ode", "map")
 LABEL_SAMPLINGS = ("random", "equal")
 ROUNDINGS = ("round", "truncate")
 PATH_DROP = "path-drop"  # --guide: by the network's own first and last blocks
+INTERNAL = "internal"  # --guide: by the network's own output on the way
+OWN_GUIDES = (PATH_DROP, INTERNAL)

@@ -9,7 +9,7 @@ from diffusion import PATH_TYPES
 from errors import UserError
 from formats.averages import MAIN, weights_name
 from formats.run_folders import refuse_foreign
-from inference import LABEL_SAMPLINGS, MODES, PATH_DROP, ROUNDINGS
+from inference import INTERNAL, LABEL_SAMPLINGS, MODES, OWN_GUIDES, PATH_DROP, ROUNDINGS
 from inference.sweep import DEFAULT_SAMPLES
 from runtime import DEFAULT_VAE
 from runtime.cli import (
@@ -104,7 +104,7 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         help="autoguidance (arXiv 2406.02507): in the place of the null class a weaker denoiser on the same latents "
         f"guides, smaller or of an earlier step; @STEP alone: of --exp-path. {PATH_DROP}, of a run with --sprint: its "
         "own first and last blocks without a class guide, of a SiT-XL a seventh of a pass, of a B a third; a wide head "
-        "comes on top",
+        f"comes on top. {INTERNAL}, of a run with --guide-depth: its own output on the way guides, in the same pass",
     )
     group.add_argument(
         "--guidance-low", type=fraction, default=0.0, metavar="T", help="guide from this time on (data: 0)"
@@ -207,12 +207,12 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def run_and_step(text: str) -> tuple[Path | None, int | None] | str:
-    """An argparse type: ``RUN``, ``RUN@STEP`` or ``@STEP``, no folder: the run that is sampled; or ``path-drop``."""
-    if text == PATH_DROP:
+    """An argparse type: ``RUN``, ``RUN@STEP`` or ``@STEP``, no folder: the run that is sampled; or one of its own."""
+    if text in OWN_GUIDES:
         return text
     folder, at, step = text.rpartition("@")
-    if folder == PATH_DROP:
-        raise argparse.ArgumentTypeError(f"{text!r}: {PATH_DROP} is of the network itself and has no step")
+    if folder in OWN_GUIDES:
+        raise argparse.ArgumentTypeError(f"{text!r}: {folder} is of the network itself and has no step")
     if not at or Path(text).is_dir():
         return Path(text), None
     try:
@@ -233,7 +233,7 @@ def check_source(args: argparse.Namespace) -> None:
     words = [word for pair in given_flags(args, ("train_steps", *UNTRAINED_FLAGS, *FOREIGN_FLAGS)) for word in pair]
     for flag, path in given_flags(args, ("ckpt", "exp_path")):
         refuse_foreign(Path(path), flag, "--exp-path", *words)
-    if args.guide not in (None, PATH_DROP) and args.guide[0] is not None:
+    if args.guide not in (None, *OWN_GUIDES) and args.guide[0] is not None:
         refuse_foreign(args.guide[0], "--guide", "--guide")
     if args.ckpt is not None:
         raise UserError(f"--ckpt {args.ckpt} is not a file: give a run's folder with --exp-path")

@@ -20,9 +20,10 @@ from inference.arguments import OUTPUT_FLAG
 from inference.latent_cache import autocast_for, chunk_size
 from inference.sampling import NPZ_NAME, ImageSampler, SamplerSettings, ShardMaker, choose_labels, complete
 from inference.sweep import Point
-from inference.trained_ldm import PathDrop, TrainedLDM
+from inference.trained_ldm import InternalGuide, PathDrop, TrainedLDM
 from inference.untrained_ldm import UntrainedLDM
 from models.denoisers import Denoiser
+from models.denoisers.early_output import EarlyOutput
 from models.denoisers.sprint import Shortcut
 from models.precision import hold_products
 from models.tokenizers import Tokenizer
@@ -40,7 +41,7 @@ class Networks(NamedTuple):
     """On the device, compiled where that is wanted."""
 
     model: Denoiser
-    guide: Denoiser | Shortcut | None
+    guide: Denoiser | Shortcut | EarlyOutput | None
     tokenizer: Tokenizer
 
 
@@ -91,7 +92,8 @@ def guidance_name(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) 
     if args.cfg_scale == 1:
         return "unguided"
     guide = trained.guide
-    kind = "cfg" if guide is None else "pathdrop" if isinstance(guide, PathDrop) else "auto"
+    own = {PathDrop: "pathdrop", InternalGuide: "internal", type(None): "cfg"}
+    kind = own.get(type(guide), "auto")
     parts = [f"{kind}{args.cfg_scale:g}", f"{args.guidance_low:g}", f"{args.guidance_high:g}"]
     if args.guidance_channels is not None:
         parts.append(f"{args.guidance_channels}ch")

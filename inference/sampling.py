@@ -17,10 +17,19 @@ from dataset.npz import write_npz
 from dataset.packing import PackingJob
 from dataset.verification import verify
 from diffusion.counted_noise import counted_integers, counted_state
-from diffusion.guidance import autoguided, guided
-from diffusion.samplers import Velocity, evaluation_times, model_velocity, sample_map, sample_ode, sample_sde
+from diffusion.guidance import autoguided, guided, internally_guided
+from diffusion.samplers import (
+    Velocity,
+    evaluation_times,
+    model_velocity,
+    sample_map,
+    sample_ode,
+    sample_sde,
+    velocities_with_guide,
+)
 from errors import UserError
 from models.denoisers import Denoiser
+from models.denoisers.early_output import EarlyOutput
 from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
@@ -70,7 +79,7 @@ class SamplerSettings:
         return {"path_type": self.path_type, "shift": self.time_shift}
 
     def forwards(self) -> tuple[int, int]:
-        """For one image: evaluations of the velocity, and how many of them are guided, which takes a second pass."""
+        """For one image: evaluations of the velocity, and how many of them are guided, mostly by a second pass."""
         times = evaluation_times(self.mode, self.num_steps, self.heun, self.time_shift, self.path_type)
         if self.cfg_scale == 1:
             return len(times), 0
@@ -109,7 +118,8 @@ class ImageSampler:
         truncate: cut off the fraction of pixel values, as REPA-E does, instead of rounding.
         decode_batch: latents decoded at once.
         autocast: precision of all networks, a new context each time.
-        guide: the network that guides in the place of the null class, on the same device (autoguidance); or None.
+        guide: the network that guides in the place of the null class, on the same device (autoguidance), or an output
+            of the model's own; or None.
     """
 
     def __init__(
@@ -121,7 +131,7 @@ class ImageSampler:
         truncate: bool,
         decode_batch: int,
         autocast: Callable[[], AbstractContextManager],
-        guide: Denoiser | None = None,
+        guide: Denoiser | EarlyOutput | None = None,
     ):
         self.tokenizer, self.settings, self.truncate = tokenizer, settings, truncate
         self.decode_batch, self.autocast = decode_batch, autocast
@@ -130,6 +140,9 @@ class ImageSampler:
         interval = settings.guidance_low, settings.guidance_high, settings.guidance_channels
         if guide is None:
             self.velocity = guided(velocity, settings.cfg_scale, model.null_class, *interval)
+        elif isinstance(guide, EarlyOutput):
+            both = velocities_with_guide(model, autocast, settings.damped)
+            self.velocity = internally_guided(velocity, both, settings.cfg_scale, *interval)
         else:
             of_guide = model_velocity(guide, autocast, settings.damped)
             self.velocity = autoguided(velocity, of_guide, settings.cfg_scale, *interval)

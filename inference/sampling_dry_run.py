@@ -10,6 +10,7 @@ from diffusion.samplers import model_velocity
 from inference.sample_folder import Job, at_point, build_sampler, sampler_settings
 from inference.sampling import NPZ_NAME, ImageSampler
 from models.denoisers import Denoiser
+from models.denoisers.early_output import EarlyOutput
 from models.denoisers.sprint import Shortcut
 from runtime.measure import count_parameters, peak_memory
 
@@ -28,7 +29,11 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         sampler(items, labels)[0].cpu()  # warms up, or compiles
         z = sampler.noise(items, 0)
         own_seconds = pass_seconds(networks.model, sampler, z, labels)
-        guide_seconds = own_seconds if networks.guide is None else pass_seconds(networks.guide, sampler, z, labels)
+        is_internal = isinstance(networks.guide, EarlyOutput)
+        if is_internal:
+            guide_seconds = 0.0
+        else:
+            guide_seconds = own_seconds if networks.guide is None else pass_seconds(networks.guide, sampler, z, labels)
         begin = time.perf_counter()
         sampler.decode(networks.model.unpack(z)[0]).cpu()
         decode_seconds = time.perf_counter() - begin
@@ -41,13 +46,16 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         f"{trained.config.model}, checkpoint {trained.label} ({trained.weights}): "
         f"{count_parameters(networks.model)[0]:,} parameters"
     )
-    if networks.guide is not None:
+    if is_internal:
+        print(f"guide: {trained.guide.as_guide}: an output after block {trained.config.guide_depth}, in the same pass")
+    elif networks.guide is not None:
         own = isinstance(networks.guide, Shortcut)
         what = "blocks of its own" if own else f"{count_parameters(networks.guide)[0]:,} parameters"
         print(f"guide: {trained.guide.as_guide}: {what}, {guide_seconds:.3f} s a forward pass")
     print(f"VAE: {count_parameters(networks.tokenizer)[0]:,} parameters")
     print(f"batch of 2: {own_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
     own, of_guide = (passes + guided, "") if networks.guide is None else (passes, f" and {guided} of the guide")
+    of_guide = "" if is_internal else of_guide
     of_sweep = "" if args.sweep is None else f" over the {len(points)} points of the sweep"
     print(
         f"{own} forward passes{of_guide} an image{of_sweep} ({args.mode}, {steps} steps): about {seconds / 3600:.2f} "

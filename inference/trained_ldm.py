@@ -13,9 +13,10 @@ from formats.averages import FURTHER, MAIN, MODEL, POSTHOC, posthoc_length, stat
 from formats.flow_map import learned_guidance
 from formats.run_folders import OWN_VAE, arguments_of, status_of
 from formats.vae import load_tokenizer
-from inference import PATH_DROP
+from inference import INTERNAL, PATH_DROP
 from inference.posthoc import PosthocCheckpoint
 from models.denoisers import Denoiser, DenoiserConfig, denoiser_config
+from models.denoisers.early_output import EarlyOutput
 from models.denoisers.sprint import Shortcut
 from models.tokenizers import STATISTICS_FILE, Tokenizer, build_tokenizer
 from runtime.checkpoint import Checkpoint, CheckpointFolder
@@ -78,7 +79,7 @@ class TrainedLDM:
     time_shift: float = 1.0
     path_drop: float = 0.0
     learned_guidance: str | None = None
-    guide: "TrainedLDM | PathDrop | None" = None
+    guide: "TrainedLDM | PathDrop | InternalGuide | None" = None
 
     @property
     def step(self) -> int:
@@ -208,6 +209,28 @@ def open_path_drop(trained: TrainedLDM) -> PathDrop:
             f"--guide {PATH_DROP}: {trained.folder} was trained without {why}; leave the flag out, or give a run"
         )
     return PathDrop()
+
+
+class InternalGuide:
+    """What guides a network that was trained with ``--guide-depth``: its own output after that block."""
+
+    as_guide, checksum = INTERNAL, None
+
+    def load_guide(self, guided: Denoiser) -> EarlyOutput:
+        return EarlyOutput(guided)
+
+
+def open_internal_guide(trained: TrainedLDM) -> InternalGuide:
+    """Of a run that was trained for it.
+
+    Raises:
+        UserError: it was not.
+    """
+    if not trained.config.guide_depth:
+        raise UserError(
+            f"--guide {INTERNAL}: {trained.folder} was trained without --guide-depth; leave the flag out, or give a run"
+        )
+    return InternalGuide()
 
 
 def open_guide(

@@ -38,6 +38,7 @@ def write_ldm_run(
     seed: int = 0,
     model: str = "SiT-Ti/2",
     sprint: bool = False,
+    guide_depth: int = 0,
     **changes: object,
 ) -> Path:
     """Write a run with a checkpoint of step 10.
@@ -50,6 +51,7 @@ def write_ldm_run(
         seed: of the weights.
         model: of the denoiser.
         sprint: whether it has SPRINT's middle blocks.
+        guide_depth: block of an output on the way.
         changes: entries of the manifest's ``args`` to replace, None to leave out.
     """
     torch.manual_seed(0)
@@ -59,7 +61,7 @@ def write_ldm_run(
     config = denoiser_config(
         {
             **{"model": model, "latent_channels": 4, "latent_size": RESOLUTION // 4},
-            **{"num_classes": len(CLASS_NAMES), "sprint": sprint},
+            **{"num_classes": len(CLASS_NAMES), "sprint": sprint, "guide_depth": guide_depth},
         }
     )
     trained, ema = config.build(), config.build()

@@ -102,7 +102,7 @@ def test_labels_are_dropped_with_the_probability_given():
 
     def network(noisy, step, taught):
         seen.append(step.labels)
-        return noisy * trainer.denoiser.x_embedder.proj.bias.sum(), {}
+        return noisy * trainer.denoiser.x_embedder.proj.bias.sum(), None, {}
 
     trainer.networks = network
     accumulate(trainer, batch, trainer.draws(0, 0, batch))

@@ -52,8 +52,9 @@ class AlignedDenoiser(nn.Module):
 
     def forward(
         self, noisy: torch.Tensor, step: DenoisingStep, taught: Mapping[str, Sequence[torch.Tensor]]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Velocity of the states, and the alignment's terms: none without features.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Velocity of the states, that of the network's own guide where it has one, and the alignment's terms: none
+        without features.
 
         Args:
             noisy: states, as ``Denoiser.forward`` takes them.
@@ -62,14 +63,19 @@ class AlignedDenoiser(nn.Module):
         """
         taps = () if step.features is None else self.alignment.taps
         routed = () if step.route is None else (step.route,)
-        output = self.denoiser(noisy, step.t, step.labels, taps, *routed)
-        prediction, states = checked(output, self.denoiser, noisy, taps, step.route)
+        depth, guide = self.denoiser.config.guide_depth, None
+        asked = (*taps, depth) if depth else taps
+        output = self.denoiser(noisy, step.t, step.labels, asked, *routed)
+        prediction, states = checked(output, self.denoiser, noisy, asked, step.route)
+        if depth:
+            guide = self.denoiser.guide_velocity(noisy, step.t, step.labels, states[-1])
+            states = states[:-1]
         if step.features is None:
             unused = sum(parameter.sum() for parameter in self.alignment.parameters())  # DDP wants their gradients
-            return prediction + 0.0 * unused, {}
+            return prediction + 0.0 * unused, guide, {}
         places = [self.denoiser.places(tap, step.route) for tap in taps]
         step = step._replace(states=states, places=places, velocity=self.denoiser.unpack(prediction)[0])
-        return prediction, self.alignment(step, taught)
+        return prediction, guide, self.alignment(step, taught)
 
 
 def checked(
@@ -233,12 +239,14 @@ class LDM(Method):
             target, token_target = self.denoiser.unpack(target)
             step = DenoisingStep(x, t, labels, draws, target, features, route=route)
             taught = {} if features is None else self.taught(state, step)
-            prediction, aligned = self.networks(noisy, step, taught)
+            prediction, guide, aligned = self.networks(noisy, step, taught)
             prediction, token_prediction = self.denoiser.unpack(prediction)
             terms, weights = {"denoise": denoising_error(prediction, target).mean()}, {"denoise": 1.0}
             if class_token is not None:
                 terms["class_token"] = denoising_error(token_prediction, token_target).mean()
                 weights["class_token"] = args.reg_coeff
+            if guide is not None:
+                terms["guide"], weights["guide"] = denoising_error(guide, target).mean(), 1.0
             if args.velocity_cosine_coeff:
                 terms["velocity_cosine"] = direction_error(prediction, target).mean()
                 weights["velocity_cosine"] = args.velocity_cosine_coeff

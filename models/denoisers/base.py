@@ -101,6 +101,7 @@ class Denoiser(nn.Module, ABC):
         """Its sizes, for the log."""
         token = f" and a class token of {self.class_token_width}" if self.class_token_width else ""
         made = ", predicts the data" if self.damps else ""
+        made += f", guided by its output after block {self.config.guide_depth}" if self.config.guide_depth else ""
         return f"{self.config.model}: {self.depth} blocks of {self.width}, {self.grid}×{self.grid} tokens{token}{made}"
 
     @abstractmethod
@@ -128,6 +129,23 @@ class Denoiser(nn.Module, ABC):
     ) -> tuple[torch.Tensor, ...]:
         """The hidden states alone; a kind that can leaves out the blocks after the last tap."""
         return self(x, t, y, taps)[1]
+
+    def guide_velocity(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """What guides it: the velocity by its output after block ``config.guide_depth``.
+
+        Args:
+            x, t, y: as in :meth:`forward`.
+            state: the hidden state there.
+
+        Returns:
+            in the shape of ``x``.
+        """
+        raise NotImplementedError(f"{self.config.model} has no output on the way")
+
+    def with_guide(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its velocity and that of :meth:`guide_velocity`, of one pass."""
+        prediction, (state,) = self(x, t, y, (self.config.guide_depth,))
+        return prediction, self.guide_velocity(x, t, y, state)
 
     def places(self, tap: int, route: Route | None) -> torch.Tensor | None:
         """Which tokens of the grid a hidden state has.

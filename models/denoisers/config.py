@@ -24,6 +24,8 @@ class DenoiserConfig:
         flow_map_blocks: last blocks that are told where a jump ends (Decoupled MeanFlow); 0: the network makes none. A
             kind that can makes it a field.
         prediction: what the network makes, a name of ``PREDICTIONS``. A kind that can makes it a field.
+        guide_depth: block after which a second output guides the network (internal guidance); 0: there is none. A kind
+            that can makes it a field.
         always: flags that have one value in all networks of the kind.
     """
 
@@ -32,6 +34,7 @@ class DenoiserConfig:
     sparse_blocks = range(0)
     flow_map_blocks = 0
     prediction = "v"
+    guide_depth = 0
     always: ClassVar[Mapping[str, Any]] = {}
 
     model: str
@@ -118,6 +121,7 @@ class TransformerConfig(DenoiserConfig):
         sprint: the middle blocks see a part of the tokens in training (``models.denoisers.sprint``).
         flow_map_blocks: as in :class:`DenoiserConfig`.
         prediction: what the network makes, a name of ``PREDICTIONS``; the denoiser answers the velocity that follows.
+        guide_depth: as in :class:`DenoiserConfig`.
     """
 
     kind: ClassVar[str] = ""
@@ -130,9 +134,12 @@ class TransformerConfig(DenoiserConfig):
     sprint: bool = False
     flow_map_blocks: int = field(default=0, metadata={"has_flag": False})
     prediction: str = "v"
+    guide_depth: int = 0
 
     def with_class_token(self, width: int) -> "TransformerConfig":
-        return replace(self, class_token_width=width)
+        config = replace(self, class_token_width=width)
+        config.check()
+        return config
 
     def with_flow_map(self, blocks: int) -> "TransformerConfig":
         config = replace(self, flow_map_blocks=blocks)
@@ -141,7 +148,7 @@ class TransformerConfig(DenoiserConfig):
 
     def to_dict(self) -> dict:
         values = super().to_dict()
-        for name in ("class_token_width", "sprint", "flow_map_blocks"):
+        for name in ("class_token_width", "sprint", "flow_map_blocks", "guide_depth"):
             if not values[name]:  # as before there was such a thing
                 del values[name]
         if self.prediction == type(self).prediction:
@@ -160,6 +167,14 @@ class TransformerConfig(DenoiserConfig):
             help="SPRINT (arXiv 2510.21986): all but the first and last two blocks (of fewer than 8: one) are trained "
             "on a quarter of the tokens, which takes a SiT-XL 36 %% of the arithmetic and a B half, a DiTDH-XL or "
             "DDT-XL, whose head sees all tokens, somewhat more than half; see --token-drop",
+        )
+        group.add_argument(
+            "--guide-depth",
+            type=int,
+            default=0,
+            metavar="N",
+            help="internal guidance (RAEv2, arXiv 2605.18324): a second output after block N is trained alike, and "
+            "guides samples in the same pass: generate.py --guide internal; RAEv2: 8 of 28 (default: none)",
         )
 
     @property
@@ -198,6 +213,23 @@ class TransformerConfig(DenoiserConfig):
         sizes = (f"{name} {size.depth} × {size.width}" for name, size in cls.sizes.items())
         return f"{', '.join(sizes)}, patch {', '.join(map(str, cls.patches))}"
 
+    def _check_guide(self) -> None:
+        depth, given = self.guide_depth, f"--guide-depth {self.guide_depth}"
+        if type(depth) is not int or not 0 <= depth < self.size.depth:
+            raise UserError(
+                f"{given}: {self.model} has {self.size.depth} blocks, and the guide is weaker by some: give 1 to "
+                f"{self.size.depth - 1}"
+            )
+        if depth and self.class_token_width:
+            raise UserError(f"{given} with --reg-coeff: the guide makes no class token; leave one of them out")
+        if depth and self.flow_map_blocks:
+            raise UserError(f"{given} with --flow-map-blocks: the guide makes no jumps; leave one of them out")
+        if depth in self.sparse_blocks:
+            first, last = self.sparse_blocks[0], self.sparse_blocks[-1]
+            raise UserError(
+                f"{given} with --sprint: blocks {first} to {last} see a part of the tokens; give 1 to {first - 1}"
+            )
+
     def check(self) -> None:
         if self.model not in self.model_names():
             sizes, patches = ", ".join(self.sizes), ", ".join(map(str, self.patches))
@@ -218,6 +250,7 @@ class TransformerConfig(DenoiserConfig):
                 f"--flow-map-blocks {self.flow_map_blocks}: of the {self.size.depth} blocks of {self.model} at least "
                 f"one must see where a jump begins; give 1 to {self.size.depth - 1}"
             )
+        self._check_guide()
 
 
 SIT_SIZES = {

@@ -7,6 +7,7 @@ latent. The blocks have no modulation; the head's has each token's own, as in ``
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.denoisers.config import DDTConfig
@@ -45,6 +46,12 @@ class DDT(DiTDH):
 
     def embed(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         return torch.cat([condition, super().embed(x, condition)], dim=1)
+
+    def guide_tokens(
+        self, time: torch.Tensor, condition: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = F.silu(time[:, None] + state)  # as the head is told
+        return seen, seen
 
     def last_tokens(
         self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor, tokens: torch.Tensor

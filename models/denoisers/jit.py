@@ -72,6 +72,11 @@ class JiT(LightningDiT):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens, condition[:, :1]
 
+    def guide_tokens(
+        self, time: torch.Tensor, condition: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return state, condition[:, :1]
+
 
 class BottleneckPatchEmbedding(nn.Module):
     """Patches → fewer channels → tokens, both linear: ``[B, C, h, w]`` → ``[B, (h/p)·(w/p), width]``."""

@@ -50,6 +50,7 @@ class Transformer(Denoiser):
         self.fusion = Fusion(size.width) if config.sprint else None
         self.final_layer = self.make_final_layer(size.width)
         self._initialise()
+        self.guide_layer = self._make_guide_layer() if config.guide_depth else None
 
     @abstractmethod
     def norm(self, width: int) -> nn.Module:
@@ -73,8 +74,12 @@ class Transformer(Denoiser):
 
     def make_final_layer(self, width: int) -> nn.Module:
         """Tokens of ``width`` → patches of the velocity, and its class token."""
-        numbers = self.config.patch_size**2 * self.config.latent_channels
-        return FinalLayer(width, numbers, self.norm, self.class_token_width)
+        return FinalLayer(width, self.patch_numbers, self.norm, self.class_token_width)
+
+    @property
+    def patch_numbers(self) -> int:
+        """Of the latent, in a token's patch."""
+        return self.config.patch_size**2 * self.config.latent_channels
 
     @property
     def prefix(self) -> int:
@@ -108,10 +113,27 @@ class Transformer(Denoiser):
             last = self.condition(self.embed_time(arrival), y)
         tokens, states = self._through_blocks(x, condition, taps, self.depth, route, last)
         patches, class_token = self.final_layer(*self.last_tokens(x, time, last, tokens))
+        return self._velocity(patches, class_token, x, t), states
+
+    def _velocity(
+        self, patches: torch.Tensor, class_token: torch.Tensor | None, x: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """What follows from an output for states ``x`` at times ``t``."""
         output = self.pack(unpatchify(patches, self.config.latent_shape), class_token)
         if self.damps:
-            return velocity_to(output, x, t), states
-        return -output if self.counts_to_data else output, states
+            return velocity_to(output, x, t)
+        return -output if self.counts_to_data else output
+
+    def guide_velocity(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        time = self.embed_time(t)
+        patches, _ = self.guide_layer(*self.guide_tokens(time, self.condition(time, y), state))
+        return self._velocity(patches, None, x, t)
+
+    def guide_tokens(
+        self, time: torch.Tensor, condition: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the guide's layer is given: tokens of the grid, and their condition."""
+        return state, condition
 
     def hidden_states(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, taps: Sequence[int]
@@ -155,6 +177,8 @@ class Transformer(Denoiser):
     def compiled_parts(self) -> Iterator[nn.Module]:
         """What is compiled, each on its own."""
         yield from (*self.blocks, self.final_layer)
+        if self.guide_layer is not None:
+            yield self.guide_layer
 
     def _through_blocks(
         self,
@@ -216,6 +240,14 @@ class Transformer(Denoiser):
         for layer in zero:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def _make_guide_layer(self) -> "FinalLayer":
+        """Begins with zeros, as the final layer does; one seed gives the same network with and without it."""
+        with torch.random.fork_rng(devices=[]):
+            layer = FinalLayer(self.width, self.patch_numbers, self.norm)
+        for parameter in (*layer.adaLN_modulation.parameters(), *layer.linear.parameters()):
+            nn.init.zeros_(parameter)
+        return layer
 
     def initialise_linears(self) -> None:
         """All linear layers, before those that begin otherwise."""
