@@ -41,13 +41,17 @@ NAMES = {
     "t_embedder.learnable_tokens": "time_tokens",
     "final_layer.norm.": "final_layer.norm_final.",
     "final_layer.cls_linear.": "final_layer.class_token.",
+    "base_final_layer.norm.": "guide_layer.norm_final.",
+    "base_final_layer.": "guide_layer.",
     "cls_in_proj_enc.": "class_token_embedder.proj.",
     "cls_in_norm_enc.": "class_token_embedder.norm.",
     "cls_in_proj_dec.": "head.class_token_embedder.proj.",
     "cls_in_norm_dec.": "head.class_token_embedder.norm.",
 }
 MERGED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}  # ours, and theirs in its order
-OTHERS = {"ctx_embedder.proj.": "of text", "t_abs_embedder.": "of MeanFlow", "base_final_layer.": "that guides itself"}
+OTHERS = {"ctx_embedder.proj.": "of text", "t_abs_embedder.": "of MeanFlow"}
+OF_GUIDE = "base_final_layer.linear.weight"
+GUIDE_DEPTH = 8  # of internal guidance; no tensor tells it, and all public configurations have it
 # How diffusion-bench's DDTs on pixels were trained, by what they predict: on latents all predict the velocity.
 ON_PIXELS = {"x": {"time_mean": -1.1, "time_std": 0.8}, "v": {"time_mean": -1.94, "time_std": 1.0}}
 LEFT_OUT = "repa_projector."  # of a training with REPA: one layer, where this project's has three
@@ -64,7 +68,7 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str, prediction: 
     Args:
         state: tensors by name.
         given: for messages.
-        prediction: as the user says; no tensor tells it.
+        prediction: as the user says, of a DDT on pixels or with internal guidance; no tensor tells it.
 
     Raises:
         UserError: none that is known here, or it is not said what it predicts.
@@ -111,11 +115,19 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str, prediction: 
         class_token_width=0 if class_token is None else class_token.shape[1],
         head_depth=len(numbers) - depth,
         head_width=head_width,
-        prediction=_prediction(kind, channels, prediction, given),
+        prediction=_prediction(kind, channels, OF_GUIDE in state, prediction, given),
+        guide_depth=GUIDE_DEPTH if OF_GUIDE in state else 0,
     )
 
 
-def _prediction(kind: type[DiTDHConfig], channels: int, said: str | None, given: str) -> str:
+def _prediction(kind: type[DiTDHConfig], channels: int, is_guided: bool, said: str | None, given: str) -> str:
+    if is_guided and said is None:
+        raise UserError(
+            f"{given} is a {kind.kind} with internal guidance and does not say what it predicts: add --prediction x "
+            "(RAEv2's) or --prediction v"
+        )
+    if is_guided:
+        return said
     if kind is DDTConfig and channels == IMAGE_CHANNELS:
         if said is None:
             raise UserError(

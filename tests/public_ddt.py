@@ -74,8 +74,13 @@ def rae_state(patch: int = 1, side: int = 4, classes: int = 6, qk_norm: bool = F
     return state
 
 
-def bench_state(patch: int = 1, side: int = 4, classes: int = 6, has_token: bool = False, seed: int = 0) -> State:
-    """As diffusion-bench's code names them; ``has_token``: with a class token (REG) and what is left of REPA."""
+def bench_state(
+    patch: int = 1, side: int = 4, classes: int = 6, has_token: bool = False, is_guided: bool = False, seed: int = 0
+) -> State:
+    """As diffusion-bench's code names them.
+
+    ``has_token``: with a class token (REG) and what is left of REPA; ``is_guided``: with internal guidance, as RAEv2.
+    """
     make, grid, channels, token = Maker(seed), side // patch, 4, int(has_token)
     state = make.patches("s_embedder", WIDTH, channels, patch) | make.patches("x_embedder", HEAD_WIDTH, channels, patch)
     state |= make.linear("s_projector", HEAD_WIDTH, WIDTH)
@@ -106,6 +111,10 @@ def bench_state(patch: int = 1, side: int = 4, classes: int = 6, has_token: bool
         state |= make.linear("repa_projector", TOKEN_WIDTH, WIDTH)
         for part, width in (("enc", WIDTH), ("dec", HEAD_WIDTH)):
             state |= make.linear(f"cls_in_proj_{part}", width, TOKEN_WIDTH) | make.gain(f"cls_in_norm_{part}", width)
+    if is_guided:
+        state |= make.gain("base_final_layer.norm", WIDTH)
+        state |= make.linear("base_final_layer.linear", patch**2 * channels, WIDTH)
+        state |= make.linear("base_final_layer.adaln_modulation.1", 2 * WIDTH, WIDTH)
     return state
 
 
@@ -200,9 +209,12 @@ def rae_velocity(state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
 
 
 def bench_velocity(
-    state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, token: torch.Tensor | None = None
+    state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, token: torch.Tensor | None = None, guide: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Velocities of latent and class token. Conditions stand behind the latent's tokens, a class token before them."""
+    """Velocities of latent and class token. Conditions stand behind the latent's tokens, a class token before them.
+
+    With ``guide`` that of internal guidance, after so many blocks.
+    """
     f = Formulas(state, x)
     time = f.time(t)
     of_latent = f.patches("s_embedder", x)
@@ -216,6 +228,11 @@ def bench_velocity(
         name = f"blocks.{number}"
         h = h + f.attention(f"{name}.attn", f.norm(f"{name}.norm1", h), HEADS, first, grid)
         h = h + f.mlp(f"{name}.mlp", f.norm(f"{name}.norm2", h))
+        if number + 1 == guide:
+            h = silu(time[:, None] + h[:, : grid**2])
+            shift, scale = f.linear("base_final_layer.adaln_modulation.1", silu(h)).chunk(2, -1)
+            out = f.linear("base_final_layer.linear", f.norm("base_final_layer.norm", h) * (1 + scale) + shift)
+            return f.image(out, x), None
     own = f.linear("s_projector", silu(time[:, None] + h[:, : first + grid**2]))
     h = f.patches("x_embedder", x)
     if token is not None:

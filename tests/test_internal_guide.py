@@ -69,7 +69,9 @@ def test_the_guide_is_an_output_of_the_hidden_state(kind):
     embedded = network.t_embedder(1 - t if network.counts_to_data else t)
     condition = network.condition(embedded, y)[:, :1].double()
     if kind == "DDT":
-        state = condition = torch.nn.functional.silu(embedded.double()[:, None] + state)
+        silu = torch.nn.functional.silu
+        state = silu(embedded.double()[:, None] + state)
+        condition = silu(state)
     layer = network.guide_layer.double()
     shift, scale = layer.adaLN_modulation[1](condition).chunk(2, -1)
     if kind == "SiT":

@@ -61,7 +61,7 @@ def test_all_rows_are_there():
     counts = {table: tables.count(table) for table in dict.fromkeys(tables)}
     assert counts == {
         "table1": 7, "table2": 3, "table3": 2, "table4": 7, "table5": 6, "table6": 8, "table7": 4, "table8": 4,
-        "repae": 3, "repae_frozen": 4, "repae_balanced": 3, "vae_repa": 3, "sra": 1, "sprint": 2, "rae": 2,
+        "repae": 3, "repae_frozen": 4, "repae_balanced": 3, "vae_repa": 3, "sra": 1, "sprint": 2, "rae": 2, "raev2": 1,
         "jit": 3,
     }  # fmt: skip
     assert "slip" in rows["table5/f16d16"].note
@@ -91,7 +91,7 @@ def test_presets_name_rows_that_are_there():
 def test_a_row_that_is_not_there_is_answered_with_its_likes():
     with pytest.raises(UserError, match=r"no published row table2/depth3; there are .*table2/depth2"):
         load_published().row("table2/depth3")
-    with pytest.raises(UserError, match=r"there are jit/…, rae/…, repae/…, .*table8/…"):
+    with pytest.raises(UserError, match=r"there are jit/…, rae/…, raev2/…, repae/…, .*table8/…"):
         load_published().row("?")
 
 

@@ -385,12 +385,16 @@ class DiTDHConfig(TransformerConfig):
         return DiTDH(self)
 
 
+DDT_SIZES = SIT_SIZES | {"XXL": TransformerSize(28, 1440, 20)}  # RAEv2's
+
+
 @dataclass(frozen=True)
 class DDTConfig(DiTDHConfig):
     """Time and class are tokens; diffusion-bench's has a norm on queries and keys (``qk_norm``)."""
 
-    names: ClassVar[str] = f"DDT-SIZE/PATCH, sizes {', '.join(SIT_SIZES)}, the same patches"
+    names: ClassVar[str] = f"DDT-SIZE/PATCH, sizes {', '.join(DDT_SIZES)}, the same patches"
     kind: ClassVar[str] = "DDT"
+    sizes: ClassVar[Mapping[str, TransformerSize]] = DDT_SIZES
 
     def build(self) -> "DDT":  # noqa: F821
         from models.denoisers.ddt import DDT

@@ -51,7 +51,7 @@ class DDT(DiTDH):
         self, time: torch.Tensor, condition: torch.Tensor, state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         seen = F.silu(time[:, None] + state)  # as the head is told
-        return seen, seen
+        return seen, F.silu(seen)  # twice, as there
 
     def last_tokens(
         self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor, tokens: torch.Tensor
