@@ -69,8 +69,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--prediction",
         choices=tuple(PREDICTIONS),
-        help="of diffusion-bench's DDT on pixels: x, the data (jit-, pixelgen-ddt), or v, the velocity (pixnerd-ddt); of a "
-        "DDT with internal guidance, RAEv2's x, too",
+        help="of diffusion-bench's DDT on pixels: x, the data (jit-, pixelgen-ddt), or v, the velocity (pixnerd-ddt); "
+        "of a DDT with internal guidance (RAEv2's: x) too",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is an earlier export")
     parser.add_argument(
