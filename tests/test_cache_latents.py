@@ -1,8 +1,5 @@
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +26,8 @@ from models.tokenizers.kl import KLTokenizer
 from runtime.cli import EXIT_USER_ERROR, run
 from tests.latent_caches import flags, overflow, pack, random_moments, save_vae, too_large
 from tests.photographs import random_image
+from tests.stages import Stage, run_stage
 
-ROOT = Path(cache_latents.__file__).parent
 VFM = "efficientnet-lite0"
 EVERYTHING = {"hflip": True, "cache_features": True, "enc_type": VFM, "features_grid": 2}
 COUNT, SHARDS = 132, 7
@@ -46,31 +43,15 @@ def cache(data, vae, name, **changes) -> Path:
     return Path(name)
 
 
-def command(argv: list[str], processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), "cache_latents.py", *argv]
-
-
-def start(argv: list[str], processes: int = 1) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(argv, processes),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def stop_after(folder: Path, records: int, process: subprocess.Popen, number: int) -> str:
+def stop_after(folder: Path, records: int, process: Stage, number: int) -> str:
     """Send a signal when so many shards are complete."""
     deadline = time.monotonic() + 60
     while len(list(folder.glob("latents-?????.json"))) < records:
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr
         time.sleep(0.002)
     process.send_signal(number)
-    return process.communicate(timeout=60)[0]
+    process.wait(timeout=60)
+    return process.stdout + process.stderr
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +103,8 @@ class TestBytes:
 
     @pytest.mark.slow
     def test_two_processes(self, data, vae, whole, tmp_path):
-        process = start(flags(data, vae, tmp_path / "cache", pproc_batch_size=8, **EVERYTHING), processes=2)
-        text = process.communicate(timeout=120)[0]
-        assert process.returncode == 0, text
+        argv = flags(data, vae, tmp_path / "cache", pproc_batch_size=8, **EVERYTHING)
+        text = run_stage("cache_latents.py", *argv, processes=2).stdout
         assert content(tmp_path / "cache") == content(whole)
         assert "process 0 of 2" in text and "process 1 of 2" in text and "is complete: 132 images" in text
 
@@ -132,7 +112,7 @@ class TestBytes:
     def test_killed_in_the_middle(self, data, vae, whole, tmp_path):
         folder = tmp_path / "cache"
         argv = flags(data, vae, folder, pproc_batch_size=8, **EVERYTHING)
-        stop_after(folder, 2, start(argv), signal.SIGKILL)
+        stop_after(folder, 2, Stage("cache_latents.py", *argv), signal.SIGKILL)
         assert not (folder / "index.json").exists()
         made = {path: path.stat().st_mtime_ns for path in folder.glob("latents-?????.npy")}
         cache(data, vae, folder, **EVERYTHING)
@@ -144,7 +124,7 @@ class TestBytes:
     @pytest.mark.slow
     def test_sigterm_stops_in_order(self, data, vae, whole, tmp_path):
         folder = tmp_path / "cache"
-        process = start(flags(data, vae, folder, **EVERYTHING))
+        process = Stage("cache_latents.py", *flags(data, vae, folder, **EVERYTHING))
         text = stop_after(folder, 1, process, signal.SIGTERM)
         assert process.returncode == 130 and "interrupted" in text and "Traceback" not in text
         cache(data, vae, folder, **EVERYTHING)

@@ -1,8 +1,6 @@
 """Two real processes (gloo) against one: a step of half the batch each is a step of the whole batch."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,39 +15,11 @@ from tests.distributed_step import BATCH
 from tests.ldm_steps import part_of
 from tests.photographs import write_class_folders
 from tests.sendvae_runs import draws_for, flags, gradients, image_batch, networks, tiny_trainer
-
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def torchrun(*command: str, check: bool = True) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*launcher, *command], cwd=ROOT, env=ENVIRONMENT, check=check, capture_output=True, text=True, timeout=300
-    )
-
-
-def two_without_launcher(*command: str) -> list[tuple[int, str]]:
-    """Exit codes and last lines of two processes that nothing ends when the other one fails, as on two machines."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=ENVIRONMENT | place | {"RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    lines = [process.communicate(timeout=100)[1].splitlines()[-1] for process in started]
-    return [(process.returncode, line) for process, line in zip(started, lines, strict=True)]
+from tests.stages import ENVIRONMENT, ROOT, run_stage
 
 
 def step_on_two_processes(tmp_path: Path, mode: str) -> list[dict[str, torch.Tensor]]:
-    torchrun("tests/distributed_step.py", str(tmp_path / mode), mode)
+    run_stage("tests/distributed_step.py", tmp_path / mode, mode, processes=2)
     return [load_file(tmp_path / f"{mode}-{rank}.safetensors") for rank in (0, 1)]
 
 
@@ -97,9 +67,12 @@ def test_discriminator_gradients_are_the_mean_of_local_ones(tmp_path):
 def test_training_on_two_processes_runs_resumes_and_keeps_one_log(tmp_path):
     data = write_class_folders(tmp_path / "images", per_class=4)
     argv = flags(data, tmp_path / "exps", "two", batch_size=4, log_steps=2, val_data_dir=data, checkpointing_steps=2)
-    torchrun("train_sendvae.py", *argv, "--max-train-steps", "2")
-    torchrun("train_sendvae.py", *argv, "--max-train-steps", "4")
-    torchrun("train_sendvae.py", *[a if a != "two" else "straight" for a in argv], "--max-train-steps", "4")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for steps in ("2", "4"):  # under the launcher itself; and then without it
+        command = [*torchrun, "train_sendvae.py", *argv, "--max-train-steps", steps]
+        subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    argv = [a if a != "two" else "straight" for a in argv]
+    run_stage("train_sendvae.py", *argv, "--max-train-steps", "4", processes=2)
     runs = [tmp_path / "exps" / name for name in ("two", "straight")]
     last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-2]) for run in runs]
     assert last[0] == last[1]
@@ -109,7 +82,8 @@ def test_training_on_two_processes_runs_resumes_and_keeps_one_log(tmp_path):
 
 @pytest.mark.slow
 def test_wrong_input_on_two_processes_is_one_line(tmp_path):
-    answer = torchrun("train_sendvae.py", *flags(tmp_path / "missing", tmp_path / "exps"), check=False)
+    argv = flags(tmp_path / "missing", tmp_path / "exps")
+    answer = run_stage("train_sendvae.py", *argv, processes=2, check=False)
     assert answer.returncode != 0
     lines = [line for line in answer.stderr.splitlines() if line.startswith("train_sendvae.py: error")]
     assert lines
@@ -121,8 +95,8 @@ def test_the_others_wait_for_the_main_process_longer_than_their_group_would(tmp_
     """And it alone verifies the checkpoint."""
     data = write_class_folders(tmp_path / "images", per_class=4)
     argv = flags(data, tmp_path / "exps", batch_size=4, sampling_steps=2)
-    torchrun("train_sendvae.py", *argv, "--max-train-steps", "1")
-    torchrun("tests/slow_main_process.py", *argv, "--max-train-steps", "2")
+    run_stage("train_sendvae.py", *argv, "--max-train-steps", "1", processes=2)
+    run_stage("tests/slow_main_process.py", *argv, "--max-train-steps", "2", processes=2)
     assert json.loads((tmp_path / "exps" / "run" / "status.json").read_text())["state"] == "finished"
 
 
@@ -131,16 +105,15 @@ def test_a_run_of_two_processes_continues_on_one_with_twice_the_micro_steps(tmp_
     data = write_class_folders(tmp_path / "images", per_class=4)
     # the sums of a log line are begun by two processes and ended by one
     argv = flags(data, tmp_path / "exps", batch_size=4, max_train_steps=3, log_steps=3, checkpointing_steps=2)
-    torchrun("train_sendvae.py", *argv, "--mixed-precision", "bf16")
-    run = tmp_path / "exps" / "run"
-    two = json.loads((run / "metrics.jsonl").read_text())
+    run_stage("train_sendvae.py", *argv, "--mixed-precision", "bf16", processes=2)
+    folder = tmp_path / "exps" / "run"
+    two = json.loads((folder / "metrics.jsonl").read_text())
     changes = "--gradient-accumulation-steps", "2", "--mixed-precision", "no"
-    command = [sys.executable, "train_sendvae.py", *argv, *changes, "--resume-step", "2"]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
-    one = json.loads((run / "metrics.jsonl").read_text())
+    run_stage("train_sendvae.py", *argv, *changes, "--resume-step", "2")
+    one = json.loads((folder / "metrics.jsonl").read_text())
     assert one["reconstruction"] != two["reconstruction"]  # another noise, in the last step of three
     assert one["reconstruction"] == pytest.approx(two["reconstruction"], rel=0.02)
-    log = (run / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
     for change in (
         "number of processes 2 before, 1 now: from here on noise is drawn otherwise",
         "--gradient-accumulation-steps 1 before, 2 now: from here on noise is drawn otherwise",

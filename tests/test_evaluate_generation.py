@@ -27,8 +27,8 @@ from tests.image_sets import SIDE, random_images, write_folder, write_npz, write
 from tests.inception_weights import write_inception_weights
 from tests.ldm_runs import flags as ldm_flags
 from tests.ldm_runs import write_ldm_run
+from tests.stages import ROOT, run_stage, two_without_launcher
 from tests.test_damage import flip_bit
-from tests.test_distributed import ROOT, torchrun, two_without_launcher
 from tests.test_set_metrics import mind_in_words, mmd2_in_words, precision_recall_in_words
 
 LITE0 = "efficientnet-lite0"
@@ -160,7 +160,7 @@ def test_neither_batch_nor_layout_nor_processes_matter(tmp_path):
     argv = argv_of(
         {"samples": layouts["two processes"], "ref": ref, "features": LITE0, "ref_cache": tmp_path / "two-ref"}
     )
-    two = torchrun("evaluate.py", "generation", *argv, "--batch-size", "3")
+    two = run_stage("evaluate.py", "generation", *argv, "--batch-size", "3", processes=2)
     assert two.stdout.count("written to") == 1
     found = {
         "two processes": newest(layouts["two processes"]).values,

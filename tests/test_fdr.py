@@ -31,7 +31,7 @@ from models.weight_files import MissingWeightsError
 from runtime.cli import EXIT_USER_ERROR, run
 from tests.command_line import argv_of
 from tests.image_sets import random_images, write_folder, write_npz, write_packed
-from tests.test_distributed import torchrun, two_without_launcher
+from tests.stages import run_stage, two_without_launcher
 from tests.test_evaluate_generation import LITE0, distance_of_few
 
 DYNAMIC = {"dynamic_img_size": True, "dynamic_img_pad": True}
@@ -534,7 +534,7 @@ def test_a_real_network_on_one_process_and_on_two(tmp_path, capsys):
     assert found.values["FDr"] == pytest.approx(sum(list(found.values.values())[1:]) / 2)
     (a / "metrics" / f"{found.name}.json").unlink()
     argv = argv_of({"samples": a, "ref": ref, **flags, "ref_cache": tmp_path / "two", "batch_size": 3})
-    answer = torchrun("evaluate.py", "fdr", *argv)
+    answer = run_stage("evaluate.py", "fdr", *argv, processes=2)
     assert answer.stdout.count("written to") == 1
     (two,) = read_measurements(a / "metrics")
     assert two.values == pytest.approx(found.values, rel=1e-4)

@@ -16,7 +16,7 @@ from models.encoders import build_encoder
 from models.feature_norm import SMALLEST_DEVIATION, FeatureNorm
 from runtime.cli import EXIT_USER_ERROR, run
 from tests import ldm_trainings, repae_runs, sendvae_runs
-from tests.test_distributed import torchrun
+from tests.stages import run_stage
 
 KINDS = ("channel", "token")
 PLAIN = {"loss_cfg_path": "configs/l1_kl.yaml"}
@@ -159,7 +159,7 @@ def test_repae_reads_cached_features(data, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_measure_together(data, tmp_path):
     argv = sendvae_runs.flags(data, tmp_path, "two", feature_norm="token", **PLAIN)
-    torchrun("train_sendvae.py", *argv)
+    run_stage("train_sendvae.py", *argv, processes=2)
     assert_near(statistics(tmp_path / "two"), expected(features_of(data, 2), "token"), rtol=1e-5)
 
 

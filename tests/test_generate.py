@@ -1,10 +1,7 @@
 """generate.py on a tiny run with random weights: what an image depends on, what it does not, and interruptions."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -31,13 +28,12 @@ from models.denoisers.sit import SiT
 from models.denoisers.transformer import Transformer
 from runtime import cli
 from tests.ldm_runs import CLASS_NAMES, RESOLUTION, STEP, flags, write_ldm_run
-
-ROOT = Path(__file__).resolve().parent.parent
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the number of threads may move a sum's last bit, and so a pixel by a level
+from tests.stages import Stage
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    """As stages have: the number of threads may move a sum's last bit, and so a pixel by a level."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,22 +61,12 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b).max())
 
 
-def start(*argv: str, processes: int = 1) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else ()), "generate.py", *argv],
-        cwd=ROOT,
-        env=os.environ | ONE_THREAD,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.slow
 def test_neither_batch_nor_processes_matter(run, tmp_path):
     """Batches of 4 and 7 and two processes: the same labels, images within one level."""
-    process = start(*flags(run, sample_dir=tmp_path / "two", pproc_batch_size=3, num_fid_samples=15), processes=2)
+    process = Stage(
+        "generate.py", *flags(run, sample_dir=tmp_path / "two", pproc_batch_size=3, num_fid_samples=15), processes=2
+    )
     four = sampled(run, tmp_path / "four", pproc_batch_size=4, num_fid_samples=15)
     seven = sampled(run, tmp_path / "seven", pproc_batch_size=7, num_fid_samples=15)
     output, errors = process.communicate(timeout=120)
@@ -155,7 +141,7 @@ def test_interrupted_twice(run, tmp_path):
     argv = flags(run, num_fid_samples=14, shard_size=2, pproc_batch_size=2, num_steps=50)
     begun = tmp_path / "stopped"
     for number, shard, code in ((signal.SIGTERM, 0, 130), (signal.SIGKILL, 1, -signal.SIGKILL)):
-        process = start(*argv, "--sample-dir", str(begun))
+        process = Stage("generate.py", *argv, "--sample-dir", str(begun))
         wait_for(begun / f"images-{shard:05d}.json", process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
@@ -173,10 +159,10 @@ def test_interrupted_twice(run, tmp_path):
     assert not [*begun.glob("*.tmp"), *begun.glob("images-?????.json")]
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, process: Stage) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -468,7 +454,7 @@ def test_the_folder_says_who_guides(run, small, tmp_path):
 @pytest.mark.slow
 def test_two_processes_make_the_bytes_of_one_with_a_guide(run, small, tmp_path):
     argv = flags(run, guide=small, cfg_scale=2, guidance_high=0.75, num_fid_samples=15)
-    process = start(*argv, "--sample-dir", str(tmp_path / "two"), processes=2)
+    process = Stage("generate.py", *argv, "--sample-dir", str(tmp_path / "two"), processes=2)
     assert generate.main([*argv, "--sample-dir", str(tmp_path / "one")]) == 0
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors

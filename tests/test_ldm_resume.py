@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ldm_trainings import flags, write_data
-from tests.test_distributed import torchrun
-from tests.test_resume import ENVIRONMENT, ROOT, kill_when
+from tests.stages import Stage, run_stage
+from tests.test_resume import kill_when
 
 # 24 items in batches of 4: the epoch ends within the resumed part; log lines straddle checkpoints
 RUN = {
@@ -46,15 +44,9 @@ def run_folder(data: Path, name: str) -> Path:
     return data.parent / "exps" / name
 
 
-def start(data: Path, name: str, **changes) -> subprocess.Popen:
+def start(data: Path, name: str, **changes) -> Stage:
     argv = flags(data, data.parent / "exps", name, **(RUN | {"val_data_dir": data, "hflip": True} | changes))
-    return subprocess.Popen(
-        [sys.executable, "train_ldm.py", *argv],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return Stage("train_ldm.py", *argv)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -103,9 +95,9 @@ def test_training_on_two_processes_resumes_exactly(data, tmp_path, model):
     argv = flags(
         data, tmp_path, "two", batch_size=4, log_steps=2, val_data_dir=data, checkpointing_steps=2, model=model
     )
-    torchrun("train_ldm.py", *argv, "--max-train-steps", "2")
-    torchrun("train_ldm.py", *argv, "--max-train-steps", "4")
-    torchrun("train_ldm.py", *[a if a != "two" else "straight" for a in argv], "--max-train-steps", "4")
+    run_stage("train_ldm.py", *argv, "--max-train-steps", "2", processes=2)
+    run_stage("train_ldm.py", *argv, "--max-train-steps", "4", processes=2)
+    run_stage("train_ldm.py", *[a if a != "two" else "straight" for a in argv], "--max-train-steps", "4", processes=2)
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("two", "straight")]
     assert logs[0][-1] == logs[1][-1]
     weights = [

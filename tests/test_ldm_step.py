@@ -13,7 +13,7 @@ from models.encoders import build_encoder
 from tests.distributed_ldm_step import BATCH, STEP, batch_draws, config_of
 from tests.ldm_steps import accumulate, networks, part_of, random_batch, tiny_trainer
 from tests.sendvae_runs import gradients
-from tests.test_distributed import torchrun
+from tests.stages import run_stage
 from training.method import train_step
 
 
@@ -182,7 +182,7 @@ def test_the_direction_of_a_velocity(path_type):
     [("SiT-Ti/2", 0, "repa"), ("SiT-Ti/2", 12, "repa+sra"), ("LightningDiT-Ti/2", 0, "repa")],
 )
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, model, token, align):
-    torchrun("tests/distributed_ldm_step.py", str(tmp_path / "gradients"), model, str(token), align)
+    run_stage("tests/distributed_ldm_step.py", tmp_path / "gradients", model, token, align, processes=2)
     ranks = [load_file(tmp_path / f"gradients-{rank}.safetensors") for rank in (0, 1)]
     config = config_of(model, token)
     trainer = tiny_trainer(config=config, align=align.split("+"), **STEP)

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,8 +32,8 @@ from runtime.cli import run
 from tests.command_line import argv_of
 from tests.image_sets import random_images, write_packed
 from tests.latent_caches import save_vae
+from tests.stages import run_stage
 
-ROOT = Path(evaluate.__file__).parent
 COUNT = 21
 RFD = "rFD-efficientnet-lite0"
 SIDES = {"small": 32, "large": 64}  # px of two packed sets
@@ -182,14 +179,9 @@ def test_any_batch_gives_the_same_values(measured, data, vae, tmp_path, batch_si
 
 
 def test_two_processes_give_the_same_values(measured, data, vae, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = flags(data, vae, output_dir=tmp_path, batch_size=8, ref_cache=tmp_path / "kept")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for _ in range(2):  # the second finds the features of the originals kept
-        answer = subprocess.run(
-            [*launcher, "evaluate.py", *argv], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert answer.returncode == 0, answer.stderr
+        run_stage("evaluate.py", *argv, processes=2)
         found = (tmp_path / "metrics" / "reconstruction.csv").read_bytes()
         assert found == (measured / "reconstruction.csv").read_bytes()
         check_values(tmp_path, measured)

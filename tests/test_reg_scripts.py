@@ -19,7 +19,7 @@ from models.encoders import build_encoder
 from runtime.cli import run
 from tests.latent_caches import flags as cache_flags
 from tests.ldm_trainings import LATENTS, flags, write_data
-from tests.test_distributed import torchrun
+from tests.stages import run_stage
 
 VFM, GRID, WIDTH = "efficientnet-lite0", 4, 112
 REG = {"reg_coeff": 0.03}
@@ -177,7 +177,7 @@ class TestTraining:
             return flags(data, tmp_path, name, max_train_steps=steps, **options)
 
         for name, steps in (("two", 2), ("two", 4), ("straight", 4)):
-            torchrun("train_ldm.py", *argv(name, steps))
+            run_stage("train_ldm.py", *argv(name, steps), processes=2)
         assert metrics(tmp_path / "two")[-1] == metrics(tmp_path / "straight")[-1]
         x, y = (load_file(tmp_path / name / "checkpoints/0000004/ema.safetensors") for name in ("two", "straight"))
         assert all(torch.equal(x[key], y[key]) for key in x)

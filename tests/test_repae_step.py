@@ -21,7 +21,7 @@ from tests.repae_steps import (
     tiny_trainer,
 )
 from tests.sendvae_runs import gradients
-from tests.test_distributed import torchrun
+from tests.stages import run_stage
 from training.method import train_step
 
 BATCH = 6
@@ -263,7 +263,7 @@ def test_losses_fall():
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    torchrun("tests/distributed_repae_step.py", str(tmp_path / "state"))
+    run_stage("tests/distributed_repae_step.py", tmp_path / "state", processes=2)
     ranks = [load_file(tmp_path / f"state-{rank}.safetensors") for rank in (0, 1)]
     trainer = tiny_trainer(gan=False)
     for number in (0, 1):

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from runtime.checkpoint import CheckpointFolder
 from tests.photographs import write_class_folders
 from tests.sendvae_runs import flags
+from tests.stages import ENVIRONMENT, ROOT, Stage
 
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # networks this small are faster so
 # 24 images in batches of 4: the epoch ends within the resumed part; log lines straddle checkpoints
 RUN = {
     "batch_size": 4,
@@ -48,25 +47,19 @@ def run_folder(data: Path, name: str) -> Path:
     return data.parent / "exps" / name
 
 
-def start(data: Path, name: str, **changes) -> subprocess.Popen:
+def start(data: Path, name: str, anew: bool = False, **changes) -> Stage:
     argv = flags(data, data.parent / "exps", name, **(RUN | {"val_data_dir": data} | changes))
-    return subprocess.Popen(
-        [sys.executable, "train_sendvae.py", *argv],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return Stage("train_sendvae.py", *argv, anew=anew)
 
 
-def kill_when(process: subprocess.Popen, path: Path, number: int) -> int:
+def kill_when(process: Stage | subprocess.Popen, path: Path, number: int) -> int:
     """Send a signal as soon as a file appears; returns the exit code."""
     wait_for(path, process)
     os.kill(process.pid, number)
     return process.wait(timeout=60)
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, process: Stage | subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, "the training ended before it could be killed"
@@ -91,13 +84,13 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.slow
 def test_sigkill_after_step_23_and_the_same_command_give_the_same_run(data, straight):
-    process = start(data, "killed")
+    process = start(data, "killed", anew=True)
     code = kill_when(process, run_folder(data, "killed") / "samples" / "0000023.png", signal.SIGKILL)
     assert code == -signal.SIGKILL
     folder = run_folder(data, "killed")
     assert [path.name for path in sorted((folder / "checkpoints").glob("[0-9]*"))] == ["0000020"]
     assert json.loads((folder / "status.json").read_text())["state"] == "running"
-    assert start(data, "killed").wait() == 0
+    assert start(data, "killed", anew=True).wait() == 0  # with another seed of Python's hashes, too
     assert_same_run(straight, folder)
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
@@ -122,19 +115,18 @@ def test_sigterm_saves_stops_and_resumes_exactly(data, straight):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_during_a_save_ends_the_run_after_it(data, tmp_path, processes):
     argv = flags(data, tmp_path, "run", batch_size=4, max_train_steps=40, checkpointing_steps=2)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-    process = subprocess.Popen(
-        [sys.executable, *launcher, "tests/paused_save.py", str(tmp_path), *argv],
-        cwd=ROOT,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = ["tests/paused_save.py", str(tmp_path), *argv]
+    if processes == 1:
+        process = Stage(*command)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **quiet)
     try:
         wait_for(tmp_path / "saving", process)
         os.kill(int((tmp_path / "saving").read_text()), signal.SIGTERM)
         (tmp_path / "go-on").touch()
-        assert process.wait(timeout=120) == (1 if launcher else 128 + signal.SIGTERM)
+        assert process.wait(timeout=120) == (128 + signal.SIGTERM if processes == 1 else 1)
     finally:
         process.kill()
     status = json.loads((tmp_path / "run" / "status.json").read_text())
@@ -149,7 +141,8 @@ def test_killed_between_a_checkpoint_and_its_milestone(data, tmp_path):
     """What was due at the saved step is made up for, and what the kill left lying about is gone."""
     due = {"batch_size": 4, "max_train_steps": 4, "checkpointing_steps": 2, "milestone_steps": 2}
     argv = flags(data, tmp_path, "run", **due, align_coeff=0, loss_cfg_path="configs/l1_kl.yaml")
-    code = (
+    script, folder = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(
         "import os, signal, sys, train_sendvae; from runtime.checkpoint import CheckpointFolder\n"
         "def die(self, checkpoint, *rest):\n"
         "    if checkpoint.step == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -157,18 +150,14 @@ def test_killed_between_a_checkpoint_and_its_milestone(data, tmp_path):
         "keep, CheckpointFolder.keep_milestone = CheckpointFolder.keep_milestone, die\n"
         "train_sendvae.main(sys.argv[2:])\n"
     )
-    folder, quiet = tmp_path / "run", {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for step in (2, 4):  # the last one too: nothing is left to train then
-        killed = subprocess.run([sys.executable, "-c", code, str(step), *argv], cwd=ROOT, env=ENVIRONMENT, **quiet)
-        assert killed.returncode == -signal.SIGKILL
+        assert Stage(script, step, *argv).wait() == -signal.SIGKILL
         assert (folder / "checkpoints" / f"{step:07d}").is_dir()
         assert not (folder / "milestones" / f"{step:07d}").exists()
     for leftover in ("checkpoints/.0000001.old", "milestones/.0000004.tmp", ".vae.tmp"):
         (folder / leftover).mkdir()
     (folder / "status.json.0a1b2c3d.tmp").touch()
-    assert (
-        subprocess.run([sys.executable, "train_sendvae.py", *argv], cwd=ROOT, env=ENVIRONMENT, **quiet).returncode == 0
-    )
+    assert Stage("train_sendvae.py", *argv).wait() == 0
     for step in (2, 4):
         kept = load_file(folder / "milestones" / f"{step:07d}" / "model.safetensors")
         whole = load_file(folder / "checkpoints" / f"{step:07d}" / "model.safetensors")

@@ -41,8 +41,9 @@ from metrics.sweep import (
 from runtime import cli
 from tests.image_sets import random_images, write_packed
 from tests.ldm_runs import STEP, flags, write_ldm_run
+from tests.stages import Stage
 from tests.test_evaluate_generation import TinyNetwork
-from tests.test_generate import start, wait_for
+from tests.test_generate import wait_for
 
 OTHERS = {"scale": 2.0, "low": 0.0, "high": 1.0}
 GRID = ("scale=1,1.5,3", "high=0.5,1")
@@ -313,7 +314,7 @@ def test_killed_in_the_second_point(run, ref, tmp_path):
     """By SIGKILL, in its second shard: then the same table, and what was complete is not made again."""
     real = {"features": "efficientnet-lite0", "num_steps": 20, "pproc_batch_size": 3}
     begun, straight = tmp_path / "begun", tmp_path / "straight"
-    process = start(*sweep_flags(run, ref, begun, **real))
+    process = Stage("generate.py", *sweep_flags(run, ref, begun, **real))
     wait_for(begun / NAMES[1] / "images-00000.json", process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
@@ -335,7 +336,7 @@ def test_killed_in_the_second_point(run, ref, tmp_path):
 def test_two_processes_make_one_table(run, ref, tmp_path):
     argv = {"features": "efficientnet-lite0", "ref_cache": tmp_path / "cache"}
     two, one = tmp_path / "two", tmp_path / "one"
-    process = start(*sweep_flags(run, ref, two, "scale=1,2", "high=0.5", **argv), processes=2)
+    process = Stage("generate.py", *sweep_flags(run, ref, two, "scale=1,2", "high=0.5", **argv), processes=2)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert output.count("the full sample at the best") == 1

@@ -4,8 +4,6 @@ import json
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +27,8 @@ from runtime.cli import run
 from tests import ldm_trainings
 from tests.photographs import write_class_folders
 from tests.repae_runs import flags
-from tests.test_distributed import torchrun
-from tests.test_resume import ENVIRONMENT, ROOT, kill_when
+from tests.stages import Stage, run_stage
+from tests.test_resume import kill_when
 
 # REPA-E's README, section 3
 PUBLISHED = """
@@ -302,15 +300,9 @@ def straight(photographs) -> Path:
     return photographs.parent / "exps" / "straight"
 
 
-def start(data: Path, name: str, **changes) -> subprocess.Popen:
+def start(data: Path, name: str, **changes) -> Stage:
     argv = flags(data, data.parent / "exps", name, **(KILLED | {"val_data_dir": data} | changes))
-    return subprocess.Popen(
-        [sys.executable, "train_repae.py", *argv],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return Stage("train_repae.py", *argv)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -356,9 +348,9 @@ def test_sigterm_saves_stops_and_resumes_exactly(photographs, straight):
 @pytest.mark.slow
 def test_training_on_two_processes_resumes_exactly(photographs, tmp_path):
     argv = flags(photographs, tmp_path, "two", val_data_dir=photographs, max_val_images=4)
-    torchrun("train_repae.py", *argv, "--max-train-steps", "1")
-    torchrun("train_repae.py", *argv, "--max-train-steps", "2")
-    torchrun("train_repae.py", *[a if a != "two" else "straight" for a in argv], "--max-train-steps", "2")
+    run_stage("train_repae.py", *argv, "--max-train-steps", "1", processes=2)
+    run_stage("train_repae.py", *argv, "--max-train-steps", "2", processes=2)
+    run_stage("train_repae.py", *[a if a != "two" else "straight" for a in argv], "--max-train-steps", "2", processes=2)
     logs = [metrics(tmp_path / name)[-1] for name in ("two", "straight")]
     assert logs[0] == logs[1]
     for name in ("ema", "vae", "statistics_ema"):

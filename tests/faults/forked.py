@@ -6,17 +6,17 @@ This process must never compute with torch itself: a fork of one with running th
 import os
 import select
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO, TextIOWrapper
 from pathlib import Path
 
 from runtime.cli import run
+from tests.stages import ranks
 
 Work = Callable[[], object]
 GRACE_SECONDS = 10.0  # between a launcher's SIGTERM to what is left of a job and its SIGKILL
@@ -106,7 +106,7 @@ class Job:
         logs.mkdir(parents=True, exist_ok=True)
         number = len(list(logs.glob("*-0.txt")))
         (logs / f"{number}-0.txt").touch()  # another job may be begun before this one writes
-        environments = _ranks(processes) if processes > 1 else [{}]
+        environments = ranks(processes) if processes > 1 else [{}]
         self.children = [
             Child(script, folder, logs / f"{number}-{rank}.txt", (before or {}).get(rank, lambda: None), environment)
             for rank, environment in enumerate(environments)
@@ -175,17 +175,3 @@ def _live(work: Work, folder: Path, log: Path, before: Callable[[], None], envir
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
-
-
-def _ranks(processes: int) -> list[dict[str, str]]:
-    """What torchrun sets."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
