@@ -1,4 +1,4 @@
-"""Run by torchrun from test_ldm_step: each process's gradients of a step on its half of a batch, into a file."""
+"""Run on two processes by test_ldm_step: each process's gradients of a step on its half of a batch, into a file."""
 
 import sys
 

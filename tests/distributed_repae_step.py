@@ -1,4 +1,4 @@
-"""Run by torchrun from test_repae_step: two steps, each process on its half of the batches; the state into a file."""
+"""Run on two processes by test_repae_step: two steps, each on its half of the batches; the state into a file."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_distributed: one step of each process on its half of a batch; gradients into a file."""
+"""Run on two processes by test_distributed: one step of each process on its half of a batch; gradients into a file."""
 
 import sys
 

@@ -33,6 +33,7 @@ PACKAGES = (
     *("torch", "torch._dynamo", "torch.distributed", "torchvision", "timm", "accelerate", "scipy.stats", "lpips"),
     *("diffusers.models.autoencoders.autoencoder_kl", "PIL.Image", "yaml"),
 )
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 LONGEST_REQUEST = 1 << 17
 
 
@@ -63,7 +64,7 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):  # it has just ended
                 os.kill(self.pid, number)
 
     def _answer(self) -> int:
@@ -77,7 +78,7 @@ class Stage:
     """A running script, with the face of :class:`subprocess.Popen`; its output is kept in files, so it never waits.
 
     Args:
-        command: the script, seen from the repository's root, and its flags.
+        command: the script, seen from the repository's root, and its flags; or Python's own, and it is started anew.
         processes: how many. As under ``torchrun``, as soon as one of several fails the others are terminated, and the
             exit code is 1.
         place: of one of several processes, instead: its entry of :func:`ranks`.
@@ -92,7 +93,8 @@ class Stage:
         self._files = TemporaryFile(), TemporaryFile()  # noqa: SIM115  nameless: gone with this object
         self._is_ending = False
         places = ranks(processes) if processes > 1 else [place or {}]
-        self._processes = [begin(self.command, place, *self._files, anew) for place in places]
+        anew = anew or self.command[0].startswith("-") or sys.platform != "linux"
+        self._processes = [(start_anew if anew else Forked)(self.command, place, *self._files) for place in places]
 
     @property
     def pid(self) -> int:
@@ -170,11 +172,9 @@ def ranks(processes: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def begin(
-    command: Sequence[str], environment: Mapping[str, str], stdout: BinaryIO, stderr: BinaryIO, anew: bool
-) -> Forked | subprocess.Popen:
-    if sys.platform == "linux" and not anew:
-        return Forked(command, environment, stdout, stderr)
+def start_anew(
+    command: Sequence[str], environment: Mapping[str, str], stdout: BinaryIO, stderr: BinaryIO
+) -> subprocess.Popen:
     words = [sys.executable, *command]
     return subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT | environment, stdout=stdout, stderr=stderr)
 
@@ -240,6 +240,7 @@ def become(command: Sequence[str], environment: Mapping[str, str], descriptors: 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which sends it to stages too
+    sys.path[0] = str(ROOT)
     for name in PACKAGES:
         import_module(name)
     threads = os.listdir("/proc/self/task")

@@ -1,8 +1,6 @@
 """Two real processes (gloo) against one: a step of half the batch each is a step of the whole batch."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from tests.distributed_step import BATCH
 from tests.ldm_steps import part_of
 from tests.photographs import write_class_folders
 from tests.sendvae_runs import draws_for, flags, gradients, image_batch, networks, tiny_trainer
-from tests.stages import ENVIRONMENT, ROOT, run_stage
+from tests.stages import TORCHRUN, run_stage
 
 
 def step_on_two_processes(tmp_path: Path, mode: str) -> list[dict[str, torch.Tensor]]:
@@ -67,12 +65,10 @@ def test_discriminator_gradients_are_the_mean_of_local_ones(tmp_path):
 def test_training_on_two_processes_runs_resumes_and_keeps_one_log(tmp_path):
     data = write_class_folders(tmp_path / "images", per_class=4)
     argv = flags(data, tmp_path / "exps", "two", batch_size=4, log_steps=2, val_data_dir=data, checkpointing_steps=2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for steps in ("2", "4"):  # under the launcher itself; and then without it
-        command = [*torchrun, "train_sendvae.py", *argv, "--max-train-steps", steps]
-        subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    run_stage(*TORCHRUN, "train_sendvae.py", *argv, "--max-train-steps", "2")
+    run_stage(*TORCHRUN, "train_sendvae.py", *argv, "--max-train-steps", "4")
     argv = [a if a != "two" else "straight" for a in argv]
-    run_stage("train_sendvae.py", *argv, "--max-train-steps", "4", processes=2)
+    run_stage("train_sendvae.py", *argv, "--max-train-steps", "4", processes=2)  # without the launcher
     runs = [tmp_path / "exps" / name for name in ("two", "straight")]
     last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-2]) for run in runs]
     assert last[0] == last[1]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from safetensors.torch import load_file
 from runtime.checkpoint import CheckpointFolder
 from tests.photographs import write_class_folders
 from tests.sendvae_runs import flags
-from tests.stages import ENVIRONMENT, ROOT, Stage
+from tests.stages import TORCHRUN, Stage
 
 # 24 images in batches of 4: the epoch ends within the resumed part; log lines straddle checkpoints
 RUN = {
@@ -52,14 +50,14 @@ def start(data: Path, name: str, anew: bool = False, **changes) -> Stage:
     return Stage("train_sendvae.py", *argv, anew=anew)
 
 
-def kill_when(process: Stage | subprocess.Popen, path: Path, number: int) -> int:
+def kill_when(process: Stage, path: Path, number: int) -> int:
     """Send a signal as soon as a file appears; returns the exit code."""
     wait_for(path, process)
     os.kill(process.pid, number)
     return process.wait(timeout=60)
 
 
-def wait_for(path: Path, process: Stage | subprocess.Popen) -> None:
+def wait_for(path: Path, process: Stage) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, "the training ended before it could be killed"
@@ -115,18 +113,13 @@ def test_sigterm_saves_stops_and_resumes_exactly(data, straight):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_during_a_save_ends_the_run_after_it(data, tmp_path, processes):
     argv = flags(data, tmp_path, "run", batch_size=4, max_train_steps=40, checkpointing_steps=2)
-    command = ["tests/paused_save.py", str(tmp_path), *argv]
-    if processes == 1:
-        process = Stage(*command)
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **quiet)
+    launcher = TORCHRUN if processes == 2 else ()
+    process = Stage(*launcher, "tests/paused_save.py", tmp_path, *argv)
     try:
         wait_for(tmp_path / "saving", process)
         os.kill(int((tmp_path / "saving").read_text()), signal.SIGTERM)
         (tmp_path / "go-on").touch()
-        assert process.wait(timeout=120) == (128 + signal.SIGTERM if processes == 1 else 1)
+        assert process.wait(timeout=120) == (1 if launcher else 128 + signal.SIGTERM)
     finally:
         process.kill()
     status = json.loads((tmp_path / "run" / "status.json").read_text())
