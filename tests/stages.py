@@ -93,7 +93,7 @@ class Stage:
         self._files = TemporaryFile(), TemporaryFile()  # noqa: SIM115  nameless: gone with this object
         self._is_ending = False
         places = ranks(processes) if processes > 1 else [place or {}]
-        anew = anew or self.command[0].startswith("-") or sys.platform != "linux"
+        anew = anew or self.command[0].startswith("-") or server() is None
         self._processes = [(start_anew if anew else Forked)(self.command, place, *self._files) for place in places]
 
     @property
@@ -181,14 +181,16 @@ def start_anew(
 
 
 @lru_cache(maxsize=1)
-def server() -> socket.socket:
-    """Takes requests. It ends with this process, which holds the other end."""
+def server() -> socket.socket | None:
+    """Takes requests. It ends with this process, which holds the other end. None: it would not be safe to fork."""
+    if sys.platform != "linux":
+        return None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, __file__, str(theirs.fileno())]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, pass_fds=[theirs.fileno()], **quiet)
     theirs.close()
-    return ours
+    return ours if ours.recv(1) else None  # nothing comes of one that has ended
 
 
 def serve(requests: socket.socket) -> str:
@@ -246,6 +248,8 @@ if __name__ == "__main__":
         import_module(name)
     threads = os.listdir("/proc/self/task")
     if len(threads) > 1:
-        raise RuntimeError(f"{len(threads)} threads: a fork might hang")
+        sys.exit(f"tests/stages.py: {len(threads)} threads, so that a fork might hang: stages are started anew, slowly")
     gc.freeze()  # a collection in a fork would otherwise write to, and so copy, all that is shared
-    runpy.run_path(serve(socket.socket(fileno=int(sys.argv[1]))), run_name="__main__")
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    requests.send(b"1")
+    runpy.run_path(serve(requests), run_name="__main__")
