@@ -201,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
         if this_run.is_finished(start_step):
             return 0
         trial.find_for_run(args, this_run, checkpoint)
-        method, statistics = build(args, loss_config, accelerator)
+        method, statistics = build(args, loss_config, accelerator, is_new=checkpoint is None)
         method.watch(images, held_out)
         source = LabelledImages(images) if args.cached_features is None else open_features(args, images, method)
         with Loop(method, this_run, source, args, start_step) as loop:
@@ -235,14 +235,19 @@ def untransformed(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | {"align_coeff": 0.0})
 
 
-def build(args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator) -> tuple[SendVAE, str | None]:
-    """Everything that is trained; also answers where the VAE's latent statistics come from, if it has any."""
+def build(
+    args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator, is_new: bool = False
+) -> tuple[SendVAE, str | None]:
+    """Everything that is trained; also answers where the VAE's latent statistics come from, if it has any.
+
+    ``is_new``: whether the training begins with it; else a checkpoint is loaded into it, or nothing.
+    """
     if args.freeze_vae:  # nothing to reconstruct
         loss_config = VAELossConfig(perceptual_weight=0.0, discriminator_weight=0.0)
     tokenizer, statistics = load_tokenizer(args.vae, args.vae_ckpt, args.vae_latents_stats)
     if not args.freeze_vae:
         tokenizer.check_trainable(encoder=not args.freeze_encoder)
-    if starts_from_vfm(args) and not args.dry_run:
+    if is_new and starts_from_vfm(args):
         with goes_first(accelerator.is_local_main_process):  # who downloads; the others find the file in the cache
             tokenizer.load_pretrained_encoder(args.enc_ckpt)
     alignment, encoders = build_alignment(args, tokenizer.latent_shape(args.resolution), accelerator)

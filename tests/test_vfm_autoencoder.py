@@ -289,6 +289,15 @@ def test_resumed_it_is_the_same(toy, small, tmp_path):
     assert halted.checksum() == straight.checksum()
 
 
+def test_its_checkpoint_holds_the_vfm(toy, small, tmp_path, monkeypatch):
+    """Resumed where the VFM's file is no more."""
+    assert train(toy, small, tmp_path, "run", max_train_steps=1) == 0
+    monkeypatch.setattr("models.encoders.weights.WHEELS", {})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert train(toy, small, tmp_path, "other", max_train_steps=1) == 2
+    assert train(toy, small, tmp_path, "run", max_train_steps=2) == 0
+
+
 def test_its_decoder_is_trained_on(toy, trained, tmp_path):
     """As of any VAE: from its folder, with the latents that it has; and it decodes the images of a run by the first."""
     folder = trained / "vae"

@@ -21,7 +21,7 @@ def test_a_step_does_not_synchronise(name, precision):
 
 @pytest.mark.parametrize("name", [*RECIPES, *UNCOMPILED])
 def test_a_step_of_other_recipes_does_not_synchronise(name):
-    """Muon, LightningDiT, iREPA, SRA, SPRINT, flow map, spatial norm, VF loss, equivariance, schedules."""
+    """Muon, LightningDiT, iREPA, SRA, SPRINT, flow map, internal guidance, RAE, VF loss, equivariance, schedules."""
     assert_no_synchronisation(name, "bf16")
 
 

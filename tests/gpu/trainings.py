@@ -39,6 +39,12 @@ RECIPES = {
     "ldm, SPRINT": ("ldm", "--sprint", "--token-drop-until", "50"),
     "ldm, class token": ("ldm", "--reg-coeff", "0.03"),
     "ldm, class token, SPRINT, SRA": ("ldm", "--align", "repa+sra", "--reg-coeff", "0.03", "--sprint"),
+    "ldm, internal guidance": (
+        *("ldm", "--model", "DDT-Ti/2", "--head-width", "256", "--prediction", "x", "--guide-depth", "2"),
+    ),
+    "sendvae, features as latents": (
+        *("sendvae", "--vae", "rae-tiny", "--resolution", "32", "--freeze-encoder", "--align-coeff", "0"),
+    ),
     "sendvae, decoder": ("sendvae", "--freeze-encoder", "--align-coeff", "0", "--latent-noise", "0.5"),
 }
 UNCOMPILED = {"sendvae, equivariance": ("sendvae", "--align-loss", "equivariance", "--eq-scale", "0.5")}
