@@ -13,7 +13,7 @@ from tests.distributed_step import BATCH
 from tests.ldm_steps import part_of
 from tests.photographs import write_class_folders
 from tests.sendvae_runs import draws_for, flags, gradients, image_batch, networks, tiny_trainer
-from tests.stages import TORCHRUN, run_stage
+from tests.stages import ROOT, TORCHRUN, run_stage
 
 
 def step_on_two_processes(tmp_path: Path, mode: str) -> list[dict[str, torch.Tensor]]:
@@ -116,3 +116,24 @@ def test_a_run_of_two_processes_continues_on_one_with_twice_the_micro_steps(tmp_
         "--mixed-precision bf16 before, no now: from here on results are rounded otherwise",
     ):
         assert log.count(change) == 1
+
+
+@pytest.mark.slow
+def test_averages_follow_statistics_on_two_processes(tmp_path):
+    """Buffers move to other tensors when a module is wrapped; those of a frozen encoder stay what was measured."""
+    data = write_class_folders(tmp_path / "images", per_class=4)
+    alone = {"align_coeff": 0, "freeze_encoder": True, "vae_ckpt": None, "vae": "pretrained/tiny_vae", "enc_type": None}
+    options = alone | {"batch_size": 4, "ema_decay": 0.5, "loss_cfg_path": "configs/l1_kl.yaml"}
+    argv = flags(data, tmp_path / "exps", "frozen", **options)
+    run_stage("train_sendvae.py", *argv, processes=2)
+    found = [
+        load_file(folder / "latents_stats.safetensors")
+        for folder in (ROOT / "pretrained/tiny_vae", tmp_path / "exps/frozen/vae")
+    ]
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
+    moving = flags(data, tmp_path / "exps", "moving", batch_size=4, ema_decay=1e-9, loss_cfg_path="configs/l1_kl.yaml")
+    run_stage("train_sendvae.py", *moving, processes=2)
+    folder = next((tmp_path / "exps/moving/checkpoints").glob("*2"))
+    model, average = (load_file(folder / f"{name}.safetensors") for name in ("model", "ema"))
+    for name in ("statistics.mean", "statistics.var"):
+        torch.testing.assert_close(average[name], model[name], rtol=1e-6, atol=1e-7)

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -28,11 +29,6 @@ class Average:
     def __init__(self, module: nn.Module):
         self.source = module
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        averaged, followed = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
-        assert averaged.keys() == followed.keys()
-        floats = [name for name, tensor in followed.items() if tensor.is_floating_point()]
-        self._averaged, self._followed = [averaged[n] for n in floats], [followed[n] for n in floats]
-        self._counters = [(averaged[n], followed[n]) for n in followed if n not in set(floats)]
 
     def decay_at(self, step: int) -> float:
         """Weight of the old average after a step, counted from 0."""
@@ -45,9 +41,22 @@ class Average:
         Args:
             step: that was taken, counted from 0.
         """
-        torch._foreach_lerp_(self._averaged, [tensor.detach() for tensor in self._followed], 1 - self.decay_at(step))
-        for average, current in self._counters:
+        averaged, followed, others = self._tensors
+        torch._foreach_lerp_(averaged, [tensor.detach() for tensor in followed], 1 - self.decay_at(step))
+        for average, current in others:
             average.copy_(current)
+
+    @cached_property
+    def _tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Floats of the average, and of what it follows; pairs of all others.
+
+        Looked up at the first step: wrapping for several processes on CPUs puts other buffers into the module.
+        """
+        averaged, followed = self.module.state_dict(keep_vars=True), self.source.state_dict(keep_vars=True)
+        assert averaged.keys() == followed.keys()
+        floats = [name for name, tensor in followed.items() if tensor.is_floating_point()]
+        others = [(averaged[name], followed[name]) for name in followed if name not in set(floats)]
+        return [averaged[name] for name in floats], [followed[name] for name in floats], others
 
 
 class EMA(Average):
