@@ -79,6 +79,9 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str, prediction: 
             raise UserError(
                 f"{given} is a {kind.kind} {what}, which is not known here; give one of classes and velocities"
             )
+    if OF_GUIDE in state and (kind is not DDTConfig or OF_CLASS_TOKEN in state):
+        token = " and a class token" if OF_CLASS_TOKEN in state else ""
+        raise UserError(f"{given} is a {kind.kind} with internal guidance{token}, which is not known here")
     labels = "ctx_embedder" if kind is DDTConfig else "y_embedder"
     tables = [f"{name}.freqs_cos" for name in TABLES[kind]]
     needed = READ | {f"{labels}.embedding_table.weight": 2} | dict.fromkeys(tables, 2)
@@ -99,6 +102,10 @@ def wide_head_config(state: Mapping[str, torch.Tensor], given: str, prediction: 
             f"{given}: a {kind.kind} of {depth} blocks of width {width} and a head of width {head_width}, with patch "
             f"{patch}, is none that is known ({kind.sizes_in_words()}; a head of another width that is a multiple of "
             f"{HEAD_CHANNELS})"
+        )
+    if OF_GUIDE in state and depth <= GUIDE_DEPTH:
+        raise UserError(
+            f"{given} has internal guidance and {depth} blocks; that it comes after block {GUIDE_DEPTH} is assumed"
         )
     class_token, classes = state.get(OF_CLASS_TOKEN), len(state[f"{labels}.embedding_table.weight"]) - 1
     # the head's table has a row for each token, and one for a class token

@@ -52,6 +52,8 @@ class OwnKind:
             if (said := tokenizer.architecture.get("_class_name")) != self.name:
                 raise ValueError(f"its architecture has the _class_name {said}, by which nothing would find it again")
             return tokenizer
+        except UserError as error:
+            raise UserError(f"--vae {self.given}: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"--vae {self.given}: no {self.name} is built ({one_line(error)}); give a folder with its config.json"
@@ -63,6 +65,11 @@ class OwnKind:
             tokenizer = self.build()
             return tokenizer, tokenizer.take_statistics()
         if self.folder is None:
+            if self.named:
+                raise UserError(
+                    f"--vae {self.given} names an architecture without weights: give the folder of a trained one "
+                    "(train_sendvae.py --vae-ckpt none)"
+                )
             raise UserError(f"--vae {self.given} names a kind of tokenizer: give a folder of one, or --vae-ckpt none")
         try:
             return tokenizer_kind(self.name).load(self.folder)

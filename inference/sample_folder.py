@@ -23,7 +23,6 @@ from inference.sweep import Point
 from inference.trained_ldm import InternalGuide, PathDrop, TrainedLDM
 from inference.untrained_ldm import UntrainedLDM
 from models.denoisers import Denoiser
-from models.denoisers.early_output import EarlyOutput
 from models.denoisers.sprint import Shortcut
 from models.precision import hold_products
 from models.tokenizers import Tokenizer
@@ -38,10 +37,10 @@ MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type", "le
 
 
 class Networks(NamedTuple):
-    """On the device, compiled where that is wanted."""
+    """On the device, compiled where that is wanted. A model that guides itself is both."""
 
     model: Denoiser
-    guide: Denoiser | Shortcut | EarlyOutput | None
+    guide: Denoiser | Shortcut | None
     tokenizer: Tokenizer
 
 
@@ -173,7 +172,7 @@ def load_networks(
     if device.type == "cpu":
         tokenizer.to(memory_format=torch.channels_last)
     networks = Networks(model, guide, tokenizer)
-    for network in networks if args.compile else ():
+    for network in dict.fromkeys(networks) if args.compile else ():
         if network is not None:
             network.compile()  # the denoiser for two sizes: with and without the null class
     return networks

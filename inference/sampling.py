@@ -29,7 +29,6 @@ from diffusion.samplers import (
 )
 from errors import UserError
 from models.denoisers import Denoiser
-from models.denoisers.early_output import EarlyOutput
 from models.pixels import to_uint8
 from models.tokenizers import Tokenizer
 from runtime.pictures import save_grid
@@ -118,8 +117,8 @@ class ImageSampler:
         truncate: cut off the fraction of pixel values, as REPA-E does, instead of rounding.
         decode_batch: latents decoded at once.
         autocast: precision of all networks, a new context each time.
-        guide: the network that guides in the place of the null class, on the same device (autoguidance), or an output
-            of the model's own; or None.
+        guide: the network that guides in the place of the null class, on the same device (autoguidance), or the
+            model itself: its output on the way does; or None.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class ImageSampler:
         truncate: bool,
         decode_batch: int,
         autocast: Callable[[], AbstractContextManager],
-        guide: Denoiser | EarlyOutput | None = None,
+        guide: Denoiser | None = None,
     ):
         self.tokenizer, self.settings, self.truncate = tokenizer, settings, truncate
         self.decode_batch, self.autocast = decode_batch, autocast
@@ -140,7 +139,7 @@ class ImageSampler:
         interval = settings.guidance_low, settings.guidance_high, settings.guidance_channels
         if guide is None:
             self.velocity = guided(velocity, settings.cfg_scale, model.null_class, *interval)
-        elif isinstance(guide, EarlyOutput):
+        elif guide is model:
             both = velocities_with_guide(model, autocast, settings.damped)
             self.velocity = internally_guided(velocity, both, settings.cfg_scale, *interval)
         else:

@@ -10,7 +10,6 @@ from diffusion.samplers import model_velocity
 from inference.sample_folder import Job, at_point, build_sampler, sampler_settings
 from inference.sampling import NPZ_NAME, ImageSampler
 from models.denoisers import Denoiser
-from models.denoisers.early_output import EarlyOutput
 from models.denoisers.sprint import Shortcut
 from runtime.measure import count_parameters, peak_memory
 
@@ -29,7 +28,7 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         sampler(items, labels)[0].cpu()  # warms up, or compiles
         z = sampler.noise(items, 0)
         own_seconds = pass_seconds(networks.model, sampler, z, labels)
-        is_internal = isinstance(networks.guide, EarlyOutput)
+        is_internal = networks.guide is networks.model
         if is_internal:
             guide_seconds = 0.0
         else:

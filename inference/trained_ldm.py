@@ -16,7 +16,6 @@ from formats.vae import load_tokenizer
 from inference import INTERNAL, PATH_DROP
 from inference.posthoc import PosthocCheckpoint
 from models.denoisers import Denoiser, DenoiserConfig, denoiser_config
-from models.denoisers.early_output import EarlyOutput
 from models.denoisers.sprint import Shortcut
 from models.tokenizers import STATISTICS_FILE, Tokenizer, build_tokenizer
 from runtime.checkpoint import Checkpoint, CheckpointFolder
@@ -216,8 +215,8 @@ class InternalGuide:
 
     as_guide, checksum = INTERNAL, None
 
-    def load_guide(self, guided: Denoiser) -> EarlyOutput:
-        return EarlyOutput(guided)
+    def load_guide(self, guided: Denoiser) -> Denoiser:
+        return guided
 
 
 def open_internal_guide(trained: TrainedLDM) -> InternalGuide:

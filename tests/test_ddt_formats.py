@@ -13,6 +13,7 @@ import export_ldm
 import generate
 import train_ldm
 from diffusion.counted_noise import counted_normal
+from errors import UserError
 from formats.sit import read_sit
 from formats.vae import load_tokenizer
 from models.denoisers.config import DDTConfig, DiTDHConfig
@@ -93,6 +94,8 @@ def test_internal_guidance_is_the_same(tmp_path, monkeypatch, prediction):
     monkeypatch.setattr("formats.ddt.GUIDE_DEPTH", 2)  # of six blocks
     public = state_of("bench", is_guided=True, seed=2)
     torch.save({"ema": public}, tmp_path / "theirs.pt")
+    with pytest.raises(UserError, match=r"does not say what it predicts: add --prediction x \(RAEv2's\)"):
+        read_sit(tmp_path / "theirs.pt", "SOURCE")
     checkpoint = read_sit(tmp_path / "theirs.pt", "SOURCE", prediction=prediction)
     assert checkpoint.config == replace(CONFIGS["bench"], guide_depth=2, prediction=prediction)
     model = checkpoint.config.build().eval()
@@ -193,7 +196,11 @@ def without(kind: str, name: str) -> State:
         (without("rae", "blocks.7.mlp.w3"), "it lacks head.blocks.1.mlp.w3.weight"),
         (state_of("rae") | {"s_embedder.proj.weight": torch.zeros(3)}, "s_embedder.proj.weight has 1 dimensions"),
         (state_of("rae") | {"head.blocks.9.x": torch.zeros(3)}, "it has in addition head.blocks.9.x"),
-        (state_of("bench", is_guided=True), "does not say what it predicts: add --prediction x (RAEv2's)"),
+        (state_of("bench-reg", is_guided=True), "with internal guidance and a class token, which is not known here"),
+        (
+            state_of("bench", is_guided=True),
+            "has internal guidance and 6 blocks; that it comes after block 8 is assumed",
+        ),
         (state_of("bench") | {"t_abs_embedder.W": torch.zeros(3)}, "is a DDT of MeanFlow, which is not known here"),
         (without("bench", "ctx_") | {"ctx_embedder.proj.bias": torch.zeros(3)}, "is a DDT of text"),
         (without("bench", "ctx_embedder.embedding"), "is not a complete DDT: it lacks ctx_embedder.embedding_table"),

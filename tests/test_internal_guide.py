@@ -20,7 +20,6 @@ from inference.sample_folder import build_sampler, default_folder, load_networks
 from inference.trained_ldm import open_trained_ldm
 from models.denoisers import denoiser_config
 from models.denoisers.base import LEAST_TIME
-from models.denoisers.early_output import EarlyOutput
 from runtime.cli import run as exit_code
 from tests.ldm_runs import CLASS_NAMES, STEP, random_weights, write_ldm_run
 from tests.ldm_runs import flags as sampling_flags
@@ -86,16 +85,6 @@ def test_the_guide_is_an_output_of_the_hidden_state(kind):
         expected = -output if network.counts_to_data else output
     assert expected.std() > 0.05
     torch.testing.assert_close(guide.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_alone_it_needs_no_block_after_its_own(kind, monkeypatch):
-    network, (x, t, y) = network_of(kind), inputs()
-    with torch.no_grad():
-        _, guide = network.with_guide(x, t, y)
-        for block in network.blocks[2:]:
-            monkeypatch.setattr(block, "forward", None)
-        assert torch.equal(EarlyOutput(network)(x, t, y)[0], guide)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,6 +197,10 @@ def test_a_run_without_it_does_not_go_on_with_it(data, tmp_path, capsys):
     new += ["--continue-train-exp-dir", str(tmp_path / "plain")]
     assert exit_code(train_ldm.main, new) == 2
     assert "guide_depth 0, not 2 (--guide-depth)" in capsys.readouterr().err
+    assert exit_code(train_ldm.main, flags(data, tmp_path, "guided", align="none", guide_depth=2)) == 0
+    jumps = flags(data, tmp_path, "map", align="none", flow_map_blocks=2, max_train_steps=4)
+    assert exit_code(train_ldm.main, [*jumps, "--continue-train-exp-dir", str(tmp_path / "guided")]) == 2
+    assert "a flow map continues none of those: give another" in capsys.readouterr().err
 
 
 def test_end_to_end_with_a_vae(tmp_path):

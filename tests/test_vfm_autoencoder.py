@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
@@ -28,6 +27,7 @@ from tests.command_line import argv_of
 from tests.ldm_runs import random_weights
 from tests.sendvae_runs import flags, random_images
 
+RAEDecoder = pytest.importorskip("diffusers.models.autoencoders.autoencoder_rae").RAEDecoder
 LITE0, TINY_VIT = "efficientnet-lite0", "timm/vit_tiny_patch16_224"
 SMALL = {
     "image_size": 32,
@@ -299,7 +299,7 @@ def test_its_checkpoint_holds_the_vfm(toy, small, tmp_path, monkeypatch):
 
 
 def test_its_decoder_is_trained_on(toy, trained, tmp_path):
-    """As of any VAE: from its folder, with the latents that it has; and it decodes the images of a run by the first."""
+    """As of any VAE: from its folder, with the latents that it has."""
     folder = trained / "vae"
     assert train(toy, folder, tmp_path, "on", vae_ckpt=None, max_train_steps=2) == 0
     before, after = (load_tokenizer(str(path))[0] for path in (folder, tmp_path / "on/vae"))
@@ -337,7 +337,10 @@ def test_through_all_stages(toy, trained, tmp_path, capsys):
         ({"enc_ckpt": "nowhere.pth"}, "--enc-ckpt nowhere.pth: no such file"),
         ({"vae": "f4d4-tiny"}, "a random encoder would stay random; give a trained VAE"),
         ({"vae": "f4d4-tiny", "vae_ckpt": "pretrained/tiny_vae", "enc_ckpt": "x.pth"}, "leave --enc-ckpt out"),
-        ({"vae": "rae-tiny", "vae_ckpt": None}, "--vae rae-tiny names a kind of tokenizer: give a folder of one, or"),
+        (
+            {"vae": "rae-tiny", "vae_ckpt": None},
+            "--vae rae-tiny names an architecture without weights: give the folder of a trained",
+        ),
     ],
 )
 def test_what_cannot_be_trained(toy, small, tmp_path, capsys, changes, message):
@@ -363,6 +366,7 @@ def test_what_cannot_be_trained(toy, small, tmp_path, capsys, changes, message):
         ({"encoder": "efficientnet-lite9"}, "did you mean efficientnet-lite0"),
         ({"encoder": None}, "encoder is None, not the name of a VFM"),
         ({"depth": 2}, "depth"),
+        ({"encoder": "timm/resnet18"}, ": --enc-type timm/resnet18: timm's resnet18 is a ResNet"),
         ({"encoder_blocks": [2, 3]}, "efficientnet-lite0 is a convolutional network"),
         ({"encoder": TINY_VIT, "patch_size": 8, "encoder_blocks": [3, 2]}, "not a list of ascending block numbers"),
         ({"encoder": TINY_VIT, "patch_size": 8, "encoder_blocks": [0, 2]}, "not a list of ascending block numbers"),

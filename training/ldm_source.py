@@ -109,6 +109,10 @@ class StartingRun:
             tokenizer: of the latent cache; None in a dry run without one.
         """
         given = self.given
+        if config.flow_map_blocks and self.config.guide_depth:
+            raise UserError(
+                f"{given} was trained with --guide-depth, and a flow map continues none of those: give another"
+            )
         names = config.to_dict() | self.config.to_dict()
         own = {name: flag_of(name) for name in names if name not in SAME and name != BEGINS_HERE}
         for name, what in (SAME | own).items():

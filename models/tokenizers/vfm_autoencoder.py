@@ -110,9 +110,9 @@ class VFMAutoencoder(Tokenizer):
         """The VFM's weights; those of its last norm go, as RAE has it."""
         self.encoder = build_encoder(self.built_from.encoder, self.built_from.grid, checkpoint)
         norm = getattr(self.encoder.network, "norm", None)
-        if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
-            nn.init.ones_(norm.weight)
-            nn.init.zeros_(norm.bias)
+        for name, value in (("weight", 1.0), ("bias", 0.0)):
+            if getattr(norm, name, None) is not None:
+                nn.init.constant_(getattr(norm, name), value)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         if resolution != self.built_from.image_size:
