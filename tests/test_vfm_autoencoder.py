@@ -333,7 +333,7 @@ def test_through_all_stages(toy, trained, tmp_path, capsys):
     [
         ({"freeze_encoder": None}, "train its decoder, with --freeze-encoder --align-coeff 0"),
         ({"vae": LITE0}, f"--vae {LITE0}: neither a known architecture"),
-        ({"resolution": 64}, "of 32 px images only, not of 64"),
+        ({"resolution": 64}, "decodes to 32 px only, not to 64: give 32 px images"),
         ({"enc_ckpt": "nowhere.pth"}, "--enc-ckpt nowhere.pth: no such file"),
         ({"vae": "f4d4-tiny"}, "a random encoder would stay random; give a trained VAE"),
         ({"vae": "f4d4-tiny", "vae_ckpt": "pretrained/tiny_vae", "enc_ckpt": "x.pth"}, "leave --enc-ckpt out"),

@@ -14,6 +14,7 @@ from files import read_safetensors
 from models.latent_statistics import EPSILON
 from models.tokenizers.base import WEIGHTS_FILE, PlainCode
 from models.tokenizers.diffusers_network import DiffusersTokenizer
+from models.tokenizers.frozen_encoder import FrozenEncoder
 
 # transformers 5 calls the layers of its VFMs otherwise than 4 did, and a folder has the names of where it was written.
 _NEW_NAMES = (
@@ -27,7 +28,7 @@ _NEW_NAMES = (
 _NOT_LOADED = "decoder.decoder_pos_embed"  # computed; older files have it
 
 
-class RAETokenizer(DiffusersTokenizer):
+class RAETokenizer(FrozenEncoder, DiffusersTokenizer):
     """Patch features of a VFM as the latent, without randomness, ``[B, C, h, w]``; its decoder alone trains.
 
     The latent is what diffusers' ``encode`` gives, already normalised by the checkpoint's own statistics: these are of
@@ -37,7 +38,7 @@ class RAETokenizer(DiffusersTokenizer):
         network: any ``AutoencoderRAE``.
     """
 
-    network_name = "AutoencoderRAE"
+    network_name = kind = "AutoencoderRAE"
     identifying_keys = (
         *("encoder_type", "encoder_hidden_size", "encoder_patch_size", "encoder_num_hidden_layers"),
         *("encoder_input_size", "patch_size", "decoder_num_attention_heads", "scaling_factor"),
@@ -57,13 +58,9 @@ class RAETokenizer(DiffusersTokenizer):
     def downsampling(self) -> int:
         return self.network.decoder_patch_size
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        size = self.network.decoder_image_size
-        if resolution != size:  # it would resize images on the way in, and not on the way out
-            raise UserError(
-                f"this {self.network_name} decodes to {size} px only, not to {resolution}: give {size} px images"
-            )
-        return super().latent_shape(resolution)
+    @property
+    def image_size(self) -> int:
+        return self.network.decoder_image_size  # another one would be resized on the way in, and not on the way out
 
     def encode(self, images: torch.Tensor) -> PlainCode:
         """uint8 images ``[B, 3, H, W]`` → latents ``[B, C, h, w]``."""
@@ -91,17 +88,6 @@ class RAETokenizer(DiffusersTokenizer):
 
     def put_statistics(self, network: ModelMixin) -> None:
         """Nothing: the network's own stay as they are."""
-
-    def check_trainable(self, encoder: bool = True) -> None:
-        if encoder:
-            raise UserError(
-                f"an {self.network_name} is not trained whole, because its encoder is a frozen VFM: cache its latents "
-                "as they are, or train its decoder, with --freeze-encoder --align-coeff 0 of train_sendvae.py"
-            )
-
-    @property
-    def encoder_last_layer(self) -> nn.Parameter:
-        raise UserError(f"the encoder of an {self.network_name} is frozen")
 
     @property
     def decoder_last_layer(self) -> nn.Parameter:

@@ -11,6 +11,7 @@ from errors import UserError
 from models.compilation import allow_graphs, compile_options
 from models.encoders import build_encoder, encoder_spec
 from models.tokenizers.base import PlainCode, Tokenizer
+from models.tokenizers.frozen_encoder import FrozenEncoder
 
 NAME = "VFMAutoencoder"
 _NORM_EPS = 1e-6
@@ -67,7 +68,7 @@ class Architecture:
         return self.image_size // self.patch_size
 
 
-class VFMAutoencoder(Tokenizer):
+class VFMAutoencoder(FrozenEncoder, Tokenizer):
     """Patch features of a frozen VFM as the latent, without randomness; its decoder alone trains.
 
     The features of a position are normalised over its channels (layer norm without scale and shift), as RAE's are; of
@@ -77,6 +78,8 @@ class VFMAutoencoder(Tokenizer):
     Args:
         architecture: of both.
     """
+
+    kind = NAME
 
     def __init__(self, architecture: Architecture):
         spec = encoder_spec(architecture.encoder)
@@ -114,12 +117,9 @@ class VFMAutoencoder(Tokenizer):
             if getattr(norm, name, None) is not None:
                 nn.init.constant_(getattr(norm, name), value)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        if resolution != self.built_from.image_size:
-            raise UserError(
-                f"this {NAME} is of {self.built_from.image_size} px images only, not of {resolution}: give such images"
-            )
-        return super().latent_shape(resolution)
+    @property
+    def image_size(self) -> int:
+        return self.built_from.image_size
 
     def encode(self, images: torch.Tensor) -> PlainCode:
         """uint8 images ``[B, 3, H, W]`` → features ``[B, D, h, w]``."""
@@ -134,17 +134,6 @@ class VFMAutoencoder(Tokenizer):
         patches = self.decoder(z.flatten(2).mT).logits
         normalised = self.decoder.unpatchify(patches).float()
         return (normalised * self.encoder.std + self.encoder.mean) / 127.5 - 1
-
-    def check_trainable(self, encoder: bool = True) -> None:
-        if encoder:
-            raise UserError(
-                f"a {NAME} is not trained whole, because its encoder is a frozen VFM: cache its latents as they are, "
-                "or train its decoder, with --freeze-encoder --align-coeff 0 of train_sendvae.py"
-            )
-
-    @property
-    def encoder_last_layer(self) -> nn.Parameter:
-        raise UserError(f"the encoder of a {NAME} is frozen")
 
     @property
     def decoder_last_layer(self) -> nn.Parameter:
