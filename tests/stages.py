@@ -250,6 +250,7 @@ if __name__ == "__main__":
     if len(threads) > 1:
         sys.exit(f"tests/stages.py: {len(threads)} threads, so that a fork might hang: stages are started anew, slowly")
     gc.freeze()  # a collection in a fork would otherwise write to, and so copy, all that is shared
+    os.close(os.pidfd_open(os.getpid()))  # some containers forbid it: then this ends here, and stages are started anew
     requests = socket.socket(fileno=int(sys.argv[1]))
     requests.send(b"1")
     runpy.run_path(serve(requests), run_name="__main__")
