@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-from tests.stages import ROOT, Stage, run_stage
+from tests.stages import ROOT, Stage, run_stage, server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python itself is started")
 
@@ -118,3 +119,12 @@ time.sleep(60)
     assert stage.returncode == 1
     assert "1 1 2" in stage.stdout.splitlines()
     assert stage.stderr == "why\n"
+
+
+def test_without_a_server_python_is_started_anew(tmp_path, monkeypatch):
+    """Where it cannot fork it ends."""
+    (tmp_path / "server.py").write_text("import sys; sys.exit('no')")
+    monkeypatch.setattr("tests.stages.__file__", str(tmp_path / "server.py"))
+    monkeypatch.setattr("tests.stages.server", lru_cache(server.__wrapped__))
+    script = written(tmp_path, "import sys; print('torch' in sys.modules)")
+    assert run_stage(script).stdout == "False\n"
