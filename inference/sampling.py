@@ -118,7 +118,7 @@ class ImageSampler:
         decode_batch: latents decoded at once.
         autocast: precision of all networks, a new context each time.
         guide: the network that guides in the place of the null class, on the same device (autoguidance), or the
-            model itself: its output on the way does; or None.
+            model itself, whose output on the way does where it has one; or None.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ImageSampler:
         interval = settings.guidance_low, settings.guidance_high, settings.guidance_channels
         if guide is None:
             self.velocity = guided(velocity, settings.cfg_scale, model.null_class, *interval)
-        elif guide is model:
+        elif guide is model and model.config.guide_depth:
             both = velocities_with_guide(model, autocast, settings.damped)
             self.velocity = internally_guided(velocity, both, settings.cfg_scale, *interval)
         else:
