@@ -29,10 +29,9 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         z = sampler.noise(items, 0)
         own_seconds = pass_seconds(networks.model, sampler, z, labels)
         is_internal = networks.guide is networks.model
-        if is_internal:
-            guide_seconds = 0.0
-        else:
-            guide_seconds = own_seconds if networks.guide is None else pass_seconds(networks.guide, sampler, z, labels)
+        guide_seconds = own_seconds
+        if networks.guide is not None:  # one on the way needs no pass of its own
+            guide_seconds = 0.0 if is_internal else pass_seconds(networks.guide, sampler, z, labels)
         begin = time.perf_counter()
         sampler.decode(networks.model.unpack(z)[0]).cpu()
         decode_seconds = time.perf_counter() - begin
@@ -53,8 +52,8 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         print(f"guide: {trained.guide.as_guide}: {what}, {guide_seconds:.3f} s a forward pass")
     print(f"VAE: {count_parameters(networks.tokenizer)[0]:,} parameters")
     print(f"batch of 2: {own_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
-    own, of_guide = (passes + guided, "") if networks.guide is None else (passes, f" and {guided} of the guide")
-    of_guide = "" if is_internal else of_guide
+    own = passes + guided if networks.guide is None else passes
+    of_guide = "" if networks.guide is None or is_internal else f" and {guided} of the guide"
     of_sweep = "" if args.sweep is None else f" over the {len(points)} points of the sweep"
     print(
         f"{own} forward passes{of_guide} an image{of_sweep} ({args.mode}, {steps} steps): about {seconds / 3600:.2f} "
