@@ -35,11 +35,9 @@ from pathlib import Path
 from errors import UserError
 from inference import INTERNAL, PATH_DROP, arguments
 from inference.arguments import COMPILED_FROM, JUMPS, OUTPUT_FLAG, SAMPLES, STEPS
-from inference.sweep import DEFAULT_SAMPLES, Point, axis, points_of
+from inference.sweep import AXES, DEFAULT_SAMPLES, Point, axis, points_of, settle
 from metrics.arguments import INCEPTION, SWEEP_METRICS, add_metric_arguments
-from runtime.cli import ArgumentParser, answer_early, out_of_memory_means, run
-
-SWEPT = {"scale": "cfg_scale", "low": "guidance_low", "high": "guidance_high"}  # axes of a sweep
+from runtime.cli import ArgumentParser, answer_early, flag_of, out_of_memory_means, run
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -81,8 +79,9 @@ def add_sweep_arguments(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         metavar="NAME=A,B,…",
         help="small samples at every combination of scale=A,B,… (in the place of --cfg-scale), low=A,B,… and "
-        "high=A,B,… (of --guidance-low and --guidance-high; only low up to high); each one's FID (with --features: "
-        "FD-NAME), or MIND by --metrics mind, against --evaluate REF; the best one's command",
+        "high=A,B,… (of --guidance-low and --guidance-high; only low up to high), and guide=A,B,… (of --guide-scale); "
+        "each one's FID (with --features: FD-NAME), or MIND by --metrics mind, against --evaluate REF; the best one's "
+        "command",
     )
     group.add_argument(
         "--keep-images",
@@ -100,8 +99,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.heun and args.mode != "ode":
         raise UserError(f"--heun is for --mode ode, not for --mode {args.mode}: leave it out, or give --mode ode")
     args.num_steps = args.num_steps or (JUMPS if args.mode == "map" else STEPS)
-    if args.guidance_low > args.guidance_high:
-        raise UserError(f"--guidance-low {args.guidance_low} lies above --guidance-high {args.guidance_high}")
     check_guidance(args)
     args.num_fid_samples = args.num_fid_samples or (SAMPLES if args.sweep is None else DEFAULT_SAMPLES)
     if args.evaluate is None and (args.metrics or args.ref_cache or args.features != INCEPTION):
@@ -112,16 +109,38 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_guidance(args: argparse.Namespace) -> None:
     """Settle ``args.points``: those of the sweep, or one alone."""
+    check_guide_scale(args)
+    for low, high in (("guidance_low", "guidance_high"), ("guide_low", "guide_high")):
+        if getattr(args, low) > getattr(args, high):
+            ends = [f"{flag_of(name)} {getattr(args, name)}" for name in (low, high)]
+            raise UserError(" lies above ".join(ends))
     if args.sweep is None:
         if args.keep_images is not None:
             raise UserError("--keep-images belongs to --sweep; leave it out")
-        args.points = [Point(args.cfg_scale, args.guidance_low, args.guidance_high)]
+        args.points = [Point(**{name: getattr(args, flag) for name, flag in AXES.items()})]
     else:
         check_sweep(args)
-    if args.guide is not None and not any(point.is_guided for point in args.points):
-        raise UserError("--guide: at scale 1 nothing is guided; add --cfg-scale, e.g. 2, or leave the guide out")
-    if args.cfg_scale == 1 and args.sweep is None:  # nothing is guided, at any time
-        args.guidance_low, args.guidance_high, args.guidance_channels = 0.0, 1.0, None
+    if args.guide is not None and not any(point.has_guide for point in args.points):
+        flag = "--cfg-scale" if args.guide_scale is None else "--guide-scale"
+        raise UserError(f"--guide: at scale 1 it does not guide; add {flag}, e.g. 2, or leave the guide out")
+    if args.sweep is None:
+        settle(args, *args.points)
+
+
+def check_guide_scale(args: argparse.Namespace) -> None:
+    """The scale of a guide beside the null class needs a guide, and its interval needs the scale."""
+    is_swept = "guide" in dict(args.sweep or ())
+    if args.guide is None and (is_swept or args.guide_scale is not None):
+        flag = "--sweep guide=…" if is_swept else f"--guide-scale {args.guide_scale:g}"
+        raise UserError(f"{flag} is a guide's: add --guide, e.g. --guide internal, or leave it out")
+    both = {"guide_low": 0.0, "guide_high": 1.0}
+    for name, value in both.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+        elif args.guide_scale is None and not is_swept:
+            raise UserError(
+                f"{flag_of(name)} belongs to --guide-scale; add that, or give --guidance{name.removeprefix('guide')}"
+            )
 
 
 def check_sweep(args: argparse.Namespace) -> None:
@@ -130,7 +149,7 @@ def check_sweep(args: argparse.Namespace) -> None:
     names = [name for name, _ in args.sweep]
     if len(set(names)) < len(names):
         raise UserError(f"--sweep gives {max(names, key=names.count)}= twice; give all its values at once, with commas")
-    others = {name: getattr(args, flag) for name, flag in SWEPT.items()}
+    others = {name: getattr(args, flag) for name, flag in AXES.items()}
     args.points = points_of(args.sweep, others)
     if len(args.points) < 2:
         raise UserError(
@@ -154,7 +173,15 @@ from inference.decoder import with_decoder
 from inference.sample_folder import Job, default_folder, load_networks, make_samples
 from inference.sampling import default_shard_size
 from inference.sampling_dry_run import dry_run
-from inference.trained_ldm import TrainedLDM, open_guide, open_internal_guide, open_path_drop, open_trained_ldm
+from inference.trained_ldm import (
+    InternalGuide,
+    PathDrop,
+    TrainedLDM,
+    open_guide,
+    open_internal_guide,
+    open_path_drop,
+    open_trained_ldm,
+)
 from inference.untrained_ldm import UntrainedLDM, open_untrained_ldm
 from metrics.evaluate_generation import EVALUATION_LOCK_NAME, GenerationEvaluation, plan, settings_of
 from metrics.generation import check_count
@@ -233,22 +260,36 @@ def open_model(args: argparse.Namespace, report: Callable[[str], object]) -> Tra
     check_damped(args, trained)
     if trained.learned_guidance and any(point.is_guided for point in args.points):
         report(f"{args.exp_path} has learned guidance ({trained.learned_guidance}); this is added to it")
+    check_null_class(args, trained)
+    return replace(trained, guide=guide_of(args, trained, report))
+
+
+def guide_of(
+    args: argparse.Namespace, trained: TrainedLDM, report: Callable[[str], object]
+) -> TrainedLDM | PathDrop | InternalGuide | None:
+    """What ``--guide`` names."""
+    if args.guide is None:
+        return None
     if args.guide == PATH_DROP:
-        return replace(trained, guide=open_path_drop(trained))
+        return open_path_drop(trained)
     if args.guide == INTERNAL:
-        return replace(trained, guide=open_internal_guide(trained))
-    if args.guide is not None:
-        guide = open_guide(trained, *args.guide, report)
-        check_damped(args, guide)
-        return replace(trained, guide=guide)
-    scale = next((point.scale for point in args.points if point.is_guided), None)
+        return open_internal_guide(trained)
+    guide = open_guide(trained, *args.guide, report)
+    check_damped(args, guide)
+    return guide
+
+
+def check_null_class(args: argparse.Namespace, trained: TrainedLDM) -> None:
+    """Refuse guidance by a null class that was never trained."""
+    by_class = [point for point in args.points if args.guide is None or point.guide is not None]
+    scale = next((point.scale for point in by_class if point.scale != 1), None)
     if trained.cfg_prob == 0 and scale is not None:
         flag = f"--cfg-scale {scale:g}" if args.sweep is None else f"--sweep scale={scale:g}"
+        remedy = ", or give a --guide" if args.guide is None else ""
         raise UserError(
             f"{flag}: {args.exp_path} was trained with --cfg-prob 0, without the null class that guidance needs; leave "
-            "the flag out, or give a --guide"
+            f"the flag out{remedy}"
         )
-    return trained
 
 
 def check_channels(args: argparse.Namespace, trained: TrainedLDM) -> None:

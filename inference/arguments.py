@@ -107,6 +107,21 @@ def add_sampler_arguments(group: argparse._ArgumentGroup) -> None:
         f"comes on top. {INTERNAL}, of a run with --guide-depth: its own output on the way guides, in the same pass",
     )
     group.add_argument(
+        "--guide-scale",
+        type=non_negative_float,
+        metavar="X",
+        help="with --guide: guide by it X times as far, and by the null class too, --cfg-scale times as far, on top "
+        "(default: the guide has the null class's place, and --cfg-scale is its scale)",
+    )
+    for end, name in (("low", "from"), ("high", "to")):
+        group.add_argument(
+            f"--guide-{end}",
+            type=fraction,
+            metavar="T",
+            help=f"with --guide-scale: the guide acts {name} this time (default: {'0' if end == 'low' else '1'}; the "
+            "null class's interval is its own)",
+        )
+    group.add_argument(
         "--guidance-low", type=fraction, default=0.0, metavar="T", help="guide from this time on (data: 0)"
     )
     group.add_argument(

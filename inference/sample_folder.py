@@ -19,7 +19,7 @@ from formats.run_folders import vae_label
 from inference.arguments import OUTPUT_FLAG
 from inference.latent_cache import autocast_for, chunk_size
 from inference.sampling import NPZ_NAME, ImageSampler, SamplerSettings, ShardMaker, choose_labels, complete
-from inference.sweep import Point
+from inference.sweep import Point, settle
 from inference.trained_ldm import InternalGuide, PathDrop, TrainedLDM
 from inference.untrained_ldm import UntrainedLDM
 from models.denoisers import Denoiser
@@ -32,7 +32,10 @@ from runtime.processes import Process
 # Which flag a setting comes from; of the model those of MODEL_SETTINGS.
 FLAGS = {"precision": "--mixed-precision", "guide_sha256": "--guide", "decoder_sha256": "--decoder"}
 # Of settings that older samples were made without.
-UNSAID = {"time_shift": 1.0, "learned_guidance": None, "damped": False, "decoder": None, "decoder_sha256": None}
+UNSAID = {
+    **{"time_shift": 1.0, "learned_guidance": None, "damped": False, "decoder": None, "decoder_sha256": None},
+    **{"guide_scale": None, "guide_low": 0.0, "guide_high": 1.0},
+}
 MODEL_SETTINGS = ("weights_sha256", "vae", "latent_statistics", "path_type", "learned_guidance")
 
 
@@ -90,10 +93,13 @@ def guidance_name(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) 
     """Scale, interval, channels and guide, for the names of folders."""
     if args.cfg_scale == 1:
         return "unguided"
-    guide = trained.guide
+    guide = None if args.guide is None else trained.guide
     own = {PathDrop: "pathdrop", InternalGuide: "internal", type(None): "cfg"}
     kind = own.get(type(guide), "auto")
-    parts = [f"{kind}{args.cfg_scale:g}", f"{args.guidance_low:g}", f"{args.guidance_high:g}"]
+    parts = [f"{args.cfg_scale:g}", f"{args.guidance_low:g}", f"{args.guidance_high:g}"]
+    if args.guide_scale is not None:
+        parts = [f"{args.guide_scale:g}", f"{args.guide_low:g}", f"{args.guide_high:g}", f"cfg{parts[0]}", *parts[1:]]
+    parts[0] = kind + parts[0]
     if args.guidance_channels is not None:
         parts.append(f"{args.guidance_channels}ch")
     if kind == "auto":
@@ -105,8 +111,7 @@ def guidance_name(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) 
 def at_point(args: argparse.Namespace, point: Point, trained: TrainedLDM | UntrainedLDM) -> argparse.Namespace:
     """The flags of a point of a sweep, as if they had been given for it alone."""
     own = argparse.Namespace(**vars(args))
-    own.cfg_scale, own.guidance_low, own.guidance_high = point.scale, point.low, point.high
-    own.guidance_channels = args.guidance_channels if point.is_guided else None
+    settle(own, point)
     own.sample_dir = args.sample_dir / guidance_name(own, trained)
     return own
 
@@ -123,6 +128,9 @@ def sampler_settings(args: argparse.Namespace, trained: TrainedLDM | UntrainedLD
         time_shift=time_shift(args, trained),
         seed=args.seed,
         guidance_channels=args.guidance_channels,
+        guide_scale=args.guide_scale,
+        guide_low=args.guide_low,
+        guide_high=args.guide_high,
         damped=args.damped,
     )
 
@@ -137,7 +145,7 @@ def time_shift(args: argparse.Namespace, trained: TrainedLDM | UntrainedLDM) -> 
 def describe(args: argparse.Namespace, job: Job) -> dict:
     """All that the images depend on; goes into the index, and a rerun in the same folder must agree with it."""
     trained, tf32 = job.trained, job.process.device.type == "cuda" and args.allow_tf32
-    guide = None if args.cfg_scale == 1 else trained.guide
+    guide = None if args.guide is None else trained.guide
     return {
         "train_steps": trained.step,
         "weights": trained.weights,
@@ -188,7 +196,7 @@ def build_sampler(
         truncate=args.rounding == "truncate",
         decode_batch=chunk_size(trained.resolution, process.device),
         autocast=autocast_for(process.device, args.mixed_precision),
-        guide=networks.guide,
+        guide=None if args.guide is None else networks.guide,
     )
 
 

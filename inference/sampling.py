@@ -51,12 +51,15 @@ class SamplerSettings:
         mode: one of ``inference.MODES``.
         num_steps: of the sampler.
         heun: for the ODE; else Euler.
-        cfg_scale: of guidance; 1: none.
+        cfg_scale: of guidance by the null class, or by a guide in its place; 1: none.
         guidance_low, guidance_high: times between which it acts.
-        guidance_channels: of the latent, the first ones on which it acts; None: all.
         path_type: of the interpolant that the model was trained on.
         time_shift: of the sampler's times (``diffusion.flow.shift_times``).
         seed: of all noise.
+        guidance_channels: of the latent, the first ones on which guidance acts; None: all.
+        guide_scale: of a guide to which the null class is added, whose scale is then ``cfg_scale``; None: it has the
+            null class's place.
+        guide_low, guide_high: times between which such a guide acts.
         damped: whether predicted data are divided as in training (``Denoiser.damps``).
     """
 
@@ -70,19 +73,36 @@ class SamplerSettings:
     time_shift: float
     seed: int
     guidance_channels: int | None = None
+    guide_scale: float | None = None
+    guide_low: float = 0.0
+    guide_high: float = 1.0
     damped: bool = False
+
+    @property
+    def cfg(self) -> tuple[float, float, float]:
+        """Scale and interval of the null class, or of a guide in its place."""
+        return self.cfg_scale, self.guidance_low, self.guidance_high
+
+    @property
+    def of_guide(self) -> tuple[float, float, float]:
+        """Scale and interval of a guide."""
+        return self.cfg if self.guide_scale is None else (self.guide_scale, self.guide_low, self.guide_high)
 
     @property
     def times(self) -> dict[str, Any]:
         """What samplers are told of their times."""
         return {"path_type": self.path_type, "shift": self.time_shift}
 
-    def forwards(self) -> tuple[int, int]:
-        """For one image: evaluations of the velocity, and how many of them are guided, mostly by a second pass."""
+    def passes(self, has_guide: bool) -> tuple[int, int]:
+        """Through the network, and through a guide if there is one, for one image."""
         times = evaluation_times(self.mode, self.num_steps, self.heun, self.time_shift, self.path_type)
-        if self.cfg_scale == 1:
-            return len(times), 0
-        return len(times), sum(self.guidance_low <= time <= self.guidance_high for time in times)
+
+        def acting(scale: float, low: float, high: float) -> list[bool]:
+            return [scale != 1 and low <= time <= high for time in times]
+
+        by_class = acting(*self.cfg) if self.guide_scale is not None or not has_guide else [False] * len(times)
+        own = [1 + both for both in by_class]
+        return sum(own), sum(np.multiply(own, acting(*self.of_guide)).tolist()) if has_guide else 0
 
 
 def solve_ode(
@@ -117,8 +137,8 @@ class ImageSampler:
         truncate: cut off the fraction of pixel values, as REPA-E does, instead of rounding.
         decode_batch: latents decoded at once.
         autocast: precision of all networks, a new context each time.
-        guide: the network that guides in the place of the null class, on the same device (autoguidance), or the
-            model itself, whose output on the way does where it has one; or None.
+        guide: the network that guides, in the place of the null class or beside it, on the same device
+            (autoguidance), or the model itself, whose output on the way does where it has one; or None.
     """
 
     def __init__(
@@ -135,16 +155,17 @@ class ImageSampler:
         self.tokenizer, self.settings, self.truncate = tokenizer, settings, truncate
         self.decode_batch, self.autocast = decode_batch, autocast
         self.model = model
-        velocity = model_velocity(model, autocast, settings.damped)
-        interval = settings.guidance_low, settings.guidance_high, settings.guidance_channels
-        if guide is None:
-            self.velocity = guided(velocity, settings.cfg_scale, model.null_class, *interval)
-        elif guide is model and model.config.guide_depth:
+        self.velocity = model_velocity(model, autocast, settings.damped)
+        channels = settings.guidance_channels
+        if guide is model and model.config.guide_depth:
             both = velocities_with_guide(model, autocast, settings.damped)
-            self.velocity = internally_guided(velocity, both, settings.cfg_scale, *interval)
-        else:
-            of_guide = model_velocity(guide, autocast, settings.damped)
-            self.velocity = autoguided(velocity, of_guide, settings.cfg_scale, *interval)
+            self.velocity = internally_guided(self.velocity, both, *settings.of_guide, channels)
+        elif guide is not None:
+            weaker = model_velocity(guide, autocast, settings.damped)
+            self.velocity = autoguided(self.velocity, weaker, *settings.of_guide, channels)
+        if guide is None or settings.guide_scale is not None:
+            scale, low, high = settings.cfg  # with and without a class, the guide sharpens both
+            self.velocity = guided(self.velocity, scale, model.null_class, low, high, channels)
 
     @torch.inference_mode()
     def __call__(self, items: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

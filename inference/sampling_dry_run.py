@@ -17,11 +17,12 @@ from runtime.measure import count_parameters, peak_memory
 def dry_run(args: argparse.Namespace, job: Job) -> None:
     """Two images in two steps, and what all of them would take at the rate of a forward pass."""
     trained, process, steps, points = job.trained, job.process, args.num_steps, args.points
-    settings = [sampler_settings(at_point(args, point, trained), trained) for point in points]
-    passes, guided = (sum(numbers) for numbers in zip(*(each.forwards() for each in settings), strict=True))
+    runs = [at_point(args, point, trained) for point in points]
+    counts = [sampler_settings(own, trained).passes(own.guide is not None) for own in runs]
+    passes, of_guide = (sum(numbers) for numbers in zip(*counts, strict=True))
     args.num_steps = min(2, steps)
     networks = job.networks()
-    sampler = build_sampler(at_point(args, points[-1], trained), trained, networks, process)
+    sampler = build_sampler(runs[-1], trained, networks, process)
     items = torch.arange(2, device=process.device)
     labels = items % len(trained.class_names)
     with torch.inference_mode():
@@ -29,16 +30,15 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         z = sampler.noise(items, 0)
         own_seconds = pass_seconds(networks.model, sampler, z, labels)
         is_internal = networks.guide is networks.model
-        guide_seconds = own_seconds
-        if networks.guide is not None:  # one on the way needs no pass of its own
-            guide_seconds = 0.0 if is_internal else pass_seconds(networks.guide, sampler, z, labels)
+        has_pass = networks.guide is not None and not is_internal  # one on the way needs no pass of its own
+        guide_seconds = pass_seconds(networks.guide, sampler, z, labels) if has_pass else 0.0
         begin = time.perf_counter()
         sampler.decode(networks.model.unpack(z)[0]).cpu()
         decode_seconds = time.perf_counter() - begin
     if not process.is_main:
         return
     count, share = args.num_fid_samples * len(points), args.num_fid_samples / process.world_size
-    seconds = (passes * own_seconds + guided * guide_seconds + len(points) * decode_seconds) / 2 * share
+    seconds = (passes * own_seconds + of_guide * guide_seconds + len(points) * decode_seconds) / 2 * share
     size = len(points) * npz_bytes(args.num_fid_samples, trained.resolution)
     print(
         f"{trained.config.model}, checkpoint {trained.label} ({trained.weights}): "
@@ -52,12 +52,12 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
         print(f"guide: {trained.guide.as_guide}: {what}, {guide_seconds:.3f} s a forward pass")
     print(f"VAE: {count_parameters(networks.tokenizer)[0]:,} parameters")
     print(f"batch of 2: {own_seconds:.3f} s a forward pass, {decode_seconds:.3f} s to decode")
-    own = passes + guided if networks.guide is None else passes
-    of_guide = "" if networks.guide is None or is_internal else f" and {guided} of the guide"
+    and_guide = f" and {of_guide} of the guide" if has_pass else ""
     of_sweep = "" if args.sweep is None else f" over the {len(points)} points of the sweep"
     print(
-        f"{own} forward passes{of_guide} an image{of_sweep} ({args.mode}, {steps} steps): about {seconds / 3600:.2f} "
-        f"hours for {count} images with {process.world_size} processes at this rate; larger batches are faster"
+        f"{passes} forward passes{and_guide} an image{of_sweep} ({args.mode}, {steps} steps): about "
+        f"{seconds / 3600:.2f} hours for {count} images with {process.world_size} processes at this rate; larger "
+        "batches are faster"
     )
     print(f"{size} bytes of shards" + (f", {size} of {NPZ_NAME}" if args.npz else ""))
     print(f"peak memory: {peak_memory(process.device)}; nothing was written")

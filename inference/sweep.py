@@ -1,44 +1,75 @@
-"""The points of ``generate.py --sweep``: scales and intervals of guidance. Needs no torch."""
+"""Points of guidance: scales and intervals, one or those of ``generate.py --sweep``. Needs no torch."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from runtime.cli import fraction, non_negative_float
+from runtime.cli import flag_of, fraction, non_negative_float
 
-AXES = {"low": fraction, "high": fraction, "scale": non_negative_float}
+# Axes of a sweep, by the flag in whose place each is.
+AXES = {"low": "guidance_low", "high": "guidance_high", "scale": "cfg_scale", "guide": "guide_scale"}
+KINDS = {"low": fraction, "high": fraction, "scale": non_negative_float, "guide": non_negative_float}
 DEFAULT_SAMPLES = 5000
 
 
 @dataclass(frozen=True)
 class Point:
-    """``scale`` while ``low ≤ t ≤ high``: flags ``--cfg-scale``, ``--guidance-low`` and ``--guidance-high``."""
+    """``scale`` while ``low ≤ t ≤ high``: flags ``--cfg-scale``, ``--guidance-low`` and ``--guidance-high``.
+
+    Attributes:
+        guide: ``--guide-scale``, of a guide that the null class is added to; None: of none, or of one in its place.
+    """
 
     scale: float
     low: float = 0.0
     high: float = 1.0
+    guide: float | None = None
 
     @property
     def is_guided(self) -> bool:
-        return self.scale != 1
+        return self.scale != 1 or self.guide not in (None, 1)
+
+    @property
+    def has_guide(self) -> bool:
+        """Whether a guide acts, if there is one."""
+        return self.guide != 1 if self.guide is not None else self.scale != 1
 
     def flags(self) -> list[str]:
         """As words of a command line."""
-        named = (("--cfg-scale", self.scale), ("--guidance-low", self.low), ("--guidance-high", self.high))
-        return [word for name, value in named for word in (name, f"{value:.12g}")] if self.is_guided else []
+        names = ["scale", "low", "high"] if self.scale != 1 else []
+        names += ["guide"] if self.guide not in (None, 1) else []
+        return [word for name in names for word in (flag_of(AXES[name]), f"{getattr(self, name):.12g}")]
+
+
+def settle(args: argparse.Namespace, point: Point) -> None:
+    """Give the flags the values of a point, as few as say the same: a guide alone has the null class's place."""
+    for name, flag in AXES.items():
+        setattr(args, flag, getattr(point, name))
+    if point.guide is not None and point.scale == 1:
+        args.cfg_scale, args.guidance_low, args.guidance_high = point.guide, args.guide_low, args.guide_high
+    if point.guide == 1 or point.scale == 1:
+        args.guide_scale = None
+    if not point.has_guide:
+        args.guide = None
+    if args.guide_scale is None:
+        args.guide_low, args.guide_high = 0.0, 1.0
+    if args.cfg_scale == 1:  # nothing is guided, at any time
+        args.guidance_low, args.guidance_high, args.guidance_channels = 0.0, 1.0, None
 
 
 def axis(text: str) -> tuple[str, tuple[float, ...]]:
     """An argparse type: ``NAME=A,B,…`` of :data:`AXES`."""
     name, _, values = text.partition("=")
     if name not in AXES or not values:
-        raise argparse.ArgumentTypeError(f"{text!r}: give scale=A,B,… and, if wanted, high=A,B,… and low=A,B,…")
-    return name, tuple(AXES[name](value) for value in values.split(","))
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give scale=A,B,… and, if wanted, high=A,B,…, low=A,B,… and guide=A,B,…"
+        )
+    return name, tuple(KINDS[name](value) for value in values.split(","))
 
 
-def points_of(axes: Sequence[tuple[str, tuple[float, ...]]], others: Mapping[str, float]) -> list[Point]:
-    """Every combination, once: without guidance there is no interval, and one that ends before it begins is none.
+def points_of(axes: Sequence[tuple[str, tuple[float, ...]]], others: Mapping[str, float | None]) -> list[Point]:
+    """Every combination, once: at scale 1 there is no interval, and one that ends before it begins is none.
 
     Args:
         axes: of :func:`axis`, each name at most once.
@@ -46,5 +77,12 @@ def points_of(axes: Sequence[tuple[str, tuple[float, ...]]], others: Mapping[str
     """
     grid = dict(axes)
     combinations = product(*(grid.get(name, (others[name],)) for name in AXES))
-    points = (Point(scale, low, high) if scale != 1 else Point(1.0) for low, high, scale in combinations if low <= high)
-    return sorted(dict.fromkeys(points), key=lambda point: (point.is_guided, point.low, point.high, point.scale))
+    points = (
+        Point(scale, low, high, guide) if scale != 1 else Point(1.0, guide=guide)
+        for low, high, scale, guide in combinations
+        if low <= high
+    )
+    return sorted(
+        dict.fromkeys(points),
+        key=lambda point: (point.is_guided, point.guide or 0.0, point.low, point.high, point.scale),
+    )

@@ -10,14 +10,16 @@ from dataset.shards import is_unfinished, read_index
 from errors import UserError
 from inference.arguments import OUTPUT_FLAG
 from inference.sample_folder import Job, at_point, count_shards, make_samples, packing_job
-from inference.sweep import Point
+from inference.sweep import AXES, Point
 from metrics.evaluate_generation import EVALUATION_LOCK_NAME, GenerationEvaluation
 from metrics.sources import open_image_set
 from metrics.sweep import TABLE_NAME, PointRecords, figures_of, rank, remarks, table, write_table
+from runtime.cli import flag_of
 
-# What the last word, the command for the full sample, says anew or leaves out; the last where nothing guides.
+# What the last word, the command for the full sample, says anew or leaves out; the last where no guide acts.
 SWEEP_FLAGS = ("--sweep", "--keep-images", "--no-keep-images", "--num-fid-samples", OUTPUT_FLAG)
-POINT_FLAGS, GUIDE_FLAGS = ("--cfg-scale", "--guidance-low", "--guidance-high"), ("--guide", "--guidance-channels")
+POINT_FLAGS = tuple(map(flag_of, AXES.values()))
+GUIDE_FLAGS = ("--guide", "--guide-low", "--guide-high")
 
 
 def sweep(args: argparse.Namespace, job: Job, evaluation: GenerationEvaluation, argv: Sequence[str]) -> None:
@@ -26,14 +28,17 @@ def sweep(args: argparse.Namespace, job: Job, evaluation: GenerationEvaluation, 
         raise UserError(f"{OUTPUT_FLAG} {args.sample_dir} is a run or a sample; give an empty or new folder to a sweep")
     if job.process.world_size > 1 and not args.keep_images:
         raise UserError("--no-keep-images is for one process: others may still read what it deletes; leave it out")
-    runs = {own.sample_dir.name: own for own in (at_point(args, point, job.trained) for point in args.points)}
+    runs, points = {}, {}
+    for point in args.points:
+        own = at_point(args, point, job.trained)
+        runs[own.sample_dir.name], points[own.sample_dir.name] = own, point
     records = PointRecords(args.sample_dir, evaluation)
     if not plan_sweep(args, job, records, runs) and job.process.is_main:
-        conclude_sweep(args, records, runs, argv)
+        conclude_sweep(args, records, points, argv)
     for name, own in runs.items():
         is_new = name not in records.found() and make_point(own, job, records)
         if is_new and runs.keys() <= records.found().keys():
-            conclude_sweep(args, records, runs, argv)
+            conclude_sweep(args, records, points, argv)
         if not args.keep_images and name in records.found():
             shutil.rmtree(own.sample_dir, ignore_errors=True)
 
@@ -73,12 +78,11 @@ def plan_sweep(
 
 
 def conclude_sweep(
-    args: argparse.Namespace, records: PointRecords, runs: Mapping[str, argparse.Namespace], argv: Sequence[str]
+    args: argparse.Namespace, records: PointRecords, points: Mapping[str, Point], argv: Sequence[str]
 ) -> None:
     """Table, picture, and the command for the full sample at the best point."""
     from metrics.sweep_picture import save_sweep  # matplotlib takes a second to import
 
-    points = {name: Point(own.cfg_scale, own.guidance_low, own.guidance_high) for name, own in runs.items()}
     rows, best = rank(points, figures_of(records.found(), records.title))
     command = full_command(argv, best.point)
     facts = {"count": args.num_fid_samples, "reference": str(args.evaluate), "features": args.features}
@@ -93,7 +97,8 @@ def conclude_sweep(
 
 def full_command(argv: Sequence[str], point: Point) -> str:
     """The sweep's command line, turned into that of the usual number of samples at one of its points."""
-    replaced = {*SWEEP_FLAGS, *POINT_FLAGS, *(() if point.is_guided else GUIDE_FLAGS)}
+    replaced = {*SWEEP_FLAGS, *POINT_FLAGS, *(() if point.has_guide else GUIDE_FLAGS)}
+    replaced |= set() if point.is_guided else {"--guidance-channels"}
     kept, is_kept = [], True
     for word in argv:
         if word.startswith("--"):

@@ -63,6 +63,9 @@ class MadeBy(TypedDict):
     guidance_high: float | None
     guidance_channels: int | None
     guide: str | None
+    guide_scale: float | None
+    guide_low: float | None
+    guide_high: float | None
     learned_guidance: str | None
 
 

@@ -176,14 +176,16 @@ def figures_of(records: Mapping[str, Measurement], title: str) -> dict[str, Figu
 
 def table(rows: Sequence[Row], best: Row, title: str) -> str:
     """The rows in aligned columns, the best one marked."""
-    lines = [("", "scale", "low", "high", title, "±", "behind", "±")]
+    has_guide = any(row.point.guide is not None for row in rows)
+    lines = [("", *(["guide"] if has_guide else []), "scale", "low", "high", title, "±", "behind", "±")]
     for row in rows:
         point = row.point
-        interval = (f"{point.low:g}", f"{point.high:g}") if point.is_guided else ("-", "-")
+        interval = (f"{point.low:g}", f"{point.high:g}") if point.scale != 1 else ("-", "-")
         mark = "*" if row is best else "~" if row.is_noise else ""
         figures = [(row.value, row.error), (row.behind, row.behind_error)]
         words = ["-" if number is None else f"{number:.4g}" for pair in figures for number in pair]
-        lines.append((mark, f"{point.scale:g}", *interval, *words))
+        guide = [f"{point.guide:g}"] if has_guide else []
+        lines.append((mark, *guide, f"{point.scale:g}", *interval, *words))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
 

@@ -9,7 +9,10 @@ from matplotlib.figure import Figure
 from files import as_os_error, whole_file
 from metrics.sweep import Row
 
-AXES = {"scale": "guidance scale", "high": "guided up to time (noise: 1)", "low": "guided from time (data: 0)"}
+AXES = {
+    **{"scale": "guidance scale", "guide": "scale of the guide"},
+    **{"high": "guided up to time (noise: 1)", "low": "guided from time (data: 0)"},
+}
 
 
 def save_sweep(path: Path, rows: Sequence[Row], best: Row, title: str, count: int) -> None:
@@ -23,10 +26,10 @@ def save_sweep(path: Path, rows: Sequence[Row], best: Row, title: str, count: in
         count: images at each point.
     """
     guided = [row for row in rows if row.point.is_guided]
-    # the first of scale, high, low that varies; the others tell the lines apart
+    # the first that varies; the others tell the lines apart
     along = next((name for name in AXES if len({getattr(row.point, name) for row in guided}) > 1), "scale")
     others = [name for name in AXES if name != along]
-    lines: dict[tuple[float, ...], list[Row]] = {}
+    lines: dict[tuple[float | None, ...], list[Row]] = {}
     for row in guided:
         lines.setdefault(tuple(getattr(row.point, name) for name in others), []).append(row)
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")  # without pyplot: no display, no global state
@@ -58,7 +61,8 @@ def save_sweep(path: Path, rows: Sequence[Row], best: Row, title: str, count: in
 def _label(row: Row, along: str) -> str:
     """What the points of a line share."""
     point = row.point
-    if along == "scale":
-        return f"on [{point.low:g}, {point.high:g}]"
-    other = f"from {point.low:g}" if along == "high" else f"up to {point.high:g}"
-    return f"scale {point.scale:g}, {other}"
+    ends = {"low": f"up to {point.high:g}", "high": f"from {point.low:g}"}
+    interval = ends.get(along, f"on [{point.low:g}, {point.high:g}]")
+    words = [] if along == "guide" or point.guide is None else [f"guide {point.guide:g}"]
+    words += [] if along == "scale" else [f"scale {point.scale:g}"]
+    return ", ".join([*words, interval])

@@ -115,6 +115,8 @@ def _how(made: Mapping[str, object], count: int | None) -> str:
     scale = made.get("cfg_scale")
     if scale is not None:
         by = "" if made.get("guide") is None else f" by {made['guide']}"
+        if made.get("guide_scale") is not None:
+            by = f", and {made['guide_scale']:g}{by}"
         learned = made.get("learned_guidance")
         given = None if scale == 1 else f"guidance {scale:g}{by}"
         words += filter(None, [given, learned and f"guidance {learned} learned"])

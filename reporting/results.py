@@ -328,16 +328,24 @@ def guidance_of(measurement: Measurement, samples: Samples | None) -> str:
     scale = settings.get("cfg_scale")
     if scale is None:
         return "unknown"
-    low, high = settings.get("guidance_low") or 0.0, settings.get("guidance_high")
-    high = 1.0 if high is None else high
     learned = settings.get("learned_guidance")
     if scale == 1:
         return "none" if learned is None else f"{learned}, learned"
     channels = settings.get("guidance_channels")
     of_channels = "" if channels is None else f" of {channels} channels"
     by = "" if settings.get("guide") is None else f" by {settings['guide']}"
-    given = f"{scale:g}{by}{of_channels}" + ("" if (low, high) == (0, 1) else f" on [{low:g}, {high:g}]")
+    and_guide = ""
+    if settings.get("guide_scale") is not None:
+        and_guide = f", and {settings['guide_scale']:g}{by}{of_channels}{_interval(settings, 'guide')}"
+        by = ""
+    given = f"{scale:g}{by}{of_channels}{_interval(settings, 'guidance')}{and_guide}"
     return given if learned is None else f"{given}, and {learned}, learned"
+
+
+def _interval(settings: Mapping[str, Any], name: str) -> str:
+    low, high = settings.get(f"{name}_low") or 0.0, settings.get(f"{name}_high")
+    high = 1.0 if high is None else high
+    return "" if (low, high) == (0, 1) else f" on [{low:g}, {high:g}]"
 
 
 def _generation_section(measurement: Measurement) -> str:

@@ -45,7 +45,7 @@ from tests.stages import Stage
 from tests.test_evaluate_generation import TinyNetwork
 from tests.test_generate import wait_for
 
-OTHERS = {"scale": 2.0, "low": 0.0, "high": 1.0}
+OTHERS = {"scale": 2.0, "low": 0.0, "high": 1.0, "guide": None}
 GRID = ("scale=1,1.5,3", "high=0.5,1")
 NAMES = ["unguided", "cfg1.5-0-0.5", "cfg3-0-0.5", "cfg1.5-0-1", "cfg3-0-1"]
 
