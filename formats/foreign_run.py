@@ -17,7 +17,7 @@ from formats.run_folders import OWN_STATISTICS, OWN_VAE, is_foreign_experiment
 from formats.sit import SOURCES, SiTCheckpoint, SiTWeights, State, build_networks, read_sit
 from formats.statistics import CONFIG_STATISTICS, REPA_CHANNELS, REPA_SCALE, repa_statistics
 from formats.vae import LoadedVAE, load_tokenizer, load_vae
-from models.denoisers.config import PREDICTIONS, DDTConfig, SiTConfig
+from models.denoisers.config import PREDICTIONS, DDTConfig, LightningDiTConfig, SiTConfig
 from models.latent_statistics import LatentStatistics, difference
 from models.tokenizers import Tokenizer, architecture_names
 from models.tokenizers.base import CONFIG_FILE
@@ -87,6 +87,7 @@ class ForeignRun:
             "cfg_prob": facts.get("cfg_prob"),
             "weighting": facts.get("weighting"),
             "velocity_cosine_coeff": facts.get("velocity_cosine_coeff"),
+            "guide_coeff": facts.get("guide_coeff"),
             "time_shift": facts.get("time_shift"),
             "time_mean": facts.get("time_mean"),
             "time_std": facts.get("time_std"),
@@ -145,6 +146,9 @@ def open_foreign_run(args: argparse.Namespace, report: Callable[[str], object]) 
             raise UserError(
                 f"{given}: {name} {value} px, but {side}×{side} latents of this VAE are {resolution} px: {remedy}"
             )
+    config = checkpoint.config
+    if config.guide_depth and not (config.kind == LightningDiTConfig.kind and "encoder_depth" in checkpoint.facts):
+        notes.append(f"{given} does not say after which block its guide comes; taking block {config.guide_depth}")
     if checkpoint.step is None:
         notes.append(f"{given} does not say its step; taking 0")
     if checkpoint.moments is None:

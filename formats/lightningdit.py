@@ -53,6 +53,7 @@ def facts_of(config: Mapping, given: str) -> dict[str, object]:
     facts = {
         "model": model.get("model_type"),
         "qk_norm": model.get("use_qknorm"),
+        "encoder_depth": model.get("encoder_depth"),  # of internal guidance
         "num_classes": data.get("num_classes"),
         "resolution": data.get("image_size"),
         "path_type": PATH_TYPES.get(str(path_type), path_type),

@@ -8,7 +8,8 @@
 
 Their networks hold REPA's projectors, ``projectors.N.…``, here kept apart from the denoiser (``loss.alignment``).
 REPA-E's hold the latent statistics too, as ``bn.running_mean`` and ``bn.running_var``. REPA's first checkpoints call
-the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0. What is LightningDiT's alone is in
+the blocks after ``encoder_depth`` ``decoder_blocks``, counted from 0. Internal guidance's SiT and LightningDiT (arXiv
+2512.24176) have a second output, ``final_layer_xr``, after ``encoder_depth``. What is LightningDiT's alone is in
 ``formats.lightningdit``, what is RAE's and diffusion-bench's in ``formats.ddt``, JiT's in ``formats.jit``, Decoupled
 MeanFlow's in ``formats.flow_map``; wherever SiT is said below, theirs are meant too.
 """
@@ -41,6 +42,8 @@ PROJECTORS, BATCH_NORM = "projectors.", "bn."  # what of their networks is none 
 BESIDE = (BATCH_NORM, ROTARY, LOG_VARIANCE)
 REPA_PREFIX = "repa."  # of REPA's projectors among ``loss.alignment.DenoiserAlignments``
 SOURCES = "REPA, REPA-E, LightningDiT, RAE, diffusion-bench, JiT or Decoupled MeanFlow"
+GUIDE, THEIR_GUIDE = "guide_layer.", "final_layer_xr."  # the second output, of ours and of internal guidance's
+GUIDE_DEPTH, GUIDE_COEFF = 8, 0.5  # of all its configurations; its SiT's are built so whatever their args say
 WRAPPERS = ("module.", "_orig_mod.", jit.PREFIX)  # of DDP, torch.compile and JiT
 # What REPA's and REPA-E's flags say of a network or of how it is sampled; the rest of args is nobody's concern here.
 FACTS = (
@@ -219,6 +222,7 @@ def read_sit(
         else:
             networks = _without_empty_projectors(plain)
             config, projectors = infer_sizes(networks, given, legacy_depth or facts.get("encoder_depth"))
+            facts |= {"guide_coeff": GUIDE_COEFF} if config.guide_depth else {}
         config = flow_map_config(config, plain, facts, flow_map_blocks, given)
         sizes[name] = config, projectors
         if isinstance(config, LightningDiTConfig):
@@ -258,6 +262,9 @@ def infer_sizes(
         state: without ``bn.…`` and ``feat_rope.…``, blocks under their present names.
         given: for messages.
         encoder_depth: where it is known; no tensor tells it.
+
+    Raises:
+        UserError: it is none that is known here.
     """
     for name, ndim in READ_SHAPES.items():
         if name not in state:
@@ -283,11 +290,24 @@ def infer_sizes(
         latent_size=grid * patch,
         num_classes=rows - 1,
         qk_norm="blocks.0.attn.q_norm.weight" in state,
+        guide_depth=_guide_depth(kind, state, encoder_depth, depth, given),
     )
     numbers = sorted({int(m[1]) for m in (re.match(r"projectors\.(\d+)\.", key) for key in state) if m})
     widths = tuple(len(state[f"projectors.{n}.4.bias"]) for n in numbers if f"projectors.{n}.4.bias" in state)
     hidden = len(state["projectors.0.0.bias"]) if "projectors.0.0.bias" in state else None
     return config, Projectors(widths, hidden if widths else None, encoder_depth)
+
+
+def _guide_depth(kind: type[TransformerConfig], state: Mapping, said: int | None, blocks: int, given: str) -> int:
+    """Of a network with a second output: what LightningDiT's configuration says, or the same for all SiTs."""
+    if f"{GUIDE}linear.weight" not in state:
+        return 0
+    depth = said if kind is LightningDiTConfig and said else GUIDE_DEPTH
+    if not 0 < depth < blocks:
+        raise UserError(
+            f"{given} has internal guidance after block {depth} and {blocks} blocks: it is none that is known"
+        )
+    return depth
 
 
 def build_networks(config: TransformerConfig, projectors: Projectors) -> tuple[Denoiser, DenoiserAlignments]:
@@ -430,7 +450,7 @@ def _unwrapped(state: Mapping[str, torch.Tensor], given: str) -> State:
 def _unwrap(key: str) -> str:
     for prefix in WRAPPERS * 2:
         key = key.removeprefix(prefix)
-    return key
+    return GUIDE + key.removeprefix(THEIR_GUIDE) if key.startswith(THEIR_GUIDE) else key
 
 
 def _parameter_names(state: Mapping[str, torch.Tensor], given: str) -> tuple[str, ...]:

@@ -14,9 +14,15 @@ FREQUENCIES = 128  # of the time
 
 
 def public_state(
-    patch: int = 2, channels: int = 4, side: int = 8, classes: int = 6, qk_norm: bool = False, seed: int = 0
+    patch: int = 2,
+    channels: int = 4,
+    side: int = 8,
+    classes: int = 6,
+    qk_norm: bool = False,
+    is_guided: bool = False,
+    seed: int = 0,
 ) -> State:
-    """All weights random and none zero, in the order of the public code's state dict."""
+    """All weights random and none zero, in the order of the public code's state dict; or of internal guidance's."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -42,8 +48,10 @@ def public_state(
         state |= linear(f"{n}.attn.proj", WIDTH, WIDTH)
         state |= linear(f"{n}.mlp.w12", 2 * hidden, WIDTH) | linear(f"{n}.mlp.w3", WIDTH, hidden)
         state |= linear(f"{n}.adaLN_modulation.1", 6 * WIDTH, WIDTH)
-    state |= gain("final_layer.norm_final", WIDTH) | linear("final_layer.linear", patch**2 * channels, WIDTH)
-    return state | linear("final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH)
+    for layer in ("final_layer_xr", "final_layer") if is_guided else ("final_layer",):
+        state |= gain(f"{layer}.norm_final", WIDTH) | linear(f"{layer}.linear", patch**2 * channels, WIDTH)
+        state |= linear(f"{layer}.adaLN_modulation.1", 2 * WIDTH, WIDTH)
+    return state
 
 
 def rotary_tables(grid: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +77,13 @@ def rotated(x: torch.Tensor, grid: int) -> torch.Tensor:
     return torch.view_as_real(turned).flatten(-2).to(x)
 
 
-def public_velocity(state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """From noise to data, in the precision of its arguments; blocks after the last one of the state are not there."""
+def public_velocity(
+    state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, guide: int | None = None
+) -> torch.Tensor:
+    """From noise to data, in the precision of its arguments; blocks after the last one of the state are not there.
+
+    ``guide``: by the second output, after that block.
+    """
     state = {name: tensor.to(x) for name, tensor in state.items()}
 
     def linear(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -93,7 +106,7 @@ def public_velocity(state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Ten
     time = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
     condition = silu(time + state["y_embedder.embedding_table.weight"][y])[:, None]
     number = 0
-    while f"blocks.{number}.norm1.weight" in state:
+    while f"blocks.{number}.norm1.weight" in state and number != guide:
         n = f"blocks.{number}"
         shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{n}.adaLN_modulation.1", condition).chunk(6, -1)
         a = linear(f"{n}.attn.qkv", norm(f"{n}.norm1", h) * (1 + scale1) + shift1)
@@ -105,8 +118,9 @@ def public_velocity(state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Ten
         gate, value = linear(f"{n}.mlp.w12", norm(f"{n}.norm2", h) * (1 + scale2) + shift2).chunk(2, -1)
         h = h + gate2 * linear(f"{n}.mlp.w3", silu(gate) * value)
         number += 1
-    shift, scale = linear("final_layer.adaLN_modulation.1", condition).chunk(2, -1)
-    out = linear("final_layer.linear", norm("final_layer.norm_final", h) * (1 + scale) + shift)
+    last = "final_layer" if guide is None else "final_layer_xr"
+    shift, scale = linear(f"{last}.adaLN_modulation.1", condition).chunk(2, -1)
+    out = linear(f"{last}.linear", norm(f"{last}.norm_final", h) * (1 + scale) + shift)
     out = out.reshape(batch, grid, grid, patch, patch, -1)
     return torch.einsum("brspqc->bcrpsq", out).reshape(x.shape)
 

@@ -50,11 +50,22 @@ class PublicSiT(nn.Module):
         encoder_depth: block after which hidden states are projected.
         qk_norm: LayerNorm on queries and keys.
         batch_norm: REPA-E's, with its statistics.
+        is_guided: internal guidance's, with a second output after that block.
         seed: of all weights.
     """
 
     def __init__(
-        self, channels=4, side=8, classes=6, dims=(112,), encoder_depth=2, qk_norm=False, batch_norm=False, seed=0
+        self,
+        *,
+        channels=4,
+        side=8,
+        classes=6,
+        dims=(112,),
+        encoder_depth=2,
+        qk_norm=False,
+        batch_norm=False,
+        is_guided=False,
+        seed=0,
     ):
         super().__init__()
         self.channels, self.side, self.encoder_depth = channels, side, encoder_depth
@@ -71,10 +82,12 @@ class PublicSiT(nn.Module):
             nn.Sequential(nn.Linear(WIDTH, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, dim))
             for dim in dims
         )
-        self.final_layer = nn.Module()
-        self.final_layer.norm_final = nn.LayerNorm(WIDTH, elementwise_affine=False, eps=1e-6)
-        self.final_layer.linear = nn.Linear(WIDTH, PATCH * PATCH * channels)
-        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 2 * WIDTH))
+        for name in ("final_layer_xr", "final_layer") if is_guided else ("final_layer",):
+            layer = nn.Module()
+            layer.norm_final = nn.LayerNorm(WIDTH, elementwise_affine=False, eps=1e-6)
+            layer.linear = nn.Linear(WIDTH, PATCH * PATCH * channels)
+            layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 2 * WIDTH))
+            self.add_module(name, layer)
         if batch_norm:
             self.bn = nn.BatchNorm2d(channels, eps=1e-4, affine=False)
         generator = torch.Generator().manual_seed(seed)
@@ -86,7 +99,7 @@ class PublicSiT(nn.Module):
                 self.bn.running_var.uniform_(0.3, 2.0, generator=generator)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Velocity ``[B, C, h, w]``, and what the projectors make of block ``encoder_depth``."""
+        """Velocity ``[B, C, h, w]``, and what the projectors make of block ``encoder_depth``, or the second output."""
         frequencies = 10000 ** (-torch.arange(128) / 128)
         angles = t[:, None] * frequencies
         time = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -96,12 +109,17 @@ class PublicSiT(nn.Module):
             h = block(h, c)
             if number == self.encoder_depth:
                 projected = [project(h) for project in self.projectors]
+                if hasattr(self, "final_layer_xr"):
+                    projected.append(self.velocity(h, c, x, self.final_layer_xr))
         return self.velocity(h, c, x), projected
 
-    def velocity(self, h: torch.Tensor, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Of tokens after the blocks, in the shape of ``x``."""
-        shift, scale = self.final_layer.adaLN_modulation(c).unsqueeze(1).split(WIDTH, dim=-1)
-        h = self.final_layer.linear(self.final_layer.norm_final(h) * (1 + scale) + shift)
+    def velocity(
+        self, h: torch.Tensor, c: torch.Tensor, x: torch.Tensor, layer: nn.Module | None = None
+    ) -> torch.Tensor:
+        """Of tokens after the blocks, by the last layer or another one, in the shape of ``x``."""
+        layer = self.final_layer if layer is None else layer
+        shift, scale = layer.adaLN_modulation(c).unsqueeze(1).split(WIDTH, dim=-1)
+        h = layer.linear(layer.norm_final(h) * (1 + scale) + shift)
         grid = self.side // PATCH
         h = h.reshape(len(x), grid, grid, PATCH, PATCH, self.channels)
         return torch.einsum("nhwpqc->nchpwq", h).reshape(x.shape)

@@ -50,7 +50,7 @@ UNSAID = {
     **{"noise_times": "uniform", "noise_shift": 1.0, "noise_max": 1.0, "noise_statistics": "running"},
     **{"posthoc_ema": averages.NO_LENGTHS, "eq_image_probability": 0.0},
     **{"lr_hold_steps": 0, "lr_decay_until": None, "lr_floor": 0.0, "time_mean": 0.0, "time_std": 1.0},
-    "flow_map_tangent": "path",
+    **{"flow_map_tangent": "path", "guide_coeff": 1.0},
 }
 # All that may differ. The data's path may, because its content is compared.
 CHANGEABLE = frozenset(
@@ -206,6 +206,13 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
         default=0.0,
         metavar="X",
         help="weight of 1 − cos between predicted and true velocity, beside their squared distance; LightningDiT: 1",
+    )
+    group.add_argument(
+        "--guide-coeff",
+        type=positive_float,
+        default=1.0,
+        metavar="X",
+        help="with --guide-depth: weight of the second output's error; IG (arXiv 2512.24176): 0.5, RAEv2: 1",
     )
     group.add_argument(
         "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"
@@ -424,6 +431,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             )
     if getattr(args, "posthoc_ema", averages.NO_LENGTHS) != averages.NO_LENGTHS:
         args.posthoc_steps = args.posthoc_steps or args.checkpointing_steps
+    if getattr(args, "guide_coeff", 1) != 1 and not args.guide_depth:
+        raise UserError("--guide-coeff is for --guide-depth: add that, or leave it out")
     if getattr(args, "cfg_prob", None) == 0:  # without a null class there is nothing to guide with
         args.grid_cfg_scale = 1.0
 

@@ -246,7 +246,7 @@ class LDM(Method):
                 terms["class_token"] = denoising_error(token_prediction, token_target).mean()
                 weights["class_token"] = args.reg_coeff
             if guide is not None:
-                terms["guide"], weights["guide"] = denoising_error(guide, target).mean(), 1.0
+                terms["guide"], weights["guide"] = denoising_error(guide, target).mean(), args.guide_coeff
             if args.velocity_cosine_coeff:
                 terms["velocity_cosine"] = direction_error(prediction, target).mean()
                 weights["velocity_cosine"] = args.velocity_cosine_coeff
