@@ -139,7 +139,8 @@ def check_guide_scale(args: argparse.Namespace) -> None:
             setattr(args, name, value)
         elif args.guide_scale is None and not is_swept:
             raise UserError(
-                f"{flag_of(name)} belongs to --guide-scale; add that, or give --guidance{name.removeprefix('guide')}"
+                f"{flag_of(name)} belongs to --guide-scale; add that, or give "
+                f"{flag_of(name.replace('guide', 'guidance'))}"
             )
 
 

@@ -84,5 +84,8 @@ def points_of(axes: Sequence[tuple[str, tuple[float, ...]]], others: Mapping[str
     )
     return sorted(
         dict.fromkeys(points),
-        key=lambda point: (point.is_guided, point.guide or 0.0, point.low, point.high, point.scale),
+        key=lambda point: (
+            *(point.is_guided, point.guide or 0.0, point.scale != 1),
+            *(point.low, point.high, point.scale),
+        ),
     )

@@ -21,6 +21,7 @@ FEATURES = (TokenGrid("vfm", 4, 12),)
 FLAGS = {
     "cfg_prob": 0.0,
     "velocity_cosine_coeff": 0.0,
+    "guide_coeff": 1.0,
     "path_type": "linear",
     "weighting": "uniform",
     "time_shift": 1.0,

@@ -42,6 +42,7 @@ FLAGS = {
     "bn_momentum": MOMENTUM,
     "cfg_prob": CFG_PROB,
     "velocity_cosine_coeff": 0.0,
+    "guide_coeff": 1.0,
     "learning_rate": RATES["lr"],
     "vae_learning_rate": RATES["vae_lr"],
     "disc_learning_rate": RATES["disc_lr"],

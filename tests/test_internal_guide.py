@@ -137,10 +137,11 @@ def test_what_it_does_not_go_with(kind, changes, message):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("align", [(), ("repa",)])
-def test_a_step_equals_a_plain_calculation(align):
-    """Its error is added to the network's; all gradients are those of the sum."""
-    trainer = tiny_trainer(align=align, config=denoiser_config(CONFIG.to_dict() | {"guide_depth": 2}))
+@pytest.mark.parametrize(("align", "coeff"), [((), 1.0), (("repa",), 1.0), (("repa",), 0.5)])
+def test_a_step_equals_a_plain_calculation(align, coeff):
+    """Its error is added to the network's, times its weight; all gradients are those of the sum."""
+    config = denoiser_config(CONFIG.to_dict() | {"guide_depth": 2})
+    trainer = tiny_trainer(align=align, config=config, guide_coeff=coeff)
     batch = random_batch(5)
     draws = trainer.draws(0, 0, batch)
     x, t = trainer.normalised(batch, draws), draws.times
@@ -149,7 +150,7 @@ def test_a_step_equals_a_plain_calculation(align):
     prediction, states = denoiser(noisy, t, batch.labels, (2, 4))
     guide = denoiser.guide_velocity(noisy, t, batch.labels, states[0])
     errors = [(each - target).square().mean() for each in (prediction, guide)]
-    loss = sum(errors)
+    loss = errors[0] + coeff * errors[1]
     if align:
         projected = trainer.alignment["repa"].predict([states[1]])[0]
         cosine = torch.nn.functional.cosine_similarity(projected, batch.features[0].float(), dim=-1)
@@ -203,6 +204,23 @@ def test_a_run_without_it_does_not_go_on_with_it(data, tmp_path, capsys):
     assert "a flow map continues none of those: give another" in capsys.readouterr().err
 
 
+def test_its_weight_is_one_unless_said_and_stays(data, tmp_path, capsys):
+    common = {"align": "none", "checkpointing_steps": 1}
+    assert exit_code(train_ldm.main, flags(data, tmp_path, "plain", **common, guide_coeff=0.5)) == 2
+    assert "--guide-coeff is for --guide-depth: add that, or leave it out" in capsys.readouterr().err
+    assert exit_code(train_ldm.main, flags(data, tmp_path, "run", **common, guide_depth=2)) == 0
+    args = tmp_path / "run" / "args.json"
+    assert json.loads(args.read_text())["args"]["guide_coeff"] == 1
+    again = flags(data, tmp_path, "run", **common, guide_depth=2, guide_coeff=0.5, max_train_steps=4)
+    assert exit_code(train_ldm.main, again) == 2
+    assert "--guide-coeff" in capsys.readouterr().err
+    written = json.loads(args.read_text())  # as a run is that is older than the flag
+    del written["args"]["guide_coeff"]
+    args.write_text(json.dumps(written))
+    assert exit_code(train_ldm.main, again) == 2
+    assert "--guide-coeff 1" in capsys.readouterr().err
+
+
 def test_end_to_end_with_a_vae(tmp_path):
     make_toy(["--output", str(tmp_path / "images"), "--num-images", "12", "--resolution", "32"])
     argv = repae_flags(tmp_path / "images", tmp_path, "run", guide_depth=2)
@@ -243,6 +261,118 @@ def test_against_internal_guidance_written_out(run, channels, monkeypatch):
                 v = guided if channels is None else torch.cat([guided[:, :channels], v[:, channels:]], 1)
             x = x - v / steps
     torch.testing.assert_close(found, x.float(), rtol=1e-5, atol=1e-5)
+
+
+BOTH = {"guide": "internal", "guide_scale": 1.4, "guide_low": 0.2, "cfg_scale": 2.5, "guidance_high": 0.75}
+
+
+@pytest.mark.parametrize("guide", ["internal", "run", "path-drop"])
+def test_a_guide_and_the_null_class_at_once_written_out(run, tmp_path, guide):
+    """The guide sharpens the velocities of class and null class; then the null class guides. Passes are as counted."""
+    folder, steps, count = run, 6, 4
+    if guide == "run":
+        write_ldm_run(tmp_path / "small", seed=7)
+    if guide == "path-drop":
+        folder = write_ldm_run(tmp_path / "sprint", sprint=True, path_drop=0.1)
+    named = f"{tmp_path / 'small'}@{STEP}" if guide == "run" else guide
+    flags_ = sampling_flags(folder, mode="ode", num_steps=steps, **BOTH | {"guide": named})
+    args = generate.parse_arguments(flags_)
+    trained = generate.open_model(args, print)
+    found_networks = load_networks(args, trained, trained.load_autoencoder(), generate.this_process())
+    items, labels = torch.arange(count), torch.arange(count) % len(CLASS_NAMES)
+    images: list[int] = []
+    found_networks.model.blocks[2].register_forward_hook(lambda _, given, made: images.append(len(made)))
+    sampler = build_sampler(args, trained, found_networks, generate.this_process())
+    found = sampler.latents(items, labels)
+    own = open_trained_ldm(folder, STEP, "ema").load_model()
+    other = trained.guide.load_guide(own)
+
+    def both(x: torch.Tensor, t: float, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        times = torch.full((len(x),), t)
+        if guide == "internal":
+            return own.with_guide(x, times, y)
+        return own(x, times, y)[0], other(x, times, y)[0]
+
+    @torch.no_grad()
+    def sharpened(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
+        v, weaker = (each.double() for each in both(x.float(), t, y))
+        return weaker + 1.4 * (v - weaker) if t >= 0.2 else v
+
+    x, null = counted_normal(0, items, 0, (4, 8, 8)).double(), torch.full_like(labels, len(CLASS_NAMES))
+    for k in range(steps):
+        t = 1 - k / steps
+        v = sharpened(x, t, labels)
+        if t <= 0.75:
+            without = sharpened(x, t, null)
+            v = without + 2.5 * (v - without)
+        x = x - v / steps
+    torch.testing.assert_close(found, x.float(), rtol=1e-5, atol=1e-5)
+    passes, of_guide = sampler.settings.passes(has_guide=True)
+    assert passes == steps + 4  # of times 1, 5/6, … 1/6 four lie below 0.75
+    assert of_guide == steps - 1 + 3  # all but 1/6 above 0.2, three of them twice
+    assert sum(images) == count * passes
+
+
+@pytest.mark.parametrize(
+    ("flags_", "settings", "name"),
+    [
+        (BOTH, {}, "internal1.4-0.2-1-cfg2.5-0-0.75"),
+        # the guide alone, and the null class alone, are what they are without --guide-scale
+        (BOTH | {"cfg_scale": 1}, {"guide_scale": None, "cfg_scale": 1.4, "guidance_low": 0.2}, "internal1.4-0.2-1"),
+    ],
+)
+def test_folder_and_settings_of_both(run, tmp_path, flags_, settings, name):
+    argv = sampling_flags(run, sample_dir=tmp_path / "out", **flags_)
+    assert generate.main(argv) == 0
+    made_by = json.loads((tmp_path / "out" / "index.json").read_text())["source"]
+    flags_ = {"guide_scale": 1.4, "guide_low": 0.2, "guide_high": 1.0, "cfg_scale": 2.5, "guidance_high": 0.75}
+    expected = flags_ | settings if not settings else settings | {"guide_low": 0.0, "guide_high": 1.0}
+    assert {key: made_by[key] for key in expected} == expected and made_by["guide"] == "internal"
+    args = generate.parse_arguments(argv[: argv.index("--sample-dir")] + argv[argv.index("--sample-dir") + 2 :])
+    folder = default_folder(args, generate.open_model(args, print))
+    assert folder.name == f"samples-0000010-sde3-{name}-10-seed0"
+    assert generate.main(argv) == 0  # it is complete: nothing is refused
+    if settings:
+        plain = sampling_flags(run, sample_dir=tmp_path / "plain", guide="internal", cfg_scale=1.4, guidance_low=0.2)
+        assert generate.main(plain) == 0
+        assert json.loads((tmp_path / "plain" / "index.json").read_text())["source"] == made_by
+
+
+@pytest.mark.parametrize(
+    ("flags_", "said"),
+    [
+        ({"guide_scale": 1.5, "cfg_scale": 2}, "--guide-scale 1.5 is a guide's: add --guide"),
+        ({"sweep": "guide=1.5,2", "cfg_scale": 2, "evaluate": "x"}, "--sweep guide=… is a guide's: add --guide"),
+        ({"guide": "internal", "cfg_scale": 2, "guide_low": 0.1}, "--guide-low belongs to --guide-scale; add that, or"),
+        ({"guide": "internal", "cfg_scale": 2, "guide_high": 1}, "or give --guidance-high"),
+        (BOTH | {"guide_high": 0.1}, "--guide-low 0.2 lies above --guide-high 0.1"),
+        (BOTH | {"guide_scale": 1}, "at scale 1 it does not guide; add --guide-scale, e.g. 2"),
+        ({"guide": "internal", "cfg_scale": 1}, "at scale 1 it does not guide; add --cfg-scale, e.g. 2"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(run, flags_, said, capsys):
+    assert exit_code(generate.parse_arguments, sampling_flags(run, **flags_)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_the_null_class_beside_a_guide_must_have_been_trained(tmp_path, capsys):
+    folder = write_ldm_run(tmp_path / "run", guide_depth=1, cfg_prob=0.0)
+    argv = sampling_flags(folder, sample_dir=tmp_path / "out", **BOTH)
+    assert exit_code(generate.main, argv) == 2
+    assert "--cfg-scale 2.5: " in (said := capsys.readouterr().err) and said.rstrip().endswith("leave the flag out")
+    assert exit_code(generate.main, [*argv, "--cfg-scale", "1"]) == 0
+
+
+def test_what_both_would_take(run, tmp_path, capsys):
+    write_ldm_run(tmp_path / "small", seed=7)
+    for guide, said in (
+        ("internal", "12 forward passes an image"),
+        (tmp_path / "small", "12 forward passes and 10 of"),
+    ):
+        argv = sampling_flags(run, mode="ode", num_steps=7, **BOTH | {"guide": guide})
+        assert generate.main([*argv, "--dry-run"]) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_samples_by_it_say_so(run, tmp_path, capsys):

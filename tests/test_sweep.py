@@ -381,3 +381,49 @@ def test_a_record_that_is_no_measurement_is_named(run, ref, tiny, tmp_path):
     write_json(path, {})
     with pytest.raises(UserError, match=r"unguided\.json is not a measurement"):
         generate.main(sweep_flags(run, ref, tmp_path / "sweep"))
+
+
+def test_points_of_a_guide_beside_the_null_class():
+    axes = [axis("guide=1,1.5"), axis("scale=1,2"), axis("high=0.5,1")]
+    points = points_of(axes, OTHERS)
+    assert points == [
+        Point(1.0, guide=1.0),
+        *(Point(2, 0, high, 1.0) for high in (0.5, 1)),
+        Point(1.0, guide=1.5),
+        *(Point(2, 0, high, 1.5) for high in (0.5, 1)),
+    ]
+    assert [(point.is_guided, point.has_guide) for point in points] == [(False, False), *[(True, False)] * 2] + [
+        (True, True)
+    ] * 3
+    assert points[3].flags() == ["--guide-scale", "1.5"]
+    null = ["--cfg-scale", "2", "--guidance-low", "0", "--guidance-high", "0.5"]
+    assert (points[1].flags(), points[4].flags()) == (null, [*null, "--guide-scale", "1.5"])
+
+
+GUIDED_NAMES = ["unguided", "cfg2-0-0.5", "internal1.5-0.1-1", "internal1.5-0.1-1-cfg2-0-0.5"]
+
+
+@pytest.mark.parametrize("best", range(len(GUIDED_NAMES)))
+def test_a_sweep_over_a_guide_and_the_null_class(ref, tiny, tmp_path, monkeypatch, capsys, best):
+    """Of the null class alone, of the guide alone and of both; the last word's command makes the best one's images."""
+    run = write_ldm_run(tmp_path / "run", guide_depth=2)
+    with_values(monkeypatch, {name: abs(number - best) + 1.0 for number, name in enumerate(GUIDED_NAMES)})
+    folder = tmp_path / "sweep"
+    argv = sweep_flags(run, ref, folder, "guide=1,1.5", "scale=1,2", "high=0.5", guide="internal", guide_low=0.1)
+    assert generate.main(argv) == 0
+    found, output = result(folder), capsys.readouterr().out
+    assert [row["name"] for row in found["points"]] == GUIDED_NAMES and found["best"] == GUIDED_NAMES[best]
+    assert [(row["guide"], row["scale"]) for row in found["points"]] == [(1, 1), (1, 2), (1.5, 1), (1.5, 2)]
+    header = next(line for line in output.splitlines() if "behind" in line)
+    assert header.split()[:4] == ["guide", "scale", "low", "high"]
+    with Image.open(folder / "sweep.png") as picture:
+        assert picture.width > 500
+    words = shlex.split(found["command"])
+    assert ("--guide" in words, "--guide-low" in words) == (best > 1, best > 1)
+    made = tmp_path / "made"
+    monkeypatch.setattr(generate, "evaluate_complete", lambda *args: None)
+    assert generate.main([*words[2:], "--num-fid-samples", "6", "--sample-dir", str(made)]) == 0
+    places = (made, folder / GUIDED_NAMES[best])
+    settings = [json.loads((place / "index.json").read_text())["source"] for place in places]
+    assert settings[0] == settings[1]
+    assert (made / "images-00000.npy").read_bytes() == (places[1] / "images-00000.npy").read_bytes()
