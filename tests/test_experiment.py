@@ -96,7 +96,8 @@ def test_images_with_and_without_guidance_are_made_alike(name):
     """All samples of a preset differ in guidance alone, or their figures could not stand side by side."""
     variables = load_preset(name).get("variables", {})
     given = [word for key, value in variables.items() if value in ("?", "") for word in (f"--{key}", "x")]
-    guidance = {"cfg_scale", "guidance_low", "guidance_high", "guidance_channels", "guide", "points"}
+    guidance = {"cfg_scale", "guidance_low", "guidance_high", "guidance_channels", "points"}
+    guidance |= {"guide", "guide_scale", "guide_low", "guide_high"}
     made = []
     for command in commands(name, *given).values():
         if "generate.py" in command:

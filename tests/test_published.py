@@ -35,6 +35,7 @@ from runtime.experiment import load_preset, preset_names
         ("vae_repa/b2-vae", "generation", "FID", 28.89),
         ("vae_repa/xl2-vae", "guided", "FID", 1.52),
         ("sra/xl2", "guided", "IS", 311.4),
+        ("internal_guidance/xl2", "guided", "FID", 1.46),
         ("sprint/xl2", "guided", "FID", 1.62),
         ("sprint/xl2-repa", "guided", "FID", 1.59),
         ("rae/ditdh-xl-80", "generation", "FID", 2.16),
@@ -62,7 +63,7 @@ def test_all_rows_are_there():
     assert counts == {
         "table1": 7, "table2": 3, "table3": 2, "table4": 7, "table5": 6, "table6": 8, "table7": 4, "table8": 4,
         "repae": 3, "repae_frozen": 4, "repae_balanced": 3, "vae_repa": 3, "sra": 1, "sprint": 2, "rae": 2, "raev2": 1,
-        "jit": 3,
+        "internal_guidance": 2, "jit": 3,
     }  # fmt: skip
     assert "slip" in rows["table5/f16d16"].note
     assert rows["table1/sendvae-80"].epochs == 80
@@ -91,7 +92,7 @@ def test_presets_name_rows_that_are_there():
 def test_a_row_that_is_not_there_is_answered_with_its_likes():
     with pytest.raises(UserError, match=r"no published row table2/depth3; there are .*table2/depth2"):
         load_published().row("table2/depth3")
-    with pytest.raises(UserError, match=r"there are jit/…, rae/…, raev2/…, repae/…, .*table8/…"):
+    with pytest.raises(UserError, match=r"there are internal_guidance/…, jit/…, rae/…, raev2/…, repae/…, .*table8/…"):
         load_published().row("?")
 
 
