@@ -31,7 +31,8 @@ if [[ "${1:-}" == --gpu ]]; then
     shift
     # the slow ones fill the whole memory, so nothing runs beside them
     status=0
-    python -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --maxprocesses 8 --dist loadfile -m "not slow" \
+    # most of the time goes into compiling, for many tests of one file
+    python -m pytest --numprocesses "${TEST_PROCESSES:-auto}" --maxprocesses 8 --dist worksteal -m "not slow" \
         tests/gpu "$@" || (($? == 5)) || status=1 # 5: none was chosen
     python -m pytest --numprocesses 0 -m slow tests/gpu "$@" || (($? == 5)) || status=1
     exit "$status"

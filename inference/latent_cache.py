@@ -375,9 +375,8 @@ class MeasuredStatistics:
             data = kept.read_bytes()
             if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() == data[-_DIGEST_BYTES:]:
                 return np.frombuffer(data[:-_DIGEST_BYTES])
-        moments = self._tokenizer.stored_moments(
-            np.load(self._packing.folder / self._packing.spec.file_name(number), allow_pickle=False)
-        )
+        path = self._packing.folder / self._packing.spec.file_name(number)
+        moments = self._tokenizer.stored_moments(np.load(path, mmap_mode="r", allow_pickle=False))
         data = moments.tobytes()
         with suppress(FileNotFoundError):  # another process has completed the cache meanwhile, and tidied up
             write_atomically(kept, data + hashlib.sha256(data).digest())

@@ -1,6 +1,7 @@
 import json
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,6 +247,18 @@ class TestStatistics:
         latents = np.random.default_rng(0).normal(3, size=(5, 4, 2, 2)).astype(np.float16)
         expected = latent_moments(torch.from_numpy(latents)).numpy()
         np.testing.assert_allclose(Tokenizer.stored_moments(latents), expected, rtol=1e-13)
+
+    @pytest.mark.parametrize("kind", [Tokenizer, KLTokenizer])
+    def test_take_little_memory_whatever_the_shard_has(self, kind):
+        """In float64 the latents of a frozen VFM, 4096 in a shard, would have 13 GB."""
+        peaks = []
+        for count in (64, 256):
+            latents = np.zeros((count, 96, 16, 16), np.float16)
+            tracemalloc.start()
+            kind.stored_moments(latents)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert peaks[1] < 1.1 * peaks[0] and peaks[1] < 64 * 96 * 256 * 8 * 4
 
     @pytest.mark.parametrize(("factor", "warns"), [(1.01, False), (1.03, True)])
     def test_warning_above_two_percent(self, data, vae, whole, tmp_path, factor, warns, capsys):

@@ -170,6 +170,16 @@ def test_ema_starts_as_the_copy_and_follows_parameters_and_buffers():
                 expected[name] = tensor.double()
     for name, tensor in ema.module.state_dict().items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_module_holds_twice_is_averaged_once():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    torch.nn.init.zeros_(module[0].weight)
+    ema = EMA(module, decay=0.75)
+    torch.nn.init.ones_(module[0].weight)
+    ema.update(0)
+    assert torch.equal(ema.module[1].weight, torch.full((2, 2), 0.25))
     assert not any(parameter.requires_grad for parameter in ema.module.parameters())
 
 

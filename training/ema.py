@@ -54,9 +54,10 @@ class Average:
         """
         averaged, followed = self.module.state_dict(keep_vars=True), self.source.state_dict(keep_vars=True)
         assert averaged.keys() == followed.keys()
-        floats = [name for name, tensor in followed.items() if tensor.is_floating_point()]
-        others = [(averaged[name], followed[name]) for name in followed if name not in set(floats)]
-        return [averaged[name] for name in floats], [followed[name] for name in floats], others
+        pairs = {id(averaged[name]): (averaged[name], followed[name]) for name in followed}  # a shared one once
+        floats = [pair for pair in pairs.values() if pair[1].is_floating_point()]
+        others = [pair for pair in pairs.values() if not pair[1].is_floating_point()]
+        return [average for average, _ in floats], [current for _, current in floats], others
 
 
 class EMA(Average):

@@ -129,9 +129,13 @@ class Tokenizer(nn.Module, ABC):
     @staticmethod
     def stored_moments(stored: np.ndarray) -> np.ndarray:
         """Sums, sums of squares and count a channel of the latents that a cache's items give: float64 ``[2C + 1]``."""
-        values = stored.astype(np.float64)
-        count = np.full(1, values.size / values.shape[1])
-        return np.concatenate([values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3)), count])
+        channels = stored.shape[1]
+        total, squares = np.zeros((2, channels))
+        for item in stored:  # one at a time: in float64 a shard of wide latents has gigabytes
+            values = item.reshape(channels, -1).astype(np.float64)
+            total += values.sum(1)
+            squares += np.square(values, out=values).sum(1)
+        return np.concatenate([total, squares, [stored.size / channels]])
 
     # what training asks of it
 

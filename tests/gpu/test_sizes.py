@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_published_batch_fits(training):
     """--micro-batch-size auto finds what fits, and two compiled steps of it stay below the memory there is."""
     command = [sys.executable, *training.split(), "--micro-batch-size", "auto", "--dry-run", "--random-weights"]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-4000:]
     print(answer.stdout[-400:])
     peak = float(re.search(r"peak memory: ([\d.]+) GiB", answer.stdout)[1])
-    assert 0.3 < peak / (torch.cuda.get_device_properties(0).total_memory / 2**30) < 1
+    assert 0.2 < peak / (torch.cuda.get_device_properties(0).total_memory / 2**30) < 1

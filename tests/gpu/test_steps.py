@@ -19,15 +19,22 @@ def test_a_step_does_not_synchronise(name, precision):
     assert_no_synchronisation(name, precision)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", [*RECIPES, *UNCOMPILED])
-def test_a_step_of_other_recipes_does_not_synchronise(name):
+def test_a_step_of_other_recipes_does_not_synchronise(name, precision):
     """Muon, LightningDiT, iREPA, SRA, SPRINT, flow map, internal guidance, RAE, VF loss, equivariance, schedules."""
-    assert_no_synchronisation(name, "bf16")
+    assert_no_synchronisation(name, precision)
 
 
-def assert_no_synchronisation(name: str, precision: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_step_does_not_synchronise(name):
+    """As trainings run on a GPU unless a flag says otherwise."""
+    assert_no_synchronisation(name, "bf16", "--compile")
+
+
+def assert_no_synchronisation(name: str, precision: str, compiled: str = "--no-compile") -> None:
     """In the third step."""
-    training = tiny_training(name, "--no-compile", "--mixed-precision", precision)
+    training = tiny_training(name, compiled, "--mixed-precision", precision)
     batches, metrics = [training.batch(4), training.batch(4)], MeanMetrics()
     for step in range(2):  # AdamW makes its moments in the first
         metrics.update(train_step(training.method, training.step + step, batches))
