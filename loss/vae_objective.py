@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypedDict
 
 import torch
@@ -19,6 +20,7 @@ from loss.reconstruction import RECONSTRUCTION_LOSSES, reconstruction_loss
 from loss.total import total
 from schema import MalformedError, parse_yaml
 
+PATCHGAN = "patchgan"
 # Keys of REPA-E's file that are not fields here. A KL autoencoder has no quantizer: any weight of it will do. The other
 # two must be 0, as in REPA-E's file.
 IGNORED_KEY = "quantizer_weight"
@@ -32,16 +34,28 @@ ZERO_KEYS = {
 
 @dataclass(frozen=True)
 class VAELossConfig:
-    """The YAML file of ``--loss-cfg-path``; the defaults are method's, and REPA-E's key names."""
+    """The YAML file of ``--loss-cfg-path``; the defaults are method's, and REPA-E's key names.
+
+    Attributes:
+        discriminator: ``patchgan``, or the VFM, of ``--enc-type``'s names, whose features it is given.
+        discriminator_resolution: side of the images that such a VFM sees, pixels.
+        discriminator_augment: whether it sees augmented images (``loss.augmentation``).
+        discriminator_start: the first step, from 0, at which it is a term of the VAE's loss.
+        discriminator_update_start: the first at which it learns, no later; None: the same.
+    """
 
     reconstruction_loss: str = "l1"
     reconstruction_weight: float = 1.0
     perceptual_loss: str = "lpips"
     perceptual_weight: float = 1.0
     kl_weight: float = 1e-6
+    discriminator: str = PATCHGAN
+    discriminator_resolution: int = 224
+    discriminator_augment: bool = False
     discriminator_weight: float = 0.1
     discriminator_factor: float = 1.0
     discriminator_start: int = 0
+    discriminator_update_start: int | None = None
     adaptive_discriminator_weight: bool = False
     lecam_regularization_weight: float = 0.0
     lecam_ema_decay: float = 0.999
@@ -55,12 +69,22 @@ class VAELossConfig:
             value = getattr(self, field.name)
             if field.type is float and not 0 <= value < math.inf:
                 raise UserError(f"{field.name} must be a finite number of at least 0, got {value}")
+        if self.discriminator_update_start is not None and self.discriminator_update_start > self.discriminator_start:
+            raise UserError(
+                f"discriminator_update_start {self.discriminator_update_start} is after discriminator_start "
+                f"{self.discriminator_start}: a discriminator that has learned nothing would be listened to"
+            )
         if self.lecam_ema_decay > 1:
             raise UserError(f"lecam_ema_decay must lie in [0, 1], got {self.lecam_ema_decay}")
 
     @property
     def uses_gan(self) -> bool:
         return self.discriminator_weight * self.discriminator_factor > 0
+
+    @property
+    def vfm_of_discriminator(self) -> str | None:
+        """Whose features it is given; None: it sees the images."""
+        return None if self.discriminator == PATCHGAN else self.discriminator
 
 
 class _Losses(TypedDict):
@@ -101,8 +125,12 @@ def load_loss_config(path: str | Path, overrides: tuple[str, ...] | list[str] = 
     return VAELossConfig(**{k: _typed(k, v, kinds[k]) for k, v in values.items() if k in kinds})
 
 
-def _typed(key: str, value, kind: type):
+def _typed(key: str, value, kind: type | UnionType):
     """YAML reads 1e-6 as a string; everything else must already be what the field is."""
+    if isinstance(kind, UnionType):  # KIND | None
+        if value is None:
+            return None
+        kind = kind.__args__[0]
     try:
         if isinstance(value, bool) != (kind is bool):
             raise ValueError
@@ -130,8 +158,13 @@ class VAEObjective(nn.Module):
         self.lecam = LeCam(config.lecam_ema_decay) if config.lecam_regularization_weight > 0 else None
 
     def gan_active(self, step: int) -> bool:
-        """Whether generator and discriminator play at ``step`` (counted from 0)."""
+        """Whether the discriminator is a term of the VAE's loss at ``step`` (counted from 0)."""
         return self.config.uses_gan and step >= self.config.discriminator_start
+
+    def discriminator_learns(self, step: int) -> bool:
+        """Whether it is trained at ``step``: then, and before it if that is asked for."""
+        first = self.config.discriminator_update_start
+        return self.config.uses_gan and step >= (self.config.discriminator_start if first is None else first)
 
     def generator_terms(
         self,

@@ -156,6 +156,11 @@ def add_vae_loss_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="KEY=VALUE",
         help="override entries of that file, e.g. perceptual_weight=0 discriminator_start=5000",
     )
+    group.add_argument(
+        "--disc-enc-ckpt",
+        metavar="FILE",
+        help="weights of the VFM that the loss names as its discriminator (default: looked for, as --enc-ckpt)",
+    )
     group.add_argument("--lpips-ckpt", metavar="FILE", help="torchvision's VGG16 weights (default: torch's cache, hub)")
 
 

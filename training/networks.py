@@ -23,6 +23,7 @@ from loss.vae_objective import VAELossConfig, VAEObjective
 from models.denoisers import Denoiser, DenoiserConfig
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, encoder_names, encoder_spec
+from models.feature_discriminator import FeatureDiscriminator
 from models.feature_norm import FeatureNorm, SpatialNorm
 from models.precision import hold_products
 from models.tokenizers import Tokenizer
@@ -33,23 +34,63 @@ from training.sendvae import SendVAE
 
 def build_objective(
     args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator, resolution: int
-) -> tuple[VAEObjective, PatchDiscriminator | None]:
-    """The VAE's objective, with LPIPS where it counts, and the PatchGAN, pretrained where a file is given, or None.
+) -> tuple[VAEObjective, PatchDiscriminator | FeatureDiscriminator | None]:
+    """The VAE's objective, with LPIPS where it counts, and the discriminator, or None.
 
     ``resolution`` is the side of the smallest images that are compared, pixels.
     """
     discriminator = perceptual = None
+    vfm = loss_config.vfm_of_discriminator if loss_config.uses_gan else None
+    if args.disc_enc_ckpt and vfm is None:
+        raise UserError(
+            f"--disc-enc-ckpt {args.disc_enc_ckpt}: the loss has no VFM as its discriminator; leave it out, or add "
+            "--loss-override discriminator=NAME"
+        )
     if loss_config.uses_gan:
-        discriminator = PatchDiscriminator()
-        least = discriminator.min_resolution
-        check_size(args, resolution, least, "the PatchGAN", "--loss-override discriminator_weight=0")
-        if args.disc_pretrained_ckpt:
-            load_discriminator(discriminator, args.disc_pretrained_ckpt)
+        if vfm is None:
+            discriminator = build_patch_discriminator(args, resolution)
+        else:
+            discriminator = build_feature_discriminator(args, loss_config, accelerator)
     if loss_config.perceptual_weight:
         check_size(args, resolution, TRUNKS["vgg"].min_resolution, "LPIPS", GO_WITHOUT)
         with goes_first(accelerator.is_local_main_process):
             perceptual = build_lpips(args.lpips_ckpt, args.random_weights)
     return VAEObjective(loss_config, perceptual), discriminator
+
+
+def build_patch_discriminator(args: argparse.Namespace, resolution: int) -> PatchDiscriminator:
+    """Pretrained where a file is given."""
+    discriminator = PatchDiscriminator()
+    least = discriminator.min_resolution
+    check_size(args, resolution, least, "the PatchGAN", "--loss-override discriminator_weight=0")
+    if args.disc_pretrained_ckpt:
+        load_discriminator(discriminator, args.disc_pretrained_ckpt)
+    return discriminator
+
+
+def build_feature_discriminator(
+    args: argparse.Namespace, loss_config: VAELossConfig, accelerator: Accelerator
+) -> FeatureDiscriminator:
+    """Heads on a frozen VFM, which only runs under autocast."""
+    from models.encoders import build_encoder  # timm takes seconds, which a training without VFMs need not wait
+
+    name, side = loss_config.vfm_of_discriminator, loss_config.discriminator_resolution
+    if args.disc_pretrained_ckpt:
+        raise UserError(f"--disc-pretrained-ckpt holds a PatchGAN, and the loss has discriminator {name}: leave it out")
+    try:
+        stride = encoder_spec(name).stride
+        if side % stride or side < 2 * stride:
+            raise UserError(
+                f"discriminator_resolution {side} is no multiple of {stride}, the patch of discriminator {name}, that "
+                f"has 2×2 patches or more: take {max(2, round(side / stride)) * stride}"
+            )
+        with goes_first(accelerator.is_local_main_process):  # who downloads; the others find the file in the cache
+            encoder = build_encoder(name, side // stride, args.disc_enc_ckpt, args.random_weights)
+    except UserError as error:
+        said = str(error).replace("--enc-ckpt", "--disc-enc-ckpt").replace("--enc-type", "discriminator of the loss,")
+        raise UserError(said) from error
+    hold_products(encoder, accelerator.mixed_precision)
+    return FeatureDiscriminator(encoder)
 
 
 def check_size(args: argparse.Namespace, resolution: int, least: int, part: str, go_without: str) -> None:
@@ -119,7 +160,7 @@ def build_sendvae(
     alignment: TokenizerAlignment | None,
     encoders: Sequence[Encoder],
     objective: VAEObjective,
-    discriminator: PatchDiscriminator | None,
+    discriminator: PatchDiscriminator | FeatureDiscriminator | None,
     ema_decay: float = 0.0,
 ) -> SendVAE:
     """A tokenizer's training, all networks on the device; ``ema_decay`` is of its average, 0: none."""

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ from errors import UserError
 from files import missing_folders, remove_empty, remove_leftovers, write_atomically, write_json
 from formats.run_folders import Line, arguments_of, status_of
 from loss.alignment import defaults_of_methods
+from loss.vae_objective import VAELossConfig
 from models.denoisers import denoiser_config
 from runtime.checkpoint import Checkpoint, CheckpointFolder
 from runtime.cli import flag_of, out_of_memory_means
@@ -393,6 +395,8 @@ def refuse_changed_arguments(
         before = old.get(name, value if value is None else unsaid.get(name, value))
         if name == "denoiser":
             before = with_later_fields(before)
+        if name == "loss" and isinstance(before, Mapping):  # of a run that is older than some of its keys
+            before = asdict(VAELossConfig()) | dict(before)
         if name not in changeable and before != value:
             if name in DERIVED:
                 raise UserError(

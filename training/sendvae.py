@@ -16,10 +16,12 @@ from dataset.latents import LatentBatch
 from dataset.loader import ImageBatch
 from diffusion.draws import Draws, Stream, draw, seeded_generator
 from loss.alignment import TokenizerAlignment
+from loss.augmentation import augmented
 from loss.total import joined, total
 from loss.vae_objective import VAEObjective, gradient_at
 from models.discriminator import DiscriminatorPair, PatchDiscriminator
 from models.encoders import Encoder
+from models.feature_discriminator import FeatureDiscriminator
 from models.feature_norm import FeatureNorm, SpatialNorm
 from models.latent_statistics import LatentStatistics, latent_moments
 from models.pixels import to_signed, to_uint8
@@ -130,7 +132,7 @@ class SendVAE(Method):
         alignment: with parts of its own that train along, or None.
         encoders: frozen VFMs, whose features the alignment sees.
         objective: the VAE's loss.
-        discriminator: PatchGAN, or None.
+        discriminator: PatchGAN, heads on a VFM's features, or None.
         ema: average of the tokenizer, or None.
         feature_norm: of the VFMs' features, or None: as they are.
     """
@@ -143,7 +145,7 @@ class SendVAE(Method):
         alignment: TokenizerAlignment | None,
         encoders: Sequence[Encoder],
         objective: VAEObjective,
-        discriminator: PatchDiscriminator | None,
+        discriminator: PatchDiscriminator | FeatureDiscriminator | None,
         ema: EMA | None = None,
         feature_norm: FeatureNorm | SpatialNorm | None = None,
     ):
@@ -206,6 +208,9 @@ class SendVAE(Method):
         is_gan_active = self.discriminator is not None and self.objective.gan_active(step)
         judge = self.discriminator if is_gan_active else None
 
+        def seen(images: torch.Tensor) -> torch.Tensor:
+            return augmented(images, draws.generator) if self.objective.config.discriminator_augment else images
+
         # -- tokenizer and alignment
         with self.reducing(self.networks, synchronise):
             output = self.networks(batch, features, draws)
@@ -215,7 +220,11 @@ class SendVAE(Method):
                 with self.accelerator.autocast(), frozen(judge):
                     images = to_signed(output.target)
                     terms = self.objective.generator_terms(
-                        images, output.reconstruction, output.regulariser, judge, self.accelerator.scaler
+                        images,
+                        output.reconstruction,
+                        output.regulariser,
+                        None if judge is None else lambda x: judge(seen(x)),
+                        self.accelerator.scaler,
                     )
                 weights = self.objective.generator_weights(terms, self.tokenizer.decoder_last_layer, self.gradient)
                 fidelity = self.objective.fidelity(terms)
@@ -232,9 +241,9 @@ class SendVAE(Method):
         metrics = {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()} | varying
 
         # -- discriminator, on the same reconstruction
-        if is_gan_active:
+        if self.discriminator is not None and self.objective.discriminator_learns(step):
             with self.reducing(self.pair, synchronise):
-                real, fake = self.pair(to_signed(output.target), output.reconstruction.detach())
+                real, fake = self.pair(seen(to_signed(output.target)), seen(output.reconstruction.detach()))
                 terms = self.objective.discriminator_terms(real, fake)
                 self.accelerator.backward(total(terms, self.objective.discriminator_weights()) * share)
             metrics |= {name: term.detach() for name, term in terms.items()}
@@ -290,7 +299,14 @@ class SendVAE(Method):
             "discriminator": self.discriminator,
             **{f"VFM {encoder.name}": encoder for encoder in self.encoders},
             "LPIPS": self.objective.perceptual,
+            **self._vfm_of_discriminator(),
         }
+
+    def _vfm_of_discriminator(self) -> dict[str, nn.Module]:
+        if not isinstance(self.discriminator, FeatureDiscriminator):
+            return {}
+        encoder = self.discriminator.encoder
+        return {f"VFM {encoder.name} of the discriminator": encoder}
 
     def watch(self, images: ImageDataset, held_out: ImageDataset | None) -> None:
         """What :meth:`validate` measures on and :meth:`sample` shows: held-out images where there are any."""

@@ -49,6 +49,11 @@ class Encoder(nn.Module):
         """Side of the image that the network sees, in pixels."""
         return self.grid * self.spec.stride
 
+    @property
+    def depth(self) -> int | None:
+        """Blocks of a ViT; None: it has none."""
+        return None if self.spec.kind == "cnn" else len(self.network.blocks)
+
     def checksum(self) -> str:
         """SHA-256 of the weights as loaded, without position embeddings: they were resampled to the grid."""
         if self._checksum is not None:
@@ -104,6 +109,21 @@ class Encoder(nn.Module):
         indices = [block - 1 for block in blocks]
         states = self.network.forward_intermediates(self.preprocess(images), indices=indices, **options)
         return [state.float() for state in states]
+
+    def states(self, x: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """Patch tokens after some blocks, as they are, with gradients of the images.
+
+        Args:
+            x: images as the network takes them, ``[B, 3, input_size, input_size]``.
+            blocks: of a ViT, counted from 1, ascending; a ``cnn`` gives its one stage.
+
+        Returns:
+            ``[B, grid², D]`` for each.
+        """
+        if self.spec.kind == "cnn":
+            return [self.network(x)[0].flatten(2).transpose(1, 2)]
+        options = {"norm": False, "output_fmt": "NLC", "intermediates_only": True}
+        return self.network.forward_intermediates(x, indices=[block - 1 for block in blocks], **options)
 
     def _tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Patch tokens and, of a ViT, those before them: class token, registers."""

@@ -45,6 +45,10 @@ RECIPES = {
     "sendvae, features as latents": (
         *("sendvae", "--vae", "rae-tiny", "--resolution", "32", "--freeze-encoder", "--align-coeff", "0"),
     ),
+    "sendvae, discriminator on features": (
+        *("sendvae", "--loss-override", "discriminator=timm/vit_tiny_patch16_224", "discriminator_resolution=64"),
+        "discriminator_augment=true",
+    ),
     "sendvae, decoder": ("sendvae", "--freeze-encoder", "--align-coeff", "0", "--latent-noise", "0.5"),
 }
 UNCOMPILED = {"sendvae, equivariance": ("sendvae", "--align-loss", "equivariance", "--eq-scale", "0.5")}
