@@ -123,8 +123,29 @@ def check_guidance(args: argparse.Namespace) -> None:
     if args.guide is not None and not any(point.has_guide for point in args.points):
         flag = "--cfg-scale" if args.guide_scale is None else "--guide-scale"
         raise UserError(f"--guide: at scale 1 it does not guide; add {flag}, e.g. 2, or leave the guide out")
+    args.unused = unused_interval(args)
     if args.sweep is None:
         settle(args, *args.points)
+
+
+def unused_interval(args: argparse.Namespace) -> str | None:
+    """What to say where a guide acts alone, and times are given that are the null class's; None: nothing.
+
+    Raises:
+        UserError: a sweep would go through such times.
+    """
+    if args.guide is None or any(point.guide is None or point.scale != 1 for point in args.points):
+        return None
+    for name in ("low", "high"):
+        if name in dict(args.sweep or ()):
+            raise UserError(
+                f"--sweep {name}=… is the null class's, whose scale is 1 at every point: add scale=A,B,…, or leave it "
+                f"out; the guide's own is --guide-{name}"
+            )
+    given = {"guidance_low": args.guidance_low != 0, "guidance_high": args.guidance_high != 1}
+    said = " and ".join(flag_of(name) for name, is_given in given.items() if is_given)
+    says = "of the null class, whose --cfg-scale is 1; the guide has --guide-low and --guide-high"
+    return f"{said}: {says}" if said else None
 
 
 def check_guide_scale(args: argparse.Namespace) -> None:
@@ -199,6 +220,8 @@ def main(argv: Sequence[str]) -> int:
         pays = args.num_fid_samples >= COMPILED_FROM and not args.dry_run
         args.compile = process.device.type == "cuda" and pays
     report = warn if process.is_main else lambda message: None
+    if args.unused is not None:
+        report(args.unused)
     trained = open_model(args, report)
     classes = parse_classes(args.classes, trained.class_names)
     args.shard_size = args.shard_size or default_shard_size(args.num_fid_samples)
@@ -277,6 +300,11 @@ def guide_of(
         return open_internal_guide(trained)
     guide = open_guide(trained, *args.guide, report)
     check_damped(args, guide)
+    if guide.cfg_prob == 0 and any(point.has_both for point in args.points):
+        raise UserError(
+            f"--guide {guide.as_guide} was trained with --cfg-prob 0, without the null class that it would guide too: "
+            "leave --guide-scale out, so that it guides alone, or give another guide"
+        )
     return guide
 
 
@@ -285,7 +313,7 @@ def check_null_class(args: argparse.Namespace, trained: TrainedLDM) -> None:
     by_class = [point for point in args.points if args.guide is None or point.guide is not None]
     scale = next((point.scale for point in by_class if point.scale != 1), None)
     if trained.cfg_prob == 0 and scale is not None:
-        flag = f"--cfg-scale {scale:g}" if args.sweep is None else f"--sweep scale={scale:g}"
+        flag = f"--sweep scale={scale:g}" if "scale" in dict(args.sweep or ()) else f"--cfg-scale {scale:g}"
         remedy = ", or give a --guide" if args.guide is None else ""
         raise UserError(
             f"{flag}: {args.exp_path} was trained with --cfg-prob 0, without the null class that guidance needs; leave "

@@ -108,6 +108,8 @@ def what_instead(contents: object) -> str | None:
         return "latent statistics, which --vae-latents-stats takes"
     if any(name.startswith("main.") for name in names):
         return "a PatchGAN discriminator, which --disc-pretrained-ckpt takes"
+    if any(name.startswith("heads.") and ".parametrizations." in name for name in names):
+        return "a discriminator's heads on a VFM's features"
     if "ema" in outer or any("x_embedder." in name or "adaLN_modulation." in name for name in names):
         return "a diffusion transformer, without the VAE that made its latents"
     if any(name.startswith(("time_embedding.", "model.diffusion_model.")) for name in names):

@@ -176,7 +176,8 @@ def checkpoint_file(source: Path, train_steps: int | None) -> tuple[Path, dict |
             f"SOURCE {source} has no checkpoints/*.pt: give an experiment of REPA, REPA-E or LightningDiT, or a file "
             "of these, RAE, diffusion-bench, JiT or Decoupled MeanFlow"
         )
-    found = {int(path.stem): path for path in (source / "checkpoints").glob("*.pt") if path.stem.isdigit()}
+    named = ((path.stem.removeprefix("step-"), path) for path in (source / "checkpoints").glob("*.pt"))  # IG's
+    found = {int(step): path for step, path in named if step.isdigit()}
     others = sorted(path for path in (source / "checkpoints").glob("*.pt") if path not in found.values())
     if not found and others and train_steps is None:
         raise UserError(

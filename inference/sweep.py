@@ -35,6 +35,11 @@ class Point:
         """Whether a guide acts, if there is one."""
         return self.guide != 1 if self.guide is not None else self.scale != 1
 
+    @property
+    def has_both(self) -> bool:
+        """Whether a guide and the null class act."""
+        return self.scale != 1 and self.guide not in (None, 1)
+
     def flags(self) -> list[str]:
         """As words of a command line."""
         names = ["scale", "low", "high"] if self.scale != 1 else []

@@ -38,7 +38,7 @@ def spectral_slope(latents: Tensor) -> float:
 
 def channel_covariance(latents: Tensor) -> Tensor:
     """Of the vectors at all positions of latents ``[N, C, h, w]``, float64 ``[C, C]``."""
-    mean = latents.mean((0, 2, 3), dtype=torch.float64)
+    mean = sum(part.double().sum((0, 2, 3)) for part in latents.split(BLOCK_ITEMS)) / latents[:, 0].numel()
     total = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for part in latents.split(BLOCK_ITEMS):
         centred = part.double().transpose(0, 1).flatten(1) - mean[:, None]

@@ -30,15 +30,23 @@ def save_sweep(path: Path, rows: Sequence[Row], best: Row, title: str, count: in
     along = next((name for name in AXES if len({getattr(row.point, name) for row in guided}) > 1), "scale")
     others = [name for name in AXES if name != along]
     lines: dict[tuple[float | None, ...], list[Row]] = {}
+    alone = [row for row in guided if row.point.scale == 1]  # by a guide without the null class: on no interval
     for row in guided:
-        lines.setdefault(tuple(getattr(row.point, name) for name in others), []).append(row)
+        if along != "scale" or row not in alone:
+            lines.setdefault(tuple(getattr(row.point, name) for name in others), []).append(row)
+    if along == "scale":  # each line of a guide begins with it
+        for row in alone:
+            its = [line for line in lines.values() if line[0].point.guide == row.point.guide]
+            for line in its or [lines.setdefault((row.point.guide,), [])]:
+                line.append(row)
+                line.sort(key=lambda each: each.point.scale)
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")  # without pyplot: no display, no global state
     axes = figure.add_subplot()
     palette = matplotlib.colormaps["tab10" if len(lines) <= 10 else "tab20"]
     for number, line in enumerate(lines.values()):
         x, y = [getattr(row.point, along) for row in line], [row.value for row in line]
         bars = None if best.error is None else [row.behind_error for row in line]
-        label = _label(line[0], along)
+        label = _label(next((row for row in line if row not in alone), line[0]), along)
         axes.errorbar(x, y, bars, marker="o", markersize=4, capsize=3, color=palette(number % 20), label=label)
     for row in rows:
         if not row.point.is_guided:
@@ -61,6 +69,8 @@ def save_sweep(path: Path, rows: Sequence[Row], best: Row, title: str, count: in
 def _label(row: Row, along: str) -> str:
     """What the points of a line share."""
     point = row.point
+    if point.scale == 1:
+        return "without the null class" if along == "guide" else f"guide {point.guide:g}, without the null class"
     ends = {"low": f"up to {point.high:g}", "high": f"from {point.low:g}"}
     interval = ends.get(along, f"on [{point.low:g}, {point.high:g}]")
     words = [] if along == "guide" or point.guide is None else [f"guide {point.guide:g}"]

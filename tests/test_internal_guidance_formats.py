@@ -66,10 +66,18 @@ def test_a_sit_has_both_velocities_and_goes_on_training(tmp_path, capsys):
     assert "does not say after which block its guide comes; taking block 2" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "run/checkpoints/0000007/manifest.json").read_text())["args"]
     assert (manifest["denoiser"]["guide_depth"], manifest["guide_coeff"]) == (DEPTH, 0.5)
+    renamed = folder / "checkpoints" / "step-7.pt"  # as its training names them
+    (folder / "checkpoints" / "0000007.pt").rename(renamed)
+    assert export(folder, tmp_path / "again", vae_ckpt=vae, vae_latents_stats=vae / "latents_stats.safetensors") == 0
+    assert (tmp_path / "again/checkpoints/0000007").is_dir()
     recipe = {"align": "none", "enc_type": None, "encoder_depth": None, "projector_width": None, "max_train_steps": 8}
     recipe |= {"guide_depth": DEPTH, "guide_coeff": 0.5, "continue_train_exp_dir": tmp_path / "run"}
     with torch.enable_grad():
         assert run(train_ldm.main, ldm_flags(data, tmp_path, "more", **recipe)) == 0
+        assert run(train_ldm.main, ldm_flags(data, tmp_path, "other", **recipe | {"guide_coeff": None})) == 0
+    logs = [(tmp_path / name / "log.txt").read_text() for name in ("more", "other")]
+    said = "its second output was trained with --guide-coeff 0.5, here it is 1"
+    assert [said in log for log in logs] == [False, True]
     logged = json.loads((tmp_path / "more/metrics.jsonl").read_text().splitlines()[-1])
     assert logged["loss"] == pytest.approx(logged["denoise"] + 0.5 * logged["guide"], rel=1e-4)
 

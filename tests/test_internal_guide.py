@@ -355,7 +355,26 @@ def test_the_null_class_beside_a_guide_must_have_been_trained(tmp_path, capsys):
     argv = sampling_flags(folder, sample_dir=tmp_path / "out", **BOTH)
     assert exit_code(generate.main, argv) == 2
     assert "--cfg-scale 2.5: " in (said := capsys.readouterr().err) and said.rstrip().endswith("leave the flag out")
+    swept = [*argv, "--sweep", "guide=1.2,1.5", "--evaluate", str(folder), "--cfg-scale", "2.5"]
+    assert exit_code(generate.main, swept) == 2
+    assert "--cfg-scale 2.5: " in capsys.readouterr().err
     assert exit_code(generate.main, [*argv, "--cfg-scale", "1"]) == 0
+    trained = write_ldm_run(tmp_path / "trained")
+    argv = sampling_flags(trained, sample_dir=tmp_path / "by", **BOTH | {"guide": f"{folder}@{STEP}"})
+    assert exit_code(generate.main, argv) == 2
+    assert "without the null class that it would guide too: leave --guide-scale out" in capsys.readouterr().err
+    assert exit_code(generate.main, [*argv, "--cfg-scale", "1"]) == 0
+
+
+def test_times_of_a_null_class_that_does_not_act_are_mentioned(run, tmp_path, capsys):
+    common = {"guide": "internal", "guide_scale": 1.4, "guidance_high": 0.7}
+    assert exit_code(generate.main, sampling_flags(run, sample_dir=tmp_path / "out", **common)) == 0
+    assert "--guidance-high: of the null class, whose --cfg-scale is 1; the guide has" in capsys.readouterr().err
+    assert exit_code(generate.main, sampling_flags(run, sample_dir=tmp_path / "both", **common, cfg_scale=2)) == 0
+    assert "of the null class" not in capsys.readouterr().err
+    argv = sampling_flags(run, sample_dir=tmp_path / "sweep", guide="internal", evaluate=run)
+    assert exit_code(generate.main, [*argv, "--sweep", "guide=1.2,1.4", "high=0.5,1"]) == 2
+    assert "--sweep high=… is the null class's, whose scale is 1 at every point: add scale=" in capsys.readouterr().err
 
 
 def test_what_both_would_take(run, tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 import evaluate
@@ -32,12 +33,14 @@ from metrics.sweep import (
     WITHOUT,
     Figure,
     PointRecords,
+    Row,
     figure_of,
     jackknife_error,
     rank,
     remarks,
     table,
 )
+from metrics.sweep_picture import save_sweep
 from runtime import cli
 from tests.image_sets import random_images, write_packed
 from tests.ldm_runs import STEP, flags, write_ldm_run
@@ -398,6 +401,37 @@ def test_points_of_a_guide_beside_the_null_class():
     assert points[3].flags() == ["--guide-scale", "1.5"]
     null = ["--cfg-scale", "2", "--guidance-low", "0", "--guidance-high", "0.5"]
     assert (points[1].flags(), points[4].flags()) == (null, [*null, "--guide-scale", "1.5"])
+
+
+@pytest.mark.parametrize(
+    ("axes", "lines"),
+    [
+        (
+            ["scale=0.5,1,2", "guide=1,1.5"],
+            {"guide 1, on [0, 0.75]": [0.5, 2], "guide 1.5, on [0, 0.75]": [0.5, 1, 2]},
+        ),
+        (
+            ["scale=1,2", "guide=1.5", "high=0.5,1"],
+            {"guide 1.5, on [0, 0.5]": [1, 2], "guide 1.5, on [0, 1]": [1, 2]},
+        ),
+        (["guide=1.2,1.5"], {"without the null class": [1.2, 1.5]}),
+    ],
+)
+def test_the_picture_of_a_guide_beside_the_null_class(tmp_path, axes, lines):
+    """What a guide does alone is on each of its lines, in the order of the scales, and says no interval of its own."""
+    points = points_of([axis(each) for each in axes], OTHERS | {"scale": 1.0, "high": 0.75})
+    rows = [Row(point, str(number), 2.0 + number, 0.1, float(number), 0.1) for number, point in enumerate(points)]
+    drawn = {}
+    errorbar = Axes.errorbar
+
+    def kept(self, x, y, *args, label, **options):
+        drawn[label] = x
+        return errorbar(self, x, y, *args, label=label, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "errorbar", kept)
+        save_sweep(tmp_path / "sweep.png", rows, rows[0], "FID", 6)
+    assert drawn == lines
 
 
 GUIDED_NAMES = ["unguided", "cfg2-0-0.5", "internal1.5-0.1-1", "internal1.5-0.1-1-cfg2-0-0.5"]

@@ -95,6 +95,9 @@ class StartingRun:
         logger.info("continuing from %s, step %d", self.checkpoint.folder, self.step)
         if self.config.flow_map_blocks and not method.denoiser.config.flow_map_blocks:
             logger.warning("it makes jumps, and without --flow-map-blocks this run forgets them")
+        before, now = (getattr(each, "guide_coeff", 1.0) for each in (argparse.Namespace(**self.facts), method.args))
+        if method.denoiser.config.guide_depth and before != now:
+            logger.warning("its second output was trained with --guide-coeff %g, here it is %g", before, now)
         if self.statistics is not None:
             differs = difference(method.tokenizer.statistics, self.statistics)
             if differs > MENTIONED_DIFFERENCE:
