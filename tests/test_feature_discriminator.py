@@ -16,7 +16,7 @@ from loss.vae_objective import load_loss_config
 from models.encoders import build_encoder
 from models.feature_discriminator import FeatureDiscriminator, Head
 from runtime.cli import run
-from tests.sendvae_runs import flags
+from tests.sendvae_runs import flags, tiny_trainer
 from tests.stages import run_stage
 from training.method import frozen
 
@@ -223,6 +223,19 @@ def test_two_processes_keep_one_discriminator(toy, tmp_path):
     stage = run_stage("train_sendvae.py", *argv, "--max-train-steps", "4", "--loss-override", *ON_FEATURES, processes=2)
     assert "resum" in stage.stdout + stage.stderr
     assert logged(tmp_path / "two")[-1]["disc_grad_norm"] > 0
+
+
+@pytest.mark.parametrize("start", [None, 6])
+def test_its_learning_rate_begins_where_it_is_told_to_begin(start):
+    schedule = {"lr_schedule": "cosine", "warmup_steps": 4, "max_train_steps": 20, "lr_floor": 0.1}
+    trainer = tiny_trainer(loss={"discriminator_update_start": start, "discriminator_start": 8}, **schedule)
+    args = trainer.args
+    for step in range(20):
+        rates = trainer.rates(step)
+        own = max(0, step - (start or 0))
+        expected = own + 1 if own < 4 else 4 * (0.1 + 0.9 * (1 + math.cos(math.pi * (own - 4) / 16)) / 2)
+        assert rates["disc_lr"] == pytest.approx(args.disc_learning_rate * expected / 4, rel=1e-6)
+        assert start or rates["lr"] / args.vae_learning_rate == rates["disc_lr"] / args.disc_learning_rate
 
 
 def test_augmentation_is_another_training(toy, tmp_path):

@@ -273,10 +273,11 @@ class SendVAE(Method):
         return mean_over_processes(gradient_at(loss, parameter, self.accelerator.scaler))
 
     def rates(self, step: int) -> dict[str, float]:
-        args = self.args
+        """The discriminator's schedule begins, with a warm-up, where it is told to begin to learn, as RAE's does."""
+        args, own_step = self.args, max(0, step - (self.objective.config.discriminator_update_start or 0))
         return {
             "lr": scheduled_rate(args, args.vae_learning_rate, step),
-            "disc_lr": scheduled_rate(args, args.disc_learning_rate, step),
+            "disc_lr": scheduled_rate(args, args.disc_learning_rate, own_step),
         }
 
     def modules(self) -> dict[str, nn.Module | None]:
