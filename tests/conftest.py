@@ -1,9 +1,31 @@
 """Fixtures of all tests."""
 
+import random
+
+import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from runtime.log import logger
+
+
+def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeded_module():
+    """What the fixtures of a file draw does not depend on the files before it, which every run shares out anew."""
+    seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Nor does what a test draws."""
+    seed()
 
 
 @pytest.fixture(autouse=True)

@@ -422,6 +422,7 @@ def test_a_network_that_guides_itself_changes_nothing(run, tmp_path):
     latents = []
     for scale in (1, 0.5, 4):
         args = generate.parse_arguments(flags(run, cfg_scale=scale, num_steps=6))
+        args.guide = run, STEP
         networks = load_networks(args, trained, trained.load_autoencoder(), process)
         latents.append(
             build_sampler(args, trained, networks._replace(guide=networks.model), process).latents(items, labels)

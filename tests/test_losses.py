@@ -251,7 +251,8 @@ def test_every_loss_configuration_keeps_the_promise_of_its_name(path):
     assert config.reconstruction_loss == path.stem.split("_")[0]
     assert (config.perceptual_weight > 0) == ("lpips" in path.stem)
     assert config.uses_gan == ("gan" in path.stem)
-    assert config.kl_weight == 1e-6
+    assert config.kl_weight == (1e-6 if "kl" in path.stem else 0)
+    assert (config.vfm_of_discriminator is not None) == ("dino" in path.stem)
 
 
 def test_repa_es_file_is_read(tmp_path):
