@@ -21,6 +21,8 @@ class FeatureDiscriminator(nn.Module):
     saved and counted. Their weights are divided by their largest singular value, of which every forward that trains
     them makes a step of power iteration, in float32.
 
+    What is saved knows the frozen network by the checksum of its weights, and is loaded beside no other.
+
     Args:
         encoder: the frozen network; on whose device it is, what it is cast to and compiled with follows this module.
     """
@@ -30,6 +32,8 @@ class FeatureDiscriminator(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         self._frozen = [encoder]  # in a list: no part of what is trained and saved
+        self.register_buffer("vfm", torch.tensor(list(bytes.fromhex(encoder.checksum())), dtype=torch.uint8))
+        self.register_load_state_dict_pre_hook(_check_vfm)
         depth = encoder.depth
         self.blocks = [] if depth is None else sorted({math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4)})
         count = len(self.blocks) + 1
@@ -66,6 +70,12 @@ class FeatureDiscriminator(nn.Module):
     def _apply(self, function, recurse: bool = True) -> "FeatureDiscriminator":
         self.encoder._apply(function, recurse)
         return super()._apply(function, recurse)
+
+
+def _check_vfm(module: FeatureDiscriminator, state: dict, prefix: str, *others: object) -> None:
+    saved, errors = state.get(f"{prefix}vfm"), others[-1]
+    if saved is not None and not torch.equal(saved.cpu(), module.vfm.cpu()):
+        errors.append(f"its heads were trained on the features of another {module.encoder.name} than the one given")
 
 
 class Head(nn.Module):

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -88,7 +89,7 @@ def test_logits_are_those_of_the_formulas(name):
 
 def test_only_heads_are_trained_and_saved_and_the_rest_goes_along():
     network = discriminator_of()
-    assert all(name.startswith("heads.") for name in network.state_dict())
+    assert all(name.startswith("heads.") for name in network.state_dict().keys() - {"vfm"})
     assert all(parameter.requires_grad for parameter in network.parameters())
     network.to(torch.float64)
     assert network.encoder.mean.dtype == next(network.encoder.network.parameters()).dtype == torch.float64
@@ -208,6 +209,22 @@ def test_it_learns_before_it_is_listened_to_and_resumes_to_the_bit(toy, tmp_path
     assert weights[0].stat().st_size < 2_000_000  # without the VFM
     assert run(export_vae.main, [str(tmp_path / "straight"), str(tmp_path / "x.pt"), "--format", "repa-e"]) == 0
     assert not (tmp_path / "x-discriminator-ckpt.pt").exists()
+
+
+def test_it_goes_on_beside_the_same_weights_alone(toy, tmp_path, capsys):
+    """Wherever their file lies."""
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    files = [tmp_path / f"{name}.pt" for name in ("one", "copy", "other")]
+    for number, file in enumerate(files):
+        with torch.no_grad():
+            network.conv_stem.weight.add_(0.5 * (number == 2))
+        torch.save(network.state_dict(), file)
+    assert train(toy, tmp_path, "run", disc_enc_ckpt=files[0], max_train_steps=2) == 0
+    assert train(toy, tmp_path, "run", disc_enc_ckpt=files[1], max_train_steps=3) == 0
+    assert train(toy, tmp_path, "run", disc_enc_ckpt=files[2], max_train_steps=4) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "discriminator.safetensors does not fit the network" in line
+    assert "its heads were trained on the features of another efficientnet-lite0 than the one given" in line
 
 
 def test_a_dry_run_counts_its_network(toy, tmp_path, capsys):

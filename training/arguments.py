@@ -62,6 +62,7 @@ CHANGEABLE = frozenset(
         "posthoc_steps",
         *("report_to", "output_dir", "exp_name", "continue_train_exp_dir", "resume_step", "dry_run", "debug"),
         *("gradient_checkpointing", "micro_batch_size", *MENTIONED),
+        "disc_enc_ckpt",  # the discriminator knows its VFM by the weights
     }
 )
 

@@ -89,8 +89,9 @@ def build_feature_discriminator(
     except UserError as error:
         said = str(error).replace("--enc-ckpt", "--disc-enc-ckpt").replace("--enc-type", "discriminator of the loss,")
         raise UserError(said) from error
+    discriminator = FeatureDiscriminator(encoder)
     hold_products(encoder, accelerator.mixed_precision)
-    return FeatureDiscriminator(encoder)
+    return discriminator
 
 
 def check_size(args: argparse.Namespace, resolution: int, least: int, part: str, go_without: str) -> None:
