@@ -30,4 +30,4 @@ def test_the_published_batch_fits(training):
     assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-4000:]
     print(answer.stdout[-400:])
     peak = float(re.search(r"peak memory: ([\d.]+) GiB", answer.stdout)[1])
-    assert 0.2 < peak / (torch.cuda.get_device_properties(0).total_memory / 2**30) < 1
+    assert 0.3 < peak / (torch.cuda.get_device_properties(0).total_memory / 2**30) < 1
