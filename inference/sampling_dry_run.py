@@ -20,7 +20,7 @@ def dry_run(args: argparse.Namespace, job: Job) -> None:
     runs = [at_point(args, point, trained) for point in points]
     counts = [sampler_settings(own, trained).passes(own.guide is not None) for own in runs]
     passes, of_guide = (sum(numbers) for numbers in zip(*counts, strict=True))
-    args.num_steps = min(2, steps)
+    runs[-1].num_steps = min(2, steps)
     networks = job.networks()
     sampler = build_sampler(runs[-1], trained, networks, process)
     items = torch.arange(2, device=process.device)

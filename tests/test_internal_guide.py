@@ -17,6 +17,7 @@ from diffusion.counted_noise import counted_normal
 from diffusion.flow import add_noise, velocity
 from errors import UserError
 from inference.sample_folder import build_sampler, default_folder, load_networks
+from inference.sampling import SOLVERS, solve_sde
 from inference.trained_ldm import open_trained_ldm
 from models.denoisers import denoiser_config
 from models.denoisers.base import LEAST_TIME
@@ -375,6 +376,19 @@ def test_times_of_a_null_class_that_does_not_act_are_mentioned(run, tmp_path, ca
     argv = sampling_flags(run, sample_dir=tmp_path / "sweep", guide="internal", evaluate=run)
     assert exit_code(generate.main, [*argv, "--sweep", "guide=1.2,1.4", "high=0.5,1"]) == 2
     assert "--sweep high=… is the null class's, whose scale is 1 at every point: add scale=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sweep", [[], ["--sweep", "guide=1,1.5", "scale=1,2"]])
+def test_a_dry_run_takes_two_steps(run, monkeypatch, sweep, capsys):
+    """Of networks as large as any, for the passes of as many as are asked for."""
+    taken = []
+    monkeypatch.setitem(SOLVERS, "sde", lambda *given: (taken.append(given[3].num_steps), solve_sde(*given))[1])
+    reference = ["--evaluate", str(run)] if sweep else []
+    monkeypatch.setattr(generate, "plan_evaluation", lambda *given: None)
+    argv = sampling_flags(run, num_steps=40, **BOTH)
+    assert generate.main([*argv, "--dry-run", *sweep, *reference]) == 0
+    assert taken == [2]
+    assert "(sde, 40 steps)" in capsys.readouterr().out
 
 
 def test_what_both_would_take(run, tmp_path, capsys):
