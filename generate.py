@@ -35,7 +35,7 @@ from pathlib import Path
 from errors import UserError
 from inference import INTERNAL, PATH_DROP, arguments
 from inference.arguments import COMPILED_FROM, JUMPS, OUTPUT_FLAG, SAMPLES, STEPS
-from inference.sweep import AXES, DEFAULT_SAMPLES, Point, axis, points_of, settle
+from inference.sweep import AXES, DEFAULT_SAMPLES, axis, point_of, points_of, settle
 from metrics.arguments import INCEPTION, SWEEP_METRICS, add_metric_arguments
 from runtime.cli import ArgumentParser, answer_early, flag_of, out_of_memory_means, run
 
@@ -117,7 +117,7 @@ def check_guidance(args: argparse.Namespace) -> None:
     if args.sweep is None:
         if args.keep_images is not None:
             raise UserError("--keep-images belongs to --sweep; leave it out")
-        args.points = [Point(**{name: getattr(args, flag) for name, flag in AXES.items()})]
+        args.points = [point_of(args)]
     else:
         check_sweep(args)
     if args.guide is not None and not any(point.has_guide for point in args.points):
@@ -126,6 +126,7 @@ def check_guidance(args: argparse.Namespace) -> None:
     args.unused = unused_interval(args)
     if args.sweep is None:
         settle(args, *args.points)
+        args.points = [point_of(args)]  # the same in fewer flags
 
 
 def unused_interval(args: argparse.Namespace) -> str | None:

@@ -47,6 +47,11 @@ class Point:
         return [word for name in names for word in (flag_of(AXES[name]), f"{getattr(self, name):.12g}")]
 
 
+def point_of(args: argparse.Namespace) -> Point:
+    """What the flags say."""
+    return Point(**{name: getattr(args, flag) for name, flag in AXES.items()})
+
+
 def settle(args: argparse.Namespace, point: Point) -> None:
     """Give the flags the values of a point, as few as say the same: a guide alone has the null class's place."""
     for name, flag in AXES.items():

@@ -40,7 +40,7 @@ class PatchDiscriminator(nn.Module):
 class DiscriminatorPair(nn.Module):
     """Scores real and fake images in one forward, so that one DDP reduction covers both."""
 
-    def __init__(self, discriminator: PatchDiscriminator):
+    def __init__(self, discriminator: nn.Module):
         super().__init__()
         self.discriminator = discriminator
 

@@ -27,8 +27,6 @@ class FeatureDiscriminator(nn.Module):
         encoder: the frozen network; on whose device it is, what it is cast to and compiled with follows this module.
     """
 
-    min_resolution = 1
-
     def __init__(self, encoder: Encoder):
         super().__init__()
         self._frozen = [encoder]  # in a list: no part of what is trained and saved
@@ -64,7 +62,7 @@ class FeatureDiscriminator(nn.Module):
         return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
 
     def compile(self, *args, **options) -> None:
-        """The frozen network; the heads take a tenth of its time."""
+        """The frozen network; the heads are matrix products, which a compiler leaves alone."""
         self.encoder.compile(*args, **options)
 
     def _apply(self, function, recurse: bool = True) -> "FeatureDiscriminator":

@@ -402,6 +402,15 @@ def test_what_both_would_take(run, tmp_path, capsys):
         assert said in capsys.readouterr().out
 
 
+def test_a_guide_alone_is_counted_in_its_own_times(run, tmp_path, capsys):
+    """By its own scale and interval, or by those in the null class's place."""
+    write_ldm_run(tmp_path / "small", seed=7)
+    for flags_ in ({"guide_scale": 1.4, "guide_low": 0.2}, {"cfg_scale": 1.4, "guidance_low": 0.2}):
+        argv = sampling_flags(run, mode="ode", num_steps=7, guide=tmp_path / "small", **flags_)
+        assert generate.main([*argv, "--dry-run"]) == 0
+        assert "7 forward passes and 6 of the guide an image" in capsys.readouterr().out
+
+
 def test_samples_by_it_say_so(run, tmp_path, capsys):
     argv = sampling_flags(run, cfg_scale=2, guide="internal", sample_dir=tmp_path / "out")
     assert generate.main(argv) == 0

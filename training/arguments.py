@@ -178,6 +178,13 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     for add_arguments in dict.fromkeys(kind.add_arguments for kind in DENOISERS.values()):  # kinds may share them
         add_arguments(group)
     add_token_drop_arguments(group)
+    add_objective_arguments(group)
+    group.add_argument("--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="learning rate")
+    add_average_arguments(group)
+
+
+def add_objective_arguments(group: argparse._ArgumentGroup) -> None:
+    """What the denoiser predicts, at which times, and what its errors weigh."""
     group.add_argument("--path-type", choices=PATH_TYPES, default="linear", help="interpolant")
     group.add_argument(
         "--prediction",
@@ -223,7 +230,10 @@ def add_denoiser_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     group.add_argument(
         "--cfg-prob", type=fraction, default=0.1, metavar="X", help="share of labels dropped, for guidance"
     )
-    group.add_argument("--learning-rate", type=non_negative_float, default=1e-4, metavar="X", help="learning rate")
+
+
+def add_average_arguments(group: argparse._ArgumentGroup) -> None:
+    """Averages of the denoiser's weights."""
     group.add_argument(
         "--ema-decay",
         type=averages.ema_decays,
